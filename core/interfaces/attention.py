@@ -1,0 +1,68 @@
+"""Attention over a paged KV cache: what plugins fill and what models call.
+
+Shape legend: T rows (new tokens) of a step, S sequences, H query heads of this rank, G its KV
+heads, D head dimension, N KV pages, P tokens in a page, M most pages of one sequence in a step.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """What a backend is built for; the same for every layer. Sizes are this rank's."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # applied to q.k before the softmax
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
+    max_context_tokens: int  # longest sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's share of the KV pool; the engine owns it. Page 0 is a scratch page."""
+
+    k_NPGD: Tensor
+    v_NPGD: Tensor
+
+
+@dataclass(slots=True)
+class SequenceBatch:
+    """The sequences of one phase in one step; rows lie back to back in sequence order.
+
+    Row i of sequence s stands at position `context_lens[s] - query_lens[s] + i` and sees every
+    cached position up to its own (its k and v are in the cache before the backend is called).
+    """
+
+    query_lens: list[int]  # new rows, at least 1 each; all 1 in the decode phase
+    context_lens: list[int]  # cached tokens including the new rows
+    query_starts_S1: Tensor  # int32 on the device: cumulative query_lens, S+1 values
+    context_lens_S: Tensor  # int32 on the device
+    page_table_SM: Tensor  # int32 on the device: page of each P tokens; 0 past the end
+
+
+class AttentionBackend(Protocol):
+    """Attention of one phase. `plan` runs once a step, `forward` once a layer."""
+
+    def plan(self, batch: SequenceBatch) -> object:
+        """Whatever `forward` needs beside q and the cache; valid for this step only."""
+        ...
+
+    def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
+        """Causal attention of every row, written into `out_THD` (same dtype as q)."""
+        ...
+
+
+class AttentionStep(Protocol):
+    """What a model sees of attention in one step (both phases, the cache and its pages)."""
+
+    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """Write k and v of the new rows into the cache, return the attention output (T, H, D)."""
+        ...

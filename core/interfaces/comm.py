@@ -1,0 +1,103 @@
+"""Communication over one mesh axis: the protocol plugins fill, and the bridges layers use.
+
+A layer never asks which backend or how many ranks there are: it declares a source and a target
+layout, and gets a function. On an axis of size 1 that function is the identity.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from core.parallel.layout import Layout
+
+Bridge = Callable[[Tensor], Tensor]
+
+
+class Communicator(Protocol):
+    """Collectives over the ranks of one axis. Every rank calls the same ones in the same order.
+
+    Results may alias the argument where the docstring says so; calls may return before the
+    device finished, ordered on the current stream.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks; may be written into `x`, which is returned then."""
+        ...
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """Equal parts of every rank, concatenated along `dim` in rank order."""
+        ...
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Rank i gets the i-th equal part, along dimension 0, of the sum over ranks."""
+        ...
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """The value of axis rank `source`, written into `x` everywhere and returned."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SoloCommunicator:
+    """The communicator of an axis of size 1: every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return x
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class Comms:
+    """The communicators of one rank by mesh axis ("tp", ...), and the bridges over them."""
+
+    axes: Mapping[str, Communicator]
+
+    def bridge(self, axis: str, *, src: Layout, dst: Layout) -> Bridge:
+        """A function that turns a tensor in layout `src` into layout `dst`; built once."""
+        comm = self.axes[axis]
+        if comm.size == 1 or src is dst:
+            return _identity
+        table: dict[tuple[Layout, Layout], Bridge] = {
+            (Layout.PARTIAL, Layout.REPLICATED): comm.all_reduce,
+            (Layout.PARTIAL, Layout.ROWS): comm.reduce_scatter,
+            (Layout.ROWS, Layout.REPLICATED): lambda x: comm.all_gather(x, 0),
+            (Layout.COLUMNS, Layout.REPLICATED): lambda x: comm.all_gather(x, -1),
+        }
+        assert (src, dst) in table, f"no bridge from {src} to {dst}"
+        return table[src, dst]
+
+
+SOLO = Comms({"tp": SoloCommunicator(), "ep": SoloCommunicator(), "dp": SoloCommunicator()})
+
+
+class CommBackend(Protocol):
+    """What a comm plugin's factory returns: how process groups are made and wrapped."""
+
+    torch_backend: str  # for torch.distributed, e.g. "gloo" or "nccl"
+
+    def communicator(self, group: object) -> Communicator:
+        """Wrap a torch.distributed process group that this rank belongs to."""
+        ...

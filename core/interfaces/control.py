@@ -1,0 +1,79 @@
+"""What a parent process and its children tell each other (JSON lines over inherited pipes).
+
+Child -> parent: one `ChildStatus` a line. Parent -> child: one `ParentControl` a line; the end of
+that stream means that the parent is gone, and the child ends itself.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class Phase(msgspec.Struct, frozen=True, tag=True):
+    """A start-up phase ended ("import", "load weights", "kv pool", "warm up"...)."""
+
+    name: str
+    seconds: float
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How far a long task is; sent at most some ten times a second."""
+
+    task: str
+    done: int
+    total: int
+    unit: str  # "B" or "tensors"
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The child serves from now on. `info` holds plain values for the summary."""
+
+    info: dict[str, Any]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The child ends because of an error: `kind` is its class in core.errors, or "internal"."""
+
+    kind: str
+    message: str
+
+
+ChildStatus = Phase | Progress | Ready | Failed
+
+
+class EngineDied(msgspec.Struct, frozen=True, tag=True):
+    """To the frontend: a worker is gone. End every open stream with an error event."""
+
+    cause: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Accept nothing new, finish what runs within `grace_s` seconds, then exit with status 0."""
+
+    grace_s: float
+
+
+ParentControl = EngineDied | Drain
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's files, found (and fetched where needed) before any process is started.
+
+    Weights are safetensors files, one GGUF file, or none (dummy). `tokenizer_dir` holds
+    tokenizer.json and tokenizer_config.json in Hugging Face form.
+    """
+
+    hf_config: dict[str, Any]  # contents of config.json, also where the checkpoint is GGUF
+    weight_files: list[str]
+    weight_format: str  # "safetensors", "gguf" or "dummy"
+    tokenizer_dir: str
+    eos_ids: list[int]
+    default_sampling: dict[str, float]
+
+
+class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
+    """ZeroMQ addresses of one engine; ipc:// files in a private folder on a single host."""
+
+    engine_input: str  # frontend pushes, the scheduler's rank binds and pulls
+    engine_output: str  # the scheduler's rank pushes, the frontend binds and pulls
+    plans: list[str]  # by rank: the scheduler's rank pushes steps, that rank binds and pulls

@@ -1,0 +1,135 @@
+"""Messages between processes: msgspec structs, never pickle. Knows nothing of sockets.
+
+Frontend -> engine: `Generate`, `Abort`. Engine -> frontend: `StepOutput`. Scheduler -> ranks of
+its group: `StepPlan`. Each union below is what one socket carries.
+"""
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen. Checked by the frontend; the engine trusts it."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None  # None: the engine draws one
+    stop_token_ids: list[int] = []  # besides the model's end-of-sequence ids
+    ignore_eos: bool = False
+    min_tokens: int = 0  # before which neither eos nor stop tokens may be chosen
+    logprobs: int | None = None  # alternatives per token; 0: only the chosen one's; None: none
+    prompt_logprobs: int | None = None
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """Continue `prompt_ids`. `request_id` is unique among live requests."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget these requests; unknown ids are ignored, no answer is sent."""
+
+    request_ids: list[str]
+
+
+EngineInput = Generate | Abort
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, from the unmodified logits. `top_*` best first."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: the most likely token
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, array_like=True):
+    """What one step adds to one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length", "error"; the last output if set
+    stop_token_id: int | None = None  # the eos or stop token that ended it
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of positions 1.., once, whole
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; once
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """Gauges and counters since start of one scheduler."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_pages_total: int = 0
+    kv_pages_free: int = 0  # free now
+    kv_pages_cached: int = 0  # held by the prefix cache alone: can be evicted
+    num_preemptions: int = 0
+    num_steps: int = 0
+    prompt_tokens: int = 0  # computed, not taken from the cache
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class StepOutput(msgspec.Struct, tag=True):
+    """Everything one engine step produced."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats | None = None  # now and then
+
+
+EngineOutput = StepOutput
+
+
+class SlotInit(msgspec.Struct, frozen=True, array_like=True):
+    """A request enters a slot of the runners' state (again, after a preemption)."""
+
+    slot: int
+    token_ids: list[int]  # all known tokens: the prompt, and what was generated before
+    num_prompt: int
+    sampling: SamplingParams
+    seed: int  # of this request's random numbers, 64 bits unsigned
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One step, decided by the scheduler and run by every rank of its group.
+
+    Rows are sequences: first `num_decodes` with one token each, then prefill chunks. A row
+    computes positions `starts[i] .. starts[i] + lengths[i] - 1` of its slot's tokens; where
+    `samples[i]` is set it also chooses the token that follows.
+    """
+
+    step: int
+    inits: list[SlotInit]
+    num_decodes: int
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    # Page-table entries set before this step: slot, column and page id of each.
+    table_slots: list[int]
+    table_columns: list[int]
+    table_pages: list[int]
+
+
+class StepResult(msgspec.Struct):
+    """What a step's runner hands back to the scheduler, on the host.
+
+    One entry per row of the plan with `samples` set, in row order; logprobs only where asked.
+    `prompt_logprobs` maps a row to the entries of its chunk (the token after each position).
+    """
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs]  # by index into token_ids
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row of the plan
