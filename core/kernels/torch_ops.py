@@ -1,0 +1,67 @@
+"""The operations of a layer in plain torch: the oracle of every other set of operations.
+
+Obviously right, on any device and dtype; computes in float32, or wider where its arguments are.
+Knows nothing of speed. Shape legend: see core.interfaces.ops; F is D/2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.interfaces.ops import LinearKernel
+
+
+def _accurate(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    first_THF, second_THF = _accurate(x_THD).chunk(2, dim=-1)
+    rotated_THD = torch.cat(
+        (
+            first_THF * cos_T1F - second_THF * sin_T1F,
+            second_THF * cos_T1F + first_THF * sin_T1F,
+        ),
+        dim=-1,
+    )
+    return rotated_THD.to(x_THD.dtype)
+
+
+class TorchOps:
+    """Operations in plain torch. Overwrites none of its arguments except the caches."""
+
+    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
+        """The layer as torch computes it; keeps the weight as it is."""
+        return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        """Normalise the last dimension; rounded once, at the end."""
+        x = _accurate(x_TE)
+        scale_T1 = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+        return (x * scale_T1 * _accurate(weight_E)).to(x_TE.dtype)
+
+    def add_rms_norm(
+        self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum is rounded to the dtype of `x_TE` before it is normalised."""
+        sum_TE = x_TE + residual_TE
+        return self.rms_norm(sum_TE, weight_E, eps), sum_TE
+
+    def rope(
+        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate pairs (i, i + D/2) by the angle of their row's position."""
+        cos_T1F, sin_T1F = cos_sin_CD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+        return _rotate(q_THD, cos_T1F, sin_T1F), _rotate(k_TGD, cos_T1F, sin_T1F)
+
+    def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
+        """Rounded once, at the end."""
+        gate_TI, up_TI = _accurate(gate_up_T2I).chunk(2, dim=-1)
+        return (F.silu(gate_TI) * up_TI).to(gate_up_T2I.dtype)
+
+    def write_kv(
+        self, k_TGD: Tensor, v_TGD: Tensor, k_NPGD: Tensor, v_NPGD: Tensor, slots_T: Tensor
+    ) -> None:
+        """Store rows by token slot; where a slot occurs twice, either row may stay."""
+        k_NPGD.flatten(0, 1)[slots_T] = k_TGD.to(k_NPGD.dtype)
+        v_NPGD.flatten(0, 1)[slots_T] = v_TGD.to(v_NPGD.dtype)
