@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.parallel.sharding import Shard as Shard  # part of this contract
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -19,15 +21,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The `index`-th of `count` equal contiguous parts along `dim`."""
-
-    dim: int
-    index: int
-    count: int
 
 
 class WeightSource(Protocol):
