@@ -1,0 +1,194 @@
+"""Builds one rank of the engine from a resolved configuration. Knows nothing of processes.
+
+Used by the worker process and by the offline engine alike. Every rank of a group calls it; the
+collectives inside (agreeing on the pool size) happen on all of them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.config import AppConfig
+from core.engine.batch import SlotState
+from core.engine.kv_cache import PoolSize, allocate_pool, plan_pool
+from core.engine.launch import StepLauncher, select_launcher
+from core.engine.loop import warm_up
+from core.engine.runner import ModelRunner
+from core.engine.sampler import Sampler
+from core.engine.scheduler import Scheduler
+from core.interfaces.attention import AttentionSpec
+from core.interfaces.comm import Comms
+from core.interfaces.control import ModelFiles
+from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+from core.interfaces.model import BuildContext, Model, ModelSpec
+from core.kernels.select import select_ops
+from core.loading.open import open_weights
+from core.plugin_manager import PluginManager
+from core.resolve import find_family
+
+OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
+OnProgress = Callable[[str, int, int, str], None]  # task, done, total, unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankEngine:
+    """One rank, ready to run steps. Only the scheduler's rank uses `scheduler`."""
+
+    scheduler: Scheduler
+    launcher: StepLauncher
+    pool: PoolSize
+    kv_cache_tokens: int
+    max_model_len: int
+    weight_bytes: int  # of this rank
+    dtype: str
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the start-up summary and /server_info."""
+        return {
+            "dtype": self.dtype,
+            "weight_bytes": self.weight_bytes,
+            "kv_pool_bytes": self.pool.total_bytes,
+            "kv_cache_tokens": self.kv_cache_tokens,
+            "max_model_len": self.max_model_len,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """What a rank is built from, beside the configuration."""
+
+    plugins: PluginManager
+    files: ModelFiles
+    comms: Comms
+    device: torch.device
+    local_ranks: int  # ranks that share this host's memory
+    on_phase: OnPhase
+    on_progress: OnProgress
+
+
+def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
+    """Load the weights, size and allocate the pool, warm the kernels up."""
+    phase = _Phases(context.on_phase)
+    family, spec = find_family(config, context.plugins, context.files)
+    dtype = resolve_dtype(config, spec)
+    max_model_len = config.model.max_model_len or spec.max_position_embeddings
+    ops = select_ops(context.device)
+    reader = open_weights(
+        config.model, context.files, dtype=dtype, device=context.device,
+        on_progress=context.on_progress,
+    )
+    model = family.build(
+        spec,
+        BuildContext(
+            weights=reader, comms=context.comms, ops=ops, dtype=dtype, device=context.device
+        ),
+    )
+    reader.finish()
+    phase.end("load weights")
+
+    pool = _agree_pool(config, context, model, dtype, max_model_len)
+    page_size = config.engine.page_size
+    caches = allocate_pool(
+        pool, model.kv, page_size=page_size, dtype=dtype, device=context.device
+    )
+    max_model_len = min(max_model_len, (pool.num_pages - 1) * page_size)
+    phase.end("KV pool")
+
+    attention_spec = AttentionSpec(
+        num_heads=model.num_heads,
+        num_kv_heads=model.kv.num_kv_heads,
+        head_dim=model.kv.head_dim,
+        scale=model.kv.scale,
+        page_size=page_size,
+        dtype=dtype,
+        device=context.device,
+        max_context_tokens=max_model_len,
+    )
+    attention = context.plugins.table("attention")
+    runner = ModelRunner(
+        model=model,
+        ops=ops,
+        caches=caches,
+        prefill=attention.create(config.attention.prefill, attention_spec),
+        decode=attention.create(config.attention.decode, attention_spec),
+        sampler=Sampler(
+            max_slots=config.engine.max_running_requests,
+            vocab_size=spec.vocab_size,
+            device=context.device,
+            eos_ids=context.files.eos_ids,
+        ),
+        state=SlotState(
+            num_slots=config.engine.max_running_requests,
+            max_tokens=max_model_len,
+            page_size=page_size,
+            device=context.device,
+        ),
+        comm=context.comms.axes["tp"],
+    )
+    launcher = select_launcher(runner, context.device)
+    warm_up(launcher, _warm_up_plans(min(max_model_len - 1, 16, page_size)))
+    phase.end("warm up")
+    return RankEngine(
+        scheduler=Scheduler(
+            config.engine,
+            num_pages=pool.num_pages,
+            max_model_len=max_model_len,
+            eos_ids=context.files.eos_ids,
+        ),
+        launcher=launcher,
+        pool=pool,
+        kv_cache_tokens=(pool.num_pages - 1) * page_size,
+        max_model_len=max_model_len,
+        weight_bytes=reader.bytes_taken,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
+    """What weights, activations and cache are computed in."""
+    name = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _agree_pool(
+    config: AppConfig, context: RankContext, model: Model, dtype: torch.dtype, max_model_len: int
+) -> PoolSize:
+    """The smallest pool of any rank: page ids are the same everywhere."""
+    pool = plan_pool(
+        config.engine,
+        model.kv,
+        dtype=dtype,
+        device=context.device,
+        max_model_len=max_model_len,
+        local_ranks=context.local_ranks,
+    )
+    mine = torch.tensor([pool.num_pages], dtype=torch.int64, device=context.device)
+    everyone = context.comms.axes["tp"].all_gather(mine, 0)
+    return PoolSize(int(everyone.min()), pool.page_bytes)
+
+
+def _warm_up_plans(num_tokens: int) -> list[StepPlan]:
+    """A prefill and a decode step of one made-up request, on the scratch page."""
+    greedy = SamplingParams(max_tokens=2, temperature=0.0)
+    init = SlotInit(0, [0] * num_tokens, num_tokens, greedy, 0)
+    prefill = StepPlan(0, [init], 0, [0], [0], [num_tokens], [True], [0], [0], [0])
+    decode = StepPlan(0, [], 1, [0], [num_tokens - 1], [1], [True], [], [], [])
+    return [prefill, decode]
+
+
+class _Phases:
+    """Seconds between the ends of phases."""
+
+    def __init__(self, on_phase: OnPhase) -> None:
+        self._on_phase = on_phase
+        self._start = time.monotonic()
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self._on_phase(name, now - self._start)
+        self._start = now

@@ -1,0 +1,104 @@
+"""The worker process: one rank of the engine. Started by the supervisor, never by hand.
+
+Rank 0 schedules and talks to the frontend; the others run the plans it sends. torch is imported
+inside `run`, so that its seconds are reported as a phase.
+"""
+
+import os
+import sys
+import time
+
+import msgspec
+
+from core.cluster.channel import Channel, exit_with_parent
+from core.config import AppConfig
+from core.interfaces.control import Endpoints, ModelFiles, Phase, Progress, Ready
+from core.parallel.plan import Plan
+
+
+class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """The boot line of a worker."""
+
+    config: AppConfig
+    plan: Plan
+    rank: int
+    local_rank: int
+    local_ranks: int
+    files: ModelFiles
+    endpoints: Endpoints
+    rendezvous: str  # of the process groups, see core.parallel.mesh
+
+
+def main() -> None:
+    """Entry point of `python -m core.worker`."""
+    channel = Channel.open()
+    exit_with_parent()
+    try:
+        boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
+        channel.exit_at_end()
+        run(boot, channel)
+    except Exception as error:
+        status = channel.report_failure(error)
+        sys.stderr.flush()
+        os._exit(status)  # other threads may sit in a collective that never ends
+
+
+def run(boot: WorkerBoot, channel: Channel) -> None:
+    """Build this rank and serve until the process is ended."""
+    start = time.monotonic()
+
+    def on_phase(name: str, seconds: float) -> None:
+        channel.send(Phase(name, seconds))
+
+    import zmq
+
+    from core.engine.build import RankContext, build_rank
+    from core.engine.device import open_device
+    from core.engine.loop import EngineLoop, follow
+    from core.engine.mailbox import ZmqInbox, ZmqOutbox, ZmqPlanReceiver, ZmqPlanSender
+    from core.engine.ranks import join_ranks
+    from core.plugin_manager import PluginManager
+
+    device = open_device(boot.config.engine.device, boot.local_rank)
+    plugins = PluginManager.load(boot.config.plugins.blocklist)
+    on_phase("import", time.monotonic() - start)
+
+    start = time.monotonic()
+    comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.rendezvous, device)
+    on_phase("join ranks", time.monotonic() - start)
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    leader = boot.rank == 0
+    # Bound before the long work, so that a peer's first message finds the socket.
+    inbox = ZmqInbox(context, boot.endpoints.engine_input) if leader else None
+    plans = None if leader else ZmqPlanReceiver(context, boot.endpoints.plans[boot.rank])
+
+    rank = build_rank(
+        boot.config,
+        RankContext(
+            plugins=plugins,
+            files=boot.files,
+            comms=comms,
+            device=device,
+            local_ranks=boot.local_ranks,
+            on_phase=on_phase,
+            on_progress=lambda task, done, total, unit: channel.send(
+                Progress(task, done, total, unit)
+            ),
+        ),
+    )
+    channel.send(Ready(rank.describe()))
+    if plans is not None:
+        follow(rank.launcher, plans)
+    assert inbox is not None
+    EngineLoop(
+        scheduler=rank.scheduler,
+        launcher=rank.launcher,
+        inbox=inbox,
+        outbox=ZmqOutbox(context, boot.endpoints.engine_output),
+        followers=ZmqPlanSender(context, boot.endpoints.plans[1:]),
+    ).run()
+
+
+if __name__ == "__main__":
+    main()
