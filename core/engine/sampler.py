@@ -1,0 +1,340 @@
+"""Chooses the next token of each sampling row. Knows nothing of models, requests or scheduling.
+
+`Sampler` keeps the sampling parameters of every slot on the host, in numpy arrays. `plan` decides
+once a step which stages the batch needs and sends their small tensors to the device in one copy;
+`sample` then only queues device work. A batch of greedy rows costs one argmax.
+
+Order, as in vLLM: logit_bias, min_tokens, repetition, frequency and presence penalties; greedy
+rows take the best token of that; else temperature, min_p, top_k, top_p, draw. Logprobs are none of
+this module's business: they come from the logits as the model gave them, which `sample` leaves
+untouched.
+
+Shape legend: R rows that sample, V vocabulary, S slots, L tokens of a slot, N entries of all rows'
+edits, P rows with penalties, D rows that draw (not greedy), F rows of D with a filter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from core.engine.batch import to_device
+from core.interfaces.messages import SamplingParams, SlotInit
+from core.kernels import sampling
+
+# Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
+LEAST_TEMPERATURE = 1e-5
+# Rows with at most this top_k find their threshold in a top-k list instead of a sorted row.
+LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
+
+# What a slot needs beyond an argmax.
+DRAWS, BIASED, PENALISED, HAS_MIN_TOKENS = 1, 2, 4, 8
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """Entries of the logits to change: `indices_N` into the flattened (R, V)."""
+
+    indices_N: Tensor
+    values_N: Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Rows with repetition, presence or frequency penalties; None where no row has one."""
+
+    rows_P: Tensor
+    slots_P: Tensor
+    num_tokens_P: Tensor
+    num_prompt_P: Tensor
+    most_tokens: int
+    repetition_P: Tensor | None
+    presence_P: Tensor | None
+    frequency_P: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Rows of the drawing rows that share one way to find their threshold."""
+
+    rows_F: Tensor | None  # None: all
+    num_sorted: int
+    top_k_F: Tensor
+    top_p_F: Tensor | None
+    min_p_F: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The rows that are not greedy."""
+
+    rows_D: Tensor | None  # None: all
+    temperature_D: Tensor
+    uniform_D: Tensor
+    min_p_D: Tensor | None  # the least threshold; None where no row has any filter
+    filters: tuple[Filter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """What `Sampler.sample` does in one step; tensors are on the device."""
+
+    num_rows: int
+    bias: Edits | None = None
+    forbidden: Edits | None = None
+    penalties: Penalties | None = None
+    draw: Draw | None = None
+
+
+class Sampler:
+    """Samples for one rank. Results depend on a request's own logits, tokens and seed alone."""
+
+    def __init__(
+        self, *, max_slots: int, vocab_size: int, device: torch.device, eos_ids: Sequence[int]
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self.eos_ids = tuple(eos_ids)
+        self._needs = np.zeros(max_slots, dtype=np.int64)
+        self._num_prompt = np.zeros(max_slots, dtype=np.int64)
+        self._min_tokens = np.zeros(max_slots, dtype=np.int64)
+        self._top_k = np.zeros(max_slots, dtype=np.int64)  # vocab_size: none
+        self._seed = np.zeros(max_slots, dtype=np.int64)
+        self._temperature = np.zeros(max_slots)
+        self._top_p = np.ones(max_slots)
+        self._min_p = np.zeros(max_slots)
+        self._repetition = np.ones(max_slots)
+        self._presence = np.zeros(max_slots)
+        self._frequency = np.zeros(max_slots)
+        self._bias: dict[int, tuple[Ints, Floats]] = {}  # by slot: ids and values
+        self._forbidden: dict[int, Ints] = {}  # by slot: ids not to choose before min_tokens
+
+    def init_slots(self, inits: Sequence[SlotInit]) -> None:
+        """Take over the parameters of requests that enter slots; before the step's `plan`."""
+        for init in inits:
+            self._init_slot(init)
+
+    def _init_slot(self, init: SlotInit) -> None:
+        slot, params = init.slot, init.sampling
+        self._num_prompt[slot] = init.num_prompt
+        self._min_tokens[slot] = params.min_tokens
+        no_limit = params.top_k <= 0 or params.top_k > self.vocab_size
+        self._top_k[slot] = self.vocab_size if no_limit else params.top_k
+        self._seed[slot] = np.uint64(init.seed % 2**64).astype(np.int64)  # the same 64 bits
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._repetition[slot] = params.repetition_penalty
+        self._presence[slot] = params.presence_penalty
+        self._frequency[slot] = params.frequency_penalty
+        bias = {i: v for i, v in params.logit_bias.items() if self._in_vocabulary(i)}
+        forbidden = {i for i in (*self.eos_ids, *params.stop_token_ids) if self._in_vocabulary(i)}
+        self._bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float64)
+        self._forbidden[slot] = np.array(sorted(forbidden), np.int64)
+        self._needs[slot] = (
+            DRAWS * (params.temperature >= LEAST_TEMPERATURE)
+            + BIASED * bool(bias)
+            + PENALISED * _has_penalty(params)
+            + HAS_MIN_TOKENS * (params.min_tokens > 0 and bool(forbidden))
+        )
+
+    def _in_vocabulary(self, token_id: int) -> bool:
+        """Ids outside can't be chosen anyway; on a GPU, indexing with one ends the process."""
+        return 0 <= token_id < self.vocab_size
+
+    def plan(self, slots: list[int], next_positions: list[int]) -> SamplePlan:
+        """Decide what one step needs and start copying it to the device. Never waits for it.
+
+        Row i of the logits belongs to `slots[i]`, whose token at `next_positions[i]` (counted
+        from the start of the prompt) is chosen: as many tokens are known before it.
+        """
+        slots_R = np.asarray(slots, dtype=np.int64)
+        needs_R = self._needs[slots_R]
+        needs = int(np.bitwise_or.reduce(needs_R, initial=0))
+        if not needs:
+            return SamplePlan(num_rows=len(slots))
+        positions_R = np.asarray(next_positions, dtype=np.int64)
+        generated_R = positions_R - self._num_prompt[slots_R]
+        early_R = (needs_R & HAS_MIN_TOKENS > 0) & (generated_R < self._min_tokens[slots_R])
+        return SamplePlan(
+            num_rows=len(slots),
+            bias=self._bias_edits(slots_R, (needs_R & BIASED).nonzero()[0]),
+            forbidden=self._forbidden_edits(slots_R, early_R.nonzero()[0]),
+            penalties=self._penalties(slots_R, positions_R, (needs_R & PENALISED).nonzero()[0]),
+            draw=self._draw(slots_R, positions_R, (needs_R & DRAWS).nonzero()[0]),
+        )
+
+    def sample(self, plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
+        """The chosen ids, int64 (R,) on the device; returns without waiting for a GPU.
+
+        `logits_RV` is float32 and left as it is; `tokens_SL` (int32 or int64) holds every slot's
+        known tokens by the time the device gets here. Needs up to about 28 bytes of scratch for
+        each logit where rows draw. A row with NaN gives some valid id; other rows don't notice.
+        """
+        if plan.num_rows == 0:
+            return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
+        logits_RV = _edited(plan, logits_RV, tokens_SL)
+        # max is three times as fast as argmax on a CPU, and drawing needs both of its results.
+        top_R, best_R = logits_RV.max(dim=-1)
+        draw = plan.draw
+        if draw is None:
+            return best_R
+        if draw.rows_D is None:
+            return _drawn(draw, logits_RV, top_R, best_R)
+        rows_D = draw.rows_D
+        drawn_D = _drawn(draw, logits_RV[rows_D], top_R[rows_D], best_R[rows_D])
+        return best_R.index_copy_(0, rows_D, drawn_D)
+
+    def _bias_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
+        if not len(rows):
+            return None
+        each = [(row, *self._bias[slots_R[row]]) for row in rows]
+        indices_N = np.concatenate([row * self.vocab_size + ids for row, ids, _ in each])
+        values_N = np.concatenate([values for _, _, values in each])
+        indices, values = _send(self.device, indices_N, values_N)
+        return Edits(indices, values.float())
+
+    def _forbidden_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
+        if not len(rows):
+            return None
+        indices_N = np.concatenate(
+            [row * self.vocab_size + self._forbidden[slots_R[row]] for row in rows]
+        )
+        indices, values = _send(self.device, indices_N, np.full(len(indices_N), -np.inf))
+        return Edits(indices, values.float())
+
+    def _penalties(self, slots_R: Ints, positions_R: Ints, rows: Ints) -> Penalties | None:
+        if not len(rows):
+            return None
+        slots_P, positions_P = slots_R[rows], positions_R[rows]
+        host = (self._repetition[slots_P], self._presence[slots_P], self._frequency[slots_P])
+        row_ids, slot_ids, num_tokens, num_prompt, *device = _send(
+            self.device, rows, slots_P, positions_P, self._num_prompt[slots_P], *host
+        )
+        repetition, presence, frequency = (
+            on_device.float() if (on_host != neutral).any() else None
+            for on_host, on_device, neutral in zip(host, device, (1.0, 0.0, 0.0), strict=True)
+        )
+        return Penalties(
+            rows_P=row_ids,
+            slots_P=slot_ids,
+            num_tokens_P=num_tokens,
+            num_prompt_P=num_prompt,
+            most_tokens=int(positions_P.max()),
+            repetition_P=repetition,
+            presence_P=presence,
+            frequency_P=frequency,
+        )
+
+    def _draw(self, slots_R: Ints, positions_R: Ints, rows: Ints) -> Draw | None:
+        if not len(rows):
+            return None
+        slots_D = slots_R[rows]
+        uniform_D = sampling.uniform_numbers(
+            torch.from_numpy(self._seed[slots_D]), torch.from_numpy(positions_R[rows])
+        ).numpy()
+        top_k_D, top_p_D, min_p_D = self._top_k[slots_D], self._top_p[slots_D], self._min_p[slots_D]
+        row_ids, temperature, uniform, min_p = _send(
+            self.device, rows, self._temperature[slots_D], uniform_D, min_p_D
+        )
+        short_D = top_k_D <= LONGEST_TOP_K[self.device.type]
+        long_D = ~short_D & ((top_k_D < self.vocab_size) | (top_p_D < 1))
+        filters = tuple(
+            self._filter(chosen_D, top_k_D, top_p_D, min_p_D, is_short)
+            for chosen_D, is_short in ((short_D, True), (long_D, False))
+            if chosen_D.any()
+        )
+        return Draw(
+            rows_D=None if len(rows) == len(slots_R) else row_ids,
+            temperature_D=temperature.float(),
+            uniform_D=uniform,
+            min_p_D=min_p.float() if filters or (min_p_D > 0).any() else None,
+            filters=filters,
+        )
+
+    def _filter(
+        self,
+        chosen_D: npt.NDArray[np.bool_],
+        top_k_D: Ints,
+        top_p_D: Floats,
+        min_p_D: Floats,
+        is_short: bool,
+    ) -> Filter:
+        rows = chosen_D.nonzero()[0]
+        row_ids, top_k, top_p, min_p = _send(
+            self.device, rows, top_k_D[rows], top_p_D[rows], min_p_D[rows]
+        )
+        return Filter(
+            rows_F=None if len(rows) == len(chosen_D) else row_ids,
+            num_sorted=int(top_k_D[rows].max()) if is_short else self.vocab_size,
+            top_k_F=top_k,
+            top_p_F=top_p if (top_p_D[rows] < 1).any() else None,
+            min_p_F=min_p.float(),
+        )
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def _send(device: torch.device, *arrays: Ints | Floats) -> list[Tensor]:
+    """Equally long arrays, copied to the device at once; floats travel as their bits."""
+    packed = np.stack([array.view(np.int64) for array in arrays])
+    return [
+        row.view(torch.float64) if array.dtype == np.float64 else row
+        for row, array in zip(to_device(packed, device), arrays, strict=True)
+    ]
+
+
+def _edited(plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
+    """The logits with bias, forbidden tokens and penalties; a copy if there are any."""
+    if plan.bias is None and plan.forbidden is None and plan.penalties is None:
+        return logits_RV
+    logits_RV = logits_RV.clone(memory_format=torch.contiguous_format)
+    flat = logits_RV.view(-1)
+    if plan.bias is not None:
+        flat.scatter_add_(0, plan.bias.indices_N, plan.bias.values_N)
+    if plan.forbidden is not None:
+        flat.scatter_(0, plan.forbidden.indices_N, plan.forbidden.values_N)
+    some = plan.penalties
+    if some is not None:
+        penalised_PV = sampling.apply_penalties(
+            logits_RV[some.rows_P],
+            tokens_SL[:, : some.most_tokens].index_select(0, some.slots_P).long(),
+            num_tokens_P=some.num_tokens_P,
+            num_prompt_P=some.num_prompt_P,
+            repetition_P=some.repetition_P,
+            presence_P=some.presence_P,
+            frequency_P=some.frequency_P,
+        )
+        logits_RV.index_copy_(0, some.rows_P, penalised_PV)
+    return logits_RV
+
+
+def _drawn(draw: Draw, logits_DV: Tensor, top_D: Tensor, best_D: Tensor) -> Tensor:
+    ratio_DV = sampling.relative_probabilities(logits_DV, top_D, draw.temperature_D)
+    threshold_D = draw.min_p_D
+    for some in draw.filters:
+        threshold_F = sampling.filter_thresholds(
+            ratio_DV if some.rows_F is None else ratio_DV[some.rows_F],
+            num_sorted=some.num_sorted,
+            top_k_F=some.top_k_F,
+            top_p_F=some.top_p_F,
+            min_p_F=some.min_p_F,
+        )
+        if some.rows_F is None:
+            threshold_D = threshold_F
+        else:
+            assert threshold_D is not None
+            threshold_D = threshold_D.index_copy(0, some.rows_F, threshold_F)
+    return sampling.draw_tokens(ratio_DV, threshold_D, draw.uniform_D, best_D)
