@@ -101,3 +101,14 @@ class CommBackend(Protocol):
     def communicator(self, group: object) -> Communicator:
         """Wrap a torch.distributed process group that this rank belongs to."""
         ...
+
+
+def connect(groups: Mapping[str, object | None], backends: Mapping[str, CommBackend]) -> Comms:
+    """The communicators of one rank: `groups` as `core.parallel.mesh` made them, None where the
+    rank has no peers; `backends` holds the plugin of every axis that has a group."""
+    return Comms(
+        {
+            axis: SoloCommunicator() if group is None else backends[axis].communicator(group)
+            for axis, group in groups.items()
+        }
+    )

@@ -1,36 +1,52 @@
 """A parallelism plan: frozen integers, no torch, no process groups.
 
-Two views of the same ranks: dense `pp x dp x tp_attn` and sparse `pp x ep x tp_expert`, with
-equal products. Ranks are numbered with the last axis fastest.
+Two views of the same ranks: dense `pp x dp x tp` and sparse `pp x ep x tp_expert`, with equal
+products. Ranks are numbered with the last axis fastest, so the ranks of one tensor-parallel
+group are neighbours.
 """
 
 from dataclasses import dataclass
 
 from core.errors import PlanError
 
+AXES = ("pp", "dp", "tp", "ep", "tp_expert")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The sizes of every mesh axis, for one replica."""
+    """The sizes of every mesh axis, for one replica. Raises PlanError where they don't fit."""
 
-    pp: int = 1
+    pp: int = 1  # pipeline stages
     dp: int = 1  # data-parallel attention
-    tp_attn: int = 1
-    ep: int = 1
-    tp_expert: int = 1
-    dp_lm_head: bool = False
-    redundant_experts: int = 0
+    tp_attn: int = 1  # tensor-parallel attention and dense layers: the axis "tp"
+    ep: int = 1  # expert parallelism
+    tp_expert: int = 1  # tensor parallelism inside one expert
+    dp_lm_head: bool = False  # the output head works on each dp rank's own rows
+    redundant_experts: int = 0  # extra copies of busy experts, over all ranks
 
     def __post_init__(self) -> None:
+        problems = [
+            f"{name}={size}: a mesh axis has at least 1 rank"
+            for name, size in (
+                ("pp", self.pp),
+                ("dp", self.dp),
+                ("tp_attn", self.tp_attn),
+                ("ep", self.ep),
+                ("tp_expert", self.tp_expert),
+            )
+            if size < 1
+        ]
+        if self.redundant_experts < 0:
+            problems.append(f"redundant_experts={self.redundant_experts}: must be at least 0")
         dense, sparse = self.dp * self.tp_attn, self.ep * self.tp_expert
         if dense != sparse:
-            raise PlanError(
-                [
-                    f"the dense view dp x tp_attn = {self.dp} x {self.tp_attn} = {dense} and the "
-                    f"sparse view ep x tp_expert = {self.ep} x {self.tp_expert} = {sparse} "
-                    "must cover the same ranks"
-                ]
+            problems.append(
+                f"the dense view dp x tp_attn = {self.dp} x {self.tp_attn} = {dense} and the "
+                f"sparse view ep x tp_expert = {self.ep} x {self.tp_expert} = {sparse} "
+                "must cover the same ranks"
             )
+        if problems:
+            raise PlanError(problems)
 
     @property
     def world_size(self) -> int:
@@ -38,16 +54,40 @@ class Plan:
         return self.pp * self.dp * self.tp_attn
 
     def axis_size(self, axis: str) -> int:
-        """Ranks along a mesh axis: "tp" (attention and dense layers), "ep" or "dp"."""
-        return {"tp": self.tp_attn, "ep": self.ep, "dp": self.dp}[axis]
+        """Ranks along a mesh axis, one of `AXES`; "tp" is that of attention and dense layers."""
+        return self._size_and_stride(axis)[0]
 
     def axis_index(self, axis: str, rank: int) -> int:
         """The position of `rank` along a mesh axis."""
-        assert 0 <= rank < self.world_size
-        in_stage = rank % (self.dp * self.tp_attn)
-        if axis == "tp":
-            return in_stage % self.tp_attn
-        if axis == "dp":
-            return in_stage // self.tp_attn
-        assert axis == "ep", axis
-        return in_stage // self.tp_expert
+        assert 0 <= rank < self.world_size, rank
+        size, stride = self._size_and_stride(axis)
+        return rank // stride % size
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The position of `rank` along every axis. (pp, dp, tp) name it, as do (pp, ep,
+        tp_expert)."""
+        return {axis: self.axis_index(axis, rank) for axis in AXES}
+
+    def group(self, axis: str, rank: int) -> list[int]:
+        """The ranks that differ from `rank` along `axis` only, itself included, in axis order."""
+        size, stride = self._size_and_stride(axis)
+        first = rank - self.axis_index(axis, rank) * stride
+        return [first + index * stride for index in range(size)]
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """Every group of an axis, ordered by first rank; each rank is in exactly one."""
+        return [
+            self.group(axis, rank)
+            for rank in range(self.world_size)
+            if self.axis_index(axis, rank) == 0
+        ]
+
+    def _size_and_stride(self, axis: str) -> tuple[int, int]:
+        """Ranks along an axis, and by how much the rank grows from one to the next."""
+        return {
+            "pp": (self.pp, self.dp * self.tp_attn),
+            "dp": (self.dp, self.tp_attn),
+            "tp": (self.tp_attn, 1),
+            "ep": (self.ep, self.tp_expert),
+            "tp_expert": (self.tp_expert, 1),
+        }[axis]
