@@ -1,0 +1,123 @@
+"""One rank of the comm contract suite: runs every collective, saves what it got.
+
+    python -m tests.contracts.comm_rank BACKEND RANK SIZE RENDEZVOUS RESULT.npz
+
+Inputs are a pure function of (case, rank), so that the test can compute the right answers itself.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.hookspecs import NoOptions
+from core.interfaces.comm import Comms, SoloCommunicator, connect
+from core.parallel.layout import Layout
+from core.parallel.mesh import open_mesh
+from core.parallel.plan import Plan
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+}
+BRIDGES = {
+    "partial-replicated": (Layout.PARTIAL, Layout.REPLICATED),
+    "partial-rows": (Layout.PARTIAL, Layout.ROWS),
+    "rows-replicated": (Layout.ROWS, Layout.REPLICATED),
+    "columns-replicated": (Layout.COLUMNS, Layout.REPLICATED),
+    "partial-partial": (Layout.PARTIAL, Layout.PARTIAL),
+}
+
+
+def value(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> Tensor:
+    """What `rank` brings into a collective: quarters of small integers, exact in every dtype."""
+    generator = torch.Generator().manual_seed(1000 + rank)
+    whole = torch.randint(-64, 64, shape, generator=generator)
+    return whole if dtype == torch.int64 else (whole / 4).to(dtype)
+
+
+def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor]:
+    """Meet the other ranks, run, leave."""
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        from plugins.comm.nccl import NcclBackend as Backend
+
+        torch.cuda.set_device(device)
+    else:
+        from plugins.comm.gloo import GlooBackend as Backend
+    plan = Plan(tp_attn=size, tp_expert=size)
+    comm_backend = Backend(NoOptions())
+    if size == 1:  # a mesh has no group there; the backend must still be right
+        store = dist.FileStore(rendezvous, 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
+        comms = Comms({"tp": comm_backend.communicator(dist.group.WORLD), "dp": SoloCommunicator()})
+        results = collect(comms, rank, size, device)
+        dist.destroy_process_group()
+        return results
+    mesh = open_mesh(
+        plan,
+        rank,
+        torch_backends={"tp": comm_backend.torch_backend, "dp": comm_backend.torch_backend},
+        rendezvous=rendezvous,
+        timeout_s=60.0,
+        device=device,
+    )
+    results = collect(
+        connect(mesh.groups, {"tp": comm_backend, "dp": comm_backend}), rank, size, device
+    )
+    mesh.close()
+    return results
+
+
+def collect(comms: Comms, rank: int, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Every result of this rank, by name."""
+    tp = comms.axes["tp"]
+    assert (tp.rank, tp.size) == (rank, size)
+    assert comms.axes["dp"].size == 1
+    results: dict[str, Tensor] = {}
+    for name, dtype in DTYPES.items():
+        x_TE = value((6, 4), rank, dtype).to(device)
+        results[f"{name}/all_reduce"] = tp.all_reduce(x_TE.clone())
+        strided = x_TE.repeat(1, 2)[:, ::2]
+        results[f"{name}/all_reduce_strided"] = tp.all_reduce(strided)
+        for dim in (0, 1, -1):
+            results[f"{name}/all_gather{dim}"] = tp.all_gather(x_TE.clone(), dim)
+        given = x_TE.clone()
+        results[f"{name}/reduce_scatter"] = tp.reduce_scatter(given)
+        assert torch.equal(given, x_TE), "reduce_scatter changed its argument"
+        for source in (0, size - 1):
+            buffer = x_TE.clone()
+            assert tp.broadcast(buffer, source) is buffer
+            results[f"{name}/broadcast{source}"] = buffer
+        for bridge, (src, dst) in BRIDGES.items():
+            results[f"{name}/{bridge}"] = comms.bridge("tp", src=src, dst=dst)(x_TE.clone())
+        for collective in (tp.all_reduce, tp.reduce_scatter, lambda x: tp.all_gather(x, -1)):
+            assert collective(x_TE[:0].clone()).shape[0] == 0
+    same = value((2, 2), rank, torch.float32).to(device)
+    assert comms.bridge("dp", src=Layout.PARTIAL, dst=Layout.REPLICATED)(same) is same
+    # One rounding: the sum of 1 + size * 2^-9 in bfloat16 must keep what one hop would drop.
+    tiny = torch.full((8,), 1.0 if rank == 0 else 2.0**-8, dtype=torch.bfloat16, device=device)
+    results["bfloat16_rounding"] = tp.all_reduce(tiny)
+    return results
+
+
+def main() -> None:
+    """Write this rank's results."""
+    backend, rank, size, rendezvous, result = sys.argv[1:]
+    torch.set_num_threads(1)
+    results = run(backend, int(rank), int(size), rendezvous)
+    # Every value is exact in float64, so that numpy's lack of bfloat16 doesn't matter.
+    arrays = {name: tensor.double().cpu().numpy() for name, tensor in results.items()}
+    with Path(result).open("wb") as file:
+        np.savez(file, **arrays)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in results.items()}
+    Path(result + ".dtypes").write_text("\n".join(f"{k} {v}" for k, v in dtypes.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The hooks of the comm plugins, without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from core.config import AppConfig, CommConfig, EngineConfig, ModelConfig, PluginChoice
+from plugins import comm
+
+ROOT = Path(__file__).parents[3]
+
+
+def config(backend: str, device: str) -> AppConfig:
+    return AppConfig(
+        model=ModelConfig(name="m"),
+        comm=CommConfig(tp=PluginChoice(name=backend)),
+        engine=EngineConfig(device=device),
+    )
+
+
+def test_auto_means_the_device_s_own_backend() -> None:
+    assert comm.default_backend("comm", "cpu") == "gloo"
+    assert comm.default_backend("comm", "cuda") == "nccl"
+    assert comm.default_backend("comm", "tpu") is None
+    assert comm.default_backend("attention.decode", "cpu") is None
+
+
+def test_nccl_on_cpu_is_a_problem_with_the_key_and_the_remedy() -> None:
+    (problem,) = comm.check_plan(config("nccl", "cpu"))
+    assert problem.startswith("comm.tp=nccl needs engine.device=cuda")
+    assert "set comm.tp=gloo" in problem
+    for backend, device in (("nccl", "cuda"), ("gloo", "cpu"), ("auto", "cpu"), ("nccl", "auto")):
+        assert comm.check_plan(config(backend, device)) == []
+
+
+def test_registering_imports_no_torch() -> None:
+    code = (
+        "import sys, plugins.comm, plugins.parallel, plugins.launchers\n"
+        "plugins.comm.register_comm(); plugins.parallel.register_parallel_plan()\n"
+        "plugins.launchers.register_launcher()\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
