@@ -1,0 +1,54 @@
+"""Launchers: which ranks this node starts, and what each process needs. Pure data, no torch.
+
+A launcher decides; `core.start` starts the processes and `core.cluster.supervisor` watches them.
+So a launcher for a batch system only reads its environment (which node am I, where is node 0).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.parallel.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this node offers; `core.cluster.machine` finds it."""
+
+    device: str  # "cpu" or "cuda"
+    num_devices: int  # CUDA devices this process may use; 0 on "cpu"
+    cpus: tuple[int, ...]  # logical CPUs this process may use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where this node stands among the nodes of one engine."""
+
+    nnodes: int = 1
+    node_rank: int = 0  # node 0 also runs the frontend
+    rendezvous: str | None = None  # host:port of node 0; None where there is one node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One worker process of this node."""
+
+    rank: int  # in the plan
+    local_rank: int  # on this node
+    device: str  # as torch names it: "cpu", "cuda:0"
+    num_threads: int  # of CPU work in this process
+    cpus: tuple[int, ...] | None  # it may run on these only; None: anywhere
+    env: Mapping[str, str]  # added to the environment it is started with
+
+
+class Launcher(Protocol):
+    """What a launcher plugin's factory returns."""
+
+    def site(self) -> Site:
+        """This node's place. Raises ConfigError where the settings or the environment don't
+        say it, or contradict each other."""
+        ...
+
+    def placements(self, plan: Plan, machine: Machine) -> list[Placement]:
+        """This node's workers, by rank. Raises ResourceError where the machine is too small."""
+        ...
