@@ -1,4 +1,7 @@
-"""Which set of operations a device gets. The only place that decides it."""
+"""Which set of operations a device gets. The only place that decides it.
+
+Each set is imported only when it is chosen: Triton need not be installed to serve on a CPU.
+"""
 
 import torch
 
@@ -6,7 +9,16 @@ from core.interfaces.ops import Ops
 
 
 def select_ops(device: torch.device) -> Ops:
-    """The fastest operations there are for `device`; called once, when a worker starts."""
+    """The fastest operations there are for `device`; called once, when a worker starts.
+
+    On a CPU this also sets how the process reuses freed memory (core.kernels.host_memory).
+    """
+    if device.type == "cpu":
+        from core.kernels.cpu_ops import CpuOps
+        from core.kernels.host_memory import keep_freed_memory
+
+        keep_freed_memory()
+        return CpuOps()
     from core.kernels.torch_ops import TorchOps
 
     return TorchOps()
