@@ -1,6 +1,7 @@
 """What a frontend plugin gets and fills. Knows nothing of HTTP or of sockets."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import enum
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,8 +9,39 @@ from core.config import FrontendConfig
 from core.interfaces.messages import EngineStats, RequestOutput, SamplingParams
 
 
+class OutputStream(Protocol):
+    """The outputs of one request, in order. Whoever got it from `Engine.generate` closes it."""
+
+    def __aiter__(self) -> "OutputStream": ...
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output. One that waits unread is merged with what follows, so that a slow
+        reader costs no memory; `token_ids` may then hold several steps' tokens.
+
+        Raises StopAsyncIteration after the output with a finish_reason or after `close`, and
+        WorkerDied where the engine ended before.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the iteration. Aborts the request unless it finished. May be called again."""
+        ...
+
+
+class EngineState(enum.Enum):
+    """What an engine does with a request submitted now."""
+
+    STARTING = "starting"  # refuses it: the model is being loaded
+    SERVING = "serving"
+    DRAINING = "draining"  # refuses it: the server is shutting down
+    DEAD = "dead"  # refuses it, for good: a worker died
+
+
 class Engine(Protocol):
     """The engine as a frontend sees it, over whatever transport."""
+
+    @property
+    def state(self) -> EngineState: ...
 
     @property
     def alive(self) -> bool:
@@ -28,10 +60,10 @@ class Engine(Protocol):
 
     def generate(
         self, request_id: str, prompt_ids: list[int], sampling: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
-        """Outputs until one has a finish_reason. Closing the iterator early aborts the request.
+    ) -> OutputStream:
+        """Submit a request, at once and without blocking.
 
-        Raises WorkerDied where the engine ends before that.
+        Raises RequestError (status 503) unless the state is SERVING.
         """
         ...
 
@@ -53,6 +85,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos_ids: tuple[int, ...]
+    max_token_characters: int  # of the longest token: bounds a text's token count from below
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -70,10 +103,12 @@ class Tokenizer(Protocol):
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt text of a conversation; encode it without adding special tokens.
 
+        `continue_final_message` leaves the last message open, for the model to go on with.
         Raises RequestError where the template refuses the messages or there is no template.
         """
         ...

@@ -1,0 +1,237 @@
+"""A model's tokenizer from a folder in Hugging Face form. Knows nothing of requests or sockets.
+
+Reads tokenizer.json, tokenizer_config.json and, where present, chat_template.jinja (or .json),
+special_tokens_map.json and generation_config.json. Uses the `tokenizers` library directly:
+transformers takes seconds to import.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from core.errors import ModelError, RequestError
+from core.interfaces.frontend import IncrementalDetokenizer
+from core.serve.chat_template import ChatTemplate
+from core.serve.detokenizer import REPLACEMENT, ByteDetokenizer, WindowDetokenizer
+
+SPECIAL_TOKEN_NAMES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+
+class HfTokenizer:
+    """Implements core.interfaces.frontend.Tokenizer."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str],
+        chat_templates: dict[str, str],
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        """`chat_templates` by name: "default", and "tool_use" where the checkpoint has one."""
+        self._backend = backend
+        self._backend.no_truncation()  # tokenizer.json may ask for it; we refuse, never cut
+        self._backend.no_padding()
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.eos_ids = _eos_ids(backend, special_tokens, eos_ids)
+        self._templates = {
+            name: ChatTemplate(source, special_tokens) for name, source in chat_templates.items()
+        }
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_table: list[bytes] | None = None
+        self._text_byte_table: list[bytes] = []
+        if _is_byte_level(backend):
+            table = _byte_table(backend)
+            self._byte_table = table
+            self._text_byte_table = [
+                b"" if i in self._special_ids else piece for i, piece in enumerate(table)
+            ]
+        self.max_token_characters = max(
+            (len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, eos_ids: Iterable[int] = ()) -> "HfTokenizer":
+        """Load a folder. `eos_ids` come first where the caller knows them (ModelFiles).
+
+        Raises ModelError naming the file that is missing or broken.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"there is no tokenizer: {path} does not exist; convert the checkpoint's tokenizer "
+                "to tokenizer.json (transformers' save_pretrained writes it)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ModelError(f"{path} is not a tokenizer: {str(error)[:300]}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        generation = _read_json(folder / "generation_config.json")
+        found = list(eos_ids) or _as_list(generation.get("eos_token_id"))
+        return cls(
+            backend,
+            special_tokens=_special_tokens(config, _read_json(folder / "special_tokens_map.json")),
+            chat_templates=_chat_templates(folder, config),
+            eos_ids=found,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return detokenizer.add(token_ids) + detokenizer.finish()
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone as text, as logprobs report it; "" beyond the vocabulary."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._byte_table is not None:
+            return self._byte_table[token_id] if token_id < len(self._byte_table) else b""
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes.fromhex(piece[3:5])
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        # Decoders drop the space before a text's first word; alone, the token keeps it.
+        if piece.startswith("▁") and not text.startswith(" ") and REPLACEMENT not in text:
+            text = " " + text
+        return text.encode()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise RequestError(
+                "this model has no chat template; send the prompt to /v1/completions instead",
+                code="no_chat_template",
+            )
+        return self._templates[name].render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+        if self._byte_table is not None:
+            return ByteDetokenizer(
+                self._text_byte_table if skip_special_tokens else self._byte_table
+            )
+        skip = self._special_ids if skip_special_tokens else frozenset()
+        return WindowDetokenizer(self._decode_window, skip)
+
+    def _decode_window(self, token_ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file that may be absent."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _special_tokens(config: dict[str, Any], tokens_map: dict[str, Any]) -> dict[str, str]:
+    """Name -> text. A value is a string or an AddedToken's object."""
+    found = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name, tokens_map.get(name))
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name, in transformers' order of precedence: files before the config's."""
+    templates: dict[str, str] = {}
+    value = config.get("chat_template")
+    legacy = _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(value, str):
+        templates["default"] = value
+    elif isinstance(value, list):
+        templates.update({entry["name"]: entry["template"] for entry in value})
+    if isinstance(legacy, str):
+        templates["default"] = legacy
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates[extra.stem] = extra.read_text(encoding="utf-8")
+    return templates
+
+
+def _eos_ids(
+    backend: tokenizers.Tokenizer, special_tokens: dict[str, str], eos_ids: Iterable[int]
+) -> tuple[int, ...]:
+    found = list(dict.fromkeys(eos_ids))
+    text = special_tokens.get("eos_token")
+    token_id = backend.token_to_id(text) if text is not None else None
+    if token_id is not None and token_id not in found:
+        found.append(token_id)
+    return tuple(found)
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the decoder is ByteLevel alone (or a sequence of it and Fuse, which joins)."""
+    if backend.decoder is None:
+        return False
+    decoder = json.loads(backend.decoder.__getstate__())
+    parts = decoder.get("decoders", [decoder])
+    types = [part.get("type") for part in parts]
+    return "ByteLevel" in types and set(types) <= {"ByteLevel", "Fuse"}
+
+
+def _byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes of every token: each character of a piece stands for one byte (the GPT-2
+    alphabet); a piece with other characters is its own UTF-8, as the decoder has it."""
+    byte_of = _gpt2_alphabet()
+    table = [b""] * (max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
+    for piece, token_id in backend.get_vocab(with_added_tokens=True).items():
+        try:
+            table[token_id] = bytes([byte_of[character] for character in piece])
+        except KeyError:
+            table[token_id] = piece.encode()
+    return table
+
+
+def _gpt2_alphabet() -> dict[str, int]:
+    """Character -> byte: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
