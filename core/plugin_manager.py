@@ -1,0 +1,334 @@
+"""Loads plugins once, at start-up, and turns their hooks into plain tables.
+
+Knows nothing of what a backend does, imports no plugin by name (the built-in ones are strings)
+and never imports torch: a factory's module is imported when that factory is chosen.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from core import hookspecs
+from core.config import AppConfig, PluginChoice
+from core.errors import ConfigError, PluginError
+from core.hookspecs import ENTRY_POINT_GROUP, PROJECT, Registration
+from core.schema import build, did_you_mean
+
+BUILTIN_PLUGINS = (
+    "plugins.comm",
+    "plugins.attention.torch_ref",
+    "plugins.attention.cpu",
+    "plugins.attention.triton",
+    "plugins.parallel",
+    "plugins.models.llama",
+    "plugins.models.qwen3",
+    "plugins.frontends.openai",
+    "plugins.launchers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of plugin: the hook that registers it and the config key that holds its choice."""
+
+    hook: str
+    key: str
+
+
+FAMILIES = {
+    "comm": Family("register_comm", "comm.tp"),
+    "attention": Family("register_attention", "attention"),
+    "parallel_plan": Family("register_parallel_plan", "parallel"),
+    "model": Family("register_model", "model"),
+    "frontend": Family("register_frontend", "frontend"),
+    "launcher": Family("register_launcher", "launch"),
+}
+AUTO = "auto"  # in the families with a `default_backend`: chosen once the device is known
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A registration and the plugin it came from."""
+
+    plugin: str
+    registration: Registration
+
+
+class PluginTable:
+    """The registrations of one family by name. Nothing is added after start-up."""
+
+    __slots__ = ("_entries", "family")
+
+    def __init__(self, family: str, entries: Mapping[str, Entry]) -> None:
+        self.family = family
+        self._entries = dict(entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> Registration:
+        """The registration of `name`. Raises PluginError naming those there are."""
+        return self._entry(name).registration
+
+    def plugin_of(self, name: str) -> str:
+        """The plugin that registered `name`."""
+        return self._entry(name).plugin
+
+    def options(self, choice: PluginChoice, key: str | None = None) -> Any:
+        """The typed options of a choice; `key` is the config key of the choice, for messages."""
+        key = key or FAMILIES[self.family].key
+        return build(self.get(choice.name).config, choice.options, f"{key}.options")
+
+    def create(self, choice: PluginChoice, *arguments: Any, key: str | None = None) -> Any:
+        """Call the chosen factory with its typed options and `arguments` (see the hook)."""
+        options = self.options(choice, key)
+        return self._factory(choice.name)(options, *arguments)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise PluginError(
+                f"there is no {self.family} plugin {name!r}{did_you_mean(name, self._entries)}\n"
+                f"{self.family} plugins: {', '.join(sorted(self._entries)) or 'none'}"
+            )
+        return self._entries[name]
+
+    def _factory(self, name: str) -> Callable[..., Any]:
+        entry = self._entry(name)
+        factory = entry.registration.factory
+        if callable(factory):
+            return factory
+        module_name, _, attribute = factory.partition(":")
+        try:
+            loaded = getattr(importlib.import_module(module_name), attribute)
+        except Exception as error:  # whatever a third party's import raises
+            raise PluginError(
+                f"{self.family} plugin {name!r} (from {entry.plugin}) can't be used here: "
+                f"{factory} failed to import: {type(error).__name__}: {error}\n"
+                f"install what it needs, or choose another: {', '.join(sorted(self._entries))}"
+            ) from error
+        assert callable(loaded), f"{factory} is not callable"
+        return loaded  # type: ignore[no-any-return]
+
+
+class PluginManager:
+    """Every loaded plugin. Built by `load`; read-only afterwards."""
+
+    def __init__(self, manager: pluggy.PluginManager, versions: Mapping[str, str]) -> None:
+        self._manager = manager
+        self._versions = dict(versions)
+        self._tables = {family: self._collect(family) for family in FAMILIES}
+
+    @classmethod
+    def load(
+        cls,
+        blocklist: Iterable[str] = (),
+        *,
+        builtins: Sequence[str] = BUILTIN_PLUGINS,
+        objects: Mapping[str, object] | None = None,
+    ) -> "PluginManager":
+        """Load the built-in plugins, then those of the entry-point group, but not `blocklist`.
+
+        `objects` are further plugins by name, for embedding and tests. Raises PluginError for a
+        plugin that fails to load or breaks the contract; nothing is skipped silently.
+        """
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        own_version = _own_version()
+        sources: dict[str, _Source] = {
+            name: _Source(name, "nodeweave", own_version, _importer(name)) for name in builtins
+        }
+        for source in _entry_points():
+            if source.name in sources:
+                raise PluginError(
+                    f"two plugins are called {source.name!r}: one from "
+                    f"{sources[source.name].distribution}, one from {source.distribution}; "
+                    "uninstall one of them"
+                )
+            sources[source.name] = source
+        for name, plugin in (objects or {}).items():
+            sources[name] = _Source(name, "given as an object", "0", _constant(plugin))
+        blocked = set(blocklist)
+        for name in sorted(blocked - set(sources)):
+            raise PluginError(
+                f"plugins.blocklist names {name!r}, which is not there"
+                f"{did_you_mean(name, sources)}\nplugins: {', '.join(sources)}"
+            )
+        versions = {}
+        for name, source in sources.items():
+            if name not in blocked:
+                _register(manager, source)
+                versions[name] = source.version
+        return cls(manager, versions)
+
+    def table(self, family: str) -> PluginTable:
+        """The registrations of one family (see `FAMILIES`)."""
+        return self._tables[family]
+
+    def options(self, family: str, choice: PluginChoice, key_prefix: str) -> Any:
+        """The typed options of a choice that stands under `key_prefix` in the config."""
+        return self.table(family).options(choice, key_prefix)
+
+    def check_choices(self, config: AppConfig) -> None:
+        """Raise unless every plugin the config names is there and takes the options given."""
+        for family, key, choice in choices(config):
+            if choice.name != AUTO:
+                self.options(family, choice, key)
+            elif choice.options:
+                raise ConfigError(
+                    f"{key}.options are given but {key}.name is auto; options belong to one "
+                    f"{family} plugin, so choose it: {', '.join(sorted(self.table(family)))}"
+                )
+
+    def check_plan(self, config: AppConfig) -> list[str]:
+        """What every plugin finds wrong with a resolved configuration, in one list."""
+        found = self._call_each("check_plan", config=config)
+        return [problem for _, problems in found for problem in problems]
+
+    def default_backend(self, family: str, device: str) -> str:
+        """What `auto` means for "comm", "attention.prefill" or "attention.decode" on a device."""
+        name = self._manager.hook.default_backend(family=family, device=device)
+        table = self.table(family.partition(".")[0])
+        if name is None:
+            raise ConfigError(
+                f"no plugin knows the best {family} backend for device {device!r}; "
+                f"choose one: {', '.join(sorted(table))}"
+            )
+        table.get(name)
+        return str(name)
+
+    def config_searchpath(self) -> list[str]:
+        """Where plugins keep Hydra configs of their own, in the order they were loaded."""
+        paths: list[str] = []
+        for plugin, found in self._call_each("config_searchpath"):
+            for path in found:
+                if not path.startswith(("pkg://", "file://")):
+                    raise PluginError(
+                        f"plugin {plugin!r} returned {path!r} from config_searchpath; it must "
+                        "begin with pkg:// (a package) or file:// (a folder)"
+                    )
+                paths.append(path)
+        return paths
+
+    def fingerprint(self) -> dict[str, str]:
+        """The version of every loaded plugin's distribution; nodes compare these."""
+        return dict(self._versions)
+
+    def _collect(self, family: str) -> PluginTable:
+        plain: dict[str, Entry] = {}
+        overriding: dict[str, Entry] = {}
+        for plugin, registrations in self._call_each(FAMILIES[family].hook):
+            for registration in registrations:
+                seen = overriding if registration.override else plain
+                if registration.name in seen:
+                    again = "overridden" if registration.override else "registered"
+                    raise PluginError(
+                        f"{family} plugin {registration.name!r} is {again} twice: by "
+                        f"{seen[registration.name].plugin!r} and by {plugin!r}; block one of them "
+                        "with plugins.blocklist=[...], or let one alone set override=True"
+                    )
+                seen[registration.name] = Entry(plugin, registration)
+        return PluginTable(family, plain | overriding)
+
+    def _call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of a hook, plugin by plugin as loaded, so that errors have a name."""
+        plugins = self._manager.list_name_plugin()
+        for name, plugin in plugins:
+            others = [other for _, other in plugins if other is not plugin]
+            try:
+                results = self._manager.subset_hook_caller(hook, others)(**arguments)
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}"
+                ) from error
+            for result in results:
+                yield name, result
+
+
+def choices(config: AppConfig) -> list[tuple[str, str, PluginChoice]]:
+    """(family, config key, choice) of everything a configuration chooses."""
+    parallel, frontend, launch = config.parallel, config.frontend, config.launch
+    found = [
+        ("comm", "comm.tp", config.comm.tp),
+        ("attention", "attention.prefill", config.attention.prefill),
+        ("attention", "attention.decode", config.attention.decode),
+        ("parallel_plan", "parallel", PluginChoice(name=parallel.plan, options=parallel.options)),
+        ("frontend", "frontend", PluginChoice(name=frontend.name, options=frontend.options)),
+        ("launcher", "launch", PluginChoice(name=launch.name, options=launch.options)),
+    ]
+    if config.model.family != AUTO:
+        found.append(("model", "model", PluginChoice(name=config.model.family)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A plugin that can be loaded, and where it comes from."""
+
+    name: str
+    distribution: str
+    version: str
+    load: Callable[[], object]
+
+
+def _importer(module: str) -> Callable[[], object]:
+    return lambda: importlib.import_module(module)
+
+
+def _constant(plugin: object) -> Callable[[], object]:
+    return lambda: plugin
+
+
+def _entry_points() -> Iterator[_Source]:
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        distribution = point.dist
+        name, version = (distribution.name, distribution.version) if distribution else ("?", "?")
+        yield _Source(point.name, name, version, point.load)
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("nodeweave")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout
+
+
+def _register(manager: pluggy.PluginManager, source: _Source) -> None:
+    """Import one plugin and register it. Raises PluginError with its name and the cause."""
+    label = f"plugin {source.name!r} ({source.distribution} {source.version})"
+    way_out = f"fix or uninstall it, or start without it: plugins.blocklist=[{source.name}]"
+    try:
+        plugin = source.load()
+    except Exception as error:  # whatever a third party's import raises
+        raise PluginError(
+            f"{label} failed to load: {type(error).__name__}: {error}\n{way_out}"
+        ) from error
+    known = {name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)}
+    try:
+        manager.register(plugin, source.name)
+        callers = manager.get_hookcallers(plugin) or []
+        for hook in callers:
+            if hook.name not in known:
+                raise PluginError(
+                    f"{label} implements an unknown hook {hook.name!r}"
+                    f"{did_you_mean(hook.name, known)}\nhooks: {', '.join(sorted(known))}"
+                )
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"{label} breaks the plugin contract: {error}\n{way_out}") from error
+    if not callers:
+        raise PluginError(
+            f"{label} implements no hook; mark its functions with "
+            f"core.hookspecs.hookimpl\n{way_out}"
+        )
