@@ -41,8 +41,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 ChildStatus = Phase | Progress | Ready | Failed
 
 
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    """To the frontend, once: every worker is ready. `info` is what the first one's Ready said."""
+
+    info: dict[str, Any]
+
+
 class EngineDied(msgspec.Struct, frozen=True, tag=True):
-    """To the frontend: a worker is gone. End every open stream with an error event."""
+    """To the frontend: a worker is gone. End every open stream with an error event, then exit;
+    what still runs after 1.5 seconds is killed. `cause` may be shown to clients."""
 
     cause: str
 
@@ -53,7 +60,7 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     grace_s: float
 
 
-ParentControl = EngineDied | Drain
+ParentControl = EngineReady | EngineDied | Drain
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,193 @@
+"""One child process as its supervisor sees it: pipes, what it said, how it ended.
+
+Decides nothing and never blocks; `core.cluster.supervisor` does the former, `core.cluster.channel`
+is the other end of the pipes.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from core.cluster.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
+from core.interfaces.control import ChildStatus, Failed, ParentControl, Phase, Progress, Ready
+
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """A process to start: `python -m module`, with `boot` as its first line of input."""
+
+    name: str  # as errors call it: "worker 0", "frontend"
+    module: str
+    boot: bytes  # one line of JSON, without its end
+    env: Mapping[str, str] = field(default_factory=dict)  # added to this process's environment
+    is_worker: bool  # else a frontend
+    cpus: tuple[int, ...] | None = None  # it may run on these only; None: anywhere
+
+
+class Child:
+    """A started process. `failed`, `ready` and `returncode` are set as it says and does so."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        """Start it, in a session of its own: a Ctrl-C in the terminal does not reach it."""
+        assert b"\n" not in spec.boot
+        self.spec = spec
+        self.failed: Failed | None = None
+        self.ready: Ready | None = None
+        self.returncode: int | None = None  # negative: killed by that signal
+        self.last_heard = "nothing yet"
+        self.status_ended = False
+        self._decoder = msgspec.json.Decoder(ChildStatus)
+        self._partial = b""  # of the next status line
+        self._unsent = bytearray(spec.boot + b"\n")
+        self._closing = False
+        self.status_fd, write_fd = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", spec.module],
+                stdin=subprocess.PIPE,
+                pass_fds=(write_fd,),
+                env={
+                    **os.environ,
+                    **spec.env,
+                    STATUS_FD_VARIABLE: str(write_fd),
+                    PARENT_PID_VARIABLE: str(os.getpid()),
+                },
+                start_new_session=True,
+                bufsize=0,
+            )
+        except BaseException:
+            os.close(self.status_fd)
+            raise
+        finally:
+            os.close(write_fd)
+        assert self._process.stdin is not None
+        self.input_fd: int | None = self._process.stdin.fileno()
+        os.set_blocking(self.status_fd, False)
+        os.set_blocking(self.input_fd, False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def label(self) -> str:
+        """For people: name and process id."""
+        return f"{self.spec.name} (pid {self.pid})"
+
+    def pin(self) -> None:
+        """Bind it to its CPUs; call before it starts threads, which inherit that."""
+        if self.spec.cpus is not None:
+            os.sched_setaffinity(self.pid, self.spec.cpus)
+
+    def send(self, message: ParentControl) -> None:
+        """Queue a message; `flush` writes it."""
+        self._unsent += msgspec.json.encode(message) + b"\n"
+
+    def end_input(self) -> None:
+        """Close the child's input, which tells it to end, after what is queued was written."""
+        self._closing = True
+
+    def flush(self) -> bool:
+        """Write what the pipe takes now; whether something is left to write."""
+        if self.input_fd is None:
+            return False
+        try:
+            while self._unsent:
+                del self._unsent[: os.write(self.input_fd, self._unsent)]
+        except BlockingIOError:
+            return True
+        except BrokenPipeError:  # it reads no more; its exit tells why
+            self._unsent.clear()
+            self._closing = True
+        if self._closing:
+            self._close_input()
+        return False
+
+    def read(self) -> list[ChildStatus]:
+        """Statuses that came since the last call; sets `status_ended` after the last one."""
+        try:
+            while data := os.read(self.status_fd, _READ_BYTES):
+                self._partial += data
+            self.status_ended = True
+        except BlockingIOError:
+            pass
+        *lines, self._partial = self._partial.split(b"\n")
+        return [self._remember(line) for line in lines]
+
+    def has_exited(self) -> bool:
+        """Whether it ended, seen now for the first time. Whatever it started ends with it."""
+        if self.returncode is not None:
+            return False
+        # Look before reaping: while it is a zombie nobody else can get its process group's id.
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        self._kill_group()
+        self.returncode = self._process.wait()
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL to it and all it started, unless it was reaped before."""
+        if self.returncode is None:
+            self._kill_group()
+
+    def close(self, timeout_s: float) -> bool:
+        """Kill it, wait for it, close both pipes; False where it outlives even that."""
+        self.kill()
+        try:
+            self.returncode = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            self._close_input()
+            os.close(self.status_fd)
+        return True
+
+    def exit_text(self) -> str:
+        """How it ended, for people."""
+        assert self.returncode is not None
+        if self.returncode >= 0:
+            return f"ended with exit status {self.returncode}"
+        number = -self.returncode
+        names = {item.value: item.name for item in signal.Signals}
+        text = f"was killed by {names.get(number, f'signal {number}')}"
+        if number == signal.SIGKILL:
+            text += " (if nobody sent it: by the kernel, out of memory? `dmesg` tells)"
+        return text
+
+    def _remember(self, line: bytes) -> ChildStatus:
+        status: ChildStatus
+        try:
+            status = self._decoder.decode(line)
+        except msgspec.DecodeError as error:
+            status = Failed(INTERNAL, f"an unreadable status line ({error}): {line[:200]!r}")
+        match status:
+            case Phase(name, seconds):
+                self.last_heard = f"'{name}' ended after {seconds:.1f} s"
+            case Progress(task, done, total, unit):
+                self.last_heard = f"'{task}' at {done} of {total} {unit}"
+            case Ready():
+                self.ready = status
+                self.last_heard = "ready"
+            case Failed():
+                self.failed = self.failed or status
+        return status
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            # Not a session leader yet (between fork and setsid), which only it can be then.
+            self._process.kill()
+
+    def _close_input(self) -> None:
+        if self.input_fd is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self.input_fd = None
