@@ -1,0 +1,41 @@
+"""Registers the attention backend "cpu", the default on CPUs.
+
+Knows nothing of how it computes: plugins.attention._cpu_backend does.
+"""
+
+from collections.abc import Sequence
+
+from core.config import AppConfig
+from core.hookspecs import Registration, hookimpl
+
+
+@hookimpl
+def register_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="cpu",
+            factory="plugins.attention._cpu_backend:build",
+            summary="gathers pages and calls torch's fused CPU attention",
+        )
+    ]
+
+
+@hookimpl
+def default_backend(family: str, device: str) -> str | None:
+    if device == "cpu" and family in ("attention.prefill", "attention.decode"):
+        return "cpu"
+    return None
+
+
+@hookimpl
+def check_plan(config: AppConfig) -> Sequence[str]:
+    choices = (
+        ("attention.prefill", config.attention.prefill),
+        ("attention.decode", config.attention.decode),
+    )
+    return [
+        f"{key}=cpu computes on the CPU but engine.device=cuda; set {key}=auto, or "
+        "engine.device=cpu"
+        for key, choice in choices
+        if choice.name == "cpu" and config.engine.device == "cuda"
+    ]

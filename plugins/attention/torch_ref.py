@@ -1,0 +1,19 @@
+"""Registers the attention backend "torch_ref": slow, obviously right, on any device.
+
+Knows nothing of how it computes: plugins.attention._torch_ref_backend does.
+"""
+
+from collections.abc import Sequence
+
+from core.hookspecs import Registration, hookimpl
+
+
+@hookimpl
+def register_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="torch_ref",
+            factory="plugins.attention._torch_ref_backend:build",
+            summary="float32, one sequence at a time, on any device: for checking the others",
+        )
+    ]
