@@ -1,0 +1,80 @@
+"""The private folder of one run, and the addresses in it. Opens no socket.
+
+Everything the processes of one host meet through lies in a folder that only this user may
+enter, so no port is open for it.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from core.errors import ResourceError
+from core.interfaces.control import Endpoints
+
+_MAX_SOCKET_PATH_BYTES = 107  # sun_path in <sys/un.h> holds 108 with its end
+
+
+class RunDirectory:
+    """A new folder (mode 0700) for one run; a context manager that removes it at the end."""
+
+    def __init__(self, num_ranks: int) -> None:
+        """Make it under $XDG_RUNTIME_DIR, the temporary folder or /tmp: the first that can be
+        written and leaves room for a socket's name. Raises ResourceError where none does."""
+        self._num_ranks = num_ranks
+        refused = []
+        for parent in _parents():
+            try:
+                self.path = Path(tempfile.mkdtemp(prefix="nodeweave-", dir=parent))
+            except OSError as error:
+                refused.append(f"{parent}: {error.strerror}")
+                continue
+            longest = max(len(os.fsencode(path)) for path in self._socket_paths())
+            if longest <= _MAX_SOCKET_PATH_BYTES:
+                return
+            self.path.rmdir()
+            refused.append(
+                f"{parent}: a socket's path would have {longest} bytes, {_MAX_SOCKET_PATH_BYTES} "
+                "are allowed"
+            )
+        raise ResourceError(
+            "no folder for this run's sockets; set XDG_RUNTIME_DIR or TMPDIR to a short path you "
+            "can write to. Tried:\n  " + "\n  ".join(refused)
+        )
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    @property
+    def rendezvous(self) -> Path:
+        """Where the ranks meet (`core.parallel.mesh`); no file is there yet."""
+        return self.path / "rendezvous"
+
+    def endpoints(self) -> Endpoints:
+        """The addresses of this run's sockets."""
+        engine_input, engine_output, *plans = (f"ipc://{path}" for path in self._socket_paths())
+        return Endpoints(engine_input=engine_input, engine_output=engine_output, plans=plans)
+
+    def remove(self) -> None:
+        """Delete it with all it holds; again is no error."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _socket_paths(self) -> list[Path]:
+        plans = [f"plan-{rank}" for rank in range(self._num_ranks)]
+        return [self.path / name for name in ("engine-input", "engine-output", *plans)]
+
+
+def _parents() -> list[str]:
+    """Folders to try, without repetition."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    candidates = [*([runtime] if runtime else []), tempfile.gettempdir(), "/tmp"]
+    return list(dict.fromkeys(candidates))

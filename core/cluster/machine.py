@@ -1,0 +1,84 @@
+"""What this machine offers, without importing torch (which takes seconds). Starts no process."""
+
+import ast
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+
+from core.errors import ResourceError
+from core.interfaces.launcher import Machine
+
+
+def find_machine(device: str) -> Machine:
+    """This machine, with `engine.device` resolved: auto is "cuda" where torch could use it.
+
+    Raises ResourceError for "cuda" where that is impossible, with the reason.
+    """
+    cpus = usable_cpus()
+    if device == "cpu":
+        return Machine(device="cpu", num_devices=0, cpus=cpus)
+    num_devices, reason = _cuda_devices()
+    if num_devices > 0:
+        return Machine(device="cuda", num_devices=num_devices, cpus=cpus)
+    if device == "cuda":
+        raise ResourceError(f"engine.device=cuda: {reason}; set engine.device=cpu or auto")
+    return Machine(device="cpu", num_devices=0, cpus=cpus)
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, ...]:
+    """The logical CPUs this process may use: its affinity, cut to the container's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return tuple(range(os.cpu_count() or 1))
+    cpus = sorted(os.sched_getaffinity(0))
+    quota = _cgroup_quota(cgroup)
+    if quota is not None:
+        cpus = cpus[: max(1, round(quota))]
+    return tuple(cpus)
+
+
+def _cgroup_quota(cgroup: Path) -> float | None:
+    """CPUs' worth of time the control group of this container may use; None: no limit.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):  # no control groups, or those of version 1
+        return None
+
+
+def _cuda_devices() -> tuple[int, str]:
+    """How many CUDA devices torch could use (CUDA_VISIBLE_DEVICES obeyed), or why none."""
+    if not _torch_has_cuda():
+        return 0, "the installed torch is built without CUDA"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0, "no NVIDIA driver is installed (libcuda.so.1)"
+    status = driver.cuInit(0)
+    if status != 0:
+        return 0, f"the NVIDIA driver found no usable device (cuInit returned {status})"
+    count = ctypes.c_int(0)
+    status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        return 0, "no CUDA device is visible (see CUDA_VISIBLE_DEVICES)"
+    return count.value, ""
+
+
+def _torch_has_cuda() -> bool:
+    """Whether torch's version file names a CUDA version; the file is read, not run."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    tree = ast.parse((Path(spec.origin).parent / "version.py").read_text())
+    for node in tree.body:
+        match node:
+            case ast.AnnAssign(target=ast.Name(id="cuda"), value=ast.Constant(value=value)):
+                return value is not None
+            case ast.Assign(targets=[ast.Name(id="cuda")], value=ast.Constant(value=value)):
+                return value is not None
+            case _:
+                continue
+    return False

@@ -1,0 +1,134 @@
+"""What a person sees: exact texts, with and without a terminal."""
+
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.cluster.display import Display, SummaryInfo, summary
+from core.interfaces.control import Failed, Phase, Progress, Ready
+
+ROOT = Path(__file__).parents[3]
+
+INFO = SummaryInfo(
+    served_name="smollm2",
+    architecture="LlamaForCausalLM",
+    num_parameters=134_515_008,
+    dtype="bfloat16",
+    file_bytes=91_700_000,
+    plan="tp=3",
+    devices="cpu, 1 thread each",
+    num_ranks=3,
+    kv_tokens=65_536,
+    kv_bytes=1_610_612_736,
+    phases={"import": 3.14, "load weights": 2.0},
+    total_s=9.84,
+    url="http://127.0.0.1:30000",
+    needs_key=False,
+)
+
+
+def test_the_summary() -> None:
+    assert summary(INFO) == (
+        "\n"
+        "  model     smollm2: LlamaForCausalLM, 134.5 M parameters, bfloat16, 87.5 MiB of files\n"
+        "  plan      tp=3: 3 ranks on cpu, 1 thread each\n"
+        "  KV cache  65,536 tokens, 1.5 GiB\n"
+        "  start-up  9.8 s (import 3.1, load weights 2.0)\n"
+        "  URL       http://127.0.0.1:30000\n"
+        "\n"
+        "  curl http://127.0.0.1:30000/v1/chat/completions -H 'Content-Type: application/json' "
+        '-d \'{"model": "smollm2", "messages": [{"role": "user", '
+        '"content": "What is the capital of France?"}]}\'\n'
+    )
+
+
+def test_the_summary_of_a_dummy_model_on_one_rank_with_a_key() -> None:
+    info = replace(
+        INFO, plan="tp=1", num_ranks=1, devices="cuda:0", file_bytes=0, phases={}, needs_key=True
+    )
+    text = summary(info)
+    assert "134.5 M parameters, bfloat16, random weights\n" in text
+    assert "  plan      tp=1: 1 rank on cuda:0\n" in text
+    assert "  start-up  9.8 s\n" in text
+    assert ' -H "Authorization: Bearer $NODEWEAVE_API_KEY" -d ' in text
+
+
+def test_the_curl_line_survives_a_shell() -> None:
+    name = 'it\'s a "model"'
+    (line,) = [x for x in summary(replace(INFO, served_name=name)).splitlines() if "curl" in x]
+    words = shlex.split(line)
+    assert words[:2] == ["curl", "http://127.0.0.1:30000/v1/chat/completions"]
+    assert json.loads(words[-1])["model"] == name
+
+
+def test_without_a_terminal_each_phase_ends_in_one_line() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    display = Display(num_workers=2, stderr=err, stdout=out)
+    for name, seconds in (("worker 0", 1.0), ("worker 1", 2.5)):
+        display.status(name, Progress("load weights", 1, 2, "tensors"))
+        display.status(name, Phase("import", seconds))
+        display.status(name, Ready({}))
+    display.status("worker 0", Phase("warm up", 0.1))
+    display.status("worker 0", Failed("ModelError", "the supervisor reports it"))
+    assert err.getvalue() == "import: 2.5 s\n"
+    assert display.phases == {"import": 2.5, "warm up": 0.1}
+    display.error("two\nlines")
+    assert err.getvalue() == "import: 2.5 s\nerror: two\nlines\n"
+    display.summary(INFO)
+    assert out.getvalue() == summary(INFO) + "\n"
+
+
+SCRIPT = """
+import pytest
+
+from core.cluster.display import Display
+from core.interfaces.control import Phase, Progress
+display = Display()
+for done in (0, 30 << 20, 60 << 20):
+    display.status("start", Progress("download smollm2", done, 60 << 20, "B"))
+display.num_workers = 2
+for done in (1, 100, 200):
+    for name in ("worker 0", "worker 1"):
+        display.status(name, Progress("load weights", done, 200, "tensors"))
+display.status("worker 0", Phase("load weights", 2.0))
+display.status("worker 0", Progress("warm up", 1, 4, "steps"))
+display.error("stopped")
+"""
+
+
+def terminal_output(columns: int) -> str:
+    """The raw text that SCRIPT writes to a terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            text += chunk
+    except OSError:  # EIO: the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    return text.decode()
+
+
+@pytest.mark.parametrize("columns", [120, 60, 0])
+def test_a_terminal_shows_one_bar_for_each_task(columns: int) -> None:
+    text = terminal_output(columns)
+    # What stays on screen: of each line, what follows its last carriage return.
+    screen = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
+    assert re.match(r"download smollm2: 100%\|█+\| 60\.0MiB/60\.0MiB \[", screen[0])
+    assert re.match(r"load weights: 100%\|█+\| 400/400 \[", screen[1])
+    assert re.match(r"warm up: .*1/4 \[", screen[2])
+    assert screen[3:] == ["error: stopped", ""]

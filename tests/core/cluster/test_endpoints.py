@@ -1,0 +1,62 @@
+"""The private folder of a run."""
+
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from core.cluster.endpoints import RunDirectory
+from core.errors import ResourceError
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    short = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    return short
+
+
+def test_it_is_private_and_removed_with_its_contents(runtime_dir: Path) -> None:
+    with RunDirectory(2) as run:
+        assert run.path.parent == runtime_dir
+        assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+        assert not run.rendezvous.exists()
+        run.rendezvous.write_text("x")
+    assert not run.path.exists()
+    run.remove()
+
+
+def test_every_socket_has_its_own_address_in_it(runtime_dir: Path) -> None:
+    with RunDirectory(3) as run:
+        endpoints = run.endpoints()
+        addresses = [endpoints.engine_input, endpoints.engine_output, *endpoints.plans]
+        assert len(endpoints.plans) == 3
+        assert len(set(addresses)) == 5
+        assert all(address.startswith(f"ipc://{run.path}/") for address in addresses)
+
+
+def test_a_long_path_is_passed_over(
+    tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
+    with RunDirectory(2) as run:
+        assert run.path.parent != long
+    assert list(long.iterdir()) == []
+
+
+def test_no_usable_folder_is_an_error_with_every_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    missing = tmp_path / "missing"
+    monkeypatch.setattr("core.cluster.endpoints._parents", lambda: [str(missing), str(long)])
+    with pytest.raises(ResourceError) as caught:
+        RunDirectory(2)
+    head, *reasons = str(caught.value).splitlines()
+    assert "set XDG_RUNTIME_DIR or TMPDIR" in head
+    assert reasons[0] == f"  {missing}: No such file or directory"
+    assert reasons[1].startswith(f"  {long}: a socket's path would have ")

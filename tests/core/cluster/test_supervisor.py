@@ -1,0 +1,386 @@
+"""The supervisor with small real children: starts, failures, signals, and no orphans, ever."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from core.cluster.process import ProcessSpec
+from core.cluster.supervisor import Supervisor
+from core.config import LaunchConfig
+from core.interfaces.control import ChildStatus, Phase, Progress, Ready
+
+ROOT = Path(__file__).parents[3]
+END_LIMIT_S = 2.0  # what the engine promises from a failure to the end of the last process
+
+
+@dataclass
+class Run:
+    """One supervised engine, after its end."""
+
+    log: Path
+    exit_code: int = -1
+    errors: list[str] = field(default_factory=list)
+    statuses: list[tuple[str, ChildStatus]] = field(default_factory=list)
+    infos: dict[str, Any] = field(default_factory=dict)
+    end_seconds: float = 0.0  # from the event that the test causes
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Runs a supervisor in this process. `children` maps a name to a mode or a boot line;
+    `when_ready(run)` is called when all are ready, `on_status(run, name, status)` at each status.
+    """
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+
+    def run(
+        children: dict[str, str | dict[str, Any]],
+        *,
+        when_ready: Callable[[Run], None] = lambda run: None,
+        on_status: Callable[[Run, str, ChildStatus], None] = lambda run, name, status: None,
+        **launch: Any,
+    ) -> Run:
+        result = Run(tmp_path / "log")
+        started = time.monotonic()
+
+        def spec(name: str, boot: str | dict[str, Any]) -> ProcessSpec:
+            boot = {"mode": boot} if isinstance(boot, str) else boot
+            return ProcessSpec(
+                name=name,
+                module="tests.support.child",
+                boot=json.dumps(boot | {"log": str(result.log)}).encode(),
+                env={"PYTHONPATH": str(ROOT)},
+                is_worker=name.startswith("worker"),
+            )
+
+        def status(name: str, status: ChildStatus) -> None:
+            result.statuses.append((name, status))
+            on_status(result, name, status)
+
+        def ready(infos: dict[str, Ready]) -> None:
+            nonlocal started
+            result.infos = {name: ready.info for name, ready in infos.items()}
+            started = time.monotonic()
+            when_ready(result)
+
+        def error(text: str) -> None:
+            result.errors.append(text)
+            if not result.infos:
+                nonlocal started
+                started = time.monotonic()
+
+        supervisor = Supervisor(
+            [spec(name, boot) for name, boot in children.items()],
+            LaunchConfig(**launch),
+            on_status=status,
+            on_ready=ready,
+            on_error=error,
+        )
+        result.exit_code = supervisor.run()
+        result.end_seconds = time.monotonic() - started
+        assert psutil.Process().children(recursive=True) == []
+        return result
+
+    yield run
+    assert handlers == {number: signal.getsignal(number) for number in handlers}
+
+
+def kill(name: str, number: int) -> Callable[[Run], None]:
+    return lambda run: os.kill(run.infos[name]["pid"], number)
+
+
+def signal_self(*numbers: int) -> Callable[[Run], None]:
+    def act(run: Run) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+HEALTHY = {"worker 0": "worker", "worker 1": "worker", "frontend": "frontend"}
+
+
+# Start.
+
+
+def test_statuses_arrive_in_order_and_frontends_hear_when_the_workers_are_ready(
+    engine: Callable[..., Run],
+) -> None:
+    children = HEALTHY | {"worker 0": {"mode": "worker", "info": {"kv_tokens": 4096}}}
+    run = engine(children, when_ready=signal_self(signal.SIGTERM))
+    assert run.exit_code == 0
+    said = [status for name, status in run.statuses if name == "worker 1"]
+    assert said[:2] == [Phase("import", 0.5), Progress("load weights", 1, 2, "tensors")]
+    assert isinstance(said[2], Ready)
+    assert set(run.infos) == set(HEALTHY)
+    (greeting,) = run.events("engine_ready")
+    assert greeting["info"] == run.infos["worker 0"]
+    assert greeting["info"]["kv_tokens"] == 4096
+
+
+def test_a_boot_line_larger_than_a_pipe_arrives_whole(engine: Callable[..., Run]) -> None:
+    boot = {"mode": "worker", "shape": "x" * 3_000_000}
+    run = engine({"worker 0": boot}, when_ready=signal_self(signal.SIGTERM))
+    assert run.exit_code == 0
+    assert run.events("boot")[0]["size"] > 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "exit_code"),
+    [
+        ("model_error", "model.safetensors is truncated", 2),
+        ("plan_error", "the plan does not fit:\n  - parallel.tp=7: 9 heads can't be cut", 2),
+    ],
+)
+def test_a_user_s_error_in_every_worker_is_reported_once_as_it_is(
+    engine: Callable[..., Run], mode: str, text: str, exit_code: int
+) -> None:
+    run = engine({"worker 0": mode, "worker 1": mode, "worker 2": "hang", "frontend": "frontend"})
+    assert (run.exit_code, run.errors) == (exit_code, [text])
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_bug_is_reported_with_its_process_and_traceback(engine: Callable[..., Run]) -> None:
+    run = engine({"worker 0": "worker", "worker 1": "bug"})
+    assert run.exit_code == 1
+    (text,) = run.errors
+    assert text.startswith("worker 1 (pid ")
+    assert "Traceback" in text
+    assert text.endswith("ZeroDivisionError: a bug")
+
+
+def test_an_exit_without_a_word_is_reported_with_its_status(engine: Callable[..., Run]) -> None:
+    run = engine({"worker 0": "silent_exit", "worker 1": "hang"})
+    assert run.exit_code == 1
+    (text,) = run.errors
+    assert text.startswith("worker 0 (pid ")
+    assert text.endswith(") ended with exit status 7; the engine ends")
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_last_words_larger_than_a_pipe_are_all_heard(engine: Callable[..., Run]) -> None:
+    run = engine({"worker 0": {"mode": "flood", "count": 300}})
+    assert run.errors == ["the last word"]
+    assert sum(isinstance(status, Progress) for _, status in run.statuses) == 300
+
+
+def test_a_start_without_progress_names_who_is_waited_for(engine: Callable[..., Run]) -> None:
+    run = engine({"worker 0": "worker", "worker 1": "hang"}, startup_timeout_s=1.0)
+    assert run.exit_code == 1
+    (text,) = run.errors
+    head, *waiting = text.splitlines()
+    assert head == ("no process made progress for 1 s (launch.startup_timeout_s); waiting for")
+    assert len(waiting) == 1
+    assert waiting[0].startswith("  worker 1 (pid ")
+    assert waiting[0].endswith("): last heard: 'import' ended after 0.5 s")
+    assert run.end_seconds < END_LIMIT_S
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it(engine: Callable[..., Run], number: int) -> None:
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        if name == "worker 1":
+            os.kill(os.getpid(), number)
+
+    run = engine({"worker 0": "worker", "worker 1": "hang"}, on_status=on_status)
+    assert (run.exit_code, run.errors) == (128 + number, [])
+
+
+# Failures while running.
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_named_and_told_to_the_frontend_first(
+    engine: Callable[..., Run], number: int
+) -> None:
+    run = engine(HEALTHY, when_ready=kill("worker 1", number))
+    assert run.exit_code == 1
+    (text,) = run.errors
+    pid = run.infos["worker 1"]["pid"]
+    assert text.startswith(f"worker 1 (pid {pid}) was killed by {signal.Signals(number).name}")
+    assert ("out of memory" in text) == (number == signal.SIGKILL)
+    (death,) = run.events("engine_died")
+    assert text.startswith(death["cause"])
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_frontend_that_does_not_end_is_killed_in_time(engine: Callable[..., Run]) -> None:
+    children = HEALTHY | {"frontend": {"mode": "frontend", "ignore_death": True}}
+    run = engine(children, when_ready=kill("worker 0", signal.SIGKILL))
+    assert run.exit_code == 1
+    assert len(run.events("engine_died")) == 1
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_dead_frontend_ends_the_workers(engine: Callable[..., Run]) -> None:
+    children = {"worker 0": "worker", "worker 1": "deaf", "frontend": "frontend"}
+    run = engine(children, when_ready=kill("frontend", signal.SIGKILL))
+    assert run.exit_code == 1
+    assert run.errors[0].startswith("frontend (pid ")
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_the_cause_is_reported_not_its_echo(engine: Callable[..., Run], tmp_path: Path) -> None:
+    """Rank 0 complains about its silent peer before the peer's death is noticed."""
+    trigger = tmp_path / "trigger"
+    os.mkfifo(trigger)
+    echo = {"mode": "echo_then_hang", "trigger": str(trigger)}
+
+    def when_ready(run: Run) -> None:
+        trigger.write_text("now\n")
+
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        if type(status).__name__ == "Failed":
+            os.kill(run.infos["worker 1"]["pid"], signal.SIGKILL)
+
+    run = engine(
+        {"worker 0": echo, "worker 1": "worker", "frontend": "frontend"},
+        when_ready=when_ready,
+        on_status=on_status,
+    )
+    assert run.exit_code == 1
+    (text,) = run.errors
+    assert text.startswith(f"worker 1 (pid {run.infos['worker 1']['pid']}) was killed by SIGKILL")
+
+
+def test_an_echo_without_another_cause_is_reported(
+    engine: Callable[..., Run], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "trigger"
+    os.mkfifo(trigger)
+    run = engine(
+        {"worker 0": {"mode": "echo_then_hang", "trigger": str(trigger)}, "worker 1": "worker"},
+        when_ready=lambda run: trigger.write_text("now\n") and None,
+    )
+    assert (run.exit_code, run.errors) == (1, ["rank 1 does not answer"])
+
+
+def test_what_a_worker_started_ends_with_it(engine: Callable[..., Run]) -> None:
+    others: list[int] = []
+
+    def when_ready(run: Run) -> None:
+        others.append(os.pidfd_open(run.infos["worker 0"]["other"]))
+        os.kill(run.infos["worker 0"]["pid"], signal.SIGKILL)
+
+    engine({"worker 0": "parent_of_another"}, when_ready=when_ready)
+    assert all_ended(others)
+
+
+# Ends.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_ends_with_status_0(engine: Callable[..., Run], number: int) -> None:
+    run = engine(HEALTHY, when_ready=signal_self(number), shutdown_grace_s=12.5)
+    assert (run.exit_code, run.errors) == (0, [])
+    assert [event["grace_s"] for event in run.events("drain")] == [12.5]
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_an_engine_without_frontend_ends_at_once(engine: Callable[..., Run]) -> None:
+    run = engine({"worker 0": "worker"}, when_ready=signal_self(signal.SIGTERM))
+    assert (run.exit_code, run.errors) == (0, [])
+
+
+@pytest.mark.parametrize(("second", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_everything_at_once(
+    engine: Callable[..., Run], second: int, exit_code: int
+) -> None:
+    children = HEALTHY | {"frontend": {"mode": "frontend", "ignore_drain": True}}
+    run = engine(children, when_ready=signal_self(signal.SIGTERM, second))
+    assert run.exit_code == exit_code
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_frontend_that_fails_while_draining_is_reported(engine: Callable[..., Run]) -> None:
+    children = HEALTHY | {"frontend": {"mode": "frontend", "drain_status": 3}}
+    run = engine(children, when_ready=signal_self(signal.SIGTERM))
+    assert run.exit_code == 1
+    assert run.errors[0].endswith(") ended with exit status 3; the engine ends")
+
+
+def test_a_worker_that_dies_while_draining_is_reported(engine: Callable[..., Run]) -> None:
+    children = HEALTHY | {"frontend": {"mode": "frontend", "ignore_drain": True}}
+
+    def when_ready(run: Run) -> None:
+        signal_self(signal.SIGTERM)(run)
+        kill("worker 0", signal.SIGKILL)(run)
+
+    run = engine(children, when_ready=when_ready)
+    assert run.exit_code == 1
+    assert run.errors[0].startswith("worker 0 (pid ")
+    assert len(run.events("engine_died")) == 1
+
+
+def test_an_exception_in_a_callback_leaves_no_process(engine: Callable[..., Run]) -> None:
+    def when_ready(run: Run) -> None:
+        raise RuntimeError("from the callback")
+
+    with pytest.raises(RuntimeError, match="from the callback"):
+        engine(HEALTHY, when_ready=when_ready)
+    assert psutil.Process().children(recursive=True) == []
+
+
+# The supervisor itself.
+
+
+def all_ended(pidfds: list[int], timeout_s: float = 10.0) -> bool:
+    """Wait until every process behind these descriptors ended."""
+    poller = select.poll()
+    for fd in pidfds:
+        poller.register(fd, select.POLLIN)
+    deadline = time.monotonic() + timeout_s
+    left = set(pidfds)
+    while left and time.monotonic() < deadline:
+        for fd, _ in poller.poll(timeout_s * 1000):
+            poller.unregister(fd)
+            left.discard(fd)
+    return not left
+
+
+def start_supervisor(*arguments: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A supervisor in a session of its own, and descriptors of its ready children."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.supervise", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    pids = json.loads(process.stdout.readline())
+    return process, [os.pidfd_open(pid) for pid in pids]
+
+
+@pytest.mark.parametrize("means", ["end of input", "pdeathsig"])
+def test_children_end_when_the_supervisor_is_killed(tmp_path: Path, means: str) -> None:
+    process, pidfds = start_supervisor(str(tmp_path / "log"), means)
+    assert len(pidfds) == 3
+    process.kill()
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    assert all_ended(pidfds)
+
+
+def test_ctrl_c_reaches_the_supervisor_only(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process, pidfds = start_supervisor(str(log), "pdeathsig")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
+    assert all_ended(pidfds)
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("drain") == 1

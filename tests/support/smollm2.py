@@ -1,0 +1,30 @@
+"""SmolLM2-135M-Instruct, real weights: the preset's files, and a Hugging Face folder of them."""
+
+from pathlib import Path
+
+from core.compose import compose
+from core.config import ModelConfig
+from core.interfaces.control import ModelFiles
+from core.loading.files import resolve_files
+
+
+def preset() -> ModelConfig:
+    """The model section of `+model=smollm2`."""
+    return compose(["+model=smollm2"]).model
+
+
+def files() -> ModelFiles:
+    """The GGUF and its tokenizer, fetched into the cache where they are not there yet."""
+    return resolve_files(preset(), lambda *_: None)
+
+
+def write_folder(folder: Path) -> Path:
+    """A Hugging Face folder (bf16 safetensors), written by transformers from the GGUF."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = Path(files().weight_files[0])
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return folder

@@ -1,0 +1,43 @@
+"""A supervisor in a process of its own, for tests that kill it or press Ctrl-C.
+
+    python -m tests.support.supervise LOG [pdeathsig]
+
+Prints the pids of its two workers and its frontend as a JSON line once they are ready.
+"""
+
+import json
+import sys
+
+from core.cluster.process import ProcessSpec
+from core.cluster.supervisor import Supervisor
+from core.config import LaunchConfig
+from core.interfaces.control import Ready
+
+
+def main() -> None:
+    log, *options = sys.argv[1:]
+
+    def spec(name: str, mode: str) -> ProcessSpec:
+        boot = {"mode": mode, "log": log, "pdeathsig": "pdeathsig" in options}
+        return ProcessSpec(
+            name=name,
+            module="tests.support.child",
+            boot=json.dumps(boot).encode(),
+            is_worker=mode != "frontend",
+        )
+
+    def on_ready(infos: dict[str, Ready]) -> None:
+        print(json.dumps([ready.info["pid"] for ready in infos.values()]), flush=True)
+
+    supervisor = Supervisor(
+        [spec("worker 0", "worker"), spec("worker 1", "worker"), spec("frontend", "frontend")],
+        LaunchConfig(),
+        on_status=lambda name, status: None,
+        on_ready=on_ready,
+        on_error=lambda text: print(text, file=sys.stderr),
+    )
+    sys.exit(supervisor.run())
+
+
+if __name__ == "__main__":
+    main()
