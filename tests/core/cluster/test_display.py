@@ -128,7 +128,7 @@ def test_a_terminal_shows_one_bar_for_each_task(columns: int) -> None:
     text = terminal_output(columns)
     # What stays on screen: of each line, what follows its last carriage return.
     screen = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
-    assert re.match(r"download smollm2: 100%\|█+\| 60\.0MiB/60\.0MiB \[", screen[0])
+    assert re.match(r"download smollm2: 100%\|█+\| 60\.0M/60\.0M \[", screen[0])
     assert re.match(r"load weights: 100%\|█+\| 400/400 \[", screen[1])
     assert re.match(r"warm up: .*1/4 \[", screen[2])
     assert screen[3:] == ["error: stopped", ""]
