@@ -5,12 +5,10 @@ workers (and, on several nodes, the comparison between nodes) see settled values
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from core.config import AppConfig, PluginChoice
-from core.errors import ConfigError, PlanError
+from core.errors import PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.parallel.plan import Plan
@@ -28,10 +26,10 @@ class Resolved:
     max_model_len: int
 
 
-def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles) -> Resolved:
-    """Settle the configuration against a model. Raises ConfigError or PlanError, which lists
-    every problem there is."""
-    config = settle_backends(config, plugins, detect_device)
+def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device: str) -> Resolved:
+    """Settle the configuration against a model, on a machine that computes on `device` ("cpu" or
+    "cuda"). Raises PluginError, or PlanError, which lists every problem there is."""
+    config = settle_backends(config, plugins, device)
     family, spec = find_family(config, plugins, files)
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
@@ -45,30 +43,16 @@ def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles) -> Res
         )
     if problems:
         raise PlanError(problems)
-    return Resolved(
-        config=config, plan=plan, spec=spec, files=files, max_model_len=max_model_len
-    )
+    return Resolved(config=config, plan=plan, spec=spec, files=files, max_model_len=max_model_len)
 
 
-def detect_device() -> str:
-    """ "cuda" where the driver shows a GPU, else "cpu"."""
-    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
-
-
-def settle_backends(
-    config: AppConfig, plugins: PluginManager, detect: Callable[[], str]
-) -> AppConfig:
+def settle_backends(config: AppConfig, plugins: PluginManager, device: str) -> AppConfig:
     """Replace `auto` for the device and for every plugin chosen by phase or axis."""
-    device = detect() if config.engine.device == "auto" else config.engine.device
 
     def settle(family: str, choice: PluginChoice) -> PluginChoice:
         if choice.name != "auto":
             return choice
-        name = plugins.default_backend(family, device)
-        if name is None:
-            key = family if "." in family else f"{family}.tp"
-            raise ConfigError(f"{key}.name=auto: no plugin offers a default on {device}; name one")
-        return dataclasses.replace(choice, name=name)
+        return dataclasses.replace(choice, name=plugins.default_backend(family, device))
 
     return dataclasses.replace(
         config,

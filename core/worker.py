@@ -10,23 +10,9 @@ import time
 
 import msgspec
 
+from core.cluster.boot import WorkerBoot
 from core.cluster.channel import Channel, exit_with_parent
-from core.config import AppConfig
-from core.interfaces.control import Endpoints, ModelFiles, Phase, Progress, Ready
-from core.parallel.plan import Plan
-
-
-class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
-    """The boot line of a worker."""
-
-    config: AppConfig
-    plan: Plan
-    rank: int
-    local_rank: int
-    local_ranks: int
-    files: ModelFiles
-    endpoints: Endpoints
-    rendezvous: str  # of the process groups, see core.parallel.mesh
+from core.interfaces.control import Phase, Progress, Ready
 
 
 def main() -> None:
@@ -59,7 +45,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     from core.engine.ranks import join_ranks
     from core.plugin_manager import PluginManager
 
-    device = open_device(boot.config.engine.device, boot.local_rank)
+    device = open_device(boot.device, boot.num_threads)
     plugins = PluginManager.load(boot.config.plugins.blocklist)
     on_phase("import", time.monotonic() - start)
 

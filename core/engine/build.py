@@ -77,7 +77,10 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     ops = select_ops(context.device)
     reader = open_weights(
-        config.model, context.files, dtype=dtype, device=context.device,
+        config.model,
+        context.files,
+        dtype=dtype,
+        device=context.device,
         on_progress=context.on_progress,
     )
     model = family.build(
@@ -91,9 +94,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
 
     pool = _agree_pool(config, context, model, dtype, max_model_len)
     page_size = config.engine.page_size
-    caches = allocate_pool(
-        pool, model.kv, page_size=page_size, dtype=dtype, device=context.device
-    )
+    caches = allocate_pool(pool, model.kv, page_size=page_size, dtype=dtype, device=context.device)
     max_model_len = min(max_model_len, (pool.num_pages - 1) * page_size)
     phase.end("KV pool")
 

@@ -5,24 +5,20 @@ import torch
 from core.errors import ResourceError
 
 
-def open_device(name: str, local_rank: int) -> torch.device:
-    """The torch device of `engine.device` for the `local_rank`-th rank of this host.
+def open_device(name: str, num_threads: int) -> torch.device:
+    """The torch device `name` ("cpu", "cuda:0"), made current; CPU work uses `num_threads`.
 
     Raises ResourceError where torch can't use it.
     """
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ResourceError(
-            f"engine.device={name}, but torch {torch.__version__} sees no GPU: install a CUDA "
-            "build of torch and a driver that fits it, or set engine.device=cpu"
-        )
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise ResourceError(
-            f"rank {local_rank} of this host has no GPU of its own: torch sees {count}; lower "
-            "parallel.tp or use more nodes"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    torch.set_num_threads(num_threads)
+    device = torch.device(name)
+    if device.type == "cuda":
+        try:
+            torch.cuda.set_device(device)
+            torch.empty(1, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ResourceError(
+                f"torch {torch.__version__} can't use {name}: {str(error).splitlines()[0]}; check "
+                "that the driver fits this build of torch, or set engine.device=cpu"
+            ) from error
     return device

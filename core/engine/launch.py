@@ -36,13 +36,25 @@ class ThreadLauncher:
 
 
 class StreamLauncher:
-    """Enqueues steps on the device's stream; waiting synchronises with the copied tokens."""
+    """Enqueues steps on the device's stream.
+
+    The tokens are copied right behind their step, so that waiting for them does not wait for the
+    steps launched since.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
 
     def launch(self, plan: StepPlan) -> Wait:
-        return self._runner.launch(plan).to_host
+        pending = self._runner.launch(plan).copy_async()
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> StepResult:
+            done.synchronize()
+            return pending.to_host()
+
+        return wait
 
 
 def select_launcher(runner: ModelRunner, device: torch.device) -> StepLauncher:

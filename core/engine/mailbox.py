@@ -70,9 +70,7 @@ class ZmqOutbox:
 class ZmqPlanSender:
     """Hands each plan to the other ranks of the group; connects to their endpoints."""
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]
-    ) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) -> None:
         self._encoder = msgspec.msgpack.Encoder()
         self._sockets = []
         for endpoint in endpoints:

@@ -58,8 +58,20 @@ class PendingStep:
     logprob_rows: list[int] = field(default_factory=list)  # indices into ids_R
     prompt_logprobs: dict[int, list[DeviceLogprobs]] = field(default_factory=dict)
 
+    def copy_async(self) -> "PendingStep":
+        """The same in pinned host memory: valid once the stream got this far."""
+        return PendingStep(
+            self.ids_R.to("cpu", non_blocking=True),
+            self.logprobs and self.logprobs.copy_async(),
+            self.logprob_rows,
+            {
+                row: [piece.copy_async() for piece in pieces]
+                for row, pieces in self.prompt_logprobs.items()
+            },
+        )
+
     def to_host(self) -> StepResult:
-        """Copy ids and logprobs to the host."""
+        """Ids and logprobs as plain values; waits for the device where they are there."""
         chosen: dict[int, TokenLogprobs] = {}
         if self.logprobs is not None:
             chosen = dict(zip(self.logprob_rows, self.logprobs.to_host(), strict=True))
@@ -67,9 +79,7 @@ class PendingStep:
             row: [entry for piece in pieces for entry in piece.to_host()]
             for row, pieces in self.prompt_logprobs.items()
         }
-        return StepResult(
-            token_ids=self.ids_R.tolist(), logprobs=chosen, prompt_logprobs=prompts
-        )
+        return StepResult(token_ids=self.ids_R.tolist(), logprobs=chosen, prompt_logprobs=prompts)
 
 
 class ModelRunner:
