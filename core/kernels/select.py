@@ -19,6 +19,6 @@ def select_ops(device: torch.device) -> Ops:
 
         keep_freed_memory()
         return CpuOps()
-    from core.kernels.torch_ops import TorchOps
+    from core.kernels.triton_ops import TritonOps
 
-    return TorchOps()
+    return TritonOps()

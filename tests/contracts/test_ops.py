@@ -1,0 +1,197 @@
+"""What every set of operations must do: agree with the oracle computing in float64.
+
+Triton's kernels run in its interpreter where there is no GPU. Shape legend: see
+core.interfaces.ops.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.interfaces.ops import Ops
+from core.kernels.cpu_ops import CpuOps
+from core.kernels.torch_ops import TorchOps
+from core.kernels.triton_ops import TritonOps
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SETS: list[tuple[str, Callable[[], Ops], torch.device]] = [
+    ("torch", TorchOps, CPU),
+    ("cpu", CpuOps, CPU),
+]
+if torch.cuda.is_available():
+    SETS += [("torch-cuda", TorchOps, GPU), ("triton-cuda", TritonOps, GPU)]
+else:
+    SETS.append(("triton-interpreted", TritonOps, CPU))
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+ORACLE = TorchOps()
+
+each_set = pytest.mark.parametrize(
+    ("ops", "device"), [(make(), device) for _, make, device in SETS], ids=[s[0] for s in SETS]
+)
+each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Random values every dtype of the test can hold, on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """By norm, so that a single wrong element among small ones shows; NaN never passes."""
+    assert result.dtype == dtype
+    assert result.shape == expected.shape
+    if expected.numel() == 0:
+        return
+    error = (result.cpu().double() - expected).norm() / expected.norm()
+    assert error.item() <= TOLERANCE[dtype]
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 5), (33, 576), (96, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    biased: bool,
+) -> None:
+    weight_OI = normal(1, outputs, inputs, dtype=dtype)
+    bias_O = normal(2, outputs, dtype=dtype) if biased else None
+    x_TI = normal(3, rows, inputs, dtype=dtype)
+    expected = ORACLE.linear(weight_OI.double(), None if bias_O is None else bias_O.double())
+    kernel = ops.linear(weight_OI.to(device), None if bias_O is None else bias_O.to(device))
+    close(kernel(x_TI.to(device)), expected(x_TI.double()), dtype)
+    if rows:
+        wide_TX = normal(4, rows, 2 * inputs, dtype=dtype)
+        part_TI = wide_TX[:, inputs:]  # rows lie apart, as after a split
+        close(kernel(wide_TX.to(device)[:, inputs:]), expected(part_TI.double()), dtype)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 576), (3, 5, 80), (17, 96), (2, 1537)])
+def test_rms_norm(
+    ops: Ops, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = normal(1, *shape, dtype=dtype) * 0.01  # small enough that eps counts
+    weight_E = normal(2, shape[-1], dtype=dtype)
+    before = x.clone()
+    result = ops.rms_norm(x.to(device), weight_E.to(device), 1e-4)
+    close(result, ORACLE.rms_norm(x.double(), weight_E.double(), 1e-4), dtype)
+    assert torch.equal(x, before)
+
+
+@each_set
+@each_dtype
+def test_rms_norm_of_strided_heads_and_zeros(
+    ops: Ops, device: torch.device, dtype: torch.dtype
+) -> None:
+    projected = normal(1, 4, 6, 16, dtype=dtype)
+    weight_D = normal(2, 16, dtype=dtype)
+    result = ops.rms_norm(projected.to(device)[:, 1:4], weight_D.to(device), 1e-5)
+    close(result, ORACLE.rms_norm(projected[:, 1:4].double(), weight_D.double(), 1e-5), dtype)
+    zeros = torch.zeros(2, 16, dtype=dtype, device=device)
+    assert torch.equal(ops.rms_norm(zeros, weight_D.to(device), 1e-5), zeros)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("shape", [(0, 8), (1, 576), (5, 96), (2, 1537)])
+def test_add_rms_norm(
+    ops: Ops, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    x_TE, residual_TE = normal(1, *shape, dtype=dtype), normal(2, *shape, dtype=dtype)
+    weight_E = normal(3, shape[-1], dtype=dtype)
+    sum_TE = x_TE + residual_TE
+    normed, total = ops.add_rms_norm(
+        x_TE.to(device), residual_TE.to(device), weight_E.to(device), 1e-5
+    )
+    # Triton's interpreter truncates to bf16, so the sums may differ by one unit in the last place.
+    torch.testing.assert_close(total.cpu(), sum_TE, rtol=torch.finfo(dtype).eps, atol=0)
+    # What is normalised is the rounded sum, as the next layer sees it.
+    close(normed, ORACLE.rms_norm(total.cpu().double(), weight_E.double(), 1e-5), dtype)
+
+
+def _cos_sin(num_positions: int, head_dim: int) -> Tensor:
+    angles = torch.arange(num_positions)[:, None] * 0.3 ** torch.arange(head_dim // 2)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "num_heads", "num_kv_heads", "head_dim"),
+    [(0, 2, 1, 4), (1, 9, 3, 64), (7, 3, 3, 80), (4, 8, 1, 96), (3, 1, 1, 2)],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_rope(
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    joined: bool,
+) -> None:
+    split = (num_heads, num_kv_heads, num_kv_heads)
+    qkv = normal(1, rows, sum(split), head_dim, dtype=dtype)
+    q_THD, k_TGD, _ = qkv.split(split, dim=1)
+    positions_T = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:rows]
+    cos_sin_CD = _cos_sin(50, head_dim)
+    expected = ORACLE.rope(q_THD.double(), k_TGD.double(), cos_sin_CD.double(), positions_T)
+    on_device = qkv.clone().to(device)
+    q, k, v = on_device.split(split, dim=1)
+    if not joined:
+        q, k = q.contiguous(), k.contiguous()
+    rotated = ops.rope(q, k, cos_sin_CD.to(device), positions_T.to(device))
+    for result, right in zip(rotated, expected, strict=True):
+        close(result, right, dtype)
+    assert torch.equal(v.cpu(), qkv.split(split, dim=1)[2])  # what lies beside is untouched
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize(("rows", "size"), [(0, 4), (1, 1), (3, 1536), (5, 1025), (16, 100)])
+def test_silu_and_mul(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, size: int
+) -> None:
+    gate_up_T2I = normal(1, rows, 2 * size, dtype=dtype) * 4
+    result = ops.silu_and_mul(gate_up_T2I.to(device))
+    close(result, ORACLE.silu_and_mul(gate_up_T2I.double()), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where interpreted
+@each_set
+@pytest.mark.parametrize("value", [-200.0, 200.0])
+def test_silu_and_mul_saturates(ops: Ops, device: torch.device, value: float) -> None:
+    gate_up_T2I = torch.tensor([[value, 3.0]], device=device)
+    expected = torch.tensor([[max(value, 0.0) * 3.0]])
+    torch.testing.assert_close(ops.silu_and_mul(gate_up_T2I).cpu(), expected)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize(("rows", "page_size"), [(0, 4), (1, 1), (9, 16), (5, 3)])
+def test_write_kv(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, page_size: int
+) -> None:
+    kv = normal(1, rows, 6, 24, dtype=dtype)  # q, k and v of a merged projection lie apart
+    caches = [normal(seed, 8, page_size, 2, 24, dtype=dtype) for seed in (2, 3)]
+    slots_T = torch.randperm(8 * page_size, generator=torch.Generator().manual_seed(4))[:rows]
+    on_device = [cache.clone().to(device) for cache in caches]
+    moved = kv.to(device)
+    ops.write_kv(moved[:, 2:4], moved[:, 4:], *on_device, slots_T.to(device))
+    for part, before, after in zip((kv[:, 2:4], kv[:, 4:]), caches, on_device, strict=True):
+        expected = before.clone()
+        for row, slot in enumerate(slots_T.tolist()):
+            expected[slot // page_size, slot % page_size] = part[row]
+        assert torch.equal(after.cpu(), expected)
