@@ -1,6 +1,6 @@
 """One rank of the comm contract suite: runs every collective, saves what it got.
 
-    python -m tests.contracts.comm_rank BACKEND RANK SIZE RENDEZVOUS RESULT.npz
+    python -m tests.contracts.comm_rank BACKEND[-DEVICE] RANK SIZE RENDEZVOUS RESULT.npz
 
 Inputs are a pure function of (case, rank), so that the test can compute the right answers itself.
 """
@@ -43,7 +43,8 @@ def value(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> Tensor:
 
 def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor]:
     """Meet the other ranks, run, leave."""
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    backend, _, where = backend.partition("-")
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device(where or "cpu")
     if backend == "nccl":
         from plugins.comm.nccl import NcclBackend as Backend
 
@@ -65,7 +66,7 @@ def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor
         torch_backends={"tp": comm_backend.torch_backend, "dp": comm_backend.torch_backend},
         rendezvous=rendezvous,
         timeout_s=60.0,
-        device=device,
+        device=device if backend == "nccl" else None,
     )
     results = collect(
         connect(mesh.groups, {"tp": comm_backend, "dp": comm_backend}), rank, size, device
