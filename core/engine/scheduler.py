@@ -1,0 +1,444 @@
+"""Decides every step of one replica: which requests run, and which tokens of each.
+
+Pure Python: knows nothing of torch, devices, sockets or threads. The loop calls `next_batch`
+for step n+1 before `commit` of step n (or strictly in turn); steps run in the order in which they
+were planned. Much here follows from that order:
+
+- A page freed now may be given away now: its next writer runs after every step that reads it.
+- A page is put into the prefix cache when the step that computes it is planned, and read from the
+  next planned step on.
+- The input of a decode row may be unknown here yet; runners keep sampled tokens by slot.
+
+docs/scheduler.md tells how it decides.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from core.config import EngineConfig
+from core.engine.decode_set import DecodeSet
+from core.engine.request import Request, State
+from core.engine.residents import Residents
+from core.interfaces.messages import (
+    Abort,
+    EngineStats,
+    Generate,
+    RequestOutput,
+    SlotInit,
+    StepPlan,
+    StepResult,
+)
+
+# Tokens that every running request must still have room for when another one is let in.
+HEADROOM_TOKENS = 64
+# Waiting requests looked past in a step because most of their prompt is being computed by another.
+MAX_DEFERRED = 4
+_SEED_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making, and what `commit` needs of it later."""
+
+    step: int
+    num_decodes: int
+    requests: list[Request]  # by row
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]
+    sampled: list[Request]  # by index into the result's token_ids
+    # Requests whose last row this is, with its index into `sampled`; -1: it samples nothing.
+    last: list[tuple[Request, int]]
+    inits: list[SlotInit] = field(default_factory=list)
+    table_slots: list[int] = field(default_factory=list)
+    table_columns: list[int] = field(default_factory=list)
+    table_pages: list[int] = field(default_factory=list)
+
+    def set_page(self, request: Request, column: int) -> None:
+        self.table_slots.append(request.slot)
+        self.table_columns.append(column)
+        self.table_pages.append(request.pages[column])
+
+
+class Scheduler:
+    """Continuous batching over paged KV with a shared prefix cache; see docs/scheduler.md.
+
+    `num_pages` includes the scratch page 0; `eos_ids` end every answer that does not ignore them.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+        eos_ids: Sequence[int],
+        headroom_tokens: int = HEADROOM_TOKENS,
+    ) -> None:
+        self._chunk_tokens = config.chunked_prefill_size
+        self._step_prefill_tokens = config.max_prefill_tokens
+        self._page_size = config.page_size
+        self._max_model_len = max_model_len
+        self._eos_ids = frozenset(eos_ids)
+        self._rng = random.Random(config.seed)
+        self._residents = Residents(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
+        self._pool_tokens = self._residents.num_usable_pages * config.page_size
+        self._live: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()  # by arrival
+        self._prefilling: list[Request] = []
+        self._decode = DecodeSet(config.page_size)
+        # The waiting request that found too few pages; not tried again until some are released.
+        self._blocked: Request | None = None
+        # Requests and columns whose page is not announced yet; those without a slot are void.
+        self._table_changes: list[tuple[Request, int]] = []
+        self._in_flight: deque[_Draft] = deque()
+        self._planned = 0  # the last planned step
+        self._committed = 0
+        self._num_arrivals = 0
+        self._stats = EngineStats(kv_pages_total=self._residents.num_usable_pages)
+
+    # Requests come and go
+
+    def admit(self, messages: Iterable[Generate | Abort]) -> list[RequestOutput]:
+        """Queue new requests and drop aborted ones; answers those that can never run."""
+        answers: list[RequestOutput] = []
+        for message in messages:
+            if isinstance(message, Abort):
+                for request_id in message.request_ids:
+                    if (request := self._live.get(request_id)) is not None:
+                        self._end(request)
+            elif (problem := self._problem(len(message.prompt_ids))) is not None:
+                answers.append(
+                    RequestOutput(message.request_id, [], finish_reason="error", error=problem)
+                )
+            else:
+                self._enqueue(message)
+        return answers
+
+    def _problem(self, num_prompt: int) -> str | None:
+        """Why a prompt can't ever run, or None."""
+        if num_prompt == 0:
+            return "the prompt has no tokens; send at least one"
+        for limit, what, key in (
+            (self._max_model_len, "model's context", "model.max_model_len"),
+            (self._pool_tokens, "KV cache", "engine.kv_cache_tokens"),
+        ):
+            if num_prompt + 1 > limit:
+                return (
+                    f"the prompt has {num_prompt} tokens and needs room for one more, but the "
+                    f"{what} has {limit}; send at most {limit - 1}, or raise {key}"
+                )
+        return None
+
+    def _enqueue(self, message: Generate) -> None:
+        sampling = message.sampling
+        assert message.request_id not in self._live, f"{message.request_id} is live already"
+        stop_ids = frozenset() if sampling.ignore_eos else self._eos_ids
+        if sampling.stop_token_ids:
+            stop_ids = stop_ids.union(sampling.stop_token_ids)
+        num_prompt = len(message.prompt_ids)
+        drawn = self._rng.getrandbits(64)
+        self._num_arrivals += 1
+        request = Request(
+            request_id=message.request_id,
+            sampling=sampling,
+            tokens=list(message.prompt_ids),
+            num_prompt=num_prompt,
+            seed=drawn if sampling.seed is None else sampling.seed & _SEED_MASK,
+            arrival=self._num_arrivals,
+            stop_ids=stop_ids,
+            # The last token of an answer is never computed: a full pool allows one more.
+            max_tokens_total=min(
+                num_prompt + sampling.max_tokens, self._max_model_len, self._pool_tokens + 1
+            ),
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [],
+        )
+        self._live[request.request_id] = request
+        self._waiting.append(request)
+
+    def _end(self, request: Request) -> None:
+        """Forget a finished or aborted request; what steps in flight yield for it is ignored."""
+        if request.state is State.WAITING:
+            self._waiting.remove(request)
+            self._blocked = None
+        else:
+            self._vacate(request)
+        request.state = State.ENDED
+        request.ended = True
+        del self._live[request.request_id]
+
+    def _vacate(self, request: Request) -> None:
+        """Take a request out of the running set."""
+        if request.slot < 0:  # ending, and its pages were needed before its last token came
+            return
+        if request.state is State.DECODING:
+            self._decode.remove(request)
+        elif request.state is State.PREFILLING:
+            self._prefilling.remove(request)
+        self._residents.leave(request, self._planned)
+        self._blocked = None
+
+    def _make_room(self) -> None:
+        """Free a running request's pages: one that is ending anyway, else the latest to arrive."""
+        for request in self._residents.running:
+            if request.state is State.ENDING:
+                self._vacate(request)
+                return
+        request = max(self._residents.running, key=lambda request: request.arrival)
+        self._vacate(request)
+        request.state = State.WAITING
+        request.resume_after = self._planned
+        position = 0
+        while position < len(self._waiting) and self._waiting[position].arrival < request.arrival:
+            position += 1
+        self._waiting.insert(position, request)
+        self._stats.num_preemptions += 1
+
+    # Planning a step
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is live or a planned step is not committed."""
+        return bool(self._live or self._in_flight)
+
+    def next_batch(self) -> StepPlan | None:
+        """Plan the next step; None where nothing can run before the step in flight is committed,
+        or at all. The lists of a plan are never changed afterwards."""
+        assert len(self._in_flight) < 2, "commit the oldest step first"
+        step = self._planned + 1
+        decode = self._decode
+        starved = self._grow_decodes(step)
+        num_decodes = len(decode)
+        draft = _Draft(
+            step=step,
+            num_decodes=num_decodes,
+            requests=decode.requests.copy(),
+            slots=decode.slots.copy(),
+            starts=decode.advance(),
+            lengths=[1] * num_decodes,
+            samples=[True] * num_decodes,
+            sampled=decode.requests.copy(),
+            last=decode.pop_last(step),
+        )
+        for request, _ in draft.last:
+            request.state = State.ENDING
+        for request, column in self._table_changes:
+            if request.slot >= 0:
+                draft.set_page(request, column)
+        self._table_changes.clear()
+        self._plan_prefills(draft, may_admit=not starved)
+        self._residents.end_step()
+        if not draft.requests:
+            assert self._in_flight or not self._waiting, "requests wait, but nothing can run"
+            return None
+        self._planned = step
+        self._in_flight.append(draft)
+        self._stats.num_steps += 1
+        return StepPlan(
+            step=step,
+            inits=draft.inits,
+            num_decodes=num_decodes,
+            slots=draft.slots,
+            starts=draft.starts,
+            lengths=draft.lengths,
+            samples=draft.samples,
+            table_slots=draft.table_slots,
+            table_columns=draft.table_columns,
+            table_pages=draft.table_pages,
+        )
+
+    def _grow_decodes(self, step: int) -> bool:
+        """Give each decode that needs one a page; True where others had to give way."""
+        needy = self._decode.pop_needing_page(step)
+        if not needy:
+            return False
+        residents = self._residents
+        pages = residents.take(len(needy))
+        starved = pages is None
+        if pages is None:
+            pages = []
+            # In order of arrival: whoever gives way to one comes later, and has none yet.
+            needy.sort(key=lambda request: request.arrival)
+            for request in needy:
+                while request.slot >= 0:
+                    if (page := residents.take(1)) is not None:
+                        pages += page
+                        break
+                    self._make_room()
+            needy = [request for request in needy if request.slot >= 0]
+        for request, page_id in zip(needy, pages, strict=True):
+            self._table_changes.append((request, len(request.pages)))
+            request.pages.append(page_id)
+        self._decode.grew(needy, step)
+        return starved
+
+    def _plan_prefills(self, draft: _Draft, *, may_admit: bool) -> None:
+        """Add rows for running prompts, then for waiting requests, while the budget lasts."""
+        budget = self._step_prefill_tokens
+        for request in self._prefilling.copy():
+            if budget <= 0:
+                return
+            budget -= self._plan_chunk(draft, request, budget)
+        if may_admit:
+            self._plan_waiting(draft, budget)
+
+    def _plan_waiting(self, draft: _Draft, budget: int) -> None:
+        """Let waiting requests in by arrival, while there are slots, pages and budget."""
+        waiting, residents = self._waiting, self._residents
+        num_deferred = 0
+        while budget > 0 and num_deferred < len(waiting) and residents.has_free_slot:
+            request = waiting[num_deferred]
+            if request is self._blocked or request.resume_after > self._committed:
+                return
+            match = residents.match(request, draft.step)
+            to_compute = request.num_known - len(match.pages) * self._page_size
+            if match.num_pending * self._page_size * 2 >= to_compute:
+                num_deferred += 1
+                if num_deferred > MAX_DEFERRED:
+                    return
+                continue
+            is_first = len(draft.requests) == draft.num_decodes
+            if self._chunk_tokens == -1 and to_compute > budget and not is_first:
+                return
+            if not residents.enter(request, match):
+                self._blocked = request
+                return
+            del waiting[num_deferred]
+            self._start(draft, request)
+            budget -= self._plan_chunk(draft, request, budget)
+
+    def _start(self, draft: _Draft, request: Request) -> None:
+        """Tell the runners of a request that has entered."""
+        request.state = State.PREFILLING
+        self._prefilling.append(request)
+        self._stats.cached_tokens += request.num_computed
+        if request.prompt_logprobs is not None and not request.answered:
+            request.prompt_logprobs = []  # what a preempted run had collected is computed again
+        known = request.tokens.copy()
+        draft.inits.append(
+            SlotInit(request.slot, known, request.num_prompt, request.sampling, request.seed)
+        )
+        for column in range(len(request.pages)):
+            draft.set_page(request, column)
+
+    def _plan_chunk(self, draft: _Draft, request: Request, budget: int) -> int:
+        """Add a row that computes more of a request's known tokens; returns how many."""
+        start, num_known = request.num_computed, request.num_known
+        length = num_known - start
+        if self._chunk_tokens != -1:
+            length = min(length, self._chunk_tokens, budget)
+        request.num_computed = end = start + length
+        samples = end == num_known and num_known < request.max_tokens_total
+        draft.requests.append(request)
+        draft.slots.append(request.slot)
+        draft.starts.append(start)
+        draft.lengths.append(length)
+        draft.samples.append(samples)
+        for column in self._residents.share(request, draft.step):
+            self._table_changes.append((request, column))
+        if end == num_known:
+            self._prefilling.remove(request)
+            if num_known + 1 < request.max_tokens_total:
+                request.state = State.DECODING
+                self._decode.add(request, draft.step + 1)
+            else:
+                request.state = State.ENDING
+                draft.last.append((request, len(draft.sampled) if samples else -1))
+        if samples:
+            draft.sampled.append(request)
+        self._stats.prompt_tokens += length
+        return length
+
+    # Results
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take the results of the oldest planned step; returns what it adds to each request."""
+        draft = self._in_flight.popleft()
+        assert draft.step == plan.step, "steps are committed in the order in which they are planned"
+        self._committed = draft.step
+        for row, entries in result.prompt_logprobs.items():
+            request = draft.requests[row]
+            if request.prompt_logprobs is not None and not request.answered:
+                request.prompt_logprobs += entries
+        outputs: list[RequestOutput | None] = []  # by index into the sampled rows; None: ignored
+        for request, token_id in zip(draft.sampled, result.token_ids, strict=True):
+            if request.ended:
+                outputs.append(None)
+                continue
+            request.tokens.append(token_id)
+            output = RequestOutput(request.request_id, [token_id])
+            outputs.append(output)
+            if token_id in request.stop_ids and request.stops_on(token_id):
+                output.finish_reason = "stop"
+                output.stop_token_id = token_id
+                self._end(request)
+        self._stats.generated_tokens += len(outputs) - outputs.count(None)
+        for index, logprobs in result.logprobs.items():
+            if (logged := outputs[index]) is not None:
+                logged.logprobs = [logprobs]
+        for index in range(draft.num_decodes, len(outputs)):
+            if (prefilled := outputs[index]) is not None:
+                self._complete_first(draft.sampled[index], prefilled)
+        for request, index in draft.last:
+            if not request.ended:
+                self._finish_at_limit(request, index, outputs)
+        return [output for output in outputs if output is not None]
+
+    def _finish_at_limit(
+        self, request: Request, index: int, outputs: list[RequestOutput | None]
+    ) -> None:
+        if index < 0:  # max_tokens=0: only the prompt was asked for
+            index = len(outputs)
+            output = RequestOutput(request.request_id, [])
+            self._complete_first(request, output)
+            outputs.append(output)
+        last = outputs[index]
+        assert last is not None
+        last.finish_reason = "length"
+        self._end(request)
+
+    @staticmethod
+    def _complete_first(request: Request, output: RequestOutput) -> None:
+        """Add what a request's first output carries."""
+        if request.answered:
+            return
+        output.num_cached_tokens = request.num_cached
+        if request.prompt_logprobs is not None:
+            # An entry after the prompt's last position would be of the answer.
+            output.prompt_logprobs = request.prompt_logprobs[: request.num_prompt - 1]
+            assert len(output.prompt_logprobs) == request.num_prompt - 1
+        request.answered = True
+
+    def stats(self) -> EngineStats:
+        """Gauges now and counters since the start; a copy."""
+        stats: EngineStats = msgspec.structs.replace(self._stats)
+        stats.num_running = len(self._residents.running)
+        stats.num_waiting = len(self._waiting)
+        stats.kv_pages_free = self._residents.num_free_pages
+        stats.kv_pages_cached = self._residents.num_cached_pages
+        return stats
+
+    def check(self) -> None:
+        """Assert that pages, locks, slots, queues and calendars agree with the requests."""
+        self._residents.check()
+        self._decode.check(self._planned + 1)
+        by_state: dict[State, list[Request]] = {state: [] for state in State}
+        for request in self._live.values():
+            by_state[request.state].append(request)
+            assert request.ended == (request.state is State.ENDED)
+            resident = request in self._residents.running
+            assert resident == (request.slot >= 0) == bool(request.pages)
+            assert resident or request.state in (State.WAITING, State.ENDING)
+        assert set(self._residents.running) <= set(self._live.values())
+        assert list(self._waiting) == sorted(by_state[State.WAITING], key=lambda r: r.arrival)
+        assert set(self._prefilling) == set(by_state[State.PREFILLING])
+        assert set(self._decode.requests) == set(by_state[State.DECODING])
+        assert not by_state[State.ENDED], "an ended request is live"
+        ending = {request for draft in self._in_flight for request, _ in draft.last}
+        assert set(by_state[State.ENDING]) <= ending
+        assert self._blocked is None or self._blocked in self._waiting
