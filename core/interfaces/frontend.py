@@ -58,6 +58,11 @@ class Engine(Protocol):
         """The latest gauges the engine sent."""
         ...
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the engine said of itself when it was ready: plain values; empty before."""
+        ...
+
     def generate(
         self, request_id: str, prompt_ids: list[int], sampling: SamplingParams
     ) -> OutputStream:

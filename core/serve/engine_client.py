@@ -1,0 +1,269 @@
+"""The engine over ZeroMQ, as a frontend sees it. Knows nothing of HTTP or of text.
+
+One message of the engine carries a whole step, so the cost per token is what counts: a step is
+decoded once, each output is put into its request's slot, and a waiting reader is woken through a
+bare future. No tasks, no queues; outputs that wait unread are merged.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+import zmq
+
+from core.errors import RequestError, WorkerDied
+from core.interfaces.control import Endpoints
+from core.interfaces.frontend import EngineState
+from core.interfaces.messages import (
+    Abort,
+    EngineInput,
+    EngineStats,
+    Generate,
+    RequestOutput,
+    SamplingParams,
+    StepOutput,
+)
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+STEPS_PER_WAKEUP = 8  # messages taken before other work of the event loop gets its turn
+_REFUSALS = {
+    EngineState.STARTING: ("the model is still being loaded; try again soon", "engine_starting"),
+    EngineState.DRAINING: ("the server is shutting down", "shutting_down"),
+}
+
+log = logging.getLogger(__name__)
+
+
+class ZmqEngine:
+    """Implements core.interfaces.frontend.Engine. Lives in one event loop's thread.
+
+    SERVING begins with the parent's word that all workers are ready, or with the engine's first
+    stats, whichever comes first. Which side of a socket starts first does not matter.
+    """
+
+    def __init__(self, endpoints: Endpoints, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._context = zmq.Context()
+        self._input = self._socket(zmq.PUSH)
+        self._output = self._socket(zmq.PULL)
+        self._input.connect(endpoints.engine_input)
+        self._output.bind(endpoints.engine_output)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(StepOutput)
+        self._streams: dict[str, ZmqStream] = {}
+        self._stats = EngineStats()
+        self._info: dict[str, Any] = {}
+        self._state = EngineState.STARTING
+        self._cause = ""
+        self._idle: asyncio.Future[None] | None = None
+        self._output_fd = int(self._output.getsockopt(zmq.FD))
+        loop.add_reader(self._output_fd, self._on_readable)
+        loop.call_soon(self._on_readable)  # the descriptor tells changes only
+
+    def _socket(self, kind: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        if kind == zmq.PUSH:
+            socket.setsockopt(zmq.SNDHWM, 0)  # what is under way is limited by the frontend
+        return socket
+
+    @property
+    def alive(self) -> bool:
+        return self._state is not EngineState.DEAD
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    @property
+    def num_live(self) -> int:
+        return len(self._streams)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self._info
+
+    def generate(
+        self, request_id: str, prompt_ids: list[int], sampling: SamplingParams
+    ) -> "ZmqStream":
+        if self._state is not EngineState.SERVING:
+            raise self._refusal()
+        assert request_id not in self._streams, request_id
+        stream = ZmqStream(self, request_id)
+        self._send(Generate(request_id, prompt_ids, sampling))
+        self._streams[request_id] = stream
+        return stream
+
+    def engine_ready(self, info: dict[str, Any]) -> None:
+        """Every worker is up; `info` is what the first one said of itself."""
+        self._info = info
+        self._begin_serving()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        if self.alive:
+            self._state = EngineState.DRAINING
+
+    async def wait_idle(self) -> None:
+        """Return when no request is live. For one waiter."""
+        while self._streams:
+            self._idle = self._loop.create_future()
+            await self._idle
+
+    def engine_died(self, cause: str) -> None:
+        """Fail every open stream now, and every request from now on."""
+        if self.alive:
+            self._state = EngineState.DEAD
+            self._cause = cause
+            self.fail_all(cause)
+
+    def fail_all(self, cause: str) -> None:
+        """End every open stream with WorkerDied(cause), and its request."""
+        if self.alive and self._streams:
+            self._send(Abort(list(self._streams)))
+        for stream in list(self._streams.values()):
+            stream._fail(WorkerDied(cause))
+        self._streams.clear()
+        self._check_idle()
+
+    def close(self) -> None:
+        """Release the sockets; call after the last request."""
+        self._loop.remove_reader(self._output_fd)
+        self._context.destroy(linger=0)
+
+    def _refusal(self) -> RequestError:
+        if self._state is EngineState.DEAD:
+            return RequestError(
+                f"the engine has stopped: {self._cause}"[:500], code="engine_dead", status=503
+            )
+        message, code = _REFUSALS[self._state]
+        return RequestError(message, code=code, status=503)
+
+    def _send(self, message: EngineInput) -> None:
+        self._input.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def _forget(self, request_id: str) -> None:
+        """A reader closed its stream: abort unless the request ended by itself."""
+        if self._streams.pop(request_id, None) is not None:
+            if self.alive:
+                self._send(Abort([request_id]))
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._streams and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _begin_serving(self) -> None:
+        if self._state is EngineState.STARTING:
+            self._state = EngineState.SERVING
+
+    def _on_readable(self) -> None:
+        if self._output.closed:
+            return
+        for _ in range(STEPS_PER_WAKEUP):
+            try:
+                frame = self._output.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                step = self._decoder.decode(frame)
+            except msgspec.DecodeError as error:
+                log.error("the engine sent a message that can't be read: %s", error)
+                self.engine_died(f"unreadable message from the engine: {error}")
+                return
+            self._dispatch(step)
+        # The descriptor stays silent about messages that were there before: come back for them.
+        self._loop.call_soon(self._on_readable)
+
+    def _dispatch(self, step: StepOutput) -> None:
+        if step.stats is not None:
+            self._stats = step.stats
+            self._begin_serving()
+        streams = self._streams
+        ended = False
+        for output in step.outputs:
+            stream = streams.get(output.request_id)
+            if stream is None:
+                continue  # aborted; the engine has not heard of it yet
+            stream._put(output)
+            if output.finish_reason is not None:
+                del streams[output.request_id]
+                ended = True
+        if ended:
+            self._check_idle()
+
+
+class ZmqStream:
+    """Implements core.interfaces.frontend.OutputStream: one slot and at most one waiting reader."""
+
+    __slots__ = ("_done", "_engine", "_error", "_pending", "_request_id", "_waiter")
+
+    def __init__(self, engine: ZmqEngine, request_id: str) -> None:
+        self._engine = engine
+        self._request_id = request_id
+        self._pending: RequestOutput | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: WorkerDied | None = None
+        self._done = False
+
+    def __aiter__(self) -> "ZmqStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while True:
+            output = self._pending
+            if output is not None:
+                self._pending = None
+                if output.finish_reason is not None:
+                    self._done = True
+                return output
+            if self._error is not None:
+                raise self._error
+            if self._done:
+                raise StopAsyncIteration
+            self._waiter = self._engine._loop.create_future()
+            await self._waiter
+
+    def close(self) -> None:
+        self._done = True
+        self._pending = None
+        self._wake()
+        self._engine._forget(self._request_id)
+
+    def _put(self, output: RequestOutput) -> None:
+        if self._pending is None:
+            self._pending = output
+            self._wake()
+        else:
+            _merge(self._pending, output)
+
+    def _fail(self, error: WorkerDied) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _merge(first: RequestOutput, second: RequestOutput) -> None:
+    """Append what a later step adds to an output nobody has read yet."""
+    first.token_ids += second.token_ids
+    if second.logprobs is not None:
+        first.logprobs = (first.logprobs or []) + second.logprobs
+    first.finish_reason = second.finish_reason
+    first.stop_token_id = second.stop_token_id
+    first.error = second.error
+    if second.prompt_logprobs is not None:
+        first.prompt_logprobs = second.prompt_logprobs
+    if second.num_cached_tokens is not None:
+        first.num_cached_tokens = second.num_cached_tokens

@@ -1,0 +1,202 @@
+"""The frontend process: `python -m core.serve.process`, started by the supervisor of node 0.
+
+Boots from one line on standard input (`FrontendBoot`), binds the port before anything slow,
+loads the tokenizer and the frontend plugin, and serves until it is told to drain or its parent
+is gone. Knows nothing of models, weights or devices: it imports neither torch nor transformers.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from core.cluster.channel import Channel, exit_with_parent
+from core.config import AppConfig, FrontendConfig, PluginChoice
+from core.errors import ConfigError
+from core.interfaces.control import (
+    Drain,
+    Endpoints,
+    EngineDied,
+    EngineReady,
+    ModelFiles,
+    ParentControl,
+    Phase,
+    Ready,
+)
+from core.interfaces.frontend import FrontendContext, ServedModel
+from core.plugin_manager import PluginManager
+from core.serve.engine_client import ZmqEngine
+from core.serve.http_server import Server, bind, is_loopback, url_of
+from core.serve.tokenizer import HfTokenizer
+
+API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
+FAREWELL_S = 0.5  # of answering with the cause after the engine died; the parent kills after 1.5 s
+SHUTTING_DOWN = "the server is shutting down and its grace time is over"
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What the frontend tells about the model; see core.interfaces.frontend.ServedModel."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    info: dict[str, Any] = {}
+
+
+class FrontendBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """The first line on standard input."""
+
+    config: AppConfig
+    endpoints: Endpoints
+    files: ModelFiles
+    served: Served
+
+
+def read_api_key(config: FrontendConfig) -> str | None:
+    """The key from `frontend.api_key_file`, else from the environment, else None.
+
+    Raises ConfigError for a file that can't be read or holds nothing.
+    """
+    if config.api_key_file is None:
+        return os.environ.get(API_KEY_VARIABLE) or None
+    try:
+        key = Path(config.api_key_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"frontend.api_key_file={config.api_key_file!r}: {error}") from error
+    if not key:
+        raise ConfigError(f"frontend.api_key_file={config.api_key_file!r} is empty")
+    return key
+
+
+def check_exposure(config: FrontendConfig, api_key: str | None) -> None:
+    """Raise ConfigError where anybody on the network could use the endpoint unasked."""
+    if api_key is None and not config.allow_anonymous and not is_loopback(config.host):
+        raise ConfigError(
+            f"frontend.host={config.host!r} is reachable from other machines and there is no API "
+            f"key; set frontend.api_key_file (or {API_KEY_VARIABLE}), bind 127.0.0.1, or accept "
+            "anybody with frontend.allow_anonymous=true"
+        )
+
+
+class Frontend:
+    """One running frontend: the engine client, the server, and what the parent asks for."""
+
+    def __init__(self, channel: Channel, boot: FrontendBoot, api_key: str | None) -> None:
+        self._channel = channel
+        self._boot = boot
+        self._api_key = api_key
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve until drained or abandoned; returns the exit status."""
+        config = self._boot.config
+        loop = asyncio.get_running_loop()
+        self._engine = ZmqEngine(self._boot.endpoints, loop)
+        application = self._application()
+        url = url_of(listener)
+        self._server = Server(
+            application,
+            keep_alive_s=config.frontend.keep_alive_s,
+            on_started=lambda: self._channel.send(
+                Ready({"url": url, "needs_key": self._api_key is not None})
+            ),
+        )
+        self._exit_status = 0
+        self._channel.listen(
+            lambda message: loop.call_soon_threadsafe(self._handle, message)  # type: ignore[arg-type]
+        )
+        # The terminal's ctrl-c reaches every process of the group; the parent decides for all.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        grace = Drain(config.launch.shutdown_grace_s)
+        loop.add_signal_handler(signal.SIGTERM, self._handle, grace)
+        gc.collect()
+        gc.freeze()  # nothing made until here is garbage: keep it out of every collection
+        gc.set_threshold(20_000, 20, 50)
+        await self._server.serve(sockets=[listener])
+        self._engine.close()
+        return self._exit_status if self._engine.alive else 1
+
+    def _application(self) -> Any:
+        """The chosen frontend plugin's ASGI application."""
+        config, served = self._boot.config, self._boot.served
+        begin = time.monotonic()
+        plugins = PluginManager.load(config.plugins.blocklist)
+        tokenizer = HfTokenizer.from_folder(
+            self._boot.files.tokenizer_dir, self._boot.files.eos_ids
+        )
+        context = FrontendContext(
+            engine=self._engine,
+            tokenizer=tokenizer,
+            model=ServedModel(
+                name=served.name,
+                max_model_len=served.max_model_len,
+                vocab_size=served.vocab_size,
+                created=int(time.time()),
+                info=served.info,
+                default_sampling=self._boot.files.default_sampling,
+            ),
+            config=config.frontend,
+            max_running_requests=config.engine.max_running_requests,
+            api_key=self._api_key,
+        )
+        choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
+        application = plugins.table("frontend").create(choice, context)
+        self._channel.send(Phase("frontend", time.monotonic() - begin))
+        return application
+
+    def _handle(self, message: ParentControl | None) -> None:
+        if isinstance(message, EngineReady):
+            self._engine.engine_ready(message.info)
+        elif isinstance(message, EngineDied):
+            self._engine.engine_died(message.cause)
+            asyncio.get_running_loop().call_later(FAREWELL_S, self._exit)
+        elif isinstance(message, Drain):
+            if self._drain_task is not None:
+                self._drain_task.cancel()  # a second request counts from now
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain(message.grace_s))
+        elif not self._server.should_exit:  # the parent is gone, or wants us gone
+            self._exit_status = 1
+            self._engine.fail_all(SHUTTING_DOWN)
+            self._exit()
+
+    def _exit(self) -> None:
+        self._server.should_exit = True
+
+    async def _drain(self, grace_s: float) -> None:
+        self._engine.drain()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._engine.wait_idle()
+        except TimeoutError:
+            self._engine.fail_all(SHUTTING_DOWN)
+        self._exit()
+
+
+def run(channel: Channel, boot: FrontendBoot) -> int:
+    """Check, bind, serve. Raises the errors of core.errors."""
+    frontend = boot.config.frontend
+    api_key = read_api_key(frontend)
+    check_exposure(frontend, api_key)
+    listener = bind(frontend.host, frontend.port)
+    return uvloop.run(Frontend(channel, boot, api_key).run(listener))
+
+
+def main() -> int:
+    channel = Channel.open()
+    exit_with_parent()
+    try:
+        return run(channel, msgspec.json.decode(channel.boot_line(), type=FrontendBoot))
+    except Exception as error:  # reported by the parent, once, for all its processes
+        return channel.report_failure(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
