@@ -174,8 +174,8 @@ class Sampler:
         """The chosen ids, int64 (R,) on the device; returns without waiting for a GPU.
 
         `logits_RV` is float32 and left as it is; `tokens_SL` (int32 or int64) holds every slot's
-        known tokens by the time the device gets here. Needs up to about 28 bytes of scratch for
-        each logit where rows draw. A row with NaN gives some valid id; other rows don't notice.
+        known tokens by the time the device gets here. Scratch: a copy of the logits for edits, one
+        or two for rows that draw, and the kernels' chunk. A row with NaN gives some valid id; other rows don't notice.
         """
         if plan.num_rows == 0:
             return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
@@ -308,8 +308,9 @@ def _edited(plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
         flat.scatter_(0, plan.forbidden.indices_N, plan.forbidden.values_N)
     some = plan.penalties
     if some is not None:
-        penalised_PV = sampling.apply_penalties(
-            logits_RV[some.rows_P],
+        sampling.apply_penalties_(
+            logits_RV,
+            some.rows_P,
             tokens_SL[:, : some.most_tokens].index_select(0, some.slots_P).long(),
             num_tokens_P=some.num_tokens_P,
             num_prompt_P=some.num_prompt_P,
@@ -317,7 +318,6 @@ def _edited(plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
             presence_P=some.presence_P,
             frequency_P=some.frequency_P,
         )
-        logits_RV.index_copy_(0, some.rows_P, penalised_PV)
     return logits_RV
 
 
@@ -326,7 +326,8 @@ def _drawn(draw: Draw, logits_DV: Tensor, top_D: Tensor, best_D: Tensor) -> Tens
     threshold_D = draw.min_p_D
     for some in draw.filters:
         threshold_F = sampling.filter_thresholds(
-            ratio_DV if some.rows_F is None else ratio_DV[some.rows_F],
+            ratio_DV,
+            some.rows_F,
             num_sorted=some.num_sorted,
             top_k_F=some.top_k_F,
             top_p_F=some.top_p_F,

@@ -23,6 +23,9 @@ from torch.nn import functional
 # probabilities below 3e-11 of the most likely token's.
 WEIGHT_SCALE = 2.0**35
 BLOCK = 128  # divides the vocabulary of every family we know; others are padded
+# Logits worked on at a time: on a CPU what fits its caches (and the heap's free lists: fresh pages
+# cost more than the arithmetic), on a GPU what bounds the scratch memory to some 500 MB.
+CHUNK_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 def uniform_numbers(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
@@ -36,8 +39,9 @@ def uniform_numbers(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     return _logical_shift(_mix64(state_R), 11).to(torch.float64) * 2.0**-53
 
 
-def apply_penalties(
-    logits_PV: Tensor,
+def apply_penalties_(
+    logits_RV: Tensor,
+    rows_P: Tensor,
     tokens_PL: Tensor,
     *,
     num_tokens_P: Tensor,
@@ -45,37 +49,36 @@ def apply_penalties(
     repetition_P: Tensor | None,
     presence_P: Tensor | None,
     frequency_P: Tensor | None,
-) -> Tensor:
-    """Logits with the penalties of the tokens seen so far; a new tensor unless all are None.
+) -> None:
+    """Apply the penalties of the tokens seen so far to some rows, in place.
 
-    `tokens_PL` (int64) holds prompt and generated ids; what lies beyond `num_tokens_P` is ignored.
-    Repetition (prompt and generated) divides positive logits and multiplies negative ones;
-    presence (once) and frequency (per occurrence) are subtracted for generated tokens. Each is
-    float32 (P,), or None where no row has it. As in vLLM and transformers.
+    `tokens_PL` (int64) holds prompt and generated ids; what lies beyond `num_tokens_P` (at least
+    1) is ignored. Repetition (prompt and generated) divides positive logits and multiplies
+    negative ones; presence (once) and frequency (per occurrence) are subtracted for generated
+    tokens. Each is float32 (P,), or None where no row has it. As in vLLM and transformers.
     """
-    num_rows, vocab_size = logits_PV.shape
+    num_rows, vocab_size = rows_P.shape[0], logits_RV.shape[1]
     column_L = torch.arange(tokens_PL.shape[1], device=tokens_PL.device)
     known_PL = column_L < num_tokens_P[:, None]
+    # Only seen tokens are touched. A token seen twice is written twice, with the same value; what
+    # is not known stands for the row's first token.
+    ids_PL = torch.where(known_PL, tokens_PL, tokens_PL[:, :1])
+    index_PL = ids_PL + rows_P[:, None] * vocab_size
+    flat_RV = logits_RV.view(-1)
+    value_PL = flat_RV[index_PL]
     if repetition_P is not None:
-        # Column V takes the ids that don't count.
-        ids_PL = torch.where(known_PL, tokens_PL, vocab_size)
-        seen_PV = torch.zeros(
-            (num_rows, vocab_size + 1), dtype=torch.bool, device=logits_PV.device
-        ).scatter_(1, ids_PL, True)[:, :vocab_size]
         factor_P1 = repetition_P[:, None]
-        penalised_PV = torch.where(logits_PV > 0, logits_PV / factor_P1, logits_PV * factor_P1)
-        logits_PV = torch.where(seen_PV, penalised_PV, logits_PV)
+        value_PL = torch.where(value_PL > 0, value_PL / factor_P1, value_PL * factor_P1)
     if presence_P is not None or frequency_P is not None:
         generated_PL = known_PL & (column_L >= num_prompt_P[:, None])
-        ids_PL = torch.where(generated_PL, tokens_PL, vocab_size)
-        counts_PV = torch.zeros((num_rows, vocab_size + 1), device=logits_PV.device).scatter_add_(
-            1, ids_PL, torch.ones((), device=logits_PV.device).expand_as(ids_PL)
-        )[:, :vocab_size]
+        counts_PV = torch.zeros((num_rows, vocab_size), device=logits_RV.device)
+        counts_PV.scatter_add_(1, ids_PL, generated_PL.to(counts_PV.dtype))
+        count_PL = counts_PV.gather(1, ids_PL)
         if frequency_P is not None:
-            logits_PV = logits_PV - counts_PV * frequency_P[:, None]
+            value_PL = value_PL - count_PL * frequency_P[:, None]
         if presence_P is not None:
-            logits_PV = logits_PV - (counts_PV > 0) * presence_P[:, None]
-    return logits_PV
+            value_PL = value_PL - (count_PL > 0) * presence_P[:, None]
+    flat_RV[index_PL] = value_PL
 
 
 def relative_probabilities(logits_RV: Tensor, top_R: Tensor, temperature_R: Tensor) -> Tensor:
@@ -88,20 +91,39 @@ def relative_probabilities(logits_RV: Tensor, top_R: Tensor, temperature_R: Tens
 
 
 def filter_thresholds(
-    ratio_FV: Tensor,
+    ratio_RV: Tensor,
+    rows_F: Tensor | None,
     *,
     num_sorted: int,
     top_k_F: Tensor,
     top_p_F: Tensor | None,
     min_p_F: Tensor,
 ) -> Tensor:
-    """The least `ratio_FV` (see relative_probabilities) that min_p, top_k and top_p leave, (F,).
+    """The least `ratio_RV` (see relative_probabilities) that min_p, top_k and top_p leave, (F,).
 
-    Order: min_p, top_k, then top_p over what those leave, as in vLLM. (transformers takes min_p
-    last; that differs only for rows with both top_p and min_p.) `top_k_F` (int64) lies in
-    1..num_sorted; `num_sorted` is V, or less where every row has a top_k: then only so many
-    candidates are sorted. `top_p_F` is float64, `min_p_F` float32 (0: none).
+    `rows_F` says which rows, None means all. Order: min_p, top_k, then top_p over what those
+    leave, as in vLLM. (transformers takes min_p last; that differs only for rows with both top_p
+    and min_p.) `top_k_F` (int64) lies in 1..num_sorted; `num_sorted` is V, or less where every row
+    has a top_k: then only so many candidates are sorted. `top_p_F` is float64, `min_p_F` float32
+    (0: none).
     """
+    return torch.cat(
+        [
+            _thresholds(
+                ratio_RV[part] if rows_F is None else ratio_RV[rows_F[part]],
+                num_sorted,
+                top_k_F[part],
+                None if top_p_F is None else top_p_F[part],
+                min_p_F[part],
+            )
+            for part in _row_chunks(top_k_F.shape[0], ratio_RV)
+        ]
+    )
+
+
+def _thresholds(
+    ratio_FV: Tensor, num_sorted: int, top_k_F: Tensor, top_p_F: Tensor | None, min_p_F: Tensor
+) -> Tensor:
     vocab_size = ratio_FV.shape[1]
     if num_sorted < vocab_size:
         head_FK = ratio_FV.topk(num_sorted, dim=-1).values.flip(-1)
@@ -111,17 +133,16 @@ def filter_thresholds(
     floor_F = torch.maximum(kth_F, min_p_F)
     if top_p_F is None:
         return floor_F
-    weight_FK = _fixed_point(head_FK, floor_F)
-    up_to_FK = weight_FK.cumsum(-1)
+    up_to_FK = _fixed_point(head_FK, floor_F).cumsum(-1)
     head_total_F = up_to_FK[:, -1]
     # Tokens that tie with the k-th stay too, and may lie outside the sorted head.
     total_F = head_total_F
     if num_sorted < vocab_size:
         total_F = _fixed_point(ratio_FV, floor_F).sum(-1)
-    # A token stays if the more likely ones together have less than top_p.
+    # A token stays if the more likely ones together have less than top_p; the best one always.
     wanted_F = (total_F * top_p_F).ceil().to(torch.int64)
-    num_kept_F = (head_total_F[:, None] - up_to_FK < wanted_F[:, None]).sum(-1).clamp_(min=1)
-    last_F = head_FK.gather(1, num_sorted - num_kept_F[:, None])[:, 0]
+    first_F1 = torch.searchsorted(up_to_FK, (head_total_F - wanted_F)[:, None], right=True)
+    last_F = head_FK.gather(1, first_F1.clamp_(max=num_sorted - 1))[:, 0]
     return torch.maximum(floor_F, last_F)
 
 
@@ -134,12 +155,24 @@ def draw_tokens(
     without weight is never drawn; a row without any (NaN, all minus infinity) gives `fallback_R`.
     `uniform_R` is float64 in [0, 1).
     """
-    vocab_size = ratio_RV.shape[1]
-    weight_RV = _fixed_point(ratio_RV, threshold_R)
+    return torch.cat(
+        [
+            _draw(
+                _fixed_point(ratio_RV[part], None if threshold_R is None else threshold_R[part]),
+                uniform_R[part],
+                fallback_R[part],
+            )
+            for part in _row_chunks(ratio_RV.shape[0], ratio_RV)
+        ]
+    )
+
+
+def _draw(weight_RV: Tensor, uniform_R: Tensor, fallback_R: Tensor) -> Tensor:
+    vocab_size = weight_RV.shape[1]
     if vocab_size % BLOCK:
         weight_RV = functional.pad(weight_RV, (0, BLOCK - vocab_size % BLOCK))
     weight_RBC = weight_RV.view(weight_RV.shape[0], -1, BLOCK)
-    # Two levels, blocks first: a sum is read once and vectorises, a cumsum of the row is neither.
+    # Two levels, blocks first: a cumsum over whole rows would be read and written once more.
     block_RB = weight_RBC.sum(-1)
     up_to_RB = block_RB.cumsum(-1)
     total_R1 = up_to_RB[:, -1:]
@@ -199,6 +232,12 @@ def _mix64(x: Tensor) -> Tensor:
     x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
     return x ^ _logical_shift(x, 31)
+
+
+def _row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
+    """Row slices of at most CHUNK_LOGITS each, or of one row."""
+    chunk_rows = max(1, CHUNK_LOGITS[like_RV.device.type] // like_RV.shape[1])
+    return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
 
 
 def _fixed_point(ratio_RV: Tensor, threshold_R: Tensor | None) -> Tensor:

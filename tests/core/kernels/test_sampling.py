@@ -8,7 +8,7 @@ from scipy import stats
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from core.kernels.sampling import (
-    apply_penalties,
+    apply_penalties_,
     draw_tokens,
     filter_thresholds,
     relative_probabilities,
@@ -33,6 +33,7 @@ def choose(
     ratio_RV = relative_probabilities(logits_RV, top_R, torch.full((num_rows,), temperature))
     threshold_R = filter_thresholds(
         ratio_RV,
+        None,
         num_sorted=num_sorted or vocab_size,
         top_k_F=torch.full((num_rows,), top_k or vocab_size),
         top_p_F=torch.full((num_rows,), top_p, dtype=torch.float64) if top_p < 1 else None,
@@ -166,7 +167,7 @@ class TestFilters:
         assert set(only_two.tolist()) == {0, 1}
 
     def test_weights_beyond_fixed_point_do_not_matter(self):
-        """Tokens a million million times less likely have no weight, even where top_k keeps them."""
+        """A token 10^26 times less likely has no weight, even where top_k keeps it."""
         logits_RV = torch.tensor([[0.0, -1.0, -60.0, -80.0]]).repeat(200, 1)
         uniform_R = torch.rand(200, generator=generator(2), dtype=torch.float64)
         assert set(choose(logits_RV, uniform_R, top_k=4).tolist()) == {0, 1}
@@ -182,8 +183,13 @@ class TestPenalties:
         self.num_prompt_P = torch.tensor([4, 7, 1, 3, 2])
 
     def apply(self, repetition=None, presence=None, frequency=None):
-        return apply_penalties(
-            self.logits_PV,
+        """The rows, backwards, inside a larger batch that must stay as it was."""
+        logits_RV = torch.full((7, 50), 3.25)
+        rows_P = torch.tensor([5, 4, 3, 2, 1])
+        logits_RV[rows_P] = self.logits_PV
+        apply_penalties_(
+            logits_RV,
+            rows_P,
             self.tokens_PL,
             num_tokens_P=self.num_tokens_P,
             num_prompt_P=self.num_prompt_P,
@@ -191,6 +197,8 @@ class TestPenalties:
             presence_P=presence,
             frequency_P=frequency,
         )
+        assert (logits_RV[[0, 6]] == 3.25).all()
+        return logits_RV[rows_P]
 
     @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
     def test_repetition_is_transformers(self, penalty):
@@ -233,3 +241,11 @@ class TestPenalties:
         self.logits_PV[:] = -math.inf
         ones = torch.ones(5)
         assert (self.apply(ones * 1.5, ones, ones) == -math.inf).all()
+
+    def test_a_token_of_prompt_and_answer_counts_once_for_repetition(self):
+        self.tokens_PL[0] = 9
+        ones = torch.ones(5)
+        result_PV = self.apply(2 * ones, ones, ones)
+        value = float(self.logits_PV[0, 9])
+        expected = (value / 2 if value > 0 else value * 2) - 1 - 16
+        assert result_PV[0, 9].item() == pytest.approx(expected, abs=1e-5)

