@@ -62,7 +62,7 @@ def open_mesh(
     path that no file exists at, in a folder only this user can write (ranks of one host), or
     "host:port" of rank 0. Blocks until all ranks came, at most `timeout_s`: then ResourceError
     names the missing ones. A collective waits `collective_timeout_s` for its slowest rank.
-    `device` is where NCCL's rank lives.
+    `device` is where this rank computes; gloo does not need it.
     """
     axes = [axis for axis in sorted(torch_backends) if plan.axis_size(axis) > 1]
     if not axes:
@@ -77,7 +77,7 @@ def open_mesh(
     world_backend = torch_backends[(spanning or axes)[0]]
     timeout = timedelta(seconds=collective_timeout_s)
     arguments: dict[str, Any] = {}
-    if device is not None and device.type == "cuda":
+    if device is not None and device.type == "cuda" and world_backend != "gloo":
         arguments["device_id"] = device
     dist.init_process_group(
         world_backend,

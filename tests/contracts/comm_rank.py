@@ -66,7 +66,7 @@ def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor
         torch_backends={"tp": comm_backend.torch_backend, "dp": comm_backend.torch_backend},
         rendezvous=rendezvous,
         timeout_s=60.0,
-        device=device if backend == "nccl" else None,
+        device=device,
     )
     results = collect(
         connect(mesh.groups, {"tp": comm_backend, "dp": comm_backend}), rank, size, device
