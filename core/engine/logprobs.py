@@ -16,9 +16,7 @@ from torch import Tensor
 
 from core.engine.batch import to_device
 from core.interfaces.messages import TokenLogprobs
-
-# Logits worked on at a time. Each needs some 10 bytes of scratch, so about 170 MB.
-CHUNK_LOGITS = 1 << 24
+from core.kernels.sampling import row_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +88,8 @@ def _logprobs(
     """`ids_N` in the rows `rows_N` (None: all) of the logits."""
     num_rows, vocab_size = ids_N.shape[0], logits_RV.shape[1]
     most = min(max(num_top, default=0), vocab_size)
-    chunk_rows = max(1, CHUNK_LOGITS // vocab_size)
     parts = []
-    for start in range(0, max(num_rows, 1), chunk_rows):
-        part = slice(start, start + chunk_rows)
+    for part in row_chunks(num_rows, logits_RV) or [slice(0, 0)]:
         logits_NV = logits_RV[part] if rows_N is None else logits_RV[rows_N[part]]
         parts.append(_chunk(logits_NV.float(), ids_N[part], most))
     logprobs_N, ranks_N, top_ids_NK, top_logprobs_NK = (

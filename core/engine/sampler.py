@@ -175,7 +175,8 @@ class Sampler:
 
         `logits_RV` is float32 and left as it is; `tokens_SL` (int32 or int64) holds every slot's
         known tokens by the time the device gets here. Scratch: a copy of the logits for edits, one
-        or two for rows that draw, and the kernels' chunk. A row with NaN gives some valid id; other rows don't notice.
+        or two for rows that draw, and the kernels' chunk. A row with NaN gives some valid id;
+        other rows don't notice.
         """
         if plan.num_rows == 0:
             return torch.empty(0, dtype=torch.int64, device=logits_RV.device)

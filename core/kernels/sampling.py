@@ -28,6 +28,12 @@ BLOCK = 128  # divides the vocabulary of every family we know; others are padded
 CHUNK_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
+def row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
+    """Row slices of at most CHUNK_LOGITS each, or of one row; none if there are no rows."""
+    chunk_rows = max(1, CHUNK_LOGITS[like_RV.device.type] // like_RV.shape[1])
+    return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
+
+
 def uniform_numbers(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     """One number in [0, 1) (float64) for each (seed, position), both int64.
 
@@ -57,6 +63,29 @@ def apply_penalties_(
     negative ones; presence (once) and frequency (per occurrence) are subtracted for generated
     tokens. Each is float32 (P,), or None where no row has it. As in vLLM and transformers.
     """
+    for part in row_chunks(rows_P.shape[0], logits_RV):
+        _penalise_rows_(
+            logits_RV,
+            rows_P[part],
+            tokens_PL[part],
+            num_tokens_P[part],
+            num_prompt_P[part],
+            None if repetition_P is None else repetition_P[part],
+            None if presence_P is None else presence_P[part],
+            None if frequency_P is None else frequency_P[part],
+        )
+
+
+def _penalise_rows_(
+    logits_RV: Tensor,
+    rows_P: Tensor,
+    tokens_PL: Tensor,
+    num_tokens_P: Tensor,
+    num_prompt_P: Tensor,
+    repetition_P: Tensor | None,
+    presence_P: Tensor | None,
+    frequency_P: Tensor | None,
+) -> None:
     num_rows, vocab_size = rows_P.shape[0], logits_RV.shape[1]
     column_L = torch.arange(tokens_PL.shape[1], device=tokens_PL.device)
     known_PL = column_L < num_tokens_P[:, None]
@@ -116,7 +145,7 @@ def filter_thresholds(
                 None if top_p_F is None else top_p_F[part],
                 min_p_F[part],
             )
-            for part in _row_chunks(top_k_F.shape[0], ratio_RV)
+            for part in row_chunks(top_k_F.shape[0], ratio_RV)
         ]
     )
 
@@ -162,7 +191,7 @@ def draw_tokens(
                 uniform_R[part],
                 fallback_R[part],
             )
-            for part in _row_chunks(ratio_RV.shape[0], ratio_RV)
+            for part in row_chunks(ratio_RV.shape[0], ratio_RV)
         ]
     )
 
@@ -232,12 +261,6 @@ def _mix64(x: Tensor) -> Tensor:
     x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
     return x ^ _logical_shift(x, 31)
-
-
-def _row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
-    """Row slices of at most CHUNK_LOGITS each, or of one row."""
-    chunk_rows = max(1, CHUNK_LOGITS[like_RV.device.type] // like_RV.shape[1])
-    return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
 
 
 def _fixed_point(ratio_RV: Tensor, threshold_R: Tensor | None) -> Tensor:

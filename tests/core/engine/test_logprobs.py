@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from core.engine import logprobs
 from core.engine.logprobs import prompt_logprobs, sampled_logprobs
 from core.interfaces.messages import TokenLogprobs
+from core.kernels import sampling
 
 
 def expected_entry(logits_V, token: int, num_top: int) -> TokenLogprobs:
@@ -63,7 +63,7 @@ def test_nobody_asks(logits_RV):
 @pytest.mark.parametrize("chunk_logits", [1, 500, 1300, 1 << 24])
 @pytest.mark.parametrize("num_top", [0, 4])
 def test_prompt_in_chunks(logits_RV, monkeypatch, chunk_logits, num_top):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setitem(sampling.CHUNK_LOGITS, "cpu", chunk_logits)
     entries = prompt_logprobs(logits_RV, torch.tensor(CHOSEN), num_top).to_host()
     assert len(entries) == 7
     for row, entry in enumerate(entries):
@@ -71,7 +71,7 @@ def test_prompt_in_chunks(logits_RV, monkeypatch, chunk_logits, num_top):
 
 
 def test_sampled_rows_in_chunks(logits_RV, monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 1000)
+    monkeypatch.setitem(sampling.CHUNK_LOGITS, "cpu", 1000)
     num_top = [1, None, 2, 3, None, 0, 5]
     entries = sampled_logprobs(logits_RV, torch.tensor(CHOSEN), num_top).to_host()
     for row, entry in zip([0, 2, 3, 5, 6], entries, strict=True):

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from core.kernels import sampling
 from core.kernels.sampling import (
     apply_penalties_,
     draw_tokens,
@@ -153,6 +154,20 @@ class TestFilters:
             short = choose(logits_RV, uniform_R, **params, num_sorted=params["top_k"])
             assert short.tolist() == expected_R.tolist()
 
+    @pytest.mark.parametrize("chunk_logits", [1, 100, 700])
+    def test_chunks_change_nothing(self, monkeypatch, chunk_logits):
+        gen = generator(5)
+        logits_RV = torch.randn(60, 100, generator=gen) * 3
+        uniform_R = torch.rand(60, generator=gen, dtype=torch.float64)
+        params = {"top_k": 30, "top_p": 0.9}
+        whole = (
+            choose(logits_RV, uniform_R, **params),
+            choose(logits_RV, uniform_R, **params, num_sorted=30),
+        )
+        monkeypatch.setitem(sampling.CHUNK_LOGITS, "cpu", chunk_logits)
+        assert choose(logits_RV, uniform_R, **params).equal(whole[0])
+        assert choose(logits_RV, uniform_R, **params, num_sorted=30).equal(whole[1])
+
     def test_tokens_that_tie_stay_together(self):
         """Both ways of finding the threshold, with ties at the k-th and at the top_p edge."""
         logits_RV = torch.tensor([4, 3, 2, 2, 2, 2, 1, 1, 0.0]).log1p().repeat(500, 1)
@@ -236,6 +251,13 @@ class TestPenalties:
         for row, length in enumerate(self.num_tokens_P.tolist()):
             self.tokens_PL[row, length:] = 10**9
         assert self.apply(ones * 1.5, ones, ones).equal(before)
+
+    def test_chunks_change_nothing(self, monkeypatch):
+        gen = generator(4)
+        penalties = [torch.rand(5, generator=gen) + 0.5 for _ in range(3)]
+        whole = self.apply(*penalties)
+        monkeypatch.setitem(sampling.CHUNK_LOGITS, "cpu", 100)
+        assert self.apply(*penalties).equal(whole)
 
     def test_minus_infinity_stays(self):
         self.logits_PV[:] = -math.inf
