@@ -34,7 +34,7 @@ class Catalog:
         hint = "\nfor any other number of ranks: parallel.tp=N" if group == "parallel" else ""
         raise ConfigError(
             f"{group}={name}: there is no such {group} config{did_you_mean(name, options)}\n"
-            f"{group} configs: {', '.join(sorted(options))}{hint}"
+            f"{group} configs: {', '.join(options)}{hint}"
         )
 
 
@@ -64,6 +64,7 @@ def _walk(folder: Traversable, group: str) -> Iterator[tuple[str, str, str]]:
             yield group, item.name.removesuffix(".yaml"), summary
 
 
-def _natural(item: Traversable) -> list[tuple[int, str]]:
+def _natural(item: Traversable) -> list[tuple[str, int]]:
     """Sorts tp2 before tp16."""
-    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", item.name)]
+    parts = re.findall(r"(\D*)(\d*)", item.name.removesuffix(".yaml"))
+    return [(text, int(digits or 0)) for text, digits in parts]

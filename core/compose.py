@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +33,7 @@ SPREAD_GROUPS = {
 }
 DEFAULTED_GROUPS = ("parallel", "frontend", "launch")  # in config.yaml's defaults, as themselves
 HYDRA_VERSION_BASE = "1.3"
+COMPLETION_COMMANDS = r"(install|uninstall|query)=(bash|zsh|fish)"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 
@@ -173,6 +175,10 @@ def complete(arguments: Sequence[str], search_paths: Sequence[str]) -> None:
     Hydra knows programs by the last part of argv[0] and reads the line typed from the
     environment; the line is rewritten into words it can compose.
     """
+    if len(arguments) != 1 or not re.fullmatch(COMPLETION_COMMANDS, arguments[0]):
+        raise ConfigError(
+            f"-sc {' '.join(arguments)}: expected install=bash or uninstall=bash (or zsh, fish)"
+        )
     _store_defaults()
     line = os.environ.get("COMP_LINE", "")
     typed = re.sub(r"^\s*(\S*python\S*\s+-m\s+core\.run|\S+)\s*", "", line)
@@ -214,7 +220,7 @@ def _hydra_words(
         if not isinstance(override.value, str):
             raise ConfigError(
                 f"{override.target}={override.text}: expected the name of a {key} config: "
-                f"{', '.join(sorted(catalog.groups[key]))}"
+                f"{', '.join(catalog.groups[key])}"
             )
         catalog.require_option(key, override.value)
         if key in SPREAD_GROUPS:
@@ -264,7 +270,7 @@ def _compose_values(words: list[str]) -> dict[str, Any]:
         with hydra.initialize_config_module("conf", version_base=HYDRA_VERSION_BASE):
             composed = hydra.compose("config", overrides=words)
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError) as error:
         cause = error.__cause__
         detail = f"\n{cause}" if isinstance(cause, OmegaConfBaseException) else ""
         raise ConfigError(f"the configuration can't be composed: {error}{detail}") from error

@@ -1,0 +1,326 @@
+"""The plugin contract, each hook and each way to break it, with small fake plugins."""
+
+import importlib.metadata
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+
+import pytest
+
+from core.config import AppConfig, AttentionConfig, ModelConfig, PluginChoice
+from core.errors import ConfigError, PluginError
+from core.hookspecs import Registration, hookimpl
+from core.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
+
+
+@dataclass(slots=True, kw_only=True)
+class SplitOptions:
+    num_splits: int = 1
+    label: str = "none"
+
+
+class Attention:
+    """Registers one attention backend whose factory hands back what it was given."""
+
+    def __init__(self, name="split", override=False, factory=lambda *arguments: arguments):
+        self.registration = Registration(
+            name=name, factory=factory, config=SplitOptions, override=override
+        )
+
+    @hookimpl
+    def register_attention(self):
+        return [self.registration]
+
+
+def load(blocklist=(), **objects):
+    return PluginManager.load(blocklist, builtins=(), objects=objects)
+
+
+def config_with(**sections) -> AppConfig:
+    return AppConfig(model=ModelConfig(name="m", path="/m"), **sections)
+
+
+def test_a_choice_is_built_with_typed_options():
+    choice = PluginChoice(name="split", options={"num_splits": 4})
+    table = load(acme=Attention()).table("attention")
+    assert table.create(choice, "spec") == (SplitOptions(num_splits=4), "spec")
+    assert list(table) == ["split"]
+    assert len(table) == 1
+    assert "split" in table
+    assert "other" not in table
+    assert table.get("split").config is SplitOptions
+    assert table.plugin_of("split") == "acme"
+
+
+def test_every_registering_hook_fills_its_table():
+    for family, where in FAMILIES.items():
+        registration = Registration(name="acme", factory=lambda *arguments: arguments)
+        hook = hookimpl(lambda registration=registration: [registration])
+        plugin = type("Plugin", (), {where.hook: staticmethod(hook)})()
+        manager = load(acme=plugin)
+        assert list(manager.table(family)) == ["acme"], family
+        assert all(not manager.table(other) for other in FAMILIES if other != family)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"num_split": 4}, ["attention.decode.options.num_split", "'num_splits'", "label"]),
+        ({"num_splits": "4"}, ["attention.decode.options.num_splits='4'", "an integer"]),
+    ],
+)
+def test_wrong_options_are_refused_with_the_full_key(options, fragments):
+    manager = load(acme=Attention())
+    choice = PluginChoice(name="split", options=options)
+    config = config_with(attention=AttentionConfig(decode=choice))
+    for attempt in (
+        lambda: manager.options("attention", choice, "attention.decode"),
+        lambda: manager.table("attention").create(choice, key="attention.decode"),
+        lambda: manager.check_choices(config),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        for fragment in fragments:
+            assert fragment in str(caught.value)
+
+
+def test_options_of_auto_are_refused():
+    config = config_with(attention=AttentionConfig(prefill=PluginChoice(options={"label": "x"})))
+    with pytest.raises(ConfigError, match=r"attention\.prefill\.options .* choose it: split"):
+        load(acme=Attention()).check_choices(config)
+
+
+def test_an_unknown_name_is_answered_with_those_there_are():
+    manager = load(a=Attention("split"), b=Attention("paged"))
+    with pytest.raises(PluginError) as caught:
+        manager.table("attention").get("splitt")
+    assert "attention plugin 'splitt'; did you mean 'split'?" in str(caught.value)
+    assert "paged, split" in str(caught.value)
+
+
+def test_a_duplicate_name_is_refused_naming_both_plugins():
+    with pytest.raises(PluginError, match="'split' is registered twice: by 'a' and by 'b'"):
+        load(a=Attention(), b=Attention())
+
+
+def test_an_override_replaces_whatever_the_order():
+    for objects in (
+        {"old": Attention(), "new": Attention(override=True)},
+        {"new": Attention(override=True), "old": Attention()},
+    ):
+        assert load(**objects).table("attention").plugin_of("split") == "new"
+
+
+def test_two_overrides_and_a_hidden_duplicate_are_refused():
+    with pytest.raises(PluginError, match="'split' is overridden twice: by 'b' and by 'c'"):
+        load(a=Attention(), b=Attention(override=True), c=Attention(override=True))
+    with pytest.raises(PluginError, match="'split' is registered twice: by 'a' and by 'c'"):
+        load(a=Attention(), b=Attention(override=True), c=Attention())
+
+
+def test_a_factory_is_imported_when_chosen():
+    table = load(acme=Attention(factory="collections:Counter")).table("attention")
+    with pytest.raises(TypeError):  # Counter, called with a dataclass: it was imported
+        table.create(PluginChoice(name="split"))
+
+
+@pytest.mark.parametrize("factory", ["no_such_module_at_all:make", "collections:NoSuchThing"])
+def test_a_factory_that_fails_to_import_is_named_with_its_cause(factory):
+    table = load(acme=Attention(factory=factory)).table("attention")
+    with pytest.raises(PluginError) as caught:
+        table.create(PluginChoice(name="split"))
+    for fragment in ("'split' (from acme)", factory, factory.partition(":")[2][:2]):
+        assert fragment in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_misspelled_hook_is_named():
+    class Misspelled:
+        @hookimpl
+        def register_atention(self):
+            return []
+
+    with pytest.raises(PluginError) as caught:
+        load(acme=Misspelled())
+    assert "'acme'" in str(caught.value)
+    assert "'register_atention'; did you mean 'register_attention'?" in str(caught.value)
+    assert "config_searchpath" in str(caught.value)
+
+
+def test_wrong_arguments_of_a_hook_are_named():
+    class Wrong:
+        @hookimpl
+        def check_plan(self, configuration):
+            return []
+
+    with pytest.raises(PluginError, match=r"(?s)'acme'.*breaks the plugin contract.*configuration"):
+        load(acme=Wrong())
+
+
+def test_a_plugin_without_hooks_is_refused():
+    with pytest.raises(PluginError, match=r"'acme'.*implements no hook.*hookimpl"):
+        load(acme=object())
+
+
+def test_a_failing_hook_is_named_with_its_cause():
+    class Failing:
+        @hookimpl
+        def register_comm(self):
+            raise OSError("no such device")
+
+    with pytest.raises(
+        PluginError, match="'acme' failed in register_comm: OSError: no such device"
+    ):
+        load(acme=Failing())
+
+
+def test_check_plan_collects_every_problem():
+    class One:
+        @hookimpl
+        def check_plan(self, config):
+            return [f"engine.page_size={config.engine.page_size} is odd", "second"]
+
+    class Two:
+        @hookimpl
+        def check_plan(self, config):
+            return ["third"]
+
+    found = load(one=One(), two=Two(), three=Attention()).check_plan(config_with())
+    assert found == ["engine.page_size=16 is odd", "second", "third"]
+
+
+class Default:
+    """Knows the best backend of one device."""
+
+    def __init__(self, device, name):
+        self.device, self.name = device, name
+
+    @hookimpl
+    def default_backend(self, family, device):
+        return self.name if (family, device) == ("attention.decode", self.device) else None
+
+
+def test_default_backend_is_the_first_answer_the_latest_plugin_first():
+    manager = load(
+        a=Attention("split"),
+        b=Attention("paged"),
+        c=Default("cpu", "split"),
+        d=Default("cpu", "paged"),
+    )
+    assert manager.default_backend("attention.decode", "cpu") == "paged"
+    with pytest.raises(
+        ConfigError, match=r"attention\.decode backend for device 'cuda'.*paged, split"
+    ):
+        manager.default_backend("attention.decode", "cuda")
+
+
+def test_a_default_that_does_not_exist_is_refused():
+    with pytest.raises(PluginError, match="no attention plugin 'gone'"):
+        load(a=Attention(), b=Default("cpu", "gone")).default_backend("attention.decode", "cpu")
+
+
+def test_config_searchpaths_are_collected_in_order_and_checked():
+    class Configs:
+        def __init__(self, *paths):
+            self.paths = paths
+
+        @hookimpl
+        def config_searchpath(self):
+            return self.paths
+
+    manager = load(a=Configs("pkg://a.conf"), b=Configs("file:///b", "pkg://b"))
+    assert manager.config_searchpath() == ["pkg://a.conf", "file:///b", "pkg://b"]
+    with pytest.raises(PluginError, match=r"'a' returned 'a\.conf'.*pkg://"):
+        load(a=Configs("a.conf")).config_searchpath()
+
+
+def test_the_blocklist_keeps_a_plugin_out():
+    manager = load(["b"], a=Attention("split"), b=Attention("split"))
+    assert manager.table("attention").plugin_of("split") == "a"
+    assert manager.fingerprint() == {"a": "0"}
+
+
+def test_a_blocklisted_name_that_does_not_exist_is_refused():
+    with pytest.raises(PluginError, match="'acm', which is not there; did you mean 'acme'"):
+        load(["acm"], acme=Attention())
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Installs a made-up distribution: (name, {entry point: source of its module})."""
+
+    def install(name, modules):
+        info = tmp_path / f"{name}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+        points = "".join(f"{point} = {name}_{point}\n" for point in modules)
+        (info / "entry_points.txt").write_text(f"[nodeweave]\n{points}")
+        for point, source in modules.items():
+            (tmp_path / f"{name}_{point}.py").write_text(textwrap.dedent(source))
+            monkeypatch.delitem(sys.modules, f"{name}_{point}", raising=False)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
+
+    return install
+
+
+GOOD = """
+    from core.hookspecs import Registration, hookimpl
+
+    @hookimpl
+    def register_comm():
+        return [Registration(name="acme", factory="acme:make")]
+"""
+
+
+def test_entry_points_are_loaded_with_their_version(distribution):
+    distribution("acmedist", {"acme": GOOD})
+    manager = PluginManager.load(builtins=())
+    assert "acme" in manager.table("comm")
+    assert manager.fingerprint()["acme"] == "1.5"
+
+
+def test_a_plugin_that_fails_to_import_stops_the_start_and_can_be_blocked(distribution):
+    distribution("acmedist", {"acme": "import no_such_module_at_all"})
+    with pytest.raises(PluginError) as caught:
+        PluginManager.load(builtins=())
+    for fragment in (
+        "plugin 'acme' (acmedist 1.5) failed to load",
+        "No module named 'no_such_module_at_all'",
+        "plugins.blocklist=[acme]",
+    ):
+        assert fragment in str(caught.value)
+    assert "acme" not in PluginManager.load(["acme"], builtins=()).fingerprint()
+
+
+def test_two_plugins_of_one_name_are_refused(distribution):
+    distribution("first", {"acme": GOOD})
+    distribution("second", {"acme": GOOD})
+    with pytest.raises(PluginError, match=r"two plugins are called 'acme'.*first|second"):
+        PluginManager.load(builtins=())
+
+
+def test_the_built_in_plugins_load_and_carry_our_version():
+    manager = PluginManager.load()
+    assert set(BUILTIN_PLUGINS) <= set(manager.fingerprint())
+    for family in FAMILIES:
+        assert len(manager.table(family)) > 0, family
+    assert {"torch_ref", "cpu", "triton"} <= set(manager.table("attention"))
+    assert {"gloo", "nccl"} <= set(manager.table("comm"))
+
+
+@pytest.mark.parametrize("family", ["comm", "attention.prefill", "attention.decode"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_means_something_on_every_device(family, device):
+    manager = PluginManager.load()
+    assert manager.default_backend(family, device) in manager.table(family.partition(".")[0])
+
+
+def test_discovery_imports_no_torch():
+    code = (
+        "import sys; from core.plugin_manager import PluginManager; m = PluginManager.load(); "
+        "m.config_searchpath(); print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

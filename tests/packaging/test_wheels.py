@@ -1,0 +1,172 @@
+"""The built wheels, installed in a clean environment away from the checkout.
+
+The environment is a fresh venv that sees this one's dependencies through a path entry; path
+entries found that way are not followed, so an editable install of the checkout stays out.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A clean environment with both wheels, and a folder without sources to run in."""
+
+    bin: Path
+    site: Path
+    work: Path
+
+    def run(self, program: str, *words: str, **environment: str):
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NODEWEAVE"))}
+        return subprocess.run(
+            [self.bin / program, *words],
+            cwd=self.work,
+            env={**keep, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def compose(self, *words: str):
+        return self.run("python", "-m", "core.run", "+model=smollm2", *words, "--cfg", "job")
+
+
+def build_wheel(source: Path, copied: Path, target: Path) -> Path:
+    """Build from a copy, so that nothing is written into the checkout. Uses no network."""
+    skip = shutil.ignore_patterns("__pycache__", ".*", "tests", "benchmarks", "build", "dist")
+    shutil.copytree(source, copied, ignore=skip)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", target, copied],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("wheels")
+    sources = {"nodeweave": ROOT, "acme": ROOT / "examples/acme_attention"}
+    return {
+        name: build_wheel(source, place / "source" / name, place / name)
+        for name, source in sources.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def make_installation(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Installation]:
+    def make(*wheels: Path) -> Installation:
+        place = tmp_path_factory.mktemp("clean")
+        venv.create(place / "venv", symlinks=True)
+        inside = {"base": str(place / "venv"), "platbase": str(place / "venv")}
+        site = Path(sysconfig.get_path("purelib", vars=inside))
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (place / "work").mkdir()
+        installation = Installation(place / "venv/bin", site, place / "work")
+        flags = ["--no-deps", "--no-index", "--ignore-installed", "-q"]
+        done = installation.run("python", "-m", "pip", "install", *flags, *map(str, wheels))
+        assert done.returncode == 0, done.stderr
+        return installation
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def installed(wheels, make_installation) -> Installation:
+    return make_installation(*wheels.values())
+
+
+def test_the_wheel_holds_code_and_configs_and_nothing_else(wheels):
+    names = zipfile.ZipFile(wheels["nodeweave"]).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"core", "plugins", "conf"}
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert configs <= set(names)
+    modules = {
+        str(path.relative_to(ROOT))
+        for top in ("core", "plugins")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert modules <= set(names)
+
+
+def test_the_installed_code_runs_not_the_checkout(installed):
+    code = "import core, plugins, conf, acme_attention as a; print(core, plugins, conf, a)"
+    done = installed.run("python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(installed.site)) == 4
+    assert f"'{ROOT}/" not in done.stdout
+
+
+def test_the_console_script_answers(installed):
+    done = installed.run("nodeweave", "--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "nodeweave")
+
+
+def test_the_third_party_backend_is_selected_by_name(installed):
+    done = installed.compose("attention=acme", "attention.decode.options.query_block=8")
+    assert done.returncode == 0, done.stderr
+    attention = yaml.safe_load(done.stdout)["attention"]
+    assert attention["prefill"] == {"name": "acme", "options": {"query_block": 256}}
+    assert attention["decode"] == {"name": "acme", "options": {"query_block": 8}}
+
+
+def test_help_and_completion_know_it(installed):
+    assert "acme" in installed.run("nodeweave", "--help").stdout
+    line = "nodeweave +model=smollm2 attention=ac"
+    done = installed.run(
+        "nodeweave", "-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))
+    )
+    assert done.stdout.split() == ["attention=acme"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (
+            ["attention=acme", "attention.decode.options.query_blok=8"],
+            ["attention.decode.options.query_blok", "did you mean 'query_block'?"],
+        ),
+        (
+            ["attention=acme", "attention.decode.options.query_block=x"],
+            ["attention.decode.options.query_block='x'", "expected an integer"],
+        ),
+        (
+            ["attention=acme", "attention.prefill.options.query_block=0"],
+            ["attention.prefill.options: query_block=0", "at least 1"],
+        ),
+        (
+            ["attention=acme", "plugins.blocklist=[acme_attention]"],
+            ["attention=acme", "torch_ref"],
+        ),
+    ],
+)
+def test_its_mistakes_are_reported_like_ours(installed, words, fragments):
+    done = installed.compose(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
+
+
+def test_without_the_plugin_the_name_is_unknown(wheels, make_installation):
+    done = make_installation(wheels["nodeweave"]).compose("attention=acme")
+    assert done.returncode == 2
+    assert "attention=acme" in done.stderr
+    assert "torch_ref" in done.stderr
