@@ -20,6 +20,7 @@ from core.compose import (
 )
 from core.config import AppConfig, ModelConfig
 from core.errors import ConfigError
+from core.plugin_manager import FAMILIES, PluginManager
 from core.schema import knobs
 
 ROOT = Path(__file__).parents[2]
@@ -267,10 +268,25 @@ def test_every_knob_is_documented_with_its_default():
         if line.startswith("| `"):
             key, default = (cell.strip().strip("`") for cell in line.split("|")[1:3])
             rows[key] = default
-    expected = {
-        knob.key: "required"
-        if knob.required
-        else yaml.safe_dump(knob.default, default_flow_style=True).split("\n")[0]
+    assert rows == {
+        knob.key: "required" if knob.required else in_yaml(knob.default)
         for knob in knobs(AppConfig)
     }
-    assert rows == expected
+
+
+def test_every_option_of_a_built_in_plugin_is_documented():
+    documented = {
+        line.rpartition("|")[0].rpartition("|")[0].strip()
+        for line in (ROOT / "docs/configuration.md").read_text().splitlines()
+    }
+    plugins = PluginManager.load()
+    for family in FAMILIES:
+        table = plugins.table(family)
+        for name in table:
+            for knob in knobs(table.get(name).config):
+                row = f"| {family} {name} | `{knob.key}` | `{in_yaml(knob.default)}`"
+                assert row in documented
+
+
+def in_yaml(value) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
+import pluggy
 import pytest
 
+from core import hookspecs
 from core.config import AppConfig, AttentionConfig, ModelConfig, PluginChoice
 from core.errors import ConfigError, PluginError
-from core.hookspecs import Registration, hookimpl
+from core.hookspecs import PROJECT, Registration, hookimpl
 from core.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
 
 
@@ -324,3 +327,13 @@ def test_discovery_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_every_hook_is_documented():
+    page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
+    manager = pluggy.PluginManager(PROJECT)
+    hooks = [name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)]
+    assert len(hooks) == 9
+    for hook in hooks:
+        assert f"| `{hook}` |" in page
+        assert any(hook in line for line in page.splitlines() if line.startswith("### ")), hook
