@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from core.interfaces.weights import Shard, WeightReader
-from core.loading.reader import ProgressCallback, ScopedReader
+from core.loading.progress import ByteMeter, OnProgress
+from core.loading.reader import LOAD_TASK, ScopedReader
 
 STD = 0.02
 # Length of the table of random numbers that every tensor is cut from: a prime, so that no two
@@ -27,22 +28,21 @@ class DummyReader:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
-        on_progress: ProgressCallback | None = None,
+        on_progress: OnProgress,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(TABLE_SIZE, generator=generator) * STD
         self._table = table.to(device, dtype)
-        self._on_progress = on_progress
-        self._done_bytes = 0
+        self.bytes_taken = 0
+        self._meter = ByteMeter(LOAD_TASK, 0, on_progress)
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """This rank's part: normal of standard deviation 0.02, and 1 more for norms."""
         part = self._values(name, shape, shard)
         if len(shape) == 1 and "norm" in name:
             part += 1
-        self._done_bytes += math.prod(shape) * part.dtype.itemsize
-        if self._on_progress is not None:
-            self._on_progress(self._done_bytes, 0)
+        self.bytes_taken += part.nbytes
+        self._meter.add(part.nbytes)
         return part
 
     def has(self, name: str) -> bool:
@@ -53,8 +53,9 @@ class DummyReader:
         """A reader that puts `prefix` and a dot before every name."""
         return ScopedReader(self, prefix)
 
-    def require_all_taken(self) -> None:
-        """Nothing to check: what is not taken is not there."""
+    def finish(self) -> None:
+        """The model is built. Nothing to check: what is not taken is not there."""
+        self._meter.finish()
 
     def _values(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
         """Row r, column c is entry `crc32(name) + r * columns + c` of the table, wrapped."""

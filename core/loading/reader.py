@@ -6,15 +6,16 @@ nothing of file formats.
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import Shard, TensorInfo, WeightReader, WeightSource
+from core.loading.progress import ByteMeter, OnProgress
 
-ProgressCallback = Callable[[int, int], None]  # bytes of the checkpoint done, and in all
+LOAD_TASK = "load weights"
 
 # Tensors that checkpoints may hold although no model takes them: buffers older versions of
 # transformers saved, and output heads that are tied to the embedding.
@@ -46,14 +47,14 @@ class CheckpointReader:
         source: WeightSource,
         dtype: torch.dtype,
         device: torch.device,
-        on_progress: ProgressCallback | None = None,
+        on_progress: OnProgress,
     ) -> None:
         self._source, self._dtype, self._device = source, dtype, device
         self._tensors = source.tensors()
         self._taken: set[str] = set()
-        self._on_progress = on_progress
-        self._done_bytes = 0
-        self._total_bytes = sum(_num_bytes(info) for info in self._tensors.values())
+        self.bytes_taken = 0  # of this rank's parts, as it keeps them
+        total_bytes = sum(_num_bytes(info) for info in self._tensors.values())
+        self._meter = ByteMeter(LOAD_TASK, total_bytes, on_progress)
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """This rank's part, in the model's dtype on its device; read when called."""
@@ -67,9 +68,8 @@ class CheckpointReader:
             whole.narrow(dim, 0, stop - start).copy_(part)
             part = whole
         self._taken.add(name)
-        self._done_bytes += _num_bytes(info)
-        if self._on_progress is not None:
-            self._on_progress(self._done_bytes, self._total_bytes)
+        self.bytes_taken += part.nbytes
+        self._meter.add(_num_bytes(info))
         return part
 
     def has(self, name: str) -> bool:
@@ -88,8 +88,10 @@ class CheckpointReader:
             if not name.endswith(_IGNORABLE_SUFFIXES)
         )
 
-    def require_all_taken(self) -> None:
-        """Raise ModelError if there is surplus: the config does not describe these weights."""
+    def finish(self) -> None:
+        """The model is built. Raises ModelError if there is surplus: then the config does not
+        describe these weights."""
+        self._meter.finish()
         surplus = self.surplus()
         if surplus:
             shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
