@@ -92,3 +92,23 @@ DTYPES = list(TOLERANCE)
 @pytest.mark.parametrize("name", ["torch_ref", "cpu"])
 def test_torch_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -> None:
     check(name, make_step(case, dtype, torch.device("cpu")), TOLERANCE[dtype])
+
+
+# Empty lists make pytest skip a test once: Triton is either interpreted or compiled.
+INTERPRETED = [] if torch.cuda.is_available() else [*PREFILL, *DECODE, *random_cases(6)]
+COMPILED = [*PREFILL, *DECODE, *LARGE, *random_cases(24)] if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> None:
+    # The interpreter truncates to bf16 where a GPU rounds.
+    tolerance = 2 * TOLERANCE[dtype] if dtype is torch.bfloat16 else TOLERANCE[dtype]
+    check("triton", make_step(case, dtype, torch.device("cpu")), tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.parametrize("name", ["torch_ref", "triton"])
+def test_gpu_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -> None:
+    check(name, make_step(case, dtype, torch.device("cuda")), TOLERANCE[dtype])

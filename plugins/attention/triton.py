@@ -1,0 +1,43 @@
+"""Registers the attention backend "triton", the default on NVIDIA GPUs.
+
+Knows nothing of how it computes: plugins.attention._triton_backend does. Imports no Triton.
+"""
+
+import os
+from collections.abc import Sequence
+
+from core.config import AppConfig
+from core.hookspecs import Registration, hookimpl
+
+
+@hookimpl
+def register_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="triton",
+            factory="plugins.attention._triton_backend:build",
+            summary="paged prefill and split-KV decode as Triton kernels",
+        )
+    ]
+
+
+@hookimpl
+def default_backend(family: str, device: str) -> str | None:
+    if device == "cuda" and family in ("attention.prefill", "attention.decode"):
+        return "triton"
+    return None
+
+
+@hookimpl
+def check_plan(config: AppConfig) -> Sequence[str]:
+    if config.engine.device != "cpu" or os.environ.get("TRITON_INTERPRET") == "1":
+        return []
+    choices = (
+        ("attention.prefill", config.attention.prefill),
+        ("attention.decode", config.attention.decode),
+    )
+    return [
+        f"{key}=triton needs a GPU but engine.device=cpu; set {key}=auto, or engine.device=cuda"
+        for key, choice in choices
+        if choice.name == "triton"
+    ]
