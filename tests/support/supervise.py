@@ -1,6 +1,8 @@
 """A supervisor in a process of its own, for tests that kill it or press Ctrl-C.
 
-    python -m tests.support.supervise LOG [pdeathsig]
+    python -m tests.support.supervise LOG MEANS
+
+MEANS is how the children notice the supervisor's end: "end of input" or "pdeathsig".
 
 Prints the pids of its two workers and its frontend as a JSON line once they are ready.
 """
@@ -15,10 +17,11 @@ from core.interfaces.control import Ready
 
 
 def main() -> None:
-    log, *options = sys.argv[1:]
+    log, means = sys.argv[1:]
 
     def spec(name: str, mode: str) -> ProcessSpec:
-        boot = {"mode": mode, "log": log, "pdeathsig": "pdeathsig" in options}
+        by_signal = means == "pdeathsig"
+        boot = {"mode": "deaf" if by_signal else mode, "log": log, "pdeathsig": by_signal}
         return ProcessSpec(
             name=name,
             module="tests.support.child",

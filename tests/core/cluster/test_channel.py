@@ -79,8 +79,8 @@ def test_lines_from_many_threads_stay_whole() -> None:
 import threading
 from core.interfaces.control import Progress
 def work(number):
-    for step in range(50):
-        channel.send(Progress(str(number) * 3000, step, 50, "B"))
+    for step in range(10):
+        channel.send(Progress(str(number) * 200_000, step, 10, "B"))
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
@@ -89,8 +89,8 @@ threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     with os.fdopen(os.dup(parent.status_fd)) as file:
         messages = [json.loads(line) for line in file]
     assert parent.end()[0] == 0
-    assert len(messages) == 200
-    assert {message["task"] for message in messages} == {str(n) * 3000 for n in range(4)}
+    assert len(messages) == 40
+    assert {message["task"] for message in messages} == {str(n) * 200_000 for n in range(4)}
 
 
 def test_failures_carry_their_kind_and_status() -> None:

@@ -97,8 +97,8 @@ display = Display()
 for done in (0, 30 << 20, 60 << 20):
     display.status("start", Progress("download smollm2", done, 60 << 20, "B"))
 display.num_workers = 2
-for done in (1, 100, 200):
-    for name in ("worker 0", "worker 1"):
+for name in ("worker 0", "worker 1"):  # the first is done before the second begins
+    for done in (1, 100, 200):
         display.status(name, Progress("load weights", done, 200, "tensors"))
 display.status("worker 0", Phase("load weights", 2.0))
 display.status("worker 0", Progress("warm up", 1, 4, "steps"))

@@ -377,7 +377,7 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path, means: str) 
 
 def test_ctrl_c_reaches_the_supervisor_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process, pidfds = start_supervisor(str(log), "pdeathsig")
+    process, pidfds = start_supervisor(str(log), "end of input")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, b"")
