@@ -34,7 +34,7 @@ from core.interfaces.messages import (
 )
 
 # Tokens that every running request must still have room for when another one is let in.
-HEADROOM_TOKENS = 64
+HEADROOM_TOKENS = 32
 # Waiting requests looked past in a step because most of their prompt is being computed by another.
 MAX_DEFERRED = 4
 _SEED_MASK = (1 << 64) - 1
@@ -366,9 +366,11 @@ class Scheduler:
             if request.prompt_logprobs is not None and not request.answered:
                 request.prompt_logprobs += entries
         outputs: list[RequestOutput | None] = []  # by index into the sampled rows; None: ignored
+        num_ignored = 0
         for request, token_id in zip(draft.sampled, result.token_ids, strict=True):
             if request.ended:
                 outputs.append(None)
+                num_ignored += 1
                 continue
             request.tokens.append(token_id)
             output = RequestOutput(request.request_id, [token_id])
@@ -377,7 +379,7 @@ class Scheduler:
                 output.finish_reason = "stop"
                 output.stop_token_id = token_id
                 self._end(request)
-        self._stats.generated_tokens += len(outputs) - outputs.count(None)
+        self._stats.generated_tokens += len(outputs) - num_ignored
         for index, logprobs in result.logprobs.items():
             if (logged := outputs[index]) is not None:
                 logged.logprobs = [logprobs]
