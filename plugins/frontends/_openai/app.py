@@ -1,0 +1,209 @@
+"""The routes, and the small ones among them. `create_app` is the plugin's factory.
+
+Knows nothing of how the engine is reached.
+"""
+
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from core.errors import RequestError
+from core.interfaces.frontend import EngineState, FrontendContext
+from plugins.frontends._openai import metrics
+from plugins.frontends._openai.asgi import App, Receive, Send, send_json
+from plugins.frontends._openai.chat import ChatCompletions
+from plugins.frontends._openai.completions import Completions
+from plugins.frontends._openai.endpoint import Endpoint
+from plugins.frontends._openai.errors import as_request_error, error_body, response_headers
+from plugins.frontends._openai.guard import Guard
+from plugins.frontends._openai.limits import check_model, check_token_ids
+from plugins.frontends._openai.protocol import DetokenizeRequest, TokenizeRequest
+from plugins.frontends._openai.service import Service
+from plugins.frontends.openai import OpenAIOptions
+
+
+def create_app(options: OpenAIOptions, context: FrontendContext) -> App:
+    """An ASGI application that serves OpenAI's API."""
+    service = Service(context)
+    small = _SmallRoutes(service)
+    post = ["POST"]
+    app = Starlette(
+        routes=[
+            Route("/health", small.health),
+            Route("/ready", small.ready),
+            Route("/metrics", small.metrics),
+            Route("/server_info", small.server_info),
+            Route("/v1/models", small.models),
+            Route("/v1/models/{name:path}", small.model),
+            Route("/v1/chat/completions", ChatCompletions(service), methods=post),
+            Route("/v1/completions", Completions(service), methods=post),
+            Route("/tokenize", Tokenize(service), methods=post),
+            Route("/detokenize", Detokenize(service), methods=post),
+        ],
+        exception_handlers={HTTPException: _on_http_exception, Exception: _on_exception},
+    )
+    app.router.redirect_slashes = False
+    return Guard(
+        app,
+        api_key=context.api_key,
+        host=context.config.host,
+        allowed_hosts=options.allowed_hosts,
+    )
+
+
+class _SmallRoutes:
+    """GET routes."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def health(self, _: Request) -> Response:
+        """Whether this process and the engine behind it live."""
+        if self._service.engine.alive:
+            return _json({"status": "ok"})
+        return _error(RequestError("the engine has stopped", code="engine_dead", status=503))
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a request sent now would be answered."""
+        state = self._service.engine.state
+        if state is EngineState.SERVING:
+            return _json({"status": "ready"})
+        return _error(RequestError(f"not ready: {state.value}", code=state.value, status=503))
+
+    async def metrics(self, _: Request) -> Response:
+        page = self._service.metrics.render()
+        return Response(page, headers={"content-type": metrics.CONTENT_TYPE.decode()})
+
+    async def server_info(self, _: Request) -> Response:
+        """What is served and within which limits; nothing secret, no paths."""
+        service = self._service
+        config = service.config
+        return _json(
+            {
+                "model": service.model.name,
+                "max_model_len": service.model.max_model_len,
+                "vocab_size": service.model.vocab_size,
+                "default_sampling": service.model.default_sampling,
+                "state": service.engine.state.value,
+                "info": service.model.info,
+                "engine": service.engine.info,
+                "limits": {
+                    "max_running_requests": service.context.max_running_requests,
+                    "max_queued_requests": config.max_queued_requests,
+                    "max_body_bytes": config.max_body_bytes,
+                    "max_n": config.max_n,
+                    "max_stop": config.max_stop,
+                    "max_logprobs": config.max_logprobs,
+                    "max_batch_prompts": config.max_batch_prompts,
+                },
+            }
+        )
+
+    async def models(self, _: Request) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        try:
+            check_model(request.path_params["name"], self._service.model)
+        except RequestError as error:
+            return _error(error)
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        model = self._service.model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "nodeweave",
+            "max_model_len": model.max_model_len,
+        }
+
+
+class Tokenize(Endpoint[TokenizeRequest]):
+    """Text or a conversation to token ids, in vLLM's form."""
+
+    route = "/tokenize"
+    body_type = TokenizeRequest
+
+    async def handle(self, body: TokenizeRequest, receive: Receive, send: Send) -> None:
+        service = self.service
+        check_model(body.model, service.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        if body.messages is None:
+            text, special = body.prompt or "", body.add_special_tokens is not False
+        else:
+            special = bool(body.add_special_tokens)
+            continue_final = bool(body.continue_final_message)
+            add_prompt = body.add_generation_prompt
+            text = await service.chat_prompt(
+                body.messages,
+                tools=body.tools,
+                add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
+                continue_final_message=continue_final,
+                variables=body.chat_template_kwargs or {},
+            )
+        token_ids = await service.encode(text, add_special_tokens=special)
+        tokenizer = service.tokenizer
+        texts = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+        await send_json(
+            send,
+            {
+                "count": len(token_ids),
+                "max_model_len": service.model.max_model_len,
+                "tokens": token_ids,
+                "token_strs": texts,
+            },
+        )
+
+
+class Detokenize(Endpoint[DetokenizeRequest]):
+    """Token ids to text, in vLLM's form."""
+
+    route = "/detokenize"
+    body_type = DetokenizeRequest
+
+    async def handle(self, body: DetokenizeRequest, receive: Receive, send: Send) -> None:
+        check_model(body.model, self.service.model)
+        check_token_ids("tokens", body.tokens, self.service.model)
+        text = self.service.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        await send_json(send, {"prompt": text})
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _error(error: Exception) -> Response:
+    status, body = as_request_error(error).status, error_body(error)
+    response = Response(body, status_code=status)
+    response.raw_headers = response_headers(status, body)
+    return response
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such route, or the wrong method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _error(RequestError("there is no such route", code="not_found", status=404))
+    allowed = (error.headers or {}).get("Allow", "")
+    response = _error(
+        RequestError(
+            f"method not allowed here; allowed: {allowed}",
+            code="method_not_allowed",
+            status=error.status_code,
+        )
+    )
+    if allowed:
+        response.headers["allow"] = allowed
+    return response
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    return _error(error)

@@ -1,0 +1,99 @@
+"""Raw ASGI helpers: read a body within limits, send JSON, notice a client that is gone.
+
+Knows nothing of OpenAI's schema. Raw ASGI instead of request and response objects because a
+streamed token passes here.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from core.errors import RequestError
+from plugins.frontends._openai.errors import Headers, as_request_error, error_body, response_headers
+
+BODY_DEADLINE_S = 60.0
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+def header_values(scope: Scope, name: bytes) -> list[bytes]:
+    """Every value of a header; names are lower case."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """The whole body. Raises RequestError 413 without reading on where it is larger than
+    `max_bytes`, 408 where it takes too long, and ClientGone."""
+    for value in header_values(scope, b"content-length"):
+        if value.isdigit() and int(value[:20]) > max_bytes:
+            raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise RequestError(
+            f"the body took more than {BODY_DEADLINE_S:.0f} s", code="timeout", status=408
+        ) from None
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(
+        f"the body is larger than {max_bytes} bytes (frontend.max_body_bytes)",
+        code="body_too_large",
+        status=413,
+    )
+
+
+async def send_bytes(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, value: Any, status: int = 200) -> None:
+    body = msgspec.json.encode(value)
+    await send_bytes(send, status, response_headers(status, body), body)
+
+
+async def send_error(send: Send, error: Exception) -> None:
+    body = error_body(error)
+    status = as_request_error(error).status
+    await send_bytes(send, status, response_headers(status, body), body)
+
+
+@contextmanager
+def watch_disconnect(receive: Receive, on_disconnect: Callable[[], None]) -> Iterator[None]:
+    """Call `on_disconnect` where the client goes away inside the block. The body must have been
+    read whole before."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        on_disconnect()
+
+    task = asyncio.get_running_loop().create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()

@@ -1,0 +1,236 @@
+"""POST /v1/completions. Knows nothing of engines or of sockets."""
+
+import time
+from typing import Any
+
+from core.errors import RequestError
+from plugins.frontends._openai.answer import Answer, Piece
+from plugins.frontends._openai.asgi import Receive, Send, send_json
+from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
+from plugins.frontends._openai.generation import Choice, make_choices
+from plugins.frontends._openai.limits import (
+    answer_tokens,
+    check_generation,
+    check_prompt_length,
+    check_range,
+    check_token_ids,
+    sampling_params,
+    stop_strings,
+)
+from plugins.frontends._openai.logprobs import CompletionLogprobs, join, prompt_logprobs
+from plugins.frontends._openai.protocol import CompletionRequest
+from plugins.frontends._openai.streaming import EventStream, TextShape
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class Completions(Endpoint[CompletionRequest]):
+    """Prompts in, their continuations out."""
+
+    route = "/v1/completions"
+    body_type = CompletionRequest
+
+    async def handle(self, body: CompletionRequest, receive: Receive, send: Send) -> None:
+        self._check(body)
+        prompts = self._split(body.prompt)
+        encoded = [await self._encode(prompt, body) for prompt in prompts]
+        choices = self._choices(body, encoded)
+        echoes = [
+            self._echo(prompt, prompt_ids) if body.echo else ""
+            for prompt, prompt_ids in zip(prompts, encoded, strict=True)
+        ]
+        job = _Job(body, self.service.tokenizer, choices, echoes)
+        if body.stream:
+            await self._answer_streamed(job, receive, send)
+        else:
+            await self._answer(job, receive, send)
+
+    def _check(self, body: CompletionRequest) -> None:
+        config = self.service.config
+        check_generation(body, config, self.service.model)
+        check_range("max_tokens", body.max_tokens, 0 if body.echo else 1, float("inf"))
+        check_range("logprobs", body.logprobs, 0, config.max_logprobs)
+        if body.suffix:
+            raise RequestError("suffix is not supported", param="suffix", code="unsupported")
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise RequestError(
+                f"best_of must equal n ({body.n or 1}): answers are not ranked",
+                param="best_of",
+                code="unsupported",
+            )
+
+    def _split(self, prompt: str | list[Any]) -> list[str | list[int]]:
+        """The prompts of a body: one string, strings, one list of ids, or lists of ids."""
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt", code="empty_prompt")
+        if isinstance(prompt[0], int):
+            check_token_ids("prompt", prompt, self.service.model)
+            return [prompt]
+        most = self.service.config.max_batch_prompts
+        if len(prompt) > most:
+            raise RequestError(
+                f"prompt has {len(prompt)} prompts; allowed: 1 to {most}",
+                param="prompt",
+                code="out_of_range",
+            )
+        kind = type(prompt[0])
+        if kind not in (str, list) or not all(type(one) is kind for one in prompt):
+            raise RequestError(
+                "prompt must be text, a list of texts, a list of token ids, or a list of those",
+                param="prompt",
+                code="invalid_type",
+            )
+        if kind is list:
+            for token_ids in prompt:
+                check_token_ids("prompt", token_ids, self.service.model)
+        return prompt
+
+    async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> list[int]:
+        service = self.service
+        if isinstance(prompt, str):
+            special = body.add_special_tokens is not False
+            prompt = await service.encode_prompt(prompt, add_special_tokens=special, param="prompt")
+        check_prompt_length(len(prompt), service.model, "prompt")
+        return prompt
+
+    def _echo(self, prompt: str | list[int], prompt_ids: list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self.service.tokenizer.decode(prompt_ids, skip_special_tokens=False)
+
+    def _choices(self, body: CompletionRequest, encoded: list[list[int]]) -> list[Choice]:
+        service = self.service
+        stops = stop_strings(body, service.config)
+        of_prompt = body.logprobs if body.echo else None
+        if body.prompt_logprobs is not None:
+            of_prompt = max(body.prompt_logprobs, of_prompt or 0)
+
+        def sampling_of(num_prompt: int) -> Any:
+            max_tokens = answer_tokens(
+                body.max_tokens, DEFAULT_MAX_TOKENS, num_prompt, service.model, "max_tokens"
+            )
+            return sampling_params(
+                body,
+                max_tokens=max_tokens,
+                logprobs=body.logprobs,
+                prompt_logprobs=of_prompt,
+                model=service.model,
+            )
+
+        def make_answer() -> Answer:
+            return Answer(
+                service.tokenizer,
+                stops=stops,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                min_tokens=body.min_tokens or 0,
+                wants_logprobs=body.logprobs is not None,
+            )
+
+        prompts = [(prompt_ids, sampling_of(len(prompt_ids))) for prompt_ids in encoded]
+        return make_choices(prompts, body.n or 1, make_answer)
+
+    async def _answer(self, job: "_Job", receive: Receive, send: Send) -> None:
+        request_id, created = new_id("cmpl"), int(time.time())
+        seen = await self.collect(request_id, job.choices, receive)
+        response = {
+            "id": request_id,
+            "object": "text_completion",
+            "created": created,
+            "model": self.service.model.name,
+            "choices": [job.choice(choice, seen[choice.index]) for choice in job.choices],
+            "usage": usage(job.choices, job.num_prompt_tokens),
+        }
+        await send_json(send, response)
+
+    async def _answer_streamed(self, job: "_Job", receive: Receive, send: Send) -> None:
+        request_id = new_id("cmpl")
+        envelope = {
+            "id": request_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.service.model.name,
+        }
+        events = EventStream(send, envelope, job.body.stream_options)
+        shapes: list[TextShape | None] = [None] * len(job.choices)
+        plain = job.body.logprobs is None and not events.usage_in_all
+
+        async def on_pieces(choice: Choice, pieces: list[Piece]) -> None:
+            chunk = b""
+            used = usage([choice], len(choice.prompt_ids)) if events.usage_in_all else None
+            shape = shapes[choice.index]
+            if shape is None:
+                shape = events.text_shape(choice.index, b'"text":', b"")
+                shapes[choice.index] = shape
+                if job.body.echo:
+                    chunk = shape.full(job.echo(choice), job.echo_logprobs(choice), used)
+            if plain:
+                chunk += shape.plain([piece.text for piece in pieces])
+            else:
+                for piece in pieces:
+                    chunk += shape.full(piece.text, job.logprobs(choice, [piece]), used)
+            if choice.answer.finish_reason is not None:
+                last = {"index": choice.index, "text": "", "logprobs": None, **ending(choice)}
+                chunk += events.event(last, used)
+            if chunk:
+                await events.write(chunk)
+
+        await self.stream(
+            request_id, job.choices, receive, events, on_pieces, job.num_prompt_tokens
+        )
+
+
+class _Job:
+    """What both forms of a response are made of."""
+
+    def __init__(
+        self, body: CompletionRequest, tokenizer: Any, choices: list[Choice], echoes: list[str]
+    ) -> None:
+        """`echoes`: the text to put in front, by prompt."""
+        self.body = body
+        self.choices = choices
+        self._tokenizer = tokenizer
+        self._echoes = echoes
+        self._num_per_prompt = len(choices) // len(echoes)
+        self.num_prompt_tokens = sum(len(c.prompt_ids) for c in choices[:: self._num_per_prompt])
+        self._logprobs = [CompletionLogprobs(tokenizer, body.logprobs or 0) for _ in choices]
+
+    def echo(self, choice: Choice) -> str:
+        return self._echoes[choice.index // self._num_per_prompt]
+
+    def echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        entries = choice.answer.prompt_logprobs or []
+        return self._logprobs[choice.index].prompt(choice.prompt_ids, entries)
+
+    def logprobs(self, choice: Choice, pieces: list[Piece]) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        entries = [entry for piece in pieces for entry in piece.logprobs]
+        return self._logprobs[choice.index].add(entries)
+
+    def choice(self, choice: Choice, pieces: list[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        before = self.echo_logprobs(choice) if self.body.echo else None
+        logprobs = self.logprobs(choice, pieces)
+        result = {
+            "index": choice.index,
+            "text": self.echo(choice) + text,
+            "logprobs": join(before, logprobs) if before and logprobs else logprobs,
+            **ending(choice),
+        }
+        if self.body.prompt_logprobs is not None:
+            entries = choice.answer.prompt_logprobs
+            result["prompt_logprobs"] = prompt_logprobs(self._tokenizer, entries)
+        return result
+
+
+def ending(choice: Choice) -> dict[str, Any]:
+    """How a finished choice ended."""
+    return {
+        "finish_reason": choice.answer.finish_reason,
+        "stop_reason": choice.answer.stop_reason,
+    }

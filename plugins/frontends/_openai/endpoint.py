@@ -1,0 +1,128 @@
+"""The frame of a route that takes a JSON body: decode, handle, and turn errors into responses.
+
+Knows nothing of any route's contents.
+"""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from core.errors import RequestError, WorkerDied
+from plugins.frontends._openai.answer import Piece
+from plugins.frontends._openai.asgi import (
+    ClientGone,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+    send_error,
+    watch_disconnect,
+)
+from plugins.frontends._openai.errors import as_request_error
+from plugins.frontends._openai.generation import Choice, Generation, OnPieces
+from plugins.frontends._openai.protocol import decode
+from plugins.frontends._openai.service import Service
+from plugins.frontends._openai.streaming import DONE, EventStream
+
+CLIENT_CLOSED = "499"  # as web servers log a request whose client went away
+log = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+class Endpoint(Generic[Body]):
+    """An ASGI application for one route. Subclasses set `route` and `body_type`."""
+
+    route: str
+    body_type: type[Body]
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        responses = self.service.metrics.responses
+        try:
+            raw = await read_body(scope, receive, self.service.config.max_body_bytes)
+            await self.handle(decode(raw, self.body_type), receive, send)
+        except ClientGone:
+            responses[self.route, CLIENT_CLOSED] += 1
+        except Exception as error:
+            self._log(error)
+            responses[self.route, str(as_request_error(error).status)] += 1
+            await send_error(send, error)
+        else:
+            responses[self.route, "200"] += 1
+
+    async def handle(self, body: Body, receive: Receive, send: Send) -> None:
+        """Answer. May raise any exception before its first write, and none after."""
+        raise NotImplementedError
+
+    async def collect(
+        self, request_id: str, choices: Sequence[Choice], receive: Receive
+    ) -> list[list[Piece]]:
+        """Run the choices to their ends; returns the pieces of each."""
+        seen: list[list[Piece]] = [[] for _ in choices]
+
+        async def on_pieces(choice: Choice, pieces: list[Piece]) -> None:
+            seen[choice.index] += pieces
+
+        await self._run(request_id, choices, receive, on_pieces)
+        return seen
+
+    async def stream(
+        self,
+        request_id: str,
+        choices: Sequence[Choice],
+        receive: Receive,
+        events: EventStream,
+        on_pieces: OnPieces,
+        num_prompt_tokens: int,
+    ) -> None:
+        """Run the choices to their ends; `on_pieces` writes to `events`, this ends it."""
+        try:
+            await self._run(request_id, choices, receive, on_pieces)
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not events.started:
+                raise
+            self._log(error)
+            await events.fail(error)
+            return
+        total = usage(choices, num_prompt_tokens)
+        await events.end((events.usage_event(total) if events.wants_usage else b"") + DONE)
+
+    async def _run(
+        self, request_id: str, choices: Sequence[Choice], receive: Receive, on_pieces: OnPieces
+    ) -> None:
+        with (
+            Generation(self.service, request_id, choices) as generation,
+            watch_disconnect(receive, generation.disconnect),
+        ):
+            await generation.run(on_pieces)
+        if generation.disconnected:
+            raise ClientGone
+
+    def _log(self, error: Exception) -> None:
+        """Errors that are not meant for clients belong in the log."""
+        if not isinstance(error, RequestError | WorkerDied):
+            log.error("%s failed", self.route, exc_info=error)
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def usage(choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
+    """OpenAI's `usage` of the answers so far."""
+    completion = sum(choice.answer.num_tokens for choice in choices)
+    cached = max((choice.answer.num_cached_tokens for choice in choices), default=0)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": num_prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
