@@ -15,6 +15,7 @@ edits, P rows with penalties, D rows that draw (not greedy), F rows of D with a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,13 @@ LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
 # What a slot needs beyond an argmax.
 DRAWS, BIASED, PENALISED, HAS_MIN_TOKENS = 1, 2, 4, 8
 
+TORCH_DTYPES = {
+    np.dtype(np.int64).char: torch.int64,
+    np.dtype(np.float32).char: torch.float32,
+    np.dtype(np.float64).char: torch.float64,
+}
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +111,13 @@ class Sampler:
         self._num_prompt = np.zeros(max_slots, dtype=np.int64)
         self._min_tokens = np.zeros(max_slots, dtype=np.int64)
         self._top_k = np.zeros(max_slots, dtype=np.int64)  # vocab_size: none
-        self._seed = np.zeros(max_slots, dtype=np.int64)
-        self._temperature = np.zeros(max_slots)
-        self._top_p = np.ones(max_slots)
-        self._min_p = np.zeros(max_slots)
-        self._repetition = np.ones(max_slots)
-        self._presence = np.zeros(max_slots)
-        self._frequency = np.zeros(max_slots)
+        self._seed = np.zeros(max_slots, dtype=np.uint64)
+        self._temperature = np.zeros(max_slots, dtype=np.float32)
+        self._top_p = np.ones(max_slots)  # float64, as it is compared with a sum
+        self._min_p = np.zeros(max_slots, dtype=np.float32)
+        self._repetition = np.ones(max_slots, dtype=np.float32)
+        self._presence = np.zeros(max_slots, dtype=np.float32)
+        self._frequency = np.zeros(max_slots, dtype=np.float32)
         self._bias: dict[int, tuple[Ints, Floats]] = {}  # by slot: ids and values
         self._forbidden: dict[int, Ints] = {}  # by slot: ids not to choose before min_tokens
 
@@ -126,7 +132,7 @@ class Sampler:
         self._min_tokens[slot] = params.min_tokens
         no_limit = params.top_k <= 0 or params.top_k > self.vocab_size
         self._top_k[slot] = self.vocab_size if no_limit else params.top_k
-        self._seed[slot] = np.uint64(init.seed % 2**64).astype(np.int64)  # the same 64 bits
+        self._seed[slot] = init.seed % 2**64
         self._temperature[slot] = params.temperature
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
@@ -135,7 +141,7 @@ class Sampler:
         self._frequency[slot] = params.frequency_penalty
         bias = {i: v for i, v in params.logit_bias.items() if self._in_vocabulary(i)}
         forbidden = {i for i in (*self.eos_ids, *params.stop_token_ids) if self._in_vocabulary(i)}
-        self._bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float64)
+        self._bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
         self._forbidden[slot] = np.array(sorted(forbidden), np.int64)
         self._needs[slot] = (
             DRAWS * (params.temperature >= LEAST_TEMPERATURE)
@@ -198,8 +204,7 @@ class Sampler:
         each = [(row, *self._bias[slots_R[row]]) for row in rows]
         indices_N = np.concatenate([row * self.vocab_size + ids for row, ids, _ in each])
         values_N = np.concatenate([values for _, _, values in each])
-        indices, values = _send(self.device, indices_N, values_N)
-        return Edits(indices, values.float())
+        return Edits(*_send(self.device, indices_N, values_N))
 
     def _forbidden_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
         if not len(rows):
@@ -207,8 +212,8 @@ class Sampler:
         indices_N = np.concatenate(
             [row * self.vocab_size + self._forbidden[slots_R[row]] for row in rows]
         )
-        indices, values = _send(self.device, indices_N, np.full(len(indices_N), -np.inf))
-        return Edits(indices, values.float())
+        values_N = np.full(len(indices_N), -np.inf, dtype=np.float32)
+        return Edits(*_send(self.device, indices_N, values_N))
 
     def _penalties(self, slots_R: Ints, positions_R: Ints, rows: Ints) -> Penalties | None:
         if not len(rows):
@@ -219,7 +224,7 @@ class Sampler:
             self.device, rows, slots_P, positions_P, self._num_prompt[slots_P], *host
         )
         repetition, presence, frequency = (
-            on_device.float() if (on_host != neutral).any() else None
+            on_device if (on_host != neutral).any() else None
             for on_host, on_device, neutral in zip(host, device, (1.0, 0.0, 0.0), strict=True)
         )
         return Penalties(
@@ -237,46 +242,41 @@ class Sampler:
         if not len(rows):
             return None
         slots_D = slots_R[rows]
-        uniform_D = sampling.uniform_numbers(
-            torch.from_numpy(self._seed[slots_D]), torch.from_numpy(positions_R[rows])
-        ).numpy()
+        uniform_D = sampling.uniform_numbers(self._seed[slots_D], positions_R[rows])
         top_k_D, top_p_D, min_p_D = self._top_k[slots_D], self._top_p[slots_D], self._min_p[slots_D]
-        row_ids, temperature, uniform, min_p = _send(
-            self.device, rows, self._temperature[slots_D], uniform_D, min_p_D
-        )
         short_D = top_k_D <= LONGEST_TOP_K[self.device.type]
         long_D = ~short_D & ((top_k_D < self.vocab_size) | (top_p_D < 1))
-        filters = tuple(
-            self._filter(chosen_D, top_k_D, top_p_D, min_p_D, is_short)
-            for chosen_D, is_short in ((short_D, True), (long_D, False))
-            if chosen_D.any()
+        groups = [
+            members for members in (short_D.nonzero()[0], long_D.nonzero()[0]) if len(members)
+        ]
+        columns = [(part, top_k_D[part], top_p_D[part], min_p_D[part]) for part in groups]
+        row_ids, temperature, uniform, min_p, *rest = _send(
+            self.device,
+            rows,
+            self._temperature[slots_D],
+            uniform_D,
+            min_p_D,
+            *(array for group in columns for array in group),
         )
+        filters = []
+        for group, (part, top_k_F, top_p_F, _) in enumerate(columns):
+            part_ids, top_k, top_p, part_min_p = rest[4 * group : 4 * group + 4]
+            most = int(top_k_F.max())
+            filters.append(
+                Filter(
+                    rows_F=None if len(part) == len(rows) else part_ids,
+                    num_sorted=most if short_D[part[0]] else self.vocab_size,
+                    top_k_F=top_k,
+                    top_p_F=top_p if (top_p_F < 1).any() else None,
+                    min_p_F=part_min_p,
+                )
+            )
         return Draw(
             rows_D=None if len(rows) == len(slots_R) else row_ids,
-            temperature_D=temperature.float(),
+            temperature_D=temperature,
             uniform_D=uniform,
-            min_p_D=min_p.float() if filters or (min_p_D > 0).any() else None,
-            filters=filters,
-        )
-
-    def _filter(
-        self,
-        chosen_D: npt.NDArray[np.bool_],
-        top_k_D: Ints,
-        top_p_D: Floats,
-        min_p_D: Floats,
-        is_short: bool,
-    ) -> Filter:
-        rows = chosen_D.nonzero()[0]
-        row_ids, top_k, top_p, min_p = _send(
-            self.device, rows, top_k_D[rows], top_p_D[rows], min_p_D[rows]
-        )
-        return Filter(
-            rows_F=None if len(rows) == len(chosen_D) else row_ids,
-            num_sorted=int(top_k_D[rows].max()) if is_short else self.vocab_size,
-            top_k_F=top_k,
-            top_p_F=top_p if (top_p_D[rows] < 1).any() else None,
-            min_p_F=min_p.float(),
+            min_p_D=min_p if filters or (min_p_D > 0).any() else None,
+            filters=tuple(filters),
         )
 
 
@@ -288,12 +288,17 @@ def _has_penalty(params: SamplingParams) -> bool:
     )
 
 
-def _send(device: torch.device, *arrays: Ints | Floats) -> list[Tensor]:
-    """Equally long arrays, copied to the device at once; floats travel as their bits."""
-    packed = np.stack([array.view(np.int64) for array in arrays])
+def _send(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+    """Arrays of any length, copied to the device at once; each starts at a multiple of 8 bytes."""
+    ends = np.cumsum([-(-array.nbytes // 8) for array in arrays]).tolist()
+    places = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    packed = np.zeros(ends[-1], dtype=np.int64)
+    for array, place in zip(arrays, places, strict=True):
+        packed[place].view(array.dtype)[: len(array)] = array
+    on_device = to_device(packed, device)
     return [
-        row.view(torch.float64) if array.dtype == np.float64 else row
-        for row, array in zip(to_device(packed, device), arrays, strict=True)
+        on_device[place].view(TORCH_DTYPES[array.dtype.char])[: len(array)]
+        for array, place in zip(arrays, places, strict=True)
     ]
 
 

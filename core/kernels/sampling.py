@@ -15,6 +15,7 @@ penalties, L tokens of the longest of them, B blocks of a row.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,9 +24,10 @@ from torch.nn import functional
 # probabilities below 3e-11 of the most likely token's.
 WEIGHT_SCALE = 2.0**35
 BLOCK = 128  # divides the vocabulary of every family we know; others are padded
-# Logits worked on at a time: on a CPU what fits its caches (and the heap's free lists: fresh pages
-# cost more than the arithmetic), on a GPU what bounds the scratch memory to some 500 MB.
-CHUNK_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 24}
+# Logits worked on at a time, which bounds scratch memory: about 30 MB on a CPU, where fresh pages
+# cost more than the arithmetic (yet every operation ends in a barrier of the threads, so a batch
+# of 16 should be one chunk), and 500 MB on a GPU.
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
@@ -34,15 +36,18 @@ def row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
     return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
 
 
-def uniform_numbers(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
-    """One number in [0, 1) (float64) for each (seed, position), both int64.
+def uniform_numbers(
+    seeds_R: npt.NDArray[np.uint64], positions_R: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, position), on the host.
 
     A counter-based generator: the seed is mixed, the position steps along SplitMix64's sequence
     from there, and the result is mixed again (Steele, Lea and Flood 2014, the finaliser "Mix13").
-    Integer operations only, so every device and every batch gives the same.
+    The host knows both arguments, and a dozen operations on a few numbers cost less here than
+    their launches on a GPU; being integers, they would give the same there.
     """
-    state_R = _mix64(seeds_R + _GOLDEN) + positions_R * _GOLDEN
-    return _logical_shift(_mix64(state_R), 11).to(torch.float64) * 2.0**-53
+    state_R = _mix64(seeds_R + _GOLDEN) + positions_R.astype(np.uint64) * _GOLDEN
+    return (_mix64(state_R) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def apply_penalties_(
@@ -136,7 +141,7 @@ def filter_thresholds(
     has a top_k: then only so many candidates are sorted. `top_p_F` is float64, `min_p_F` float32
     (0: none).
     """
-    return torch.cat(
+    return _joined(
         [
             _thresholds(
                 ratio_RV[part] if rows_F is None else ratio_RV[rows_F[part]],
@@ -184,7 +189,7 @@ def draw_tokens(
     without weight is never drawn; a row without any (NaN, all minus infinity) gives `fallback_R`.
     `uniform_R` is float64 in [0, 1).
     """
-    return torch.cat(
+    return _joined(
         [
             _draw(
                 _fixed_point(ratio_RV[part], None if threshold_R is None else threshold_R[part]),
@@ -249,18 +254,17 @@ def sample_oracle(
     return torch.tensor(tokens)
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """x >> bits of the unsigned number that int64 `x` stands for."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def _mix64(x: Tensor) -> Tensor:
-    x = (x ^ _logical_shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    x = (x ^ _logical_shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
-    return x ^ _logical_shift(x, 31)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _fixed_point(ratio_RV: Tensor, threshold_R: Tensor | None) -> Tensor:

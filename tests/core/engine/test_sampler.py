@@ -119,7 +119,6 @@ class TestDistribution:
         [
             {},
             {"temperature": 0.5},
-            {"temperature": 1.6},
             {"top_k": 40},
             {"top_k": 2000, "temperature": 0.8},
             {"top_p": 0.9},

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -51,36 +52,35 @@ class TestUniformNumbers:
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         return x ^ (x >> 31)
 
-    @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 123456789])
+    @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, 2**63, 123456789])
     @pytest.mark.parametrize("position", [0, 1, 7, 131072])
     def test_is_what_big_integers_give(self, seed, position):
         golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
         state = (self.mix((seed + golden) & mask) + position * golden) & mask
         expected = (self.mix(state) >> 11) / 2**53
-        number = uniform_numbers(torch.tensor([seed]), torch.tensor([position]))
-        assert number.dtype == torch.float64
-        assert number.item() == expected
+        assert uniform_numbers(np.array([seed], np.uint64), np.array([position])) == [expected]
         assert 0 <= expected < 1
 
     @pytest.mark.parametrize("axis", ["positions of a seed", "seeds at a position", "both"])
     def test_is_uniform_and_uncorrelated(self, axis):
-        count = torch.arange(100_000)
-        zeros = torch.zeros_like(count)
+        count = np.arange(100_000)
         seeds, positions = {
-            "positions of a seed": (zeros + 42, count),
-            "seeds at a position": (count, zeros + 17),
+            "positions of a seed": (count * 0 + 42, count),
+            "seeds at a position": (count, count * 0 + 17),
             "both": (count, count),
         }[axis]
-        numbers = uniform_numbers(seeds, positions)
-        assert stats.kstest(numbers.numpy(), "uniform").pvalue > 1e-3
+        numbers = uniform_numbers(seeds.astype(np.uint64), positions)
+        assert numbers.dtype == np.float64
+        assert stats.kstest(numbers, "uniform").pvalue > 1e-3
         # Neighbours fill the unit square evenly: 100 cells.
-        cells = (numbers[:-1] * 10).long() * 10 + (numbers[1:] * 10).long()
-        observed = torch.bincount(cells, minlength=100).numpy()
+        tenths = (numbers * 10).astype(int)
+        observed = np.bincount(tenths[:-1] * 10 + tenths[1:], minlength=100)
         assert stats.chisquare(observed).pvalue > 1e-3
-        assert numbers.unique().numel() == count.numel()
+        assert len(np.unique(numbers)) == len(count)
 
     def test_low_bits_are_even_too(self):
-        bits = (uniform_numbers(torch.arange(20_000), torch.arange(20_000)) * 2**53).long()
+        count = np.arange(20_000)
+        bits = (uniform_numbers(count.astype(np.uint64), count) * 2**53).astype(np.int64)
         for bit in range(53):
             ones = int((bits >> bit & 1).sum())
             assert abs(ones - 10_000) < 5 * math.sqrt(5_000), bit
