@@ -13,9 +13,9 @@ import torch
 
 from core.config import AppConfig
 from core.engine.batch import SlotState
-from core.engine.kv_cache import PoolSize, allocate_pool, plan_pool
 from core.engine.launch import StepLauncher, select_launcher
 from core.engine.loop import warm_up
+from core.engine.memory import PoolSize, allocate_pool, check_weights_fit, plan_pool
 from core.engine.runner import ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
@@ -23,14 +23,16 @@ from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
-from core.interfaces.model import BuildContext, Model, ModelSpec
+from core.interfaces.model import BuildContext, Model, ModelFamily, ModelSpec
 from core.kernels.select import select_ops
+from core.kernels.torch_ops import TorchOps
 from core.loading.open import open_weights
+from core.loading.progress import OnProgress
+from core.loading.reader import ShapeReader
 from core.plugin_manager import PluginManager
 from core.resolve import find_family
 
 OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
-OnProgress = Callable[[str, int, int, str], None]  # task, done, total, unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class RankEngine:
     kv_cache_tokens: int
     max_model_len: int
     weight_bytes: int  # of this rank
+    num_parameters: int  # of the whole model
     dtype: str
 
     def describe(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class RankEngine:
         return {
             "dtype": self.dtype,
             "weight_bytes": self.weight_bytes,
+            "num_parameters": self.num_parameters,
             "kv_pool_bytes": self.pool.total_bytes,
             "kv_cache_tokens": self.kv_cache_tokens,
             "max_model_len": self.max_model_len,
@@ -76,6 +80,8 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     dtype = resolve_dtype(config, spec)
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     ops = select_ops(context.device)
+    shapes = measure_weights(family, spec, context.comms, dtype)
+    check_weights_fit(shapes.num_bytes, context.device, context.local_ranks)
     reader = open_weights(
         config.model,
         context.files,
@@ -143,9 +149,22 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         pool=pool,
         kv_cache_tokens=(pool.num_pages - 1) * page_size,
         max_model_len=max_model_len,
-        weight_bytes=reader.bytes_taken,
+        weight_bytes=shapes.num_bytes,
+        num_parameters=shapes.num_logical_parameters,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def measure_weights(
+    family: ModelFamily, spec: ModelSpec, comms: Comms, dtype: torch.dtype
+) -> ShapeReader:
+    """What this rank is going to hold, without reading any of it."""
+    shapes = ShapeReader(dtype)
+    meta = torch.device("meta")
+    family.build(
+        spec, BuildContext(weights=shapes, comms=comms, ops=TorchOps(), dtype=dtype, device=meta)
+    )
+    return shapes
 
 
 def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:

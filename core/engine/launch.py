@@ -47,7 +47,7 @@ class StreamLauncher:
 
     def launch(self, plan: StepPlan) -> Wait:
         pending = self._runner.launch(plan).copy_async()
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
 
         def wait() -> StepResult:

@@ -1,4 +1,6 @@
-"""The KV pool's tensors and how large they may be. Knows nothing of who uses which page.
+"""What fits in memory: the weights, then the KV pool, whose tensors are made here.
+
+Knows nothing of who uses which page.
 
 Shape legend: N pages, P tokens in a page, G KV heads of this rank, D head dimension.
 """
@@ -36,6 +38,17 @@ def free_bytes(device: torch.device, local_ranks: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available) // local_ranks
+
+
+def check_weights_fit(weight_bytes: int, device: torch.device, local_ranks: int) -> None:
+    """Raise ResourceError where a rank's weights can't be held; called before they are read."""
+    available = free_bytes(device, local_ranks)
+    if weight_bytes > available:
+        raise ResourceError(
+            f"the weights need {weight_bytes / GIB:.1f} GiB on each rank, but only "
+            f"{available / GIB:.1f} GiB are free on {device}; use more ranks (parallel.tp), "
+            "model.dtype=bfloat16, or a smaller model"
+        )
 
 
 def plan_pool(
