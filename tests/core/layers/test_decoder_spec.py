@@ -1,0 +1,79 @@
+"""What a config.json may say, and the errors for the rest."""
+
+from typing import Any
+
+import pytest
+
+from core.errors import ModelError
+from tests.support.models import TINY, family_of
+
+NAMES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+
+
+def config(name: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
+    return TINY | {"architectures": [name], "sliding_window": None} | changes
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in config().items() if name != key}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_are_read(name: str) -> None:
+    hf_config = config(name, dtype="bfloat16", tie_word_embeddings=True)
+    spec = family_of(hf_config).parse(hf_config)
+    assert spec.architecture == name
+    assert (spec.num_layers, spec.hidden_size, spec.intermediate_size) == (3, 96, 120)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (12, 4, 16)
+    assert (spec.vocab_size, spec.max_position_embeddings) == (263, 512)
+    assert spec.dtype == "bfloat16"
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    bare = without("num_key_value_heads")
+    del bare["head_dim"]
+    spec = family_of(bare).parse(bare)
+    assert (spec.num_kv_heads, spec.head_dim, spec.dtype) == (12, 8, "float32")
+    qwen = bare | {"architectures": ["Qwen3ForCausalLM"]}
+    assert family_of(qwen).parse(qwen).head_dim == 128
+
+
+def test_old_dtype_key_is_read() -> None:
+    hf_config = config(torch_dtype="float16")
+    assert family_of(hf_config).parse(hf_config).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "words"),
+    [
+        (without("hidden_size"), ["hidden_size is missing"]),
+        (without("vocab_size"), ["vocab_size is missing"]),
+        (config(num_hidden_layers=0), ["num_hidden_layers=0", "above 0"]),
+        (config(num_hidden_layers=True), ["num_hidden_layers=True"]),
+        (config(intermediate_size="120"), ["intermediate_size='120'"]),
+        (config(num_key_value_heads=5), ["num_key_value_heads=5", "num_attention_heads=12"]),
+        (config(head_dim=15), ["head_dim=15", "even"]),
+        (config(hidden_act="gelu"), ["hidden_act='gelu'", "silu"]),
+        (config(attention_bias=1), ["attention_bias=1", "true or false"]),
+        (config(rms_norm_eps=-1.0), ["rms_norm_eps=-1.0"]),
+        (config(dtype="int8"), ["dtype='int8'", "bfloat16"]),
+        (config(quantization_config={"quant_method": "gptq"}), ["'gptq'", ".gguf"]),
+        (config(rope_scaling={"type": "dynamic"}), ["dynamic"]),
+        (config(layer_types=["sliding_attention"]), ["sliding_attention", "full_attention"]),
+        (config("MistralForCausalLM", sliding_window=4096), ["sliding_window=4096", "null"]),
+        (
+            config("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64),
+            ["sliding_window=64"],
+        ),
+    ],
+)
+def test_what_is_not_supported_is_named(hf_config: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ModelError) as error:
+        family_of(hf_config).parse(hf_config)
+    assert "config.json" in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unused_sliding_window_is_ignored() -> None:
+    hf_config = config("Qwen2ForCausalLM", use_sliding_window=False, sliding_window=64)
+    assert family_of(hf_config).parse(hf_config).num_layers == 3
