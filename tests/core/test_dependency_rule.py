@@ -122,12 +122,15 @@ def layer_problems(imports: list[Import]) -> list[str]:
 
 
 def plugin_problem(found: Import, importer: list[str], target: list[str]) -> list[str]:
-    """A family's __init__ knows its members, and members share what begins with _; no more."""
+    """A family's __init__ knows its members, members share what begins with _, and _openai or
+    _cpu_backend are the inside of openai and cpu; no more."""
     same_family = importer[1:2] == target[1:2]
     registers = len(importer) == 2
     same_plugin = importer[:3] == target[:3]
     shared = len(target) > 2 and target[2].startswith("_")
-    if same_family and (registers or same_plugin or shared):
+    both_named = len(importer) > 2 and len(target) > 2
+    inside = both_named and f"{importer[2]}_".startswith(f"_{target[2]}_")
+    if same_family and (registers or same_plugin or shared or inside):
         return []
     return [f"{found}: plugins never import each other"]
 
@@ -184,6 +187,7 @@ def test_no_import_cycles():
         ("plugins/comm/x.py", "from plugins.attention import cpu", "never import each other"),
         ("plugins/comm/x.py", "from plugins.comm.y import f", "never import each other"),
         ("plugins/comm/x.py", "from .y import f", "never import each other"),
+        ("plugins/comm/_x.py", "from plugins.comm.y import f", "never import each other"),
         (
             "core/errors.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import core.run",
@@ -204,6 +208,8 @@ def test_allowed_imports_pass(tmp_path):
     write(tmp_path, "plugins/comm/__init__.py", "from plugins.comm.y import f")
     write(tmp_path, "plugins/comm/y.py", "from plugins.comm._shared import g")
     write(tmp_path, "plugins/comm/_shared.py", "")
+    write(tmp_path, "plugins/comm/_y/inner.py", "from plugins.comm.y import f")
+    write(tmp_path, "plugins/comm/_y_backend.py", "from plugins.comm.y import f")
     write(tmp_path, "core/errors.py", "")
     assert not layer_problems(all_imports(tmp_path))
 
