@@ -156,10 +156,13 @@ class Child:
             return f"ended with exit status {self.returncode}"
         number = -self.returncode
         names = {item.value: item.name for item in signal.Signals}
-        text = f"was killed by {names.get(number, f'signal {number}')}"
-        if number == signal.SIGKILL:
-            text += " (if nobody sent it: by the kernel, out of memory? `dmesg` tells)"
-        return text
+        return f"was killed by {names.get(number, f'signal {number}')}"
+
+    def exit_hint(self) -> str:
+        """What to look at, where the way it ended suggests something; may be empty."""
+        if self.returncode == -signal.SIGKILL:
+            return " (if nobody sent that: the kernel does when memory runs out, see `dmesg`)"
+        return ""
 
     def _remember(self, line: bytes) -> ChildStatus:
         status: ChildStatus

@@ -296,7 +296,7 @@ def _cause(child: Child) -> tuple[str, str]:
     """Why a child failed: one line that may be shown to clients, and the text for the terminal."""
     if child.failed is None:
         text = f"{child.label} {child.exit_text()}"
-        return text, f"{text}; the engine ends"
+        return text, f"{text}{child.exit_hint()}; the engine ends"
     if child.failed.kind == INTERNAL:
         return f"{child.label} failed", f"{child.label} failed:\n{child.failed.message}"
     return f"{child.label} failed: {child.failed.kind}", child.failed.message
