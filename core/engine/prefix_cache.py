@@ -210,13 +210,9 @@ class PrefixCache:
 
     @staticmethod
     def _evictable(entry: tuple[int, int, Node]) -> bool:
+        # A node that has got children since was locked then, so that last_used has moved on.
         last_used, _, node = entry
-        return (
-            node.parent is not None
-            and not node.refs
-            and not node.children
-            and node.last_used == last_used
-        )
+        return node.parent is not None and not node.refs and node.last_used == last_used
 
     def _evict_one(self) -> None:
         heap = self._heap

@@ -37,7 +37,6 @@ class Request:
     # Its lock: the first `node.depth` pages belong to the prefix cache. None: no slot.
     node: Node | None = None
     num_computed: int = 0  # positions computed by planned steps; the decode set's while DECODING
-    resume_after: int = 0  # preempted: the step to commit first, as it still yields a token
     num_cached: int | None = None  # prompt tokens found in the cache; None: never ran
     answered: bool = False  # the first output was sent
     prompt_logprobs: list[TokenLogprobs] | None = None  # collected so far; None: none wanted

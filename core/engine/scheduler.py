@@ -98,7 +98,6 @@ class Scheduler:
         self._table_changes: list[tuple[Request, int]] = []
         self._in_flight: deque[_Draft] = deque()
         self._planned = 0  # the last planned step
-        self._committed = 0
         self._num_arrivals = 0
         self._stats = EngineStats(kv_pages_total=self._residents.num_usable_pages)
 
@@ -192,7 +191,6 @@ class Scheduler:
         request = max(self._residents.running, key=lambda request: request.arrival)
         self._vacate(request)
         request.state = State.WAITING
-        request.resume_after = self._planned
         position = 0
         while position < len(self._waiting) and self._waiting[position].arrival < request.arrival:
             position += 1
@@ -231,6 +229,8 @@ class Scheduler:
             if request.slot >= 0:
                 draft.set_page(request, column)
         self._table_changes.clear()
+        # Who gave way may still get a token from the step in flight, so nobody enters now; before
+        # the next planned step that one is committed.
         self._plan_prefills(draft, may_admit=not starved)
         self._residents.end_step()
         if not draft.requests:
@@ -293,7 +293,7 @@ class Scheduler:
         num_deferred = 0
         while budget > 0 and num_deferred < len(waiting) and residents.has_free_slot:
             request = waiting[num_deferred]
-            if request is self._blocked or request.resume_after > self._committed:
+            if request is self._blocked:
                 return
             match = residents.match(request, draft.step)
             to_compute = request.num_known - len(match.pages) * self._page_size
@@ -360,7 +360,6 @@ class Scheduler:
         """Take the results of the oldest planned step; returns what it adds to each request."""
         draft = self._in_flight.popleft()
         assert draft.step == plan.step, "steps are committed in the order in which they are planned"
-        self._committed = draft.step
         for row, entries in result.prompt_logprobs.items():
             request = draft.requests[row]
             if request.prompt_logprobs is not None and not request.answered:

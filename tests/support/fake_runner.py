@@ -76,12 +76,14 @@ class FakeRunner:
         assert len(plan.starts) == len(plan.lengths) == len(plan.samples) == len(rows)
         assert len(set(plan.slots)) == len(rows), "two rows of one slot"
         assert all(plan.lengths[row] == 1 and plan.samples[row] for row in rows[: plan.num_decodes])
+        for row in rows:  # before anything is written: a step can't read what it computes elsewhere
+            self._read(plan.slots[row], plan.starts[row])
         written: set[tuple[int, int]] = set()
         for row in rows:
             written |= self._write(plan, row, written)
         result = StepResult(token_ids=[], logprobs={}, prompt_logprobs={})
         for row in rows:
-            self._read(plan, row)
+            self._read(plan.slots[row], plan.starts[row] + plan.lengths[row])
             self._sample(plan, row, result)
         return result
 
@@ -110,8 +112,7 @@ class FakeRunner:
             self.kv[self._place(slot, position)] = history
         return places
 
-    def _read(self, plan: StepPlan, row: int) -> None:
-        slot, end = plan.slots[row], plan.starts[row] + plan.lengths[row]
+    def _read(self, slot: int, end: int) -> None:
         for position, history in enumerate(histories(self.tokens[slot][:end])):
             found = self.kv.get(self._place(slot, position))
             assert found == history, f"slot {slot} reads wrong KV at position {position}"
