@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -193,9 +193,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=200,
+    max_examples=400,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # to shrink a failure, add Phase.shrink and some minutes
     suppress_health_check=list(HealthCheck),
 )
