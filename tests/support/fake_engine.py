@@ -25,7 +25,7 @@ from core.interfaces.messages import (
     TokenLogprobs,
 )
 
-Reply = Callable[[Generate], Sequence[int]]
+Reply = Callable[[Generate], Sequence[int] | str]  # text: the engine gives the request up
 
 
 class FakeEngine:
@@ -37,7 +37,7 @@ class FakeEngine:
         self.eos_id = eos_id
         self.seen: list[Generate] = []
         self.aborted: set[str] = set()
-        self.live: dict[str, tuple[Generate, Sequence[int], int]] = {}
+        self.live: dict[str, tuple[Generate, Sequence[int] | str, int]] = {}
         self.changed = threading.Condition()  # guards the four above
         self.stepping = threading.Event()  # cleared: requests are taken in, no step is made
         self.stepping.set()
@@ -60,7 +60,8 @@ class FakeEngine:
 
     def stop(self) -> None:
         self._stopping = True
-        self._thread.join(10)
+        if self._thread.is_alive():
+            self._thread.join(10)
         self._context.destroy(linger=0)
 
     def wait_for(self, predicate: Callable[[], bool], timeout_s: float = 10.0) -> None:
@@ -108,8 +109,12 @@ class FakeEngine:
         due = self._steps % 64 == 0 or not self.live
         self._send(outputs, self._stats() if due else None)
 
-    def _advance(self, request: Generate, tokens: Sequence[int], position: int) -> RequestOutput:
+    def _advance(
+        self, request: Generate, tokens: Sequence[int] | str, position: int
+    ) -> RequestOutput:
         sampling = request.sampling
+        if isinstance(tokens, str):
+            return RequestOutput(request.request_id, [], finish_reason="error", error=tokens)
         output = RequestOutput(request.request_id, [])
         if position == 0:
             output.num_cached_tokens = 0

@@ -1,0 +1,125 @@
+"""The real HTTP layer over a fake engine, in this process: uvicorn in a thread, ZeroMQ between."""
+
+import asyncio
+import concurrent.futures
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from core.config import FrontendConfig
+from core.interfaces.control import Endpoints
+from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
+from core.interfaces.messages import Generate
+from core.serve.engine_client import ZmqEngine
+from core.serve.http_server import Server, bind, url_of
+from core.serve.tokenizer import HfTokenizer
+from plugins.frontends._openai.app import create_app
+from plugins.frontends.openai import OpenAIOptions
+from tests.support.fake_engine import FakeEngine
+from tests.support.small_tokenizer import write_folder
+
+MODEL = "fake-model"
+MAX_MODEL_LEN = 512
+ANSWER = "The capital of France is Paris. 🎉 STOP and go on"
+
+
+class Stack:
+    """A context manager. `engine` is the fake one; the frontend's side is reached by `call`."""
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None = None,
+        max_running_requests: int = 64,
+        allowed_hosts: Sequence[str] = (),
+        default_sampling: dict[str, float] | None = None,
+        serving: bool = True,
+        **frontend: Any,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        self.endpoints = Endpoints(
+            engine_input=f"ipc://{folder}/in", engine_output=f"ipc://{folder}/out", plans=[]
+        )
+        self.tokenizer = HfTokenizer.from_folder(write_folder(folder / "tokenizer"))
+        self.answer_ids = self.tokenizer.encode(ANSWER)
+        self.engine = FakeEngine(self.endpoints, self.reply, self.tokenizer.eos_ids[0])
+        self._serving = serving
+        self._config = FrontendConfig(port=0, **frontend)
+        self._options = OpenAIOptions(allowed_hosts=list(allowed_hosts))
+        self._api_key = api_key
+        self._max_running_requests = max_running_requests
+        self._default_sampling = default_sampling or {}
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._run()), daemon=True)
+
+    def reply(self, request: Generate) -> Sequence[int]:
+        """Every answer is ANSWER; tests may set `engine.reply` to another function."""
+        return self.answer_ids
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.client = ZmqEngine(self.endpoints, self._loop)
+        context = FrontendContext(
+            engine=self.client,
+            tokenizer=self.tokenizer,
+            model=ServedModel(
+                name=MODEL,
+                max_model_len=MAX_MODEL_LEN,
+                vocab_size=self.tokenizer.vocab_size,
+                created=1,
+                info={"architecture": "Fake"},
+                default_sampling=self._default_sampling,
+            ),
+            config=self._config,
+            max_running_requests=self._max_running_requests,
+            api_key=self._api_key,
+        )
+        app = create_app(self._options, context)
+        listener = bind(self._config.host, 0)
+        self.url = url_of(listener)
+        self._server = Server(app, keep_alive_s=5, on_started=self._started.set)
+        await self._server.serve(sockets=[listener])
+        self.client.close()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in the frontend's event loop."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return future.result(10)
+
+    def reset(self) -> None:
+        """Back to the answer and pace a test begins with."""
+        self.engine.reply = self.reply
+        self.engine.stepping.set()
+        self.engine.steps_per_second = 0.0
+        with self.engine.changed:
+            self.engine.seen.clear()
+            self.engine.aborted.clear()
+
+    def __enter__(self) -> "Stack":
+        self._thread.start()
+        assert self._started.wait(20)
+        if self._serving:
+            self.engine.start()
+            while self.client.state is EngineState.STARTING:
+                self.call(lambda: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(15)
+        assert not self._thread.is_alive(), "the server did not end"
+        self.engine.stop()
+        self._folder.cleanup()
