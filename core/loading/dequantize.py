@@ -37,7 +37,8 @@ def dequantize(raw: Tensor, kind: GGMLQuantizationType, dtype: torch.dtype, what
     def fill(first: int, last: int) -> None:
         for start in range(first, last, chunk_rows):
             rows = raw[start : min(start + chunk_rows, last)]
-            values[start : start + rows.shape[0]] = _chunk(rows, kind, what).view(-1, num_columns)
+            chunk = _chunk(rows, kind, what).view(rows.shape[0], num_columns)
+            values[start : start + rows.shape[0]] = chunk
 
     chunk_rows = max(1, CHUNK_VALUES // max(1, num_columns))
     num_threads = min(torch.get_num_threads(), values.numel() // VALUES_PER_THREAD)

@@ -82,5 +82,5 @@ class DummyReader:
     def _windows(self, starts_R: Tensor, width: int) -> Tensor:
         """Row i: `width` entries of the endless table from `starts_R[i]` on."""
         repeats = 1 + -(-width // TABLE_SIZE)
-        endless = self._table.repeat(repeats)[: TABLE_SIZE + width]
-        return endless.unfold(0, max(width, 1), 1)[starts_R.to(endless.device)]
+        endless = self._table.repeat(repeats)[: TABLE_SIZE + max(width, 1)]
+        return endless.unfold(0, max(width, 1), 1)[starts_R.to(endless.device)][:, :width]

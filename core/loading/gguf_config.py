@@ -81,7 +81,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         raise ModelError(f"{file.path}: tensor token_embd.weight is missing")
     num_heads = file.count(f"{arch}.attention.head_count")
     size = head_dim(file)
-    config: dict[str, Any] = {
+    return {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
         "hidden_act": "silu",
@@ -98,11 +98,9 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "rope_parameters": _rope_parameters(file, arch),
         "partial_rotary_factor": file.count(f"{arch}.rope.dimension_count", size) / size,
         "dtype": _dtype(file),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
     }
-    if arch == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-    return config
 
 
 def eos_ids(file: GGUFFile) -> list[int]:

@@ -30,7 +30,7 @@ VOCAB_SIZE = 263  # a prime: no tp divides it
 TINY: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,
-    "intermediate_size": 120,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,

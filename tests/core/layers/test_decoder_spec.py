@@ -23,7 +23,7 @@ def test_sizes_are_read(name: str) -> None:
     hf_config = config(name, dtype="bfloat16", tie_word_embeddings=True)
     spec = family_of(hf_config).parse(hf_config)
     assert spec.architecture == name
-    assert (spec.num_layers, spec.hidden_size, spec.intermediate_size) == (3, 96, 120)
+    assert (spec.num_layers, spec.hidden_size, spec.intermediate_size) == (3, 96, 192)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (12, 4, 16)
     assert (spec.vocab_size, spec.max_position_embeddings) == (263, 512)
     assert spec.dtype == "bfloat16"
@@ -50,7 +50,7 @@ def test_old_dtype_key_is_read() -> None:
         (without("vocab_size"), ["vocab_size is missing"]),
         (config(num_hidden_layers=0), ["num_hidden_layers=0", "above 0"]),
         (config(num_hidden_layers=True), ["num_hidden_layers=True"]),
-        (config(intermediate_size="120"), ["intermediate_size='120'"]),
+        (config(intermediate_size="192"), ["intermediate_size='192'"]),
         (config(num_key_value_heads=5), ["num_key_value_heads=5", "num_attention_heads=12"]),
         (config(head_dim=15), ["head_dim=15", "even"]),
         (config(hidden_act="gelu"), ["hidden_act='gelu'", "silu"]),

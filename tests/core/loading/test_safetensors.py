@@ -1,0 +1,97 @@
+"""Safetensors files: slices are right, and damaged files are named with what is wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from core.errors import ModelError
+from core.loading.safetensors import SafetensorsSource
+from core.loading.safetensors_header import read_header
+
+TENSORS = {
+    "a": torch.arange(24, dtype=torch.float32).view(6, 4),
+    "b": torch.arange(5, dtype=torch.bfloat16),
+    "c": torch.arange(24, dtype=torch.float16).view(2, 3, 4),
+    "scalar": torch.tensor(3.0),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def test_every_slice_of_every_dimension(path: Path) -> None:
+    source = SafetensorsSource([str(path)])
+    assert set(source.tensors()) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        info = source.tensors()[name]
+        assert (info.shape, info.dtype, info.file) == (tuple(tensor.shape), tensor.dtype, str(path))
+        for dim, size in enumerate(tensor.shape):
+            for start in range(size):
+                for stop in range(start, size + 1):
+                    expected = tensor.narrow(dim, start, stop - start)
+                    assert torch.equal(source.read(name, dim, start, stop), expected)
+    assert source.read("scalar", 0, 0, 1).item() == 3.0
+
+
+def test_two_files_are_one_checkpoint_but_no_name_is_in_both(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    save_file({"a": TENSORS["a"]}, first)
+    save_file({"b": TENSORS["b"]}, second)
+    source = SafetensorsSource([str(first), str(second)])
+    assert source.tensors()["b"].file == str(second)
+    save_file({"a": TENSORS["a"]}, second)
+    with pytest.raises(ModelError, match=r"tensor a is in both .*1\.safetensors and .*2\."):
+        SafetensorsSource([str(first), str(second)])
+
+
+def test_every_way_of_cutting_it_off_is_noticed(path: Path) -> None:
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(ModelError, match="fetch the file again") as error:
+            SafetensorsSource([str(path)])
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h["a"].update(dtype="F4"), "tensor a has the unknown dtype 'F4'"),
+        (lambda h: h["a"].update(shape=[7, 4]), "tensor a of shape .7, 4. needs 112 bytes, not 96"),
+        (lambda h: h["a"].update(shape=[-6, -4]), "not the expected JSON"),
+        (lambda h: h["a"].update(data_offsets=[0]), "not the expected JSON"),
+        (lambda h: h["a"].pop("shape"), "not the expected JSON"),
+        (lambda h: h.update(a=3), "not the expected JSON"),
+        (lambda h: h["a"].update(data_offsets=[10**15, 10**15 + 96]), "cut off"),
+    ],
+)
+def test_wrong_headers_are_named(
+    path: Path, change: Callable[[dict[str, dict[str, object]]], object], words: str
+) -> None:
+    rewrite_header(path, change)
+    with pytest.raises(ModelError, match=words):
+        read_header(str(path))
+
+
+def test_random_bytes_and_folders_are_refused(tmp_path: Path) -> None:
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes(bytes(range(256)) * 4)
+    for path in (noise, tmp_path, tmp_path / "absent.safetensors"):
+        with pytest.raises(ModelError, match=path.name):
+            read_header(str(path))
