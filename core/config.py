@@ -12,6 +12,7 @@ from core.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -72,11 +73,16 @@ class ModelConfig:
     dtype: str = "auto"  # auto: the checkpoint's
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     dummy_seed: int = 0  # of load_format=dummy
+    # What requests that name no temperature, top_p, top_k, min_p or repetition_penalty get; keys
+    # left out are taken from the checkpoint's generation_config.json.
+    default_sampling: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_choice("model.load_format", self.load_format, LOAD_FORMATS)
         require_choice("model.dtype", self.dtype, DTYPES)
         require_range("model.max_model_len", self.max_model_len, 1)
+        for name in self.default_sampling:
+            require_choice("model.default_sampling", name, SAMPLING_DEFAULTS)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from core.cluster.boot import WorkerBoot
+from core.cluster.boot import FrontendBoot, Served, WorkerBoot
 from core.cluster.display import Display, SummaryInfo
 from core.cluster.endpoints import RunDirectory
 from core.cluster.machine import find_machine
@@ -22,7 +22,6 @@ from core.interfaces.launcher import Launcher, Placement
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
-from core.serve.process import FrontendBoot, Served
 
 FRONTEND = "frontend"
 

@@ -11,3 +11,11 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support import smollm2
 
     return smollm2.write_folder(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama; copy it before changing it."""
+    from tests.support.models import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")

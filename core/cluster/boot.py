@@ -1,4 +1,9 @@
-"""The boot line of a worker process; apart from `core.worker` so that its parent can write it."""
+"""The boot lines: what the parent tells a worker or a frontend as it starts it, as JSON.
+
+Apart from the processes' own modules, so that the parent imports neither torch nor HTTP.
+"""
+
+from typing import Any
 
 import msgspec
 
@@ -8,7 +13,7 @@ from core.parallel.plan import Plan
 
 
 class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank needs to know."""
+    """What one rank (`core.worker`) needs to know."""
 
     config: AppConfig
     plan: Plan
@@ -19,3 +24,21 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     files: ModelFiles
     endpoints: Endpoints
     rendezvous: str  # of the process groups, see core.parallel.mesh
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What the frontend tells about the model; see core.interfaces.frontend.ServedModel."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    info: dict[str, Any] = {}
+
+
+class FrontendBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend process (`core.serve.process`) needs to know."""
+
+    config: AppConfig
+    endpoints: Endpoints
+    files: ModelFiles
+    served: Served

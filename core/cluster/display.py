@@ -133,6 +133,7 @@ def summary(info: SummaryInfo) -> str:
     body = {
         "model": info.served_name,
         "messages": [{"role": "user", "content": _CURL_QUESTION}],
+        "temperature": 0,
     }
     key = ' -H "Authorization: Bearer $NODEWEAVE_API_KEY"' if info.needs_key else ""
     return "\n".join(

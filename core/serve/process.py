@@ -18,15 +18,14 @@ from typing import Any
 import msgspec
 import uvloop
 
+from core.cluster.boot import FrontendBoot
 from core.cluster.channel import Channel, exit_with_parent
-from core.config import AppConfig, FrontendConfig, PluginChoice
+from core.config import FrontendConfig, PluginChoice
 from core.errors import ConfigError
 from core.interfaces.control import (
     Drain,
-    Endpoints,
     EngineDied,
     EngineReady,
-    ModelFiles,
     ParentControl,
     Phase,
     Ready,
@@ -40,24 +39,6 @@ from core.serve.tokenizer import HfTokenizer
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.5  # of answering with the cause after the engine died; the parent kills after 1.5 s
 SHUTTING_DOWN = "the server is shutting down and its grace time is over"
-
-
-class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """What the frontend tells about the model; see core.interfaces.frontend.ServedModel."""
-
-    name: str
-    max_model_len: int
-    vocab_size: int
-    info: dict[str, Any] = {}
-
-
-class FrontendBoot(msgspec.Struct, frozen=True, kw_only=True):
-    """The first line on standard input."""
-
-    config: AppConfig
-    endpoints: Endpoints
-    files: ModelFiles
-    served: Served
 
 
 def read_api_key(config: FrontendConfig) -> str | None:
@@ -141,7 +122,10 @@ class Frontend:
                 vocab_size=served.vocab_size,
                 created=int(time.time()),
                 info=served.info,
-                default_sampling=self._boot.files.default_sampling,
+                default_sampling={
+                    **self._boot.files.default_sampling,
+                    **config.model.default_sampling,
+                },
             ),
             config=config.frontend,
             max_running_requests=config.engine.max_running_requests,

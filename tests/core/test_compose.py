@@ -60,10 +60,8 @@ def test_every_config_file_says_what_it_is():
 
 
 def test_the_defaults_are_those_of_the_dataclasses():
-    config = config_of("model=smollm2")
-    assert config == AppConfig(
-        model=ModelConfig(name="smollm2", package=config.model.package, shape=config.model.shape)
-    )
+    config = config_of("model=custom", "model.path=/models/tiny")
+    assert config == AppConfig(model=ModelConfig(name="tiny", path="/models/tiny"))
 
 
 def test_config_yaml_and_the_code_agree_on_the_groups():

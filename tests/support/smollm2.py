@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from core.compose import compose
+from core.compose import compose, parse_overrides
 from core.config import ModelConfig
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
@@ -10,7 +10,7 @@ from core.loading.files import resolve_files
 
 def preset() -> ModelConfig:
     """The model section of `+model=smollm2`."""
-    return compose(["+model=smollm2"]).model
+    return compose(parse_overrides(["+model=smollm2"])).model
 
 
 def files() -> ModelFiles:
@@ -21,10 +21,19 @@ def files() -> ModelFiles:
 def write_folder(folder: Path) -> Path:
     """A Hugging Face folder (bf16 safetensors), written by transformers from the GGUF."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     gguf = Path(files().weight_files[0])
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    # Recent releases of transformers keep GGUF weights packed unless told not to.
+    options = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, **options, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder

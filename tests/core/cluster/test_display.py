@@ -48,7 +48,7 @@ def test_the_summary() -> None:
         "\n"
         "  curl http://127.0.0.1:30000/v1/chat/completions -H 'Content-Type: application/json' "
         '-d \'{"model": "smollm2", "messages": [{"role": "user", '
-        '"content": "What is the capital of France?"}]}\'\n'
+        '"content": "What is the capital of France?"}], "temperature": 0}\'\n'
     )
 
 
