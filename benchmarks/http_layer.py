@@ -22,10 +22,10 @@ from pathlib import Path
 
 import msgspec
 
+from core.cluster.boot import FrontendBoot, Served
 from core.cluster.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, ModelConfig
 from core.interfaces.control import ChildStatus, Endpoints, Failed, ModelFiles, Ready
-from core.serve.process import FrontendBoot, Served
 from tests.support.small_tokenizer import byte_level, write_folder
 
 GOAL_TOKENS_PER_S = 20_000
@@ -55,7 +55,9 @@ class Stack:
                 hf_config={}, weight_files=[], weight_format="dummy",
                 tokenizer_dir=str(tokenizer_dir), eos_ids=[2], default_sampling={},
             ),
-            served=Served(name="fake", max_model_len=1_000_000, vocab_size=byte_level().get_vocab_size()),
+            served=Served(
+                name="fake", max_model_len=1_000_000, vocab_size=byte_level().get_vocab_size()
+            ),
         )  # fmt: skip
         read_fd, write_fd = os.pipe()
         self.frontend = subprocess.Popen(

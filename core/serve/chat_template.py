@@ -58,7 +58,8 @@ class ChatTemplate:
             tree = self._environment.parse(source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the checkpoint's chat template is broken: {error}") from error
-        self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        undeclared = jinja2.meta.find_undeclared_variables(tree)
+        self.variables = frozenset(undeclared - self._environment.globals.keys())
         self._content_in_parts, self._content_as_text = self._probe_content_forms()
 
     def render(

@@ -127,9 +127,13 @@ class Server(uvicorn.Server):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection, with limits on header bytes, header time and discarded body bytes."""
+    """One connection, with limits on header bytes, header time and discarded body bytes.
 
-    _header_timer: asyncio.TimerHandle | None = None
+    A body whose request was answered before its end (413) is read on and dropped for a while:
+    closing at once would reset the connection before the client has read the answer.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _discarded_bytes = 0
     _in_headers = True
@@ -140,7 +144,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_header_timer()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -158,7 +162,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._start_header_timer()
 
     def on_headers_complete(self) -> None:
-        self._stop_header_timer()
+        self._stop_timer()
         self._in_headers = False
         self._header_bytes = 0
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -169,6 +173,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         if self.cycle is not None and self.cycle.response_complete:
+            if self._timer is None:
+                self._timer = self.loop.call_later(HEADER_DEADLINE_S, self.transport.abort)
             self._discarded_bytes += len(body)
             if self._discarded_bytes > MAX_DISCARDED_BYTES:
                 self.transport.abort()
@@ -176,6 +182,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._stop_timer()
         self._discarded_bytes = 0
         super().on_message_complete()
 
@@ -185,21 +192,32 @@ class LimitedProtocol(HttpToolsProtocol):
         else:
             self._refuse(400, "this is not a valid HTTP request")
 
-    def _start_header_timer(self) -> None:
-        self._stop_header_timer()
-        self._header_timer = self.loop.call_later(HEADER_DEADLINE_S, self._on_header_deadline)
+    def _answering(self) -> bool:
+        return self.cycle is not None and (
+            self.cycle.response_started and not self.cycle.response_complete
+        )
 
-    def _stop_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+    def _start_header_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(HEADER_DEADLINE_S, self._on_header_deadline)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _on_header_deadline(self) -> None:
+        if self._answering():  # a pipelined request: its time begins when it is its turn
+            self._start_header_timer()
+            return
         self._refuse(408, f"the request's headers took more than {HEADER_DEADLINE_S:.0f} s")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer outside the application and close."""
+        """Answer outside the application and close. Never into another answer."""
         if self.transport.is_closing():
+            return
+        if self._answering():
+            self.transport.close()
             return
         reason = {400: "Bad Request", 408: "Request Timeout", 431: "Headers Too Large"}[status]
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}

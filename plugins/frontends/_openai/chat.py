@@ -112,7 +112,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
             "created": created,
             "model": self.service.model.name,
             "choices": [self._choice(body, choice, seen[choice.index]) for choice in choices],
-            "usage": usage(choices, len(choices[0].prompt_ids)),
+            "usage": usage(choices, len(choices)),
         }
         if body.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs(
@@ -147,7 +147,6 @@ class ChatCompletions(Endpoint[ChatRequest]):
             "model": self.service.model.name,
         }
         events = EventStream(send, envelope, body.stream_options)
-        num_prompt = len(choices[0].prompt_ids)
         shapes: list[TextShape | None] = [None] * len(choices)
         plain = not body.logprobs and not events.usage_in_all
 
@@ -158,19 +157,19 @@ class ChatCompletions(Endpoint[ChatRequest]):
                 shape = events.text_shape(choice.index, b'"delta":{"content":', b"}")
                 shapes[choice.index] = shape
                 delta = {"role": "assistant", "content": ""}
-                chunk = events.event(_chunk(choice.index, delta), usage([choice], num_prompt))
+                chunk = events.event(_chunk(choice.index, delta), usage([choice]))
             if plain:
                 chunk += shape.plain([piece.text for piece in pieces])
             else:
-                so_far = usage([choice], num_prompt) if events.usage_in_all else None
+                so_far = usage([choice]) if events.usage_in_all else None
                 for piece in pieces:
                     chunk += shape.full(piece.text, self._logprobs(body, [piece]), so_far)
             if choice.answer.finish_reason is not None:
                 last = _chunk(choice.index, {}, choice.answer)
-                chunk += events.event(last, usage([choice], num_prompt))
+                chunk += events.event(last, usage([choice]))
             await events.write(chunk)
 
-        await self.stream(request_id, choices, receive, events, on_pieces, num_prompt)
+        await self.stream(request_id, choices, receive, events, on_pieces, len(choices))
 
 
 def _chunk(index: int, delta: dict[str, Any], answer: Answer | None = None) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Completions(Endpoint[CompletionRequest]):
             "created": created,
             "model": self.service.model.name,
             "choices": [job.choice(choice, seen[choice.index]) for choice in job.choices],
-            "usage": usage(job.choices, job.num_prompt_tokens),
+            "usage": usage(job.choices, job.num_per_prompt),
         }
         await send_json(send, response)
 
@@ -159,7 +159,7 @@ class Completions(Endpoint[CompletionRequest]):
 
         async def on_pieces(choice: Choice, pieces: list[Piece]) -> None:
             chunk = b""
-            used = usage([choice], len(choice.prompt_ids)) if events.usage_in_all else None
+            used = usage([choice]) if events.usage_in_all else None
             shape = shapes[choice.index]
             if shape is None:
                 shape = events.text_shape(choice.index, b'"text":', b"")
@@ -177,9 +177,7 @@ class Completions(Endpoint[CompletionRequest]):
             if chunk:
                 await events.write(chunk)
 
-        await self.stream(
-            request_id, job.choices, receive, events, on_pieces, job.num_prompt_tokens
-        )
+        await self.stream(request_id, job.choices, receive, events, on_pieces, job.num_per_prompt)
 
 
 class _Job:
@@ -193,12 +191,11 @@ class _Job:
         self.choices = choices
         self._tokenizer = tokenizer
         self._echoes = echoes
-        self._num_per_prompt = len(choices) // len(echoes)
-        self.num_prompt_tokens = sum(len(c.prompt_ids) for c in choices[:: self._num_per_prompt])
+        self.num_per_prompt = len(choices) // len(echoes)
         self._logprobs = [CompletionLogprobs(tokenizer, body.logprobs or 0) for _ in choices]
 
     def echo(self, choice: Choice) -> str:
-        return self._echoes[choice.index // self._num_per_prompt]
+        return self._echoes[choice.index // self.num_per_prompt]
 
     def echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if self.body.logprobs is None:

@@ -79,7 +79,7 @@ class Endpoint(Generic[Body]):
         receive: Receive,
         events: EventStream,
         on_pieces: OnPieces,
-        num_prompt_tokens: int,
+        n: int,
     ) -> None:
         """Run the choices to their ends; `on_pieces` writes to `events`, this ends it."""
         try:
@@ -92,7 +92,7 @@ class Endpoint(Generic[Body]):
             self._log(error)
             await events.fail(error)
             return
-        total = usage(choices, num_prompt_tokens)
+        total = usage(choices, n)
         await events.end((events.usage_event(total) if events.wants_usage else b"") + DONE)
 
     async def _run(
@@ -116,10 +116,12 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def usage(choices: Sequence[Choice], num_prompt_tokens: int) -> dict[str, Any]:
-    """OpenAI's `usage` of the answers so far."""
+def usage(choices: Sequence[Choice], n: int = 1) -> dict[str, Any]:
+    """OpenAI's `usage` of the answers so far; `n` of them in a row share a prompt."""
+    firsts = choices[::n]
+    num_prompt_tokens = sum(len(choice.prompt_ids) for choice in firsts)
     completion = sum(choice.answer.num_tokens for choice in choices)
-    cached = max((choice.answer.num_cached_tokens for choice in choices), default=0)
+    cached = sum(choice.answer.num_cached_tokens for choice in firsts)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": completion,

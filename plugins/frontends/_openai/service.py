@@ -18,7 +18,7 @@ from plugins.frontends._openai.metrics import Metrics
 # leaves free to run beside it.
 INLINE_CHARACTERS = 16 * 1024
 
-_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+_OWN_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 T = TypeVar("T")
 
