@@ -1,0 +1,325 @@
+"""Finding a model's files: what each kind of source gives, and the error for each thing missing."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from core.config import ModelConfig, PackageSource
+from core.errors import ConfigError, ModelError, ResourceError
+from core.interfaces.control import ModelFiles
+from core.loading.files import resolve_files
+from tests.support.gguf_files import write_gguf
+from tests.support.models import (
+    TINY,
+    build_model,
+    edit_config,
+    ignore_progress,
+    run_model,
+    write_tiny_model,
+)
+
+Folder = Callable[[str], Path]
+SHAPE = TINY | {"architectures": ["LlamaForCausalLM"]}
+
+
+def resolve(path: Path | str | None = None, **fields: Any) -> ModelFiles:
+    where = None if path is None else str(path)
+    return resolve_files(ModelConfig(name="tiny", path=where, **fields), ignore_progress)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NODEWEAVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of one's own, to damage."""
+    return write_tiny_model(tmp_path / "model", "llama")
+
+
+def shard_weights(folder: Path) -> dict[str, str]:
+    """Spread the weights over two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for index, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{index}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+def test_a_folder_gives_its_own_files(folder: Path) -> None:
+    files = resolve(folder)
+    assert files.weight_format == "safetensors"
+    assert files.weight_files == [str(folder / "model.safetensors")]
+    assert files.tokenizer_dir == str(folder)
+    assert files.hf_config["hidden_size"] == 96
+    assert files.eos_ids == [256]
+
+
+def test_sharded_folders_give_the_same_model(folder: Path) -> None:
+    expected = run_model(build_model(resolve(folder)), [1, 2, 3])
+    shard_weights(folder)
+    save_file({"unrelated": torch.zeros(1)}, folder / "consolidated.safetensors")
+    files = resolve(folder)
+    assert [Path(path).name for path in files.weight_files] == [
+        "model-0.safetensors",
+        "model-1.safetensors",
+    ]
+    assert torch.equal(run_model(build_model(files), [1, 2, 3]), expected)
+
+
+def test_generation_config_decides_eos_and_sampling(folder: Path) -> None:
+    generation = {"eos_token_id": [7, 9, 7], "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(generation | {"do_sample": True, "max_length": 5}))
+    files = resolve(folder)
+    assert files.eos_ids == [7, 9]
+    assert files.default_sampling == {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    path.write_text(json.dumps(generation | {"do_sample": False}))
+    assert resolve(folder).default_sampling == {}
+
+
+def test_without_a_generation_config_the_config_or_tokenizer_names_eos(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, eos_token_id=12)
+    assert resolve(folder).eos_ids == [12]
+    edit_config(folder, eos_token_id=None)
+    assert resolve(folder).eos_ids == [256]  # <|end|> of the byte tokenizer
+
+
+def test_dtype_is_that_of_the_weights_where_the_config_is_silent(folder: Path) -> None:
+    edit_config(folder, dtype=None, torch_dtype=None)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+    assert resolve(folder).hf_config["dtype"] == "bfloat16"
+
+
+def test_a_gguf_file_gives_config_and_tokenizer(
+    own_cache: Path, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    path = write_gguf(tiny_folder("qwen3"), tmp_path / "model.gguf")
+    files = resolve(path)
+    assert (files.weight_format, files.weight_files) == ("gguf", [str(path)])
+    assert files.hf_config["architectures"] == ["Qwen3ForCausalLM"]
+    assert files.eos_ids == [256]
+    assert Path(files.tokenizer_dir).is_relative_to(own_cache)
+
+
+def test_dummy_needs_no_files_where_the_shape_is_known(own_cache: Path) -> None:
+    files = resolve("owner/name", shape=SHAPE, load_format="dummy")
+    assert (files.weight_format, files.weight_files) == ("dummy", [])
+    assert files.hf_config == SHAPE
+    tokenizer = Tokenizer.from_file(f"{files.tokenizer_dir}/tokenizer.json")
+    text = "Grüße, 中文 \U0001f600\n"
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert files.eos_ids == [256] == tokenizer.encode("<|end|>").ids
+    logits = run_model(build_model(files), [1, 2, 3])
+    assert logits.std() > 0
+    assert torch.equal(run_model(build_model(files), [1, 2, 3]), logits)
+
+
+def test_dummy_takes_config_and_tokenizer_from_local_files(
+    own_cache: Path, folder: Path, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    files = resolve(folder, load_format="dummy")
+    assert (files.weight_format, files.tokenizer_dir) == ("dummy", str(folder))
+    (folder / "tokenizer.json").unlink()
+    assert Path(resolve(folder, load_format="dummy").tokenizer_dir).is_relative_to(own_cache)
+    gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf")
+    files = resolve(gguf, load_format="dummy")
+    assert (files.weight_format, files.weight_files) == ("dummy", [])
+
+
+Damage = Callable[[Path], object]
+DAMAGE: dict[str, tuple[Damage, list[str]]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["is not a JSON object"]),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is not a JSON object"]),
+    "no architecture": (lambda f: edit_config(f, architectures=None), ["architectures=None"]),
+    "no weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        ["no *.safetensors", "pytorch_model.bin is a pickle"],
+    ),
+    "weights cut off": (
+        lambda f: os.truncate(f / "model.safetensors", 100_000),
+        ["model.safetensors is cut off", "fetch the file again"],
+    ),
+    "weights are noise": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x05\x00" * 50),
+        ["model.safetensors", "not a whole safetensors file"],
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        ["missing tokenizer", "tokenizer.json"],
+    ),
+    "only tokenizer.model": (
+        lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
+        ["tokenizer.model but no tokenizer.json", "save_pretrained"],
+    ),
+    "index without its file": (
+        lambda f: (shard_weights(f), (f / "model-1.safetensors").unlink()),
+        ["model-1.safetensors is missing", "model.safetensors.index.json"],
+    ),
+    "index points outside": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "../x.safetensors"}})
+        ),
+        ["weight_map"],
+    ),
+    "index with a wrong tensor": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model.safetensors"}})
+        ),
+        ["tensor a is not in"],
+    ),
+    "eos is no id": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+        ["eos_token_id='x'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_folders_are_named_with_what_is_wrong(folder: Path, case: str) -> None:
+    damage, words = DAMAGE[case]
+    damage(folder)
+    with pytest.raises(ModelError) as error:
+        resolve(folder)
+    assert str(folder) in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def drop(folder: Path, *names: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in names}
+    save_file(kept, folder / "model.safetensors")
+
+
+def add(folder: Path, **added: torch.Tensor) -> None:
+    save_file(load_file(folder / "model.safetensors") | added, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda f: drop(f, "model.layers.1.mlp.up_proj.weight"),
+            ["model.layers.1.mlp.up_proj.weight of shape 192x96 is missing"],
+        ),
+        (lambda f: add(f, extra=torch.zeros(2)), ["1 tensors", "extra"]),
+        (lambda f: edit_config(f, num_hidden_layers=2), ["model.layers.2."]),
+        (lambda f: edit_config(f, hidden_size=48), ["263x96", "needs 263x48"]),
+        (lambda f: edit_config(f, attention_bias=True), ["q_proj.bias of shape 192 is missing"]),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_named(
+    folder: Path, change: Damage, words: list[str]
+) -> None:
+    change(folder)
+    with pytest.raises(ModelError) as error:
+        build_model(resolve(folder))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [
+        ({}, ModelError, ["'tiny' has no files", "model.path"]),
+        ({"shape": SHAPE}, ModelError, ["model.load_format=dummy"]),
+        ({"path": "/absent/folder"}, ModelError, ["'/absent/folder' does not exist", "Hub id"]),
+        ({"path": "./absent"}, ModelError, ["does not exist"]),
+        (
+            {"path": "a/b", "package": PackageSource(name="p", version="1", member="m", sha256="")},
+            ConfigError,
+            ["model.path='a/b'", "model.package='p'", "both set"],
+        ),
+        (
+            {"shape": SHAPE | {"vocab_size": 200}, "load_format": "dummy"},
+            ModelError,
+            ["vocab_size=200", "257"],
+        ),
+        (
+            {"shape": {"hidden_size": 3}, "load_format": "dummy"},
+            ConfigError,
+            ["model.shape.vocab_size=None"],
+        ),
+    ],
+)
+def test_configurations_without_files(
+    own_cache: Path, fields: dict[str, Any], kind: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(kind) as error:
+        resolve(**fields)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_load_format_must_be_that_of_the_files(folder: Path) -> None:
+    assert resolve(folder, load_format="safetensors").weight_format == "safetensors"
+    with pytest.raises(ConfigError, match=r"load_format='gguf', but .*safetensors"):
+        resolve(folder, load_format="gguf")
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"x\.bin is no model"):
+        resolve(tmp_path / "x.bin")
+    (tmp_path / "x.gguf").write_bytes(b"GGUFxxxx")
+    with pytest.raises(ModelError, match=r"x\.gguf is not a GGUF file"):
+        resolve(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", "org/Name-1.5B"])
+def test_hub_ids_without_a_hub(monkeypatch: pytest.MonkeyPatch, path: str, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as error:
+        resolve(path)
+    for words in (path, "Hub can't be reached", "local folder"):
+        assert words in str(error.value)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NODEWEAVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ResourceError, match="NODEWEAVE_CACHE"):
+        resolve(shape=SHAPE, load_format="dummy")
+
+
+def test_the_launcher_needs_no_torch(own_cache: Path, tiny_folder: Folder, tmp_path: Path) -> None:
+    """Finding files, of every kind, imports neither torch nor transformers."""
+    gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf")
+    script = """
+import sys
+from core.config import ModelConfig
+from core.loading.files import resolve_files
+for path in sys.argv[1:]:
+    resolve_files(ModelConfig(name="m", path=path), lambda *_: None)
+shape = {"architectures": ["X"], "vocab_size": 300}
+resolve_files(ModelConfig(name="m", shape=shape, load_format="dummy"), lambda *_: None)
+loaded = sorted({"torch", "transformers", "tokenizers"} & sys.modules.keys())
+assert not loaded, loaded
+"""
+    command = [sys.executable, "-c", script, str(tiny_folder("llama")), str(gguf)]
+    subprocess.run(command, check=True, timeout=60)
