@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# The number of rows differs from step to step; each variant that is specialised on it (1, or a
+# multiple of 16) would be compiled in the middle of serving.
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -73,7 +75,7 @@ def _rotate_heads(
     tl.store(places_HF + half, new_second_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def rope_kernel(
     q_ptr,
     k_ptr,
@@ -118,7 +120,7 @@ def silu_and_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, size, BLOCK_I: tl.
     tl.store(out_ptr + row * size + columns_I, out_I.to(out_ptr.dtype.element_ty), mask=inside_I)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def write_kv_kernel(
     k_ptr,
     v_ptr,

@@ -15,6 +15,10 @@ head dimension (padded to a power of two), X splits of a context.
 import triton
 import triton.language as tl
 
+# Numbers that differ from step to step must not be specialised on (their being 1, or multiples of
+# 16), nor must the alignment of tensors that are slices: each new variant is a second of compiling
+# in the middle of serving.
+
 
 @triton.jit
 def _attend_tile(
@@ -80,7 +84,10 @@ def _find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr):
     return left - 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_stride"],
+    do_not_specialize_on_alignment=["starts_ptr", "context_lens_ptr", "table_ptr"],
+)
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -161,7 +168,10 @@ def prefill_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_splits", "table_stride"],
+    do_not_specialize_on_alignment=["context_lens_ptr", "table_ptr"],
+)
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -180,7 +190,8 @@ def decode_kernel(
     head_stride,
     table_stride,
     scale_log2,
-    NUM_SPLITS: tl.constexpr,
+    num_splits,
+    SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -198,7 +209,7 @@ def decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     num_cached = tl.load(context_lens_ptr + sequence)
-    per_split = tl.cdiv(tl.cdiv(num_cached, NUM_SPLITS), BLOCK_N) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(num_cached, num_splits), BLOCK_N) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, num_cached)
 
@@ -207,7 +218,7 @@ def decode_kernel(
     valid_M = rows_M < GROUP
     heads_M = kv_head * GROUP + rows_M
     num_heads = tl.num_programs(1) * GROUP
-    splits_M = (sequence.to(tl.int64) * num_heads + heads_M) * NUM_SPLITS + split
+    splits_M = (sequence.to(tl.int64) * num_heads + heads_M) * num_splits + split
     if begin >= end:
         tl.store(
             log_sums_ptr + splits_M, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=valid_M
@@ -233,7 +244,7 @@ def decode_kernel(
             True, WIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     result_MD = acc_MD / sum_M[:, None]
-    if NUM_SPLITS == 1:
+    if not SPLIT:
         out_places_M = sequence.to(tl.int64) * out_stride + heads_M * out_head_stride
         tl.store(
             out_ptr + out_places_M[:, None] + columns_D[None, :],
@@ -249,14 +260,14 @@ def decode_kernel(
         tl.store(log_sums_ptr + splits_M, most_M + tl.log2(sum_M), mask=valid_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def reduce_kernel(
     partial_ptr,
     log_sums_ptr,
     out_ptr,
     out_stride,
     out_head_stride,
-    NUM_SPLITS: tl.constexpr,
+    num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -266,8 +277,8 @@ def reduce_kernel(
     head = tl.program_id(1)
     splits_X = tl.arange(0, BLOCK_X)
     columns_D = tl.arange(0, BLOCK_D)
-    places_X = (sequence * tl.num_programs(1) + head) * NUM_SPLITS + splits_X
-    log_sums_X = tl.load(log_sums_ptr + places_X, mask=splits_X < NUM_SPLITS, other=float("-inf"))
+    places_X = (sequence * tl.num_programs(1) + head) * num_splits + splits_X
+    log_sums_X = tl.load(log_sums_ptr + places_X, mask=splits_X < num_splits, other=float("-inf"))
     weights_X = tl.exp2(log_sums_X - tl.max(log_sums_X, axis=0))
     # An empty split's result was never written: it must not be read, were it only to weigh 0.
     written_XD = (weights_X[:, None] > 0.0) & (columns_D[None, :] < HEAD_DIM)
