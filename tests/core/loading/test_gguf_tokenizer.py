@@ -237,3 +237,14 @@ def test_metadata_that_is_no_tokenizer(
     with pytest.raises(ModelError) as error:
         gguf_tokenizer_dir(GGUFFile(file.path, metadata, file.tensors))
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", [257]), ("qwen2", [256, 66])])
+def test_llama3_takes_whole_tokens_that_no_merge_leads_to(
+    own_cache: Path, tmp_path: Path, pre: str, expected: list[int]
+) -> None:
+    tokens = [*byte_alphabet(), "ab", "abB"]
+    types = [1] * len(tokens)
+    file = write_vocabulary(tmp_path / "v.gguf", "gpt2", tokens, types, pre=pre, merges=["a b"])
+    ours = Tokenizer.from_file(str(gguf_tokenizer_dir(file) / "tokenizer.json"))
+    assert ours.encode("abB").ids == expected
