@@ -4,8 +4,8 @@
 once a step which stages the batch needs and sends their small tensors to the device in one copy;
 `sample` then only queues device work. A batch of greedy rows costs one argmax.
 
-Order, as in vLLM: logit_bias, min_tokens, repetition, frequency and presence penalties; greedy
-rows take the best token of that; else temperature, min_p, top_k, top_p, draw. Logprobs are none of
+Order: logit_bias, min_tokens, repetition, frequency and presence penalties; greedy
+rows take the best token of that; else temperature, top_k, top_p, min_p, draw. Logprobs are none of
 this module's business: they come from the logits as the model gave them, which `sample` leaves
 untouched.
 

@@ -133,10 +133,10 @@ def filter_thresholds(
     top_p_F: Tensor | None,
     min_p_F: Tensor,
 ) -> Tensor:
-    """The least `ratio_RV` (see relative_probabilities) that min_p, top_k and top_p leave, (F,).
+    """The least `ratio_RV` (see relative_probabilities) that top_k, top_p and min_p leave, (F,).
 
-    `rows_F` says which rows, None means all. Order: min_p, top_k, then top_p over what those
-    leave, as in vLLM. (transformers takes min_p last; that differs only for rows with both top_p
+    `rows_F` says which rows, None means all. Order: top_k, top_p over what that leaves, min_p, as
+    in transformers and SGLang. (vLLM takes min_p first; that differs only for rows with both top_p
     and min_p.) `top_k_F` (int64) lies in 1..num_sorted; `num_sorted` is V, or less where every row
     has a top_k: then only so many candidates are sorted. `top_p_F` is float64, `min_p_F` float32
     (0: none).
@@ -164,20 +164,19 @@ def _thresholds(
     else:
         head_FK = _sorted(ratio_FV)
     kth_F = head_FK.gather(1, num_sorted - top_k_F[:, None])[:, 0]
-    floor_F = torch.maximum(kth_F, min_p_F)
     if top_p_F is None:
-        return floor_F
-    up_to_FK = _fixed_point(head_FK, floor_F).cumsum(-1)
+        return torch.maximum(kth_F, min_p_F)
+    up_to_FK = _fixed_point(head_FK, kth_F).cumsum(-1)
     head_total_F = up_to_FK[:, -1]
     # Tokens that tie with the k-th stay too, and may lie outside the sorted head.
     total_F = head_total_F
     if num_sorted < vocab_size:
-        total_F = _fixed_point(ratio_FV, floor_F).sum(-1)
+        total_F = _fixed_point(ratio_FV, kth_F).sum(-1)
     # A token stays if the more likely ones together have less than top_p; the best one always.
     wanted_F = (total_F * top_p_F).ceil().to(torch.int64)
     first_F1 = torch.searchsorted(up_to_FK, (head_total_F - wanted_F)[:, None], right=True)
     last_F = head_FK.gather(1, first_F1.clamp_(max=num_sorted - 1))[:, 0]
-    return torch.maximum(floor_F, last_F)
+    return torch.maximum(torch.maximum(kth_F, last_F), min_p_F)
 
 
 def draw_tokens(
@@ -237,7 +236,6 @@ def sample_oracle(
     tokens = []
     for logits_V, uniform in zip(logits_RV.double().cpu(), uniform_R.tolist(), strict=True):
         probs_V = torch.softmax(logits_V / temperature, -1)
-        probs_V = torch.where(probs_V < min_p * probs_V.max(), 0.0, probs_V)
         if top_k > 0:
             probs_V = torch.where(
                 probs_V < probs_V.sort(descending=True).values[top_k - 1], 0.0, probs_V
@@ -247,6 +245,7 @@ def sample_oracle(
         before_V = torch.cat([sorted_V.new_zeros(1), sorted_V.cumsum(-1)[:-1]])
         num_kept = max(1, int((before_V < top_p).sum()))
         probs_V = torch.where(probs_V < sorted_V[num_kept - 1], 0.0, probs_V)
+        probs_V = torch.where(probs_V < min_p * probs_V.max(), 0.0, probs_V)
         up_to_V = (probs_V / probs_V.sum()).cumsum(-1)
         allowed = probs_V.nonzero()[:, 0]
         place = int(torch.searchsorted(up_to_V[allowed], uniform, right=True))

@@ -74,14 +74,14 @@ class Pool:
 
 
 def processed(logits_V, sampling: SamplingParams) -> torch.Tensor:
-    """Probabilities by transformers' processors, min_p in vLLM's place."""
+    """Probabilities by transformers' processors, in its order."""
     processors = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-    if sampling.min_p > 0:
-        processors.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        processors.append(MinPLogitsWarper(sampling.min_p))
     ids = torch.zeros((1, 1), dtype=torch.int64)
     return processors(ids, logits_V[None].clone())[0].double().softmax(-1)
 
