@@ -74,6 +74,12 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: metadata general.architecture={arch!r} is not supported; allowed: "
             + ", ".join(ARCHITECTURES)
         )
+    num_parts = file.count("split.count", 1)
+    if num_parts > 1:
+        raise ModelError(
+            f"{file.path} is one of {num_parts} parts of a model (metadata split.count), which is "
+            "not supported; join them with llama.cpp's `llama-gguf-split --merge`"
+        )
     if file.count(f"{arch}.expert_count", 0) > 0:
         raise ModelError(f"{file.path}: experts ({arch}.expert_count) are not supported in GGUF")
     embedding = file.tensors.get("token_embd.weight")

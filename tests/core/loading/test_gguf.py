@@ -160,6 +160,7 @@ def test_header_is_what_the_library_reads(tiny_folder: Folder, tmp_path: Path) -
         ({"llama.block_count": "three"}, ["llama.block_count='three'", "whole number"]),
         ({"llama.embedding_length": None}, ["llama.embedding_length is missing"]),
         ({"llama.expert_count": 8}, ["expert_count"]),
+        ({"split.count": 3}, ["one of 3 parts", "llama-gguf-split --merge"]),
     ],
 )
 def test_metadata_that_does_not_describe_a_model(
