@@ -49,7 +49,8 @@ class Layers:
             {name: self._linear(*shape) for name, shape in shapes.items()}
             for _ in range(NUM_LAYERS)
         ]
-        self.head = self._linear(VOCABULARY, HIDDEN)
+        head_VE = torch.randn(VOCABULARY, HIDDEN) * HIDDEN**-0.5
+        self.head = self.ops.logits(head_VE.to(dtype))
         self.norm_weight_E = torch.randn(HIDDEN).to(dtype)
         self.cos_sin_CD = torch.randn(8192, HEAD_DIM)
         kv_shape = (NUM_LAYERS, num_pages, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)

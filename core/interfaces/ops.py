@@ -20,6 +20,14 @@ class Ops(Protocol):
         """Prepare a linear layer (repacking the weight where that is faster): x @ W.T + b."""
         ...
 
+    def logits(self, weight_VE: Tensor) -> LinearKernel:
+        """Prepare an output head: (R, E) -> (R, V) in float32, a new tensor.
+
+        The best tokens' logits are not rounded to the weight's dtype: near 25 bfloat16 has steps
+        of 0.125, which makes ties of tokens that differ.
+        """
+        ...
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
         ...
@@ -27,7 +35,11 @@ class Ops(Protocol):
     def add_rms_norm(
         self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual); may overwrite either argument."""
+        """(rms_norm(x + residual), x + residual); may overwrite either argument.
+
+        The norm has the dtype of `x_TE`. The sum may be of a wider one, for the caller to pass
+        back as the next residual: a stream that is rounded at every layer loses small terms.
+        """
         ...
 
     def rope(

@@ -1,9 +1,12 @@
 """The operations of a layer on a CPU, as few torch calls as possible each.
 
-At batch 1 a torch call costs as much as the work in it, so the number of calls is what counts;
-with many rows it is the passes over memory. Needs no compiler at run time. The oracle is
+With few rows a torch call costs more than the work in it (3 to 6 us, since the weights that pass
+through the caches between two calls evict its code), so their number is what counts; with many
+rows it is the passes over memory. Needs no compiler at run time. The oracle is
 core.kernels.torch_ops. Shape legend: see core.interfaces.ops; F is D/2.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from core.interfaces.ops import LinearKernel
 # Rows oneDNN lays a packed weight out for. Layouts for 16 to 2048 rows were the same in effect,
 # and the one for 1 row is slower from 128 rows on (Xeon with AMX).
 _PACKED_FOR_ROWS = 16
+
+NUM_REFINED = 32  # best logits of a row that are computed again in float32
 
 
 def _packs(dtype: torch.dtype) -> bool:
@@ -46,6 +51,24 @@ def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
     return linear
 
 
+def _refined_logits(weight_VE: Tensor) -> LinearKernel:
+    """A packed head whose best logits are computed again in float32; keeps `weight_VE`.
+
+    oneDNN through torch rounds its sums to the weight's dtype. A head in float32 would read twice
+    the bytes at every step; the few rows of the weight that matter cost 2% of a step.
+    """
+    multiply = _packed_linear(weight_VE, None)
+    num_refined = min(NUM_REFINED, weight_VE.shape[0])
+
+    def logits(x_RE: Tensor) -> Tensor:
+        logits_RV = multiply(x_RE).float()
+        ids_RK = logits_RV.topk(num_refined, dim=-1, sorted=False).indices
+        exact_RK1 = torch.bmm(weight_VE[ids_RK].float(), x_RE.float().unsqueeze(2))
+        return logits_RV.scatter_(1, ids_RK, exact_RK1.squeeze(2))
+
+    return logits
+
+
 def _joined_heads(q_THD: Tensor, k_TGD: Tensor) -> Tensor | None:
     """q and k as one (T, H+G, D) view where they lie side by side in one projection's result."""
     num_heads, head_dim = q_THD.shape[1:]
@@ -61,18 +84,43 @@ def _joined_heads(q_THD: Tensor, k_TGD: Tensor) -> Tensor | None:
     return q_THD.as_strided(shape, q_THD.stride())
 
 
-def _rotate_in_place(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> None:
-    wide_THD = x_THD.to(cos_T1F.dtype, copy=True)
-    first_THF, second_THF = wide_THD.chunk(2, dim=-1)
-    new_first_THF = (first_THF * cos_T1F).addcmul_(second_THF, sin_T1F, value=-1)
-    new_second_THF = (second_THF * cos_T1F).addcmul_(first_THF, sin_T1F)
-    first_out_THF, second_out_THF = x_THD.chunk(2, dim=-1)
-    first_out_THF.copy_(new_first_THF)
-    second_out_THF.copy_(new_second_THF)
+def _rotate_in_place(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
+    wide_THD = x_THD.to(cos_T1D.dtype)
+    swapped_THD = wide_THD.roll(wide_THD.shape[-1] // 2, -1)
+    x_THD.copy_(swapped_THD.mul_(sin_T1D).addcmul_(wide_THD, cos_T1D))
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """What one norm's weight comes to; kept because converting it costs a third of the norm.
+
+    With n the length of a row of E elements, x / sqrt(n^2 / E + eps) * w is
+    x / hypot(n, sqrt(E * eps)) * (w * sqrt(E)): one call fewer.
+    """
+
+    weight_E: Tensor  # the source; held so that its id stays its own
+    scaled_weight_E: Tensor  # float32, w * sqrt(E)
+    least_length: Tensor  # float32 scalar, sqrt(E * eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotation:
+    """A RoPE table whose rows multiply whole heads."""
+
+    cos_sin_CD: Tensor  # the source; held so that its id stays its own
+    table_C12D: Tensor  # (cos, cos) and (-sin, sin)
 
 
 class CpuOps:
-    """Operations on a CPU. bf16 and fp16 weights are packed; float32 stays exact float32."""
+    """Operations on a CPU. bf16 and fp16 weights are packed; float32 stays exact float32.
+
+    What norm weights and RoPE tables come to is computed at their first use and kept as long as
+    this object: they must not change afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._norms: dict[tuple[int, float], _Norm] = {}
+        self._rotations: dict[int, _Rotation] = {}
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
         """A packed layer where the machine multiplies the dtype natively, F.linear elsewhere."""
@@ -80,33 +128,58 @@ class CpuOps:
             return _packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
+    def logits(self, weight_VE: Tensor) -> LinearKernel:
+        """A packed head, its best logits refined, where the machine multiplies the dtype."""
+        if _packs(weight_VE.dtype):
+            return _refined_logits(weight_VE)
+        return lambda x_RE: F.linear(x_RE, weight_VE).float()
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension in float32; rounded once, at the end."""
-        if x_TE.dtype is torch.float32:
-            return F.rms_norm(x_TE, (x_TE.shape[-1],), weight_E, eps)
-        wide_TE = x_TE.float()
-        scale_T1 = wide_TE.square().mean(-1, True).add_(eps).rsqrt_()
-        return wide_TE.mul_(scale_T1).mul_(weight_E).to(x_TE.dtype)
+        return self._rms_norm(x_TE.float(), weight_E, eps, x_TE.dtype)
 
     def add_rms_norm(
         self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum overwrites `residual_TE`."""
-        residual_TE.add_(x_TE)
-        return self.rms_norm(residual_TE, weight_E, eps), residual_TE
+        """The sum is float32, and overwrites a `residual_TE` that is."""
+        residual_TE = residual_TE.float().add_(x_TE)
+        return self._rms_norm(residual_TE, weight_E, eps, x_TE.dtype), residual_TE
+
+    def _rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """The norm of float32 rows, as `dtype`."""
+        if weight_E.dtype is torch.float32:
+            return F.rms_norm(x_TE, (x_TE.shape[-1],), weight_E, eps).to(dtype)
+        norm = self._norms.get((id(weight_E), eps)) or self._keep_norm(weight_E, eps)
+        length_T1 = torch.linalg.vector_norm(x_TE, 2, -1, True)
+        scaled_TE = x_TE / torch.hypot(length_T1, norm.least_length)
+        return scaled_TE.mul_(norm.scaled_weight_E).to(dtype)
+
+    def _keep_norm(self, weight_E: Tensor, eps: float) -> _Norm:
+        size = weight_E.shape[0]
+        norm = _Norm(weight_E, weight_E.float() * size**0.5, torch.tensor((size * eps) ** 0.5))
+        self._norms[id(weight_E), eps] = norm
+        return norm
 
     def rope(
         self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Overwrites q and k, in one pass where they lie side by side."""
-        cos_T1F, sin_T1F = cos_sin_CD.index_select(0, positions_T).unsqueeze(1).chunk(2, dim=-1)
+        rotation = self._rotations.get(id(cos_sin_CD)) or self._keep_rotation(cos_sin_CD)
+        cos_T1D, sin_T1D = rotation.table_C12D.index_select(0, positions_T).unbind(2)
         joined_TXD = _joined_heads(q_THD, k_TGD)
         if joined_TXD is None:
-            _rotate_in_place(q_THD, cos_T1F, sin_T1F)
-            _rotate_in_place(k_TGD, cos_T1F, sin_T1F)
+            _rotate_in_place(q_THD, cos_T1D, sin_T1D)
+            _rotate_in_place(k_TGD, cos_T1D, sin_T1D)
         else:
-            _rotate_in_place(joined_TXD, cos_T1F, sin_T1F)
+            _rotate_in_place(joined_TXD, cos_T1D, sin_T1D)
         return q_THD, k_TGD
+
+    def _keep_rotation(self, cos_sin_CD: Tensor) -> _Rotation:
+        cos_CF, sin_CF = cos_sin_CD.chunk(2, dim=-1)
+        cos_CD, sin_CD = torch.cat((cos_CF, cos_CF), 1), torch.cat((-sin_CF, sin_CF), 1)
+        rotation = _Rotation(cos_sin_CD, torch.stack((cos_CD, sin_CD), 1).unsqueeze(1))
+        self._rotations[id(cos_sin_CD)] = rotation
+        return rotation
 
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """silu is rounded before the product, as in the models' reference code."""

@@ -15,6 +15,11 @@ def _accurate(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    scale_T1 = torch.rsqrt(x_TE.square().mean(dim=-1, keepdim=True) + eps)
+    return x_TE * scale_T1 * _accurate(weight_E)
+
+
 def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     first_THF, second_THF = _accurate(x_THD).chunk(2, dim=-1)
     rotated_THD = torch.cat(
@@ -34,18 +39,20 @@ class TorchOps:
         """The layer as torch computes it; keeps the weight as it is."""
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
+    def logits(self, weight_VE: Tensor) -> LinearKernel:
+        """Multiplied in float32 or wider."""
+        return lambda x_RE: F.linear(_accurate(x_RE), _accurate(weight_VE)).float()
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension; rounded once, at the end."""
-        x = _accurate(x_TE)
-        scale_T1 = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-        return (x * scale_T1 * _accurate(weight_E)).to(x_TE.dtype)
+        return _rms_norm(_accurate(x_TE), weight_E, eps).to(x_TE.dtype)
 
     def add_rms_norm(
         self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum is rounded to the dtype of `x_TE` before it is normalised."""
-        sum_TE = x_TE + residual_TE
-        return self.rms_norm(sum_TE, weight_E, eps), sum_TE
+        """The sum is float32, or wider."""
+        sum_TE = _accurate(x_TE) + _accurate(residual_TE)
+        return _rms_norm(sum_TE, weight_E, eps).to(x_TE.dtype), sum_TE
 
     def rope(
         self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor

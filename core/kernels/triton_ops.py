@@ -43,6 +43,13 @@ class TritonOps:
         """The vendor's GEMM, through torch."""
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
+    def logits(self, weight_VE: Tensor) -> LinearKernel:
+        """The vendor's GEMM, storing its float32 sums."""
+        if weight_VE.device.type == "cpu" or weight_VE.dtype is torch.float32:
+            return lambda x_RE: F.linear(x_RE.float(), weight_VE.float())
+        weight_EV = weight_VE.t()
+        return lambda x_RE: torch.mm(x_RE, weight_EV, out_dtype=torch.float32)
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension, of any shape before it."""
         x = _rows(x_TE)
@@ -51,7 +58,7 @@ class TritonOps:
     def add_rms_norm(
         self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum overwrites `residual_TE`, whose rows must be contiguous."""
+        """The sum overwrites `residual_TE`, in its dtype; its rows must be contiguous."""
         assert residual_TE.dim() == 2
         assert residual_TE.stride(1) == 1
         return self._norm(_rows(x_TE), residual_TE, weight_E, eps), residual_TE

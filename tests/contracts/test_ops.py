@@ -104,20 +104,55 @@ def test_rms_norm_of_strided_heads_and_zeros(
 
 @each_set
 @each_dtype
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=["same", "float32"])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 576), (5, 96), (2, 1537)])
 def test_add_rms_norm(
-    ops: Ops, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    shape: tuple[int, int],
 ) -> None:
-    x_TE, residual_TE = normal(1, *shape, dtype=dtype), normal(2, *shape, dtype=dtype)
+    x_TE = normal(1, *shape, dtype=dtype)
+    residual_TE = normal(2, *shape, dtype=residual_dtype or dtype)
     weight_E = normal(3, shape[-1], dtype=dtype)
-    sum_TE = x_TE + residual_TE
+    expected_TE = x_TE.double() + residual_TE.double()
     normed, total = ops.add_rms_norm(
         x_TE.to(device), residual_TE.to(device), weight_E.to(device), 1e-5
     )
-    # Triton's interpreter truncates to bf16, so the sums may differ by one unit in the last place.
-    torch.testing.assert_close(total.cpu(), sum_TE, rtol=torch.finfo(dtype).eps, atol=0)
-    # What is normalised is the rounded sum, as the next layer sees it.
+    # The sum may be wider than x, but never narrower than the residual.
+    assert total.dtype in (torch.promote_types(dtype, residual_TE.dtype), torch.float32)
+    # Triton's interpreter truncates to bf16, so up to one unit in the last place.
+    torch.testing.assert_close(
+        total.cpu().double(), expected_TE, rtol=torch.finfo(total.dtype).eps, atol=1e-7
+    )
+    # What is normalised is that sum, as the next layer sees it.
     close(normed, ORACLE.rms_norm(total.cpu().double(), weight_E.double(), 1e-5), dtype)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("vocabulary", [5, 300])
+def test_logits(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int
+) -> None:
+    weight_VE, x_RE = normal(1, vocabulary, 96, dtype=dtype), normal(2, rows, 96, dtype=dtype)
+    expected_RV = ORACLE.logits(weight_VE.double())(x_RE.double())
+    result_RV = ops.logits(weight_VE.to(device))(x_RE.to(device)).cpu()
+    assert result_RV.dtype == torch.float32
+    if rows == 0:
+        assert result_RV.shape == (0, vocabulary)
+        return
+    close(result_RV.to(dtype), expected_RV, dtype)
+    # The best ones are as good as float32, whatever the weight's dtype.
+    best_R5 = expected_RV.topk(5, dim=-1).indices
+    torch.testing.assert_close(
+        result_RV.gather(1, best_R5).double(),
+        expected_RV.gather(1, best_R5).double(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def _cos_sin(num_positions: int, head_dim: int) -> Tensor:
