@@ -57,7 +57,8 @@ class Server:
         return "".join(self.output)
 
     def children(self) -> dict[str, psutil.Process]:
-        """Its processes by role: "frontend", "worker" (rank 0), "worker 1" ..."""
+        """Its processes by role, once it serves: "frontend", "worker" (rank 0), "worker 1" ..."""
+        assert self.url
         found: dict[str, psutil.Process] = {}
         workers = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
