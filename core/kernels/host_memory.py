@@ -1,8 +1,9 @@
 """How the C library keeps the memory that tensors on the CPU free. Knows nothing of tensors.
 
-glibc gives a freed block of some MiB back to the kernel at once, and the next block of that size
-is faulted in and zeroed again page by page. For the short-lived results between two layers that
-costs more than computing them: RMS norm of 2048 x 576 rows took 2.9 ms instead of 0.7 ms.
+glibc may give a freed block of some MiB back to the kernel at once, and the next block of that
+size is faulted in and zeroed again page by page. Whether it does hangs on how the heap happens to
+lie; where it does, RMS norm of 2048 x 576 rows takes 2.8 ms and 2,270 faults instead of 0.7 ms and
+none, and a prefill of 2,048 tokens of a 135M model 33,000 faults.
 """
 
 import ctypes

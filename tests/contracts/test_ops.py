@@ -194,6 +194,22 @@ def test_rope(
 
 
 @each_set
+@pytest.mark.parametrize("order", ["kqv", "qvk", "vkq"])
+def test_rope_of_heads_that_do_not_follow_each_other(
+    ops: Ops, device: torch.device, order: str
+) -> None:
+    qkv = normal(1, 3, 6, 8, dtype=torch.float32)
+    parts = dict(zip(order, qkv.split(2, dim=1), strict=True))
+    positions_T, cos_sin_CD = torch.tensor([4, 0, 9]), _cos_sin(10, 8)
+    expected = ORACLE.rope(parts["q"], parts["k"], cos_sin_CD, positions_T)
+    moved = dict(zip(order, qkv.clone().to(device).split(2, dim=1), strict=True))
+    rotated = ops.rope(moved["q"], moved["k"], cos_sin_CD.to(device), positions_T.to(device))
+    for result, right in zip(rotated, expected, strict=True):
+        close(result, right.double(), torch.float32)
+    assert torch.equal(moved["v"].cpu(), parts["v"])
+
+
+@each_set
 @each_dtype
 @pytest.mark.parametrize(("rows", "size"), [(0, 4), (1, 1), (3, 1536), (5, 1025), (16, 100)])
 def test_silu_and_mul(
