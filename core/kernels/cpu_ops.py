@@ -35,6 +35,19 @@ def _packs(dtype: torch.dtype) -> bool:
     return False
 
 
+def padded_rows(num_rows: int) -> int:
+    """The number of rows that is multiplied for `num_rows`: powers of two up to 16, then steps of
+    at most an eighth.
+
+    oneDNN compiles and keeps code for every number of rows it meets (1,000 of them took 700 MB
+    and never came back); of these there are few.
+    """
+    if num_rows <= 16:
+        return 1 << (num_rows - 1).bit_length() if num_rows else 0
+    step = max(16, 1 << (num_rows.bit_length() - 4))
+    return -(-num_rows // step) * step
+
+
 def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
     """The layer over a copy of the weight in oneDNN's own layout; does not keep `weight_OI`.
 
@@ -45,6 +58,13 @@ def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
     multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(x_TI: Tensor) -> Tensor:
+        num_rows = x_TI.shape[0]
+        num_padded = padded_rows(num_rows)
+        if num_padded != num_rows:
+            wide_TI = x_TI.new_empty(num_padded, x_TI.shape[1])
+            wide_TI[:num_rows] = x_TI
+            wide_TO: Tensor = multiply(wide_TI, weight, bias_O, "none", [], "")
+            return wide_TO[:num_rows]
         result_TO: Tensor = multiply(x_TI, weight, bias_O, "none", [], "")
         return result_TO
 

@@ -46,7 +46,7 @@ class LMHead:
     __slots__ = ("_gather", "_kernel", "_vocab_size")
 
     def __init__(self, context: BuildContext, weight_LE: Tensor, vocab_size: int) -> None:
-        self._kernel = context.ops.linear(weight_LE, None)
+        self._kernel = context.ops.logits(weight_LE)
         self._gather = context.comms.bridge("tp", src=Layout.COLUMNS, dst=Layout.REPLICATED)
         self._vocab_size = vocab_size
 
@@ -61,5 +61,4 @@ class LMHead:
 
     def __call__(self, hidden_RE: Tensor) -> Tensor:
         """(R, E) -> (R, V) in float32."""
-        logits_RV = self._gather(self._kernel(hidden_RE))[:, : self._vocab_size]
-        return logits_RV.float()
+        return self._gather(self._kernel(hidden_RE))[:, : self._vocab_size]

@@ -87,7 +87,7 @@ def test_server_still_answers(server: Server) -> None:
     answer = httpx.post(server.url + CHAT, content=chat(max_tokens=16, temperature=0), timeout=30)
     assert answer.json()["choices"][0]["message"]["content"]
     gauges = httpx.get(f"{server.url}/metrics").text
-    assert "nodeweave_requests_running 0.0" in gauges
+    assert 'nodeweave_num_requests_running{model_name="smollm2"} 0.0' in gauges
 
 
 def truncate(folder: Path) -> None:
@@ -132,7 +132,7 @@ STARTS: dict[str, tuple[Any, list[str], list[str]]] = {
     "truncated weights": (truncate, [], ["model.safetensors"]),
     "corrupt weights": (corrupt_header, [], ["model.safetensors"]),
     "missing tensor": (drop_tensor, [], ["model.layers.1.mlp.down_proj.weight"]),
-    "tensor of another shape": (wrong_shape, [], ["model.norm.weight", "63", "64"]),
+    "tensor of another shape": (wrong_shape, [], ["model.norm.weight", "95", "96"]),
     "missing tokenizer": (drop_tokenizer, [], ["tokenizer.json"]),
     "malformed config": (bad_config, [], ["config.json"]),
     "folder that is not there": (unchanged, ["model.path=/no/such/folder"], ["/no/such/folder"]),
