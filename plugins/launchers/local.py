@@ -3,12 +3,19 @@
 Knows nothing of how processes are started or watched. Imports no torch.
 """
 
+import os
 from dataclasses import dataclass
 
 from core.config import AppConfig
 from core.errors import ConfigError, ResourceError
 from core.interfaces.launcher import Machine, Placement, Site
 from core.parallel.plan import Plan
+
+WAITING_VARIABLES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+# How long an OpenMP thread spins for its siblings before it sleeps. By default it spins for
+# milliseconds, and where another process wants a core, all threads wait for the one that lost its
+# own: on two cores a step of 22 ms then took 950 ms, with this value 68 ms (and 22.5 ms alone).
+SPIN_COUNT = "10000"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +75,15 @@ class LocalLauncher:
                     if self._options.pin_cpus
                     else None
                 ),
-                env={"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)},
+                env=_thread_environment(num_threads),
             )
             for rank in range(num_workers)
         ]
+
+
+def _thread_environment(num_threads: int) -> dict[str, str]:
+    """Variables of the libraries that compute in threads; the user's own waiting policy stays."""
+    env = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
+    if not WAITING_VARIABLES & os.environ.keys():
+        env["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return env

@@ -7,7 +7,7 @@ from core.errors import ConfigError, ResourceError
 from core.interfaces.launcher import Machine, Site
 from core.parallel.plan import Plan
 from plugins.launchers import register_launcher
-from plugins.launchers.local import LocalLauncher, LocalOptions
+from plugins.launchers.local import SPIN_COUNT, WAITING_VARIABLES, LocalLauncher, LocalOptions
 
 
 def launcher(*, pin_cpus: bool = False, **launch: object) -> LocalLauncher:
@@ -22,6 +22,12 @@ def tp(size: int) -> Plan:
 CPU = Machine(device="cpu", num_devices=0, cpus=(0, 1, 2, 3, 8, 9, 10))
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in WAITING_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+
+
 def test_cpu_ranks_share_the_cores() -> None:
     placements = launcher().placements(tp(3), CPU)
     assert [(p.rank, p.local_rank, p.device) for p in placements] == [
@@ -30,8 +36,18 @@ def test_cpu_ranks_share_the_cores() -> None:
         (2, 2, "cpu"),
     ]
     assert [p.num_threads for p in placements] == [2, 2, 2]
-    assert placements[0].env == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    assert placements[0].env == {
+        "OMP_NUM_THREADS": "2",
+        "MKL_NUM_THREADS": "2",
+        "GOMP_SPINCOUNT": SPIN_COUNT,
+    }
     assert [p.cpus for p in placements] == [None] * 3
+
+
+def test_the_users_waiting_policy_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    (placement,) = launcher().placements(Plan(), CPU)
+    assert "GOMP_SPINCOUNT" not in placement.env
 
 
 def test_more_ranks_than_cores_get_one_thread_each() -> None:
