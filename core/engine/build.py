@@ -24,6 +24,7 @@ from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 from core.interfaces.model import BuildContext, Model, ModelFamily, ModelSpec
+from core.interfaces.ops import Ops
 from core.kernels.select import select_ops
 from core.kernels.torch_ops import TorchOps
 from core.loading.open import open_weights
@@ -76,9 +77,50 @@ class RankContext:
 def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     """Load the weights, size and allocate the pool, warm the kernels up."""
     phase = _Phases(context.on_phase)
+    launcher = select_launcher(context.device)
+    loaded = launcher.run(lambda: _load(config, context))
+    phase.end("load weights")
+    pool = _agree_pool(config, context, loaded)
+    kv_cache_tokens = (pool.num_pages - 1) * config.engine.page_size
+    max_model_len = min(loaded.max_model_len, kv_cache_tokens)
+    runner = launcher.run(lambda: _build_runner(config, context, loaded, pool, max_model_len))
+    phase.end("KV pool")
+    steps = StepLauncher(launcher, runner)
+    warm_up(steps, _warm_up_plans(min(max_model_len - 1, 16, config.engine.page_size)))
+    phase.end("warm up")
+    return RankEngine(
+        scheduler=Scheduler(
+            config.engine,
+            num_pages=pool.num_pages,
+            max_model_len=max_model_len,
+            eos_ids=context.files.eos_ids,
+        ),
+        launcher=steps,
+        pool=pool,
+        kv_cache_tokens=kv_cache_tokens,
+        max_model_len=max_model_len,
+        weight_bytes=loaded.shapes.num_bytes,
+        num_parameters=loaded.shapes.num_logical_parameters,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """A rank's part of the model, and what was found out on the way."""
+
+    model: Model
+    ops: Ops
+    spec: ModelSpec
+    dtype: torch.dtype
+    shapes: ShapeReader
+    max_model_len: int  # that the model and the configuration allow
+
+
+def _load(config: AppConfig, context: RankContext) -> _Loaded:
+    """Check that the weights fit, then read them."""
     family, spec = find_family(config, context.plugins, context.files)
     dtype = resolve_dtype(config, spec)
-    max_model_len = config.model.max_model_len or spec.max_position_embeddings
     ops = select_ops(context.device)
     shapes = measure_weights(family, spec, context.comms, dtype)
     check_weights_fit(shapes.num_bytes, context.device, context.local_ranks)
@@ -96,62 +138,59 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         ),
     )
     reader.finish()
-    phase.end("load weights")
+    return _Loaded(
+        model=model,
+        ops=ops,
+        spec=spec,
+        dtype=dtype,
+        shapes=shapes,
+        max_model_len=config.model.max_model_len or spec.max_position_embeddings,
+    )
 
-    pool = _agree_pool(config, context, model, dtype, max_model_len)
-    page_size = config.engine.page_size
-    caches = allocate_pool(pool, model.kv, page_size=page_size, dtype=dtype, device=context.device)
-    max_model_len = min(max_model_len, (pool.num_pages - 1) * page_size)
-    phase.end("KV pool")
 
+def _build_runner(
+    config: AppConfig, context: RankContext, loaded: _Loaded, pool: PoolSize, max_model_len: int
+) -> ModelRunner:
+    """Allocate the pool and the slots, build the attention backends and the sampler."""
+    engine, model, device = config.engine, loaded.model, context.device
     attention_spec = AttentionSpec(
         num_heads=model.num_heads,
         num_kv_heads=model.kv.num_kv_heads,
         head_dim=model.kv.head_dim,
         scale=model.kv.scale,
-        page_size=page_size,
-        dtype=dtype,
-        device=context.device,
+        page_size=engine.page_size,
+        dtype=loaded.dtype,
+        device=device,
         max_context_tokens=max_model_len,
     )
-    attention = context.plugins.table("attention")
-    runner = ModelRunner(
+    prefill, decode = (
+        context.plugins.table("attention").create(choice, attention_spec, key=key)
+        for choice, key in (
+            (config.attention.prefill, "attention.prefill"),
+            (config.attention.decode, "attention.decode"),
+        )
+    )
+    return ModelRunner(
         model=model,
-        ops=ops,
-        caches=caches,
-        prefill=attention.create(config.attention.prefill, attention_spec),
-        decode=attention.create(config.attention.decode, attention_spec),
+        ops=loaded.ops,
+        caches=allocate_pool(
+            pool, model.kv, page_size=engine.page_size, dtype=loaded.dtype, device=device
+        ),
+        prefill=prefill,
+        decode=decode,
         sampler=Sampler(
-            max_slots=config.engine.max_running_requests,
-            vocab_size=spec.vocab_size,
-            device=context.device,
+            max_slots=engine.max_running_requests,
+            vocab_size=loaded.spec.vocab_size,
+            device=device,
             eos_ids=context.files.eos_ids,
         ),
         state=SlotState(
-            num_slots=config.engine.max_running_requests,
+            num_slots=engine.max_running_requests,
             max_tokens=max_model_len,
-            page_size=page_size,
-            device=context.device,
+            page_size=engine.page_size,
+            device=device,
         ),
         comm=context.comms.axes["tp"],
-    )
-    launcher = select_launcher(runner, context.device)
-    warm_up(launcher, _warm_up_plans(min(max_model_len - 1, 16, page_size)))
-    phase.end("warm up")
-    return RankEngine(
-        scheduler=Scheduler(
-            config.engine,
-            num_pages=pool.num_pages,
-            max_model_len=max_model_len,
-            eos_ids=context.files.eos_ids,
-        ),
-        launcher=launcher,
-        pool=pool,
-        kv_cache_tokens=(pool.num_pages - 1) * page_size,
-        max_model_len=max_model_len,
-        weight_bytes=shapes.num_bytes,
-        num_parameters=shapes.num_logical_parameters,
-        dtype=str(dtype).removeprefix("torch."),
     )
 
 
@@ -175,16 +214,14 @@ def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
     return dtype
 
 
-def _agree_pool(
-    config: AppConfig, context: RankContext, model: Model, dtype: torch.dtype, max_model_len: int
-) -> PoolSize:
+def _agree_pool(config: AppConfig, context: RankContext, loaded: _Loaded) -> PoolSize:
     """The smallest pool of any rank: page ids are the same everywhere."""
     pool = plan_pool(
         config.engine,
-        model.kv,
-        dtype=dtype,
+        loaded.model.kv,
+        dtype=loaded.dtype,
         device=context.device,
-        max_model_len=max_model_len,
+        max_model_len=loaded.max_model_len,
         local_ranks=context.local_ranks,
     )
     mine = torch.tensor([pool.num_pages], dtype=torch.int64, device=context.device)
