@@ -162,9 +162,11 @@ class TestDistribution:
         mine = float(probs_V[token])
         assert mine > 0
         assert mine >= min_p * float(probs_V.max()) * (1 - 1e-4)
+        left_V = probs_V
         if 0 < top_k < vocab_size:
-            assert mine >= float(probs_V.sort(descending=True).values[top_k - 1]) * (1 - 1e-4)
-        left_V = torch.where(probs_V >= min_p * probs_V.max() * (1 - 1e-4), probs_V, 0)
+            kth = float(probs_V.sort(descending=True).values[top_k - 1]) * (1 - 1e-4)
+            assert mine >= kth
+            left_V = torch.where(probs_V >= kth, probs_V, 0)
         more_likely = float(left_V[left_V > mine * (1 + 1e-4)].sum() / left_V.sum())
         assert more_likely < top_p + 1e-4 or more_likely == 0
 
