@@ -89,9 +89,6 @@ class StepOutput(msgspec.Struct, tag=True):
     stats: EngineStats | None = None  # now and then
 
 
-EngineOutput = StepOutput
-
-
 class SlotInit(msgspec.Struct, frozen=True, array_like=True):
     """A request enters a slot of the runners' state (again, after a preemption)."""
 

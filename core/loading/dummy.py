@@ -33,7 +33,6 @@ class DummyReader:
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(TABLE_SIZE, generator=generator) * STD
         self._table = table.to(device, dtype)
-        self.bytes_taken = 0
         self._meter = ByteMeter(LOAD_TASK, 0, on_progress)
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
@@ -41,7 +40,6 @@ class DummyReader:
         part = self._values(name, shape, shard)
         if len(shape) == 1 and "norm" in name:
             part += 1
-        self.bytes_taken += part.nbytes
         self._meter.add(part.nbytes)
         return part
 

@@ -52,7 +52,6 @@ class CheckpointReader:
         self._source, self._dtype, self._device = source, dtype, device
         self._tensors = source.tensors()
         self._taken: set[str] = set()
-        self.bytes_taken = 0  # of this rank's parts, as it keeps them
         total_bytes = sum(_num_bytes(info) for info in self._tensors.values())
         self._meter = ByteMeter(LOAD_TASK, total_bytes, on_progress)
 
@@ -68,7 +67,6 @@ class CheckpointReader:
             whole.narrow(dim, 0, stop - start).copy_(part)
             part = whole
         self._taken.add(name)
-        self.bytes_taken += part.nbytes
         self._meter.add(_num_bytes(info))
         return part
 

@@ -4,6 +4,7 @@ The environment is a fresh venv that sees this one's dependencies through a path
 entries found that way are not followed, so an editable install of the checkout stays out.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,8 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
+
+from tests.support.server import running_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +129,27 @@ def test_the_third_party_backend_is_selected_by_name(installed):
     attention = yaml.safe_load(done.stdout)["attention"]
     assert attention["prefill"] == {"name": "acme", "options": {"query_block": 256}}
     assert attention["decode"] == {"name": "acme", "options": {"query_block": 8}}
+
+
+def test_the_installed_server_computes_with_it(installed, tiny_llama_folder):
+    """Greedy answers are those of the oracle backend, asked of two servers."""
+    answers = []
+    for backend in ("acme", "torch_ref"):
+        with running_server(
+            "+model=custom",
+            f"model.path={tiny_llama_folder}",
+            f"attention={backend}",
+            python=installed.bin / "python",
+            folder=installed.work,
+        ) as server:
+            info = httpx.get(f"{server.url}/server_info").json()
+            assert backend in json.dumps(info)
+            body = {"model": "llama", "prompt": [5, 6, 7, 8], "max_tokens": 24, "temperature": 0}
+            response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            assert response.status_code == 200, response.text
+            answers.append(response.json()["choices"])
+            assert server.stop() == 0
+    assert answers[0] == answers[1]
 
 
 def test_help_and_completion_know_it(installed):

@@ -20,13 +20,13 @@ START_TIMEOUT_S = 120
 class Server:
     """A started server. `output` grows while it runs."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], python: Path, folder: Path) -> None:
         self.output: list[str] = []
         self._found_url = threading.Event()
         self._url = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "core.run", "frontend.port=0", *arguments],
-            cwd=ROOT,
+            [python, "-m", "core.run", "frontend.port=0", *arguments],
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -84,9 +84,11 @@ class Server:
 
 
 @contextmanager
-def running_server(*arguments: str) -> Iterator[Server]:
+def running_server(
+    *arguments: str, python: Path = Path(sys.executable), folder: Path = ROOT
+) -> Iterator[Server]:
     """A server that is killed at the end, with everything it started."""
-    server = Server(arguments)
+    server = Server(arguments, python, folder)
     try:
         yield server
     finally:

@@ -5,6 +5,7 @@ Knows nothing of any route's contents.
 
 import logging
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
-class Endpoint(Generic[Body]):
+class Endpoint(ABC, Generic[Body]):
     """An ASGI application for one route. Subclasses set `route` and `body_type`."""
 
     route: str
@@ -56,9 +57,9 @@ class Endpoint(Generic[Body]):
         else:
             responses[self.route, "200"] += 1
 
+    @abstractmethod
     async def handle(self, body: Body, receive: Receive, send: Send) -> None:
         """Answer. May raise any exception before its first write, and none after."""
-        raise NotImplementedError
 
     async def collect(
         self, request_id: str, choices: Sequence[Choice], receive: Receive
