@@ -94,6 +94,7 @@ def test_full_queue_is_429_with_retry_after():
 
 def test_engine_death_ends_streams_with_an_error_event():
     with Stack() as stack, httpx.Client(base_url=stack.url, timeout=20) as http:
+        stack.engine.steps_per_second = 50  # 400 tokens would take 8 s
         streaming = post_raw(stack, {**ENDLESS, "stream": True})
         read_until(streaming, b'"content":"The"')
         stack.engine.stepping.clear()
