@@ -206,7 +206,7 @@ def test_settings_that_agree_pass(words, monkeypatch):
 
 def test_a_key_in_the_environment_allows_a_public_host(monkeypatch):
     monkeypatch.setenv("NODEWEAVE_API_KEY", "secret")
-    config_of("model=smollm2", "frontend.host=0.0.0.0")
+    assert config_of("model=smollm2", "frontend.host=0.0.0.0").frontend.host == "0.0.0.0"
 
 
 def test_further_search_paths_add_groups_and_options(tmp_path):
