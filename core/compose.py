@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.catalog import OWN_CONFIGS, Catalog
-from core.config import AppConfig, AttentionConfig, CommConfig
+from core.config import AppConfig, AttentionConfig, CommConfig, MoEAllToAllConfig
 from core.errors import ConfigError
 from core.schema import build, defaults, did_you_mean
 
@@ -30,6 +30,7 @@ from core.schema import build, defaults, did_you_mean
 SPREAD_GROUPS = {
     "attention": [field.name for field in fields(AttentionConfig)],
     "comm": [field.name for field in fields(CommConfig)],
+    "moe_a2a": [field.name for field in fields(MoEAllToAllConfig)],
 }
 DEFAULTED_GROUPS = ("parallel", "frontend", "launch")  # in config.yaml's defaults, as themselves
 HYDRA_VERSION_BASE = "1.3"

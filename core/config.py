@@ -14,6 +14,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
+DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
+EPLB_STRATEGIES = ("auto", "hierarchical", "global")
+WEIGHT_CHECKS = ("headers", "full")
 
 
 def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -86,29 +89,59 @@ class ModelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class ExpertBalanceConfig:
+    """Where copies of experts lie, and whether they move with the load (EPLB)."""
+
+    strategy: str = "auto"  # auto: hierarchical where the groups of experts divide over nodes
+    interval_steps: int = 0  # steps between two rebalancings; 0: experts stay where they are
+    layers_per_step: int = 1  # layers moved between two steps while rebalancing
+    load_file: str | None = None  # JSON of expert loads (from /expert_load) to place by at start
+
+    def __post_init__(self) -> None:
+        require_choice("parallel.eplb.strategy", self.strategy, EPLB_STRATEGIES)
+        require_range("parallel.eplb.interval_steps", self.interval_steps, 0)
+        require_range("parallel.eplb.layers_per_step", self.layers_per_step, 1)
+
+
+@dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     """How one replica is spread over ranks. `plan` names a parallel-plan plugin."""
 
     plan: str = "tp"
     tp: int = 1  # ranks of one replica
-    ep: int = 1
-    dp_attention: int = 1  # divides tp
-    dp_lm_head: bool = False
+    ep: int = 1  # divides tp; the rest cuts each expert
+    dp_attention: int = 1  # divides tp; attention is cut over tp / dp_attention ranks
+    dp_lm_head: bool = False  # output head per DP rank: more memory, no gathering of rows
+    dense_tp: int | None = None  # ranks that share one dense MLP; None: those of one attention
     redundant_experts: int = 0
+    dp_balancer: str = "least_tokens"  # which DP rank gets a request
+    eplb: ExpertBalanceConfig = field(default_factory=ExpertBalanceConfig)
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
 
     def __post_init__(self) -> None:
         require_range("parallel.tp", self.tp, 1)
         require_range("parallel.ep", self.ep, 1)
         require_range("parallel.dp_attention", self.dp_attention, 1)
+        require_range("parallel.dense_tp", self.dense_tp, 1)
         require_range("parallel.redundant_experts", self.redundant_experts, 0)
+        require_choice("parallel.dp_balancer", self.dp_balancer, DP_BALANCERS)
 
 
 @dataclass(slots=True, kw_only=True)
 class CommConfig:
-    """The communication plugin of each mesh axis."""
+    """The communication plugin by kind of mesh axis: everything dense, and the experts."""
 
     tp: PluginChoice = field(default_factory=PluginChoice)
+    ep: PluginChoice = field(default_factory=PluginChoice)
+
+
+@dataclass(slots=True, kw_only=True)
+class MoEAllToAllConfig:
+    """The plugin that carries rows to experts and back, by phase of a step: `decode` where no
+    rank computes a prompt, `prefill` otherwise."""
+
+    prefill: PluginChoice = field(default_factory=PluginChoice)
+    decode: PluginChoice = field(default_factory=PluginChoice)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -182,6 +215,7 @@ class LaunchConfig:
     node_rank: int = 0
     dist_init_addr: str | None = None  # host:port of node 0, where nnodes > 1
     startup_timeout_s: float = 600.0  # without any progress of a worker
+    step_timeout_s: float = 60.0  # a rank that is longer in one step counts as frozen
     shutdown_grace_s: float = 30.0  # for running requests after SIGTERM
     threads_per_worker: int | None = None  # CPU threads; None: the machine's cores / local ranks
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
@@ -190,8 +224,28 @@ class LaunchConfig:
         require_range("launch.nnodes", self.nnodes, 1)
         require_range("launch.node_rank", self.node_rank, 0, self.nnodes - 1)
         require_range("launch.startup_timeout_s", self.startup_timeout_s, 1)
+        require_range("launch.step_timeout_s", self.step_timeout_s, 1)
         require_range("launch.shutdown_grace_s", self.shutdown_grace_s, 0)
         require_range("launch.threads_per_worker", self.threads_per_worker, 1)
+
+
+@dataclass(slots=True, kw_only=True)
+class ClusterConfig:
+    """How the nodes of one engine meet, trust and watch each other."""
+
+    token_file: str | None = None  # or the environment variable NODEWEAVE_CLUSTER_TOKEN
+    join_timeout_s: float = 300.0  # for all nodes to come
+    heartbeat_interval_s: float = 0.25
+    heartbeat_timeout_s: float = 1.5  # of silence, after which a node counts as gone
+    verify_weights: str = "headers"  # what nodes compare: headers of the files, or full contents
+
+    def __post_init__(self) -> None:
+        require_range("cluster.join_timeout_s", self.join_timeout_s, 1)
+        require_range("cluster.heartbeat_interval_s", self.heartbeat_interval_s, 0.05)
+        require_range(
+            "cluster.heartbeat_timeout_s", self.heartbeat_timeout_s, 2 * self.heartbeat_interval_s
+        )
+        require_choice("cluster.verify_weights", self.verify_weights, WEIGHT_CHECKS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,7 +263,9 @@ class AppConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe_a2a: MoEAllToAllConfig = field(default_factory=MoEAllToAllConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plugins: PluginsConfig = field(default_factory=PluginsConfig)

@@ -57,6 +57,21 @@ def register_attention() -> Sequence[Registration]:
 
 
 @hookspec
+def register_latent_attention() -> Sequence[Registration]:
+    """Backends of multi-head latent attention (MLA); chosen by the same keys as `attention`.
+    Factory: (options, LatentAttentionSpec) ->
+    core.interfaces.latent_attention.LatentAttentionBackend."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_moe_a2a() -> Sequence[Registration]:
+    """What carries rows to experts and back. Factory: (options, A2ASpec) ->
+    core.interfaces.moe_a2a.Dispatcher."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_parallel_plan() -> Sequence[Registration]:
     """Parallelism plans. Factory: (options, ParallelConfig) -> core.parallel.plan.Plan."""
     raise AssertionError("a specification is never called")
@@ -97,6 +112,7 @@ def check_plan(config: "AppConfig") -> Sequence[str]:
 
 @hookspec(firstresult=True)
 def default_backend(family: str, device: str) -> str | None:
-    """The name that `auto` means in a family ("attention.prefill", "attention.decode", "comm")
-    on a device ("cpu", "cuda"). The first plugin that returns a name decides."""
+    """The name that `auto` means in a family ("attention.prefill", "attention.decode",
+    "latent_attention.prefill", "latent_attention.decode", "moe_a2a.prefill", "moe_a2a.decode",
+    "comm") on a device ("cpu", "cuda"). The first plugin that returns a name decides."""
     raise AssertionError("a specification is never called")

@@ -20,6 +20,7 @@ from core.schema import build, did_you_mean
 
 BUILTIN_PLUGINS = (
     "plugins.comm",
+    "plugins.moe_a2a",
     "plugins.attention.torch_ref",
     "plugins.attention.cpu",
     "plugins.attention.triton",
@@ -42,6 +43,8 @@ class Family:
 FAMILIES = {
     "comm": Family("register_comm", "comm.tp"),
     "attention": Family("register_attention", "attention"),
+    "latent_attention": Family("register_latent_attention", "attention"),
+    "moe_a2a": Family("register_moe_a2a", "moe_a2a"),
     "parallel_plan": Family("register_parallel_plan", "parallel"),
     "model": Family("register_model", "model"),
     "frontend": Family("register_frontend", "frontend"),
@@ -261,8 +264,11 @@ def choices(config: AppConfig) -> list[tuple[str, str, PluginChoice]]:
     parallel, frontend, launch = config.parallel, config.frontend, config.launch
     found = [
         ("comm", "comm.tp", config.comm.tp),
+        ("comm", "comm.ep", config.comm.ep),
         ("attention", "attention.prefill", config.attention.prefill),
         ("attention", "attention.decode", config.attention.decode),
+        ("moe_a2a", "moe_a2a.prefill", config.moe_a2a.prefill),
+        ("moe_a2a", "moe_a2a.decode", config.moe_a2a.decode),
         ("parallel_plan", "parallel", PluginChoice(name=parallel.plan, options=parallel.options)),
         ("frontend", "frontend", PluginChoice(name=frontend.name, options=frontend.options)),
         ("launcher", "launch", PluginChoice(name=launch.name, options=launch.options)),

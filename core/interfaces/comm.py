@@ -4,13 +4,14 @@ A layer never asks which backend or how many ranks there are: it declares a sour
 layout, and gets a function. On an axis of size 1 that function is the identity.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from core.parallel.layout import Layout
+from core.parallel.plan import AXES, Plan
 
 Bridge = Callable[[Tensor], Tensor]
 
@@ -44,6 +45,13 @@ class Communicator(Protocol):
         """The value of axis rank `source`, written into `x` everywhere and returned."""
         ...
 
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Tensor:
+        """Rows (dimension 0) of `x` in rank order, `send_counts[i]` of them for axis rank i;
+        returns what came, `receive_counts[i]` rows of rank i, in rank order. A new tensor."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SoloCommunicator:
@@ -62,6 +70,11 @@ class SoloCommunicator:
         return x
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return x
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Tensor:
         return x
 
 
@@ -90,7 +103,42 @@ class Comms:
         return table[src, dst]
 
 
-SOLO = Comms({"tp": SoloCommunicator(), "ep": SoloCommunicator(), "dp": SoloCommunicator()})
+SOLO = Comms({axis: SoloCommunicator() for axis in AXES})
+
+
+@dataclass(frozen=True, slots=True)
+class AxisPlace:
+    """A rank's place on an axis, for building (not running) a model: has no collectives."""
+
+    rank: int
+    size: int
+
+    def _refuse(self) -> Tensor:
+        raise AssertionError("this rank is only measured; it has no peers to talk to")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._refuse()
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return self._refuse()
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self._refuse()
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return self._refuse()
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Tensor:
+        return self._refuse()
+
+
+def places(plan: Plan, rank: int) -> Comms:
+    """Where a rank of a plan stands on every axis, to measure what it would hold."""
+    return Comms(
+        {axis: AxisPlace(plan.axis_index(axis, rank), plan.axis_size(axis)) for axis in AXES}
+    )
 
 
 class CommBackend(Protocol):

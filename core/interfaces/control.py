@@ -38,7 +38,15 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ChildStatus = Phase | Progress | Ready | Failed
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """A worker lives; sent some times a second once it is ready. The supervisor finds one that
+    says nothing (stopped), or whose `finished` stands still while it is behind `launched`."""
+
+    launched: int  # steps started since the start
+    finished: int  # of them done
+
+
+ChildStatus = Phase | Progress | Ready | Failed | Beat
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -79,8 +87,14 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """ZeroMQ addresses of one engine; ipc:// files in a private folder on a single host."""
+    """Where the processes of one engine meet: ZeroMQ addresses (ipc:// files in a private folder
+    on a single host, tcp:// between nodes), and the store of the process groups.
 
-    engine_input: str  # frontend pushes, the scheduler's rank binds and pulls
-    engine_output: str  # the scheduler's rank pushes, the frontend binds and pulls
-    plans: list[str]  # by rank: the scheduler's rank pushes steps, that rank binds and pulls
+    The *leader* of a DP rank is the first rank of its attention group: it schedules.
+    """
+
+    engine: str  # the frontend binds (ROUTER), every leader connects (DEALER, named by DP rank)
+    lockstep: str  # the leader of DP rank 0 binds (ROUTER), the other leaders connect
+    plans: list[str]  # by DP rank: its leader binds (ROUTER), the other ranks of its group connect
+    store: str  # see core.parallel.mesh: a path, or host:port
+    key: str = ""  # hex of 32 secret bytes that secure tcp:// sockets; empty: ipc only

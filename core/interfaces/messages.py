@@ -118,6 +118,24 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     table_slots: list[int]
     table_columns: list[int]
     table_pages: list[int]
+    num_logprob_rows: int = 0  # positions whose prompt logprobs are wanted, over all rows
+
+
+class StepFacts(msgspec.Struct, frozen=True, array_like=True):
+    """What the DP ranks agreed on for one step, the same on every rank; lists are by DP rank."""
+
+    rows: list[int]  # tokens computed
+    samples: list[int]  # rows that choose a token
+    logprob_rows: list[int]  # prompt positions whose logprobs are wanted
+    has_prefill: bool  # some DP rank computes a prompt
+
+
+class AgreedStep(msgspec.Struct, frozen=True, array_like=True):
+    """What every rank of an attention group runs: its scheduler's plan (without rows where that has
+    none) and what all groups agreed on."""
+
+    plan: StepPlan
+    facts: StepFacts
 
 
 class StepResult(msgspec.Struct):

@@ -6,9 +6,12 @@ Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from core.parallel.layout import Layout
+from core.parallel.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +19,31 @@ if TYPE_CHECKING:
 
     from core.interfaces.attention import AttentionStep
     from core.interfaces.comm import Comms
+    from core.interfaces.latent_attention import LatentAttentionStep
+    from core.interfaces.moe_a2a import Dispatcher
     from core.interfaces.ops import Ops
-    from core.interfaces.weights import WeightReader
+    from core.interfaces.weights import WeightFormat, WeightReader
+    from core.parallel.experts import LayerPlacement
+    from core.parallel.rows import StepRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoESpec:
+    """The routed experts of a model, as plans and dispatchers need them."""
+
+    num_experts: int  # logical, of each MoE layer
+    top_k: int
+    intermediate_size: int  # of one expert
+    layers: tuple[int, ...]  # indices of the layers that have experts
+    num_groups: int = 1  # groups of experts that routing chooses among
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuantization:
+    """Weights stored as float8_e4m3fn with one float32 scale for each block (rows, columns)."""
+
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +60,17 @@ class ModelSpec:
     vocab_size: int
     max_position_embeddings: int  # longest context trained for, in tokens
     dtype: str  # of the checkpoint: "float32", "bfloat16" or "float16"
+    moe: MoESpec | None = None
+    quantization: BlockQuantization | None = None  # of linear and expert weights
+    latent_attention: bool = False  # MLA: the model needs a latent_attention backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertContext:
+    """What MoE layers are built with. Layers that only are measured get no dispatchers."""
+
+    placements: Mapping[int, LayerPlacement]  # by layer index
+    dispatchers: Mapping[str, Dispatcher]  # by phase: "prefill" and "decode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +82,12 @@ class BuildContext:
     ops: Ops
     dtype: torch.dtype
     device: torch.device
+    format: WeightFormat  # how linear and expert weights are stored on this device
+    # How rows lie over tp between the blocks of a layer: REPLICATED, or ROWS where the rows
+    # of a step are shared out among ranks (experts or attention are spread over them).
+    stream: Layout = Layout.REPLICATED
+    head_axis: str = "tp"  # the ranks that share the output head: "tp" or "world"
+    experts: ExpertContext | None = None  # given where the model's spec has `moe`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +99,71 @@ class KVShape:
     head_dim: int
     scale: float  # of q.k
 
+    @property
+    def token_values(self) -> int:
+        """Numbers stored for one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentKVShape:
+    """The cache of a model with latent attention: one vector for each token and layer."""
+
+    num_layers: int
+    latent_dim: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+    scale: float  # of q.k
+
+    @property
+    def token_values(self) -> int:
+        """Numbers stored for one token in one layer."""
+        return self.latent_dim + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStep:
+    """What a model gets beside ids and positions in one step."""
+
+    attention: AttentionStep
+    latent_attention: LatentAttentionStep
+    rows: StepRows  # T is `rows.num_padded`
+    phase: str  # "prefill" where any rank computes a prompt in this step, else "decode"
+
+
+class ExpertLayer(Protocol):
+    """The experts of one layer, for balancing their load while the model serves."""
+
+    layer: int  # index in the model
+    placement: LayerPlacement
+
+    def take_counts(self) -> Tensor:
+        """Rows this rank has sent to each logical expert since the last call: int64 on the
+        device, and starts anew."""
+        ...
+
+    def move(self, placement: LayerPlacement) -> None:
+        """Exchange expert weights with the other ranks of ep, which all call this between the
+        same two steps, and route by the new placement from then on."""
+        ...
+
 
 class Model(Protocol):
     """One rank's part of a model, weights loaded. Collectives happen inside."""
 
     num_heads: int  # query heads of this rank
-    kv: KVShape
+    kv: KVShape | LatentKVShape
+    expert_layers: Sequence[ExpertLayer]  # empty where it has no experts
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, attention: AttentionStep) -> Tensor:
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         """Final hidden states (T, E), normalised, replicated over tp. Ids and positions int64."""
         ...
 
-    def logits(self, hidden_RE: Tensor) -> Tensor:
-        """Logits (R, V) in float32 over the whole vocabulary, replicated over tp."""
+    def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
+        """Logits (R, V) in float32 over the whole vocabulary, replicated over tp.
+
+        `rows` counts R of every DP rank; those without rows call this too."""
         ...
 
 
@@ -79,8 +174,9 @@ class ModelFamily(Protocol):
         """Read the contents of a config.json. Raises ModelError for what is not supported."""
         ...
 
-    def plan_problems(self, spec: ModelSpec, tp: int) -> list[str]:
-        """Why `spec` can't be spread over `tp` ranks, one sentence each; empty if it can."""
+    def plan_problems(self, spec: ModelSpec, plan: Plan) -> list[str]:
+        """Why `spec` can't be spread as `plan` says, one sentence each; empty if it can.
+        Checks sizes that are cut; how experts divide is checked for all families alike."""
         ...
 
     def build(self, spec: ModelSpec, context: BuildContext) -> Model:

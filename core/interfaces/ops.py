@@ -6,17 +6,44 @@ N pages, P tokens in a page.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from core.interfaces.moe_a2a import Dispatched, ExpertLayout
+from core.interfaces.weights import LinearWeight
+
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
+# The experts of one rank, gate and up and down projection in one: dispatched rows -> their results,
+# in the same layout and in the model's dtype.
+ExpertKernel = Callable[[Dispatched], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a gate's logits become experts and weights.
+
+    Scores are softmax or sigmoid of the logits. With groups, only the `num_chosen_groups` best
+    groups compete: a group's worth is the sum of its best `group_top` scores (1: the best score).
+    A bias, where there is one, is added for choosing only. Weights are the scores of the chosen,
+    divided by their sum if `normalise`, times `scale`. Source: transformers' modeling_deepseek_v2
+    and _v3, modeling_qwen3_moe, modeling_mixtral.
+    """
+
+    top_k: int
+    scoring: str  # "softmax" or "sigmoid"
+    normalise: bool
+    scale: float = 1.0
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    group_top: int = 1
 
 
 class Ops(Protocol):
     """Operations on one device. Results are new tensors unless a docstring says otherwise."""
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
+    def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
         """Prepare a linear layer (repacking the weight where that is faster): x @ W.T + b."""
         ...
 
@@ -57,4 +84,33 @@ class Ops(Protocol):
         self, k_TGD: Tensor, v_TGD: Tensor, k_NPGD: Tensor, v_NPGD: Tensor, slots_T: Tensor
     ) -> None:
         """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the caches."""
+        ...
+
+    def rope_interleaved(
+        self, q_THR: Tensor, k_TGR: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate neighbouring pairs ("GPT-J" style) by position, and leave them as halves: the
+        result of pair i stands at i and i + R/2. Scores of q and k don't change by that order,
+        and it is transformers'. May overwrite q and k."""
+        ...
+
+    def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
+        """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the cache."""
+        ...
+
+    def experts(
+        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, layout: ExpertLayout
+    ) -> ExpertKernel:
+        """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert.
+
+        The weights are of L local experts; gate and up rows lie back to back. The kernel reads
+        them at each call, so that an expert can be replaced by writing into them."""
+        ...
+
+    def grouped_top_k(
+        self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the experts of each row: (weights (T, K) float32, logical ids (T, K) int64).
+
+        `logits_TX` float32."""
         ...

@@ -4,7 +4,7 @@ Names are those of the Hugging Face checkpoint, whatever the file format. A laye
 tensor once, with the full logical shape it expects; a rank reads only the part it keeps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,12 +38,32 @@ class WeightSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """A matrix in float8_e4m3fn with one float32 scale for each block of 128 x 128 values (the
+    last blocks may be smaller): value = stored * scale."""
+
+    values_OI: Tensor
+    scales: Tensor  # (ceil(O / 128), ceil(I / 128))
+
+
+LinearWeight = Tensor | BlockFp8
+
+
 class WeightReader(Protocol):
     """What layers are built from; one for each rank. Converts to the model's dtype and device."""
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
         """This rank's part of a tensor. Raises ModelError naming tensor, file and both shapes
         where it is missing or its full shape is not `shape`."""
+        ...
+
+    def take_blocks(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> BlockFp8:
+        """This rank's part of a matrix that is stored as fp8 blocks (`name` and
+        `name` + "_scale_inv"), as it is. Its bounds must lie between blocks. `take` of such a
+        tensor dequantises it."""
         ...
 
     def has(self, name: str) -> bool:
@@ -53,3 +73,42 @@ class WeightReader(Protocol):
     def scope(self, prefix: str) -> "WeightReader":
         """A reader that puts `prefix` and a dot before every name."""
         ...
+
+
+class WeightFormat(Protocol):
+    """How the matrices of linear and expert layers are kept on a device; chosen once."""
+
+    def take(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> LinearWeight:
+        """This rank's part of a matrix."""
+        ...
+
+    def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
+        """Matrices that read the same input, as one: outputs back to back."""
+        ...
+
+    def stack(self, experts: Sequence[LinearWeight]) -> LinearWeight:
+        """Matrices of equal shape, one for each expert, along a new first dimension."""
+        ...
+
+
+class PlainFormat:
+    """Matrices in the model's dtype, whatever the checkpoint holds."""
+
+    def take(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> LinearWeight:
+        return weights.take(name, shape, shard)
+
+    def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
+        return parts[0] if len(parts) == 1 else torch.cat([plain(part) for part in parts])
+
+    def stack(self, experts: Sequence[LinearWeight]) -> LinearWeight:
+        return torch.stack([plain(expert) for expert in experts])
+
+
+def plain(weight: LinearWeight) -> Tensor:
+    """A weight that is known to be a plain tensor."""
+    assert isinstance(weight, Tensor)
+    return weight

@@ -1,15 +1,16 @@
 """A parallelism plan: frozen integers, no torch, no process groups.
 
 Two views of the same ranks: dense `pp x dp x tp` and sparse `pp x ep x tp_expert`, with equal
-products. Ranks are numbered with the last axis fastest, so the ranks of one tensor-parallel
-group are neighbours.
+products. Two more axes lie across them: "dense", the ranks that share one dense MLP, and "world",
+all ranks of a pipeline stage. Ranks are numbered with the last axis fastest, so the ranks of one
+tensor-parallel group are neighbours.
 """
 
 from dataclasses import dataclass
 
 from core.errors import PlanError
 
-AXES = ("pp", "dp", "tp", "ep", "tp_expert")
+AXES = ("pp", "dp", "tp", "ep", "tp_expert", "dense", "world")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,7 @@ class Plan:
     tp_attn: int = 1  # tensor-parallel attention and dense layers: the axis "tp"
     ep: int = 1  # expert parallelism
     tp_expert: int = 1  # tensor parallelism inside one expert
+    tp_dense: int | None = None  # neighbouring ranks that share a dense MLP; None: tp_attn
     dp_lm_head: bool = False  # the output head works on each dp rank's own rows
     redundant_experts: int = 0  # extra copies of busy experts, over all ranks
 
@@ -45,6 +47,8 @@ class Plan:
                 f"sparse view ep x tp_expert = {self.ep} x {self.tp_expert} = {sparse} "
                 "must cover the same ranks"
             )
+        elif self.tp_dense is not None and (self.tp_dense < 1 or dense % self.tp_dense != 0):
+            problems.append(f"tp_dense={self.tp_dense} must divide the {dense} ranks of a stage")
         if problems:
             raise PlanError(problems)
 
@@ -52,6 +56,11 @@ class Plan:
     def world_size(self) -> int:
         """Ranks of one replica."""
         return self.pp * self.dp * self.tp_attn
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage: the axis "world"."""
+        return self.dp * self.tp_attn
 
     def axis_size(self, axis: str) -> int:
         """Ranks along a mesh axis, one of `AXES`; "tp" is that of attention and dense layers."""
@@ -90,4 +99,6 @@ class Plan:
             "tp": (self.tp_attn, 1),
             "ep": (self.ep, self.tp_expert),
             "tp_expert": (self.tp_expert, 1),
+            "dense": (self.tp_attn if self.tp_dense is None else self.tp_dense, 1),
+            "world": (self.stage_size, 1),
         }[axis]

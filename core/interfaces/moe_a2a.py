@@ -1,0 +1,80 @@
+"""MoE all-to-all: what carries rows to the ranks that hold their experts, and back.
+
+A dispatcher is built once for each phase and used by all layers. Every rank of the ep axis calls
+`dispatch` and `combine` in every MoE layer of every step, also with no rows of its own.
+
+Shape legend: T own rows, E hidden size, K experts of a row, X physical experts of all ranks,
+L = X / ep those of this rank, M received rows (one for each pair of row and local expert), C most
+rows of one local expert.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from core.interfaces.comm import Communicator
+
+
+class ExpertLayout(enum.Enum):
+    """How received rows lie in `Dispatched.hidden`."""
+
+    CONTIGUOUS = "contiguous"  # (M, E): grouped by local expert, no padding between
+    BATCHED = "batched"  # (L, C, E): padded for each local expert; only its first rows count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class A2ASpec:
+    """What a dispatcher is built for; the same for every MoE layer."""
+
+    comm: Communicator  # of the ep axis
+    num_experts: int  # X, physical: redundant copies included
+    top_k: int  # K
+    hidden_size: int  # E
+    dtype: torch.dtype  # of rows
+    device: torch.device
+    max_rows: int  # most rows one rank enters with; buffers are sized by it
+    phase: str  # "prefill" or "decode"
+    fp8: bool = False  # rows may travel as float8_e4m3fn with a scale for every 128 columns
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.comm.size
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Rows that came to this rank, and what `combine` needs to send their results back."""
+
+    hidden: Tensor  # in the dispatcher's layout; float8_e4m3fn where `scales` is given
+    counts_L: Tensor  # int64 on the device: rows of each local expert
+    handle: object
+    scales: Tensor | None = None  # float32, hidden's shape with E / 128 columns
+
+
+class Dispatcher(Protocol):
+    """What a moe_a2a plugin's factory returns.
+
+    `combine(f(dispatch(x)))` is, for each row, the sum over its experts of weight * f_expert(x).
+    """
+
+    layout: ExpertLayout
+
+    def dispatch(
+        self, x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, counts: Sequence[int]
+    ) -> Dispatched:
+        """Send each row to its experts.
+
+        `experts_TK` int64: physical ids in 0 .. X-1, or -1 for "no expert" (padding rows); the
+        ids of one row differ. `weights_TK` float32. `counts`: T of every rank of the ep axis,
+        in axis order, known to all ranks; some may be 0.
+        """
+        ...
+
+    def combine(self, output: Tensor, dispatched: Dispatched) -> Tensor:
+        """Send the experts' results back: `output` has the layout and shape of
+        `dispatched.hidden` and the spec's dtype; returns (T, E). Rows without experts get 0."""
+        ...
