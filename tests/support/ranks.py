@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from core.interfaces.comm import SOLO, Communicator, Comms, SoloCommunicator
+from core.interfaces.comm import SOLO, Comms, Communicator, SoloCommunicator
 from core.parallel.plan import AXES, Plan
 
 Result = TypeVar("Result")
