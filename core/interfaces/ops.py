@@ -6,38 +6,18 @@ N pages, P tokens in a page.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched, ExpertLayout
+from core.interfaces.routing import Routing as Routing  # part of this contract
 from core.interfaces.weights import LinearWeight
 
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 # The experts of one rank, gate and up and down projection in one: dispatched rows -> their results,
 # in the same layout and in the model's dtype.
 ExpertKernel = Callable[[Dispatched], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routing:
-    """How a gate's logits become experts and weights.
-
-    Scores are softmax or sigmoid of the logits. With groups, only the `num_chosen_groups` best
-    groups compete: a group's worth is the sum of its best `group_top` scores (1: the best score).
-    A bias, where there is one, is added for choosing only. Weights are the scores of the chosen,
-    divided by their sum if `normalise`, times `scale`. Source: transformers' modeling_deepseek_v2
-    and _v3, modeling_qwen3_moe, modeling_mixtral.
-    """
-
-    top_k: int
-    scoring: str  # "softmax" or "sigmoid"
-    normalise: bool
-    scale: float = 1.0
-    num_groups: int = 1
-    num_chosen_groups: int = 1
-    group_top: int = 1
 
 
 class Ops(Protocol):
@@ -105,6 +85,11 @@ class Ops(Protocol):
 
         The weights are of L local experts; gate and up rows lie back to back. The kernel reads
         them at each call, so that an expert can be replaced by writing into them."""
+        ...
+
+    def gate(self, weight_XE: Tensor) -> LinearKernel:
+        """Prepare a router: (T, E) -> (T, X) float32, a new tensor. No logit is rounded to the
+        weight's dtype: neighbours in worth would change places."""
         ...
 
     def grouped_top_k(

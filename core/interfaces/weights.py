@@ -53,9 +53,16 @@ LinearWeight = Tensor | BlockFp8
 class WeightReader(Protocol):
     """What layers are built from; one for each rank. Converts to the model's dtype and device."""
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """This rank's part of a tensor. Raises ModelError naming tensor, file and both shapes
-        where it is missing or its full shape is not `shape`."""
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """This rank's part of a tensor, in `dtype` where that is not to be the model's. Raises
+        ModelError naming tensor, file and both shapes where it is missing or its full shape is not
+        `shape`."""
         ...
 
     def take_blocks(

@@ -35,9 +35,15 @@ class DummyReader:
         self._table = table.to(device, dtype)
         self._meter = ByteMeter(LOAD_TASK, 0, on_progress)
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """This rank's part: normal of standard deviation 0.02, and 1 more for norms."""
-        part = self._values(name, shape, shard)
+        part = self._values(name, shape, shard).to(dtype or self._table.dtype)
         if len(shape) == 1 and "norm" in name:
             part += 1
         self._meter.add(part.nbytes)

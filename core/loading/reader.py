@@ -29,8 +29,14 @@ class ScopedReader:
     def __init__(self, reader: WeightReader, prefix: str) -> None:
         self._reader, self._prefix = reader, prefix
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        return self._reader.take(f"{self._prefix}.{name}", shape, shard)
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return self._reader.take(f"{self._prefix}.{name}", shape, shard, dtype)
 
     def has(self, name: str) -> bool:
         return self._reader.has(f"{self._prefix}.{name}")
@@ -55,13 +61,19 @@ class CheckpointReader:
         total_bytes = sum(_num_bytes(info) for info in self._tensors.values())
         self._meter = ByteMeter(LOAD_TASK, total_bytes, on_progress)
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """This rank's part, in the model's dtype on its device; read when called."""
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """This rank's part, in the model's (or that) dtype on its device; read when called."""
         info = self._checked(name, shape)
         dim = shard.dim if shard else 0
         size = shape[dim] if shape else 1
         start, stop = shard.bounds(size) if shard else (0, size)
-        part = self._source.read(name, dim, start, stop).to(self._device, self._dtype)
+        part = self._source.read(name, dim, start, stop).to(self._device, dtype or self._dtype)
         if shard is not None and stop - start < shard.local_size(size):
             whole = part.new_zeros(shard.local_shape(shape))
             whole.narrow(dim, 0, stop - start).copy_(part)
@@ -133,13 +145,19 @@ class ShapeReader:
         """Bytes this rank's weights take."""
         return sum(self.pieces.values()) * self._dtype.itemsize
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard: Shard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """A meta tensor of the shape that this rank would keep."""
         local = shard.local_shape(shape) if shard else shape
         key = (name, shard.dim, shard.index) if shard else (name, 0, 0)
         self.pieces[key] = math.prod(local)
         self.num_logical_parameters += math.prod(shape)
-        return torch.empty(local, dtype=self._dtype, device="meta")
+        return torch.empty(local, dtype=dtype or self._dtype, device="meta")
 
     def has(self, name: str) -> bool:
         """Optional tensors are taken to be absent."""
