@@ -22,8 +22,11 @@ from core.interfaces.comm import Communicator
 class ExpertLayout(enum.Enum):
     """How received rows lie in `Dispatched.hidden`."""
 
-    CONTIGUOUS = "contiguous"  # (M, E): grouped by local expert, no padding between
-    BATCHED = "batched"  # (L, C, E): padded for each local expert; only its first rows count
+    # (M, E): grouped by local expert, no padding between. On devices that the host doesn't wait
+    # for, rows past the sum of counts may follow: nobody computes or reads them.
+    CONTIGUOUS = "contiguous"
+    # (L, C, E): padded for each local expert; only its first rows count.
+    BATCHED = "batched"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
