@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
+from core.kernels.torch_latent import TorchLatentOps
 
 # Rows oneDNN lays a packed weight out for. Layouts for 16 to 2048 rows were the same in effect,
 # and the one for 1 row is slower from 128 rows on (Xeon with AMX).
@@ -131,7 +132,7 @@ class _Rotation:
     table_C12D: Tensor  # (cos, cos) and (-sin, sin)
 
 
-class CpuOps:
+class CpuOps(TorchLatentOps):
     """Operations on a CPU. bf16 and fp16 weights are packed; float32 stays exact float32.
 
     What norm weights and RoPE tables come to is computed at their first use and kept as long as

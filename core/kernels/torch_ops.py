@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
+from core.kernels.torch_latent import TorchLatentOps
 
 
 def _accurate(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     return rotated_THD.to(x_THD.dtype)
 
 
-class TorchOps:
+class TorchOps(TorchLatentOps):
     """Operations in plain torch. Overwrites none of its arguments except the caches."""
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:

@@ -16,6 +16,7 @@ from core.kernels.triton_kernels import (
     silu_and_mul_kernel,
     write_kv_kernel,
 )
+from core.kernels.triton_latent import TritonLatentOps
 
 _NORM_BLOCK = 1024  # elements one program normalises at least, in whole rows
 _SILU_BLOCK = 1024
@@ -36,7 +37,7 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-class TritonOps:
+class TritonOps(TritonLatentOps):
     """Operations on a GPU; float32 matrix products are exact, the rest is torch's own GEMM."""
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:

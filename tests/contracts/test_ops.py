@@ -246,3 +246,51 @@ def test_write_kv(
         for row, slot in enumerate(slots_T.tolist()):
             expected[slot // page_size, slot % page_size] = part[row]
         assert torch.equal(after.cpu(), expected)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "num_heads", "rope_dim"), [(0, 2, 4), (1, 16, 64), (7, 3, 6), (4, 5, 2), (3, 1, 80)]
+)
+def test_rope_interleaved(
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    num_heads: int,
+    rope_dim: int,
+) -> None:
+    # As in latent attention: the rotary parts are the ends of wider rows.
+    q_THD = normal(1, rows, num_heads, 5 + rope_dim, dtype=dtype)
+    k_TGZ = normal(2, rows, 1, 9 + rope_dim, dtype=dtype)
+    positions_T = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:rows]
+    cos_sin_CR = _cos_sin(50, rope_dim)
+    moved_q, moved_k = q_THD.clone().to(device), k_TGZ.clone().to(device)
+    rotated = ops.rope_interleaved(
+        moved_q[..., 5:], moved_k[..., 9:], cos_sin_CR.to(device), positions_T.to(device)
+    )
+    for result, before in zip(rotated, (q_THD[..., 5:], k_TGZ[..., 9:]), strict=True):
+        pairs = before.double().unflatten(-1, (-1, 2)).contiguous()
+        cos, sin = cos_sin_CR[positions_T].double().chunk(2, dim=-1)
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin).unsqueeze(1)
+        close(result, torch.cat((turned.real, turned.imag), dim=-1), dtype)
+    assert torch.equal(moved_q[..., :5].cpu(), q_THD[..., :5])  # what lies beside is untouched
+    assert torch.equal(moved_k[..., :9].cpu(), k_TGZ[..., :9])
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize(("rows", "page_size"), [(0, 4), (1, 1), (9, 16), (5, 3)])
+def test_write_latent(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, page_size: int
+) -> None:
+    wide_TX = normal(1, rows, 60, dtype=dtype)  # rows may lie apart
+    before = normal(2, 8, page_size, 40, dtype=dtype)
+    slots_T = torch.randperm(8 * page_size, generator=torch.Generator().manual_seed(4))[:rows]
+    cache = before.clone().to(device)
+    ops.write_latent(wide_TX.to(device)[:, 20:], cache, slots_T.to(device))
+    expected = before.clone()
+    for row, slot in enumerate(slots_T.tolist()):
+        expected[slot // page_size, slot % page_size] = wide_TX[row, 20:]
+    assert torch.equal(cache.cpu(), expected)

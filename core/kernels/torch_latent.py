@@ -1,0 +1,31 @@
+"""The operations of latent attention in plain torch: the oracle, and what a CPU runs.
+
+Computes in float32, or wider where its arguments are. Knows nothing of attention itself. Shape
+legend: see core.interfaces.ops; F is R/2, B pages of P tokens, Z values of a cached vector.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _rotate_pairs(x_THR: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    even_THF, odd_THF = x_THR[..., 0::2], x_THR[..., 1::2]
+    rotated_THR = torch.cat(
+        (even_THF * cos_T1F - odd_THF * sin_T1F, odd_THF * cos_T1F + even_THF * sin_T1F), dim=-1
+    )
+    return rotated_THR.to(x_THR.dtype)
+
+
+class TorchLatentOps:
+    """The part of core.interfaces.ops.Ops that latent attention needs, in plain torch."""
+
+    def rope_interleaved(
+        self, q_THR: Tensor, k_TGR: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate pairs (2i, 2i + 1) by the angle of their row's position, into i and i + R/2."""
+        cos_T1F, sin_T1F = cos_sin_CR[positions_T].unsqueeze(1).chunk(2, dim=-1)
+        return _rotate_pairs(q_THR, cos_T1F, sin_T1F), _rotate_pairs(k_TGR, cos_T1F, sin_T1F)
+
+    def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
+        """Store rows by token slot; where a slot occurs twice, either row may stay."""
+        cache_BPZ.flatten(0, 1).index_copy_(0, slots_T, cached_TZ.to(cache_BPZ.dtype))
