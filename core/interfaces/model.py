@@ -63,6 +63,9 @@ class ModelSpec:
     moe: MoESpec | None = None
     quantization: BlockQuantization | None = None  # of linear and expert weights
     latent_attention: bool = False  # MLA: the model needs a latent_attention backend
+    # How the names of stored tensors begin that are no part of what is run (a checkpoint's extra
+    # layers for drafting tokens); a reader doesn't call them surplus.
+    ignored_tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +131,7 @@ class ModelStep:
 
     attention: AttentionStep
     latent_attention: LatentAttentionStep
-    rows: StepRows  # T is `rows.num_padded`
+    rows: StepRows  # T is `rows.num_padded` where the stream is cut, else `rows.num_real`
     phase: str  # "prefill" where any rank computes a prompt in this step, else "decode"
 
 
