@@ -34,9 +34,10 @@ def default_backend(family: str, device: str) -> str | None:
 @hookimpl
 def check_plan(config: AppConfig) -> Sequence[str]:
     """NCCL has no CPU tensors."""
-    if config.comm.tp.name == "nccl" and config.engine.device == "cpu":
-        return [
-            "comm.tp=nccl needs engine.device=cuda, but it is 'cpu'; set comm.tp=gloo or "
-            "comm.tp=auto"
-        ]
-    return []
+    if config.engine.device != "cpu":
+        return []
+    return [
+        f"{key}=nccl needs engine.device=cuda, but it is 'cpu'; set {key}=gloo or {key}=auto"
+        for key, choice in (("comm.tp", config.comm.tp), ("comm.ep", config.comm.ep))
+        if choice.name == "nccl"
+    ]

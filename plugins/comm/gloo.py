@@ -1,5 +1,7 @@
 """Gloo: collectives of CPU tensors over sockets. Knows nothing of how groups are made."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -53,3 +55,9 @@ class GlooCommunicator(GroupCommunicator):
         if x.device.type == "cpu":
             return super().broadcast(x, source)
         return x.copy_(super().broadcast(x.cpu(), source))
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Tensor:
+        """Rows to every rank, and those of every rank to this one."""
+        return super().all_to_all(x.cpu(), send_counts, receive_counts).to(x.device)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.hookspecs import NoOptions
-from core.interfaces.comm import Comms, SoloCommunicator, connect
+from core.interfaces.comm import Comms, Communicator, SoloCommunicator, connect
 from core.parallel.layout import Layout
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
@@ -24,6 +24,16 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int64": torch.int64,
+}
+CARRIED = {"float8_e4m3fn": torch.float8_e4m3fn, "uint8": torch.uint8, "bool": torch.bool}
+# Rows of rank i for rank j, of as many ranks as there are: uneven, some empty, none at all, and all
+# of one rank's to itself.
+ALL_TO_ALLS = {
+    "uneven": lambda i, j: (3 * i + 2 * j) % 4,
+    "to_one": lambda i, j: 5 if j == 0 else 0,
+    "from_one": lambda i, j: j + 1 if i == 1 else 0,
+    "none": lambda i, j: 0,
+    "own": lambda i, j: 2 if i == j else 0,
 }
 BRIDGES = {
     "partial-replicated": (Layout.PARTIAL, Layout.REPLICATED),
@@ -39,6 +49,12 @@ def value(shape: tuple[int, ...], rank: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1000 + rank)
     whole = torch.randint(-64, 64, shape, generator=generator)
     return whole if dtype == torch.int64 else (whole / 4).to(dtype)
+
+
+def rows_to_send(case: str, rank: int, size: int, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """What `rank` brings into an all_to_all, and how many rows of it each rank is to get."""
+    counts = [ALL_TO_ALLS[case](rank, peer) for peer in range(size)]
+    return value((sum(counts), 3), rank, torch.float32).abs().clamp(max=8).to(dtype), counts
 
 
 def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor]:
@@ -97,14 +113,38 @@ def collect(comms: Comms, rank: int, size: int, device: torch.device) -> dict[st
             results[f"{name}/broadcast{source}"] = buffer
         for bridge, (src, dst) in BRIDGES.items():
             results[f"{name}/{bridge}"] = comms.bridge("tp", src=src, dst=dst)(x_TE.clone())
+        send_all(tp, name, dtype, device, results)
         for collective in (tp.all_reduce, tp.reduce_scatter, lambda x: tp.all_gather(x, -1)):
             assert collective(x_TE[:0].clone()).shape[0] == 0
+    for name, dtype in CARRIED.items():
+        send_all(tp, name, dtype, device, results)
+        x_TE = value((4, 3), rank, torch.float32).abs().to(dtype).to(device)
+        results[f"{name}/all_gather0"] = tp.all_gather(x_TE, 0)
+        results[f"{name}/broadcast0"] = tp.broadcast(x_TE.clone(), 0)
     same = value((2, 2), rank, torch.float32).to(device)
     assert comms.bridge("dp", src=Layout.PARTIAL, dst=Layout.REPLICATED)(same) is same
     # One rounding: the sum of 1 + size * 2^-9 in bfloat16 must keep what one hop would drop.
     tiny = torch.full((8,), 1.0 if rank == 0 else 2.0**-8, dtype=torch.bfloat16, device=device)
     results["bfloat16_rounding"] = tp.all_reduce(tiny)
     return results
+
+
+def send_all(
+    comm: Communicator, name: str, dtype: torch.dtype, device: torch.device, results: dict
+) -> None:
+    """Every all_to_all of one dtype."""
+    for case, count in ALL_TO_ALLS.items():
+        x_TE, counts = rows_to_send(case, comm.rank, comm.size, dtype)
+        receive_counts = [count(peer, comm.rank) for peer in range(comm.size)]
+        given = x_TE.to(device)
+        strided = torch.stack([given, given], 1)[:, 0]
+        came = comm.all_to_all(strided, counts, receive_counts)
+        assert came.device == given.device
+        results[f"{name}/all_to_all_{case}"] = came
+    flat = comm.all_to_all(
+        torch.full((comm.size,), comm.rank, device=device), [1] * comm.size, [1] * comm.size
+    )
+    assert flat.tolist() == list(range(comm.size)), "one-dimensional rows"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from core.errors import ConfigError
 from core.hookspecs import NoOptions
 from core.interfaces.comm import SOLO, SoloCommunicator, connect
 from core.parallel.layout import Layout
-from tests.contracts.comm_rank import DTYPES, value
+from tests.contracts.comm_rank import ALL_TO_ALLS, CARRIED, DTYPES, rows_to_send, value
 
 ROOT = Path(__file__).parents[2]
 CASES = [("gloo", 2), ("gloo", 3), ("gloo-cuda", 2), ("nccl", 1), ("nccl", 2)]
@@ -95,15 +95,35 @@ def test_collectives_and_bridges_agree_with_plain_torch(ran: Ran, dtype: str) ->
             "columns-replicated": torch.cat(x, 1),
             "partial-partial": x[rank],
         }
-        assert {key.split("/")[1] for key in got if key.startswith(f"{dtype}/")} == set(expected)
+        names = {key.split("/")[1] for key in got if key.startswith(f"{dtype}/")}
+        assert {name for name in names if not name.startswith("all_to_all")} == set(expected)
         for name, want in expected.items():
             np.testing.assert_array_equal(got[f"{dtype}/{name}"], want.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("case", list(ALL_TO_ALLS))
+@pytest.mark.parametrize("dtype", [*DTYPES, *CARRIED])
+def test_all_to_all_brings_each_rank_its_rows_in_order(ran: Ran, dtype: str, case: str) -> None:
+    size = ran.size
+    sent = [rows_to_send(case, rank, size, (DTYPES | CARRIED)[dtype]) for rank in range(size)]
+    parts = [x_TE.double().split(counts) for x_TE, counts in sent]
+    for rank, got in enumerate(ran.ranks):
+        want = torch.cat([from_rank[rank] for from_rank in parts])
+        np.testing.assert_array_equal(got[f"{dtype}/all_to_all_{case}"], want.numpy())
+
+
+@pytest.mark.parametrize("dtype", list(CARRIED))
+def test_dtypes_that_are_only_carried_arrive_unchanged(ran: Ran, dtype: str) -> None:
+    x = [value((4, 3), r, torch.float32).abs().to(CARRIED[dtype]).double() for r in range(ran.size)]
+    for got in ran.ranks:
+        np.testing.assert_array_equal(got[f"{dtype}/all_gather0"], torch.cat(x).numpy())
+        np.testing.assert_array_equal(got[f"{dtype}/broadcast0"], x[0].numpy())
 
 
 def test_results_keep_their_dtype(ran: Ran) -> None:
     assert len(ran.dtypes) > len(DTYPES)
     for name, dtype in ran.dtypes.items():
-        assert dtype == name.split("/")[0].split("_")[0], name
+        assert dtype == name.split("/")[0].removesuffix("_rounding"), name
 
 
 def test_bfloat16_sums_are_rounded_once(ran: Ran) -> None:
@@ -124,6 +144,7 @@ def test_an_axis_without_peers_gives_the_identity() -> None:
             comm.all_gather(x, 1),
             comm.reduce_scatter(x),
             comm.broadcast(x, 0),
+            comm.all_to_all(x, [3], [3]),
         ):
             assert y is x
     comms = connect({"tp": None}, {})

@@ -29,6 +29,14 @@ def test_nccl_on_cpu_is_a_problem_with_the_key_and_the_remedy() -> None:
     (problem,) = comm.check_plan(config("nccl", "cpu"))
     assert problem.startswith("comm.tp=nccl needs engine.device=cuda")
     assert "set comm.tp=gloo" in problem
+    both = AppConfig(
+        model=ModelConfig(name="m"),
+        comm=CommConfig(tp=PluginChoice(name="gloo"), ep=PluginChoice(name="nccl")),
+        engine=EngineConfig(device="cpu"),
+    )
+    (problem,) = comm.check_plan(both)
+    assert problem.startswith("comm.ep=nccl needs")
+    assert "set comm.ep=gloo" in problem
     for backend, device in (("nccl", "cuda"), ("gloo", "cpu"), ("auto", "cpu"), ("nccl", "auto")):
         assert comm.check_plan(config(backend, device)) == []
 
