@@ -4,7 +4,7 @@ Layers ask for a `Shard` by meaning (columns, heads, vocabulary) and hand it to 
 reader; they never see rank or size. Knows nothing of torch, of files, or of model families.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,23 +106,31 @@ def head_problems(num_heads: int, num_kv_heads: int, tp: int) -> list[str]:
     return problems
 
 
-def tp_problems(
-    tp: int, *, num_heads: int, num_kv_heads: int, sizes: Mapping[str, int]
+def size_problems(sizes: Mapping[str, int], ranks: int, block: int | None = None) -> list[str]:
+    """Why dimensions, by what they are called, can't be cut into equal parts for so many ranks, one
+    clause each. `block`: parts must be multiples of it."""
+    problems = []
+    for name, size in sizes.items():
+        if size % ranks != 0:
+            problems.append(f"it does not divide the {name} of {size}")
+        elif block is not None and ranks > 1 and size // ranks % block != 0:
+            problems.append(
+                f"it cuts the {name} of {size} into parts of {size // ranks}, and they must be "
+                f"multiples of {block}, the block of quantised weights"
+            )
+    return problems
+
+
+def cut_problems(
+    setting: str, ranks: int, clauses: Callable[[int], list[str]], most: int
 ) -> list[str]:
-    """Why a model can't be spread over `tp` ranks, one sentence each, naming what would do.
+    """Why a model can't be cut over `ranks` ranks, one sentence each, naming which numbers up to
+    `most` would do.
 
-    `sizes` are the other dimensions that are cut into equal parts, by what they are called.
+    `setting` is what the user wrote ("parallel.tp=3"); `clauses` says what is wrong with a number.
     """
-
-    def clauses(ranks: int) -> list[str]:
-        return head_problems(num_heads, num_kv_heads, ranks) + [
-            f"it does not divide the {name} of {size}"
-            for name, size in sizes.items()
-            if size % ranks != 0
-        ]
-
-    found = clauses(tp)
+    found = clauses(ranks)
     if not found:
         return []
-    allowed = ", ".join(str(n) for n in range(1, num_heads + 1) if not clauses(n))
-    return [f"parallel.tp={tp}: {clause}; allowed for this model: {allowed}" for clause in found]
+    allowed = ", ".join(str(n) for n in range(1, most + 1) if not clauses(n))
+    return [f"{setting}: {clause}; allowed for this model: {allowed}" for clause in found]

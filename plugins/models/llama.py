@@ -9,16 +9,13 @@ from typing import Any
 
 from core.errors import ModelError
 from core.hookspecs import NoOptions, Registration, hookimpl
-from core.layers.decoder_spec import (
-    ConfigReader,
-    DecoderSpec,
-    parse_decoder,
-    refuse_sliding_window,
-)
-from core.layers.dense_family import DenseFamily
+from core.layers.config_reader import ConfigReader
+from core.layers.decoder_config import parse_decoder, parse_grouped_query, refuse_sliding_window
+from core.layers.decoder_family import DecoderFamily
+from core.layers.decoder_spec import DecoderSpec
 
 
-class LlamaFamily(DenseFamily):
+class LlamaFamily(DecoderFamily):
     """Llama 1 to 3.3 and what shares its architecture (SmolLM2, ...)."""
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
@@ -28,8 +25,9 @@ class LlamaFamily(DenseFamily):
         return parse_decoder(
             hf_config,
             architecture="LlamaForCausalLM",
-            qkv_bias=attention_bias,
-            output_bias=attention_bias,
+            attention=parse_grouped_query(
+                hf_config, qkv_bias=attention_bias, output_bias=attention_bias
+            ),
             mlp_bias=config.flag("mlp_bias", False),
         )
 
@@ -46,7 +44,9 @@ class MistralFamily(LlamaFamily):
                 "not supported; allowed: null"
             )
         return parse_decoder(
-            hf_config, architecture="MistralForCausalLM", qkv_bias=False, output_bias=False
+            hf_config,
+            architecture="MistralForCausalLM",
+            attention=parse_grouped_query(hf_config, qkv_bias=False, output_bias=False),
         )
 
 

@@ -8,41 +8,42 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.hookspecs import NoOptions, Registration, hookimpl
-from core.layers.decoder_spec import (
-    ConfigReader,
-    DecoderSpec,
-    parse_decoder,
-    refuse_sliding_window,
-)
-from core.layers.dense_family import DenseFamily
+from core.layers.config_reader import ConfigReader
+from core.layers.decoder_config import parse_decoder, parse_grouped_query, refuse_sliding_window
+from core.layers.decoder_family import DecoderFamily
+from core.layers.decoder_spec import DecoderSpec
 
 
-class Qwen3Family(DenseFamily):
+class Qwen3Family(DecoderFamily):
     """Qwen3 dense models."""
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Qwen3 config.json."""
         refuse_sliding_window(hf_config, default_on=False)
-        config = ConfigReader(hf_config)
-        attention_bias = config.flag("attention_bias", False)
+        attention_bias = ConfigReader(hf_config).flag("attention_bias", False)
         return parse_decoder(
-            # Unlike elsewhere, a missing head_dim does not mean hidden_size / heads.
-            {**hf_config, "head_dim": config.size("head_dim", 128)},
+            hf_config,
             architecture="Qwen3ForCausalLM",
-            qkv_bias=attention_bias,
-            output_bias=attention_bias,
-            qk_norm=True,
+            attention=parse_grouped_query(
+                hf_config,
+                qkv_bias=attention_bias,
+                output_bias=attention_bias,
+                qk_norm=True,
+                default_head_dim=128,  # unlike elsewhere, not hidden_size / heads
+            ),
         )
 
 
-class Qwen2Family(DenseFamily):
+class Qwen2Family(DecoderFamily):
     """Qwen2 and Qwen2.5 dense models."""
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Qwen2 config.json."""
         refuse_sliding_window(hf_config, default_on=False)
         return parse_decoder(
-            hf_config, architecture="Qwen2ForCausalLM", qkv_bias=True, output_bias=False
+            hf_config,
+            architecture="Qwen2ForCausalLM",
+            attention=parse_grouped_query(hf_config, qkv_bias=True, output_bias=False),
         )
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.parallel.sharding import Shard, Sharding, tp_problems
+from core.parallel.sharding import Shard, Sharding, cut_problems, head_problems, size_problems
 
 RANKS = st.integers(1, 16)
 
@@ -31,7 +31,7 @@ def test_padded_parts_are_the_whole_and_equal(ranks: int, size: int) -> None:
 def test_every_query_head_finds_its_kv_head(kv_heads: int, group: int, factor: int) -> None:
     heads = kv_heads * group
     for tp in range(1, heads + 1):
-        if tp_problems(tp, num_heads=heads, num_kv_heads=kv_heads, sizes={}):
+        if head_problems(heads, kv_heads, tp):
             continue
         for rank in range(tp):
             local = Sharding(rank, tp).heads(heads, kv_heads)
@@ -53,9 +53,11 @@ def test_only_one_rank_adds_a_bias() -> None:
 
 
 def test_problems_are_all_told_with_what_is_allowed() -> None:
-    sizes = {"intermediate_size": 1536}
-    assert tp_problems(3, num_heads=9, num_kv_heads=3, sizes=sizes) == []
-    problems = tp_problems(5, num_heads=9, num_kv_heads=3, sizes=sizes)
+    def clauses(ranks: int) -> list[str]:
+        return head_problems(9, 3, ranks) + size_problems({"intermediate_size": 1536}, ranks)
+
+    assert cut_problems("parallel.tp=3", 3, clauses, 9) == []
+    problems = cut_problems("parallel.tp=5", 5, clauses, 9)
     assert len(problems) == 3
     assert all(p.startswith("parallel.tp=5: ") and p.endswith(": 1, 3") for p in problems)
     assert "9 query heads" in problems[0]
@@ -65,5 +67,15 @@ def test_problems_are_all_told_with_what_is_allowed() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_large_models_spread_over_powers_of_two(tp: int) -> None:
-    sizes = {"intermediate_size": 53248}
-    assert tp_problems(tp, num_heads=128, num_kv_heads=8, sizes=sizes) == []
+    assert head_problems(128, 8, tp) + size_problems({"intermediate_size": 53248}, tp) == []
+
+
+def test_parts_end_where_blocks_end() -> None:
+    sizes = {"intermediate_size": 18432}
+    assert [n for n in (1, 2, 4, 8, 16, 18, 32) if not size_problems(sizes, n, 128)] == [
+        1, 2, 4, 8, 16, 18,
+    ]  # fmt: skip
+    (problem,) = size_problems(sizes, 32, 128)
+    assert "parts of 576" in problem
+    assert "multiples of 128" in problem
+    assert size_problems({"odd": 100}, 1, 128) == []  # the last block of a matrix may be smaller
