@@ -11,6 +11,7 @@ from core.config import AppConfig, PluginChoice
 from core.errors import PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelFamily, ModelSpec
+from core.parallel.experts import expert_problems
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 
@@ -29,12 +30,16 @@ class Resolved:
 def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device: str) -> Resolved:
     """Settle the configuration against a model, on a machine that computes on `device` ("cpu" or
     "cuda"). Raises PluginError, or PlanError, which lists every problem there is."""
-    config = settle_backends(config, plugins, device)
     family, spec = find_family(config, plugins, files)
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
     )
-    problems = [*family.plan_problems(spec, plan.tp_attn), *plugins.check_plan(config)]
+    config = settle_backends(config, plugins, device, spec, plan)
+    problems = [
+        *expert_plan_problems(config, spec, plan),
+        *family.plan_problems(spec, plan),
+        *plugins.check_plan(config),
+    ]
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     if max_model_len > spec.max_position_embeddings:
         problems.append(
@@ -46,24 +51,65 @@ def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device
     return Resolved(config=config, plan=plan, spec=spec, files=files, max_model_len=max_model_len)
 
 
-def settle_backends(config: AppConfig, plugins: PluginManager, device: str) -> AppConfig:
-    """Replace `auto` for the device and for every plugin chosen by phase or axis."""
+def attention_family(spec: ModelSpec) -> str:
+    """The plugin family that the model's attention backends are of."""
+    return "latent_attention" if spec.latent_attention else "attention"
+
+
+def settle_backends(
+    config: AppConfig, plugins: PluginManager, device: str, spec: ModelSpec, plan: Plan
+) -> AppConfig:
+    """Replace `auto` for the device and for every plugin chosen by phase or axis.
+
+    Raises PluginError for an attention backend that the model's kind of attention doesn't have.
+    """
 
     def settle(family: str, choice: PluginChoice) -> PluginChoice:
         if choice.name != "auto":
             return choice
         return dataclasses.replace(choice, name=plugins.default_backend(family, device))
 
+    def settle_attention(phase: str, choice: PluginChoice) -> PluginChoice:
+        family = attention_family(spec)
+        settled = settle(f"{family}.{phase}", choice)
+        plugins.table(family).get(settled.name)
+        return settled
+
+    def settle_a2a(phase: str, choice: PluginChoice) -> PluginChoice:
+        if choice.name == "auto" and plan.ep == 1:
+            return dataclasses.replace(choice, name="local")
+        return settle(f"moe_a2a.{phase}", choice)
+
+    comm, attention, moe_a2a = config.comm, config.attention, config.moe_a2a
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, device=device),
-        comm=dataclasses.replace(config.comm, tp=settle("comm", config.comm.tp)),
+        comm=dataclasses.replace(comm, tp=settle("comm", comm.tp), ep=settle("comm", comm.ep)),
         attention=dataclasses.replace(
-            config.attention,
-            prefill=settle("attention.prefill", config.attention.prefill),
-            decode=settle("attention.decode", config.attention.decode),
+            attention,
+            prefill=settle_attention("prefill", attention.prefill),
+            decode=settle_attention("decode", attention.decode),
+        ),
+        moe_a2a=dataclasses.replace(
+            moe_a2a,
+            prefill=settle_a2a("prefill", moe_a2a.prefill),
+            decode=settle_a2a("decode", moe_a2a.decode),
         ),
     )
+
+
+def expert_plan_problems(config: AppConfig, spec: ModelSpec, plan: Plan) -> list[str]:
+    """Why the model's experts can't be spread as the plan says, one sentence each."""
+    if spec.moe is not None:
+        return expert_problems(spec.moe.num_experts, plan.ep, plan.redundant_experts)
+    return [
+        f"{key}={value}: {config.model.name} has no experts; set {key}={neutral}"
+        for key, value, neutral in (
+            ("parallel.ep", plan.ep, 1),
+            ("parallel.redundant_experts", plan.redundant_experts, 0),
+        )
+        if value != neutral
+    ]
 
 
 def find_family(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.attention import SequenceBatch
@@ -48,12 +49,15 @@ class SlotState:
 
 @dataclass(slots=True)
 class Batch:
-    """One step, staged. `decode` and `prefill` are None where the step has no such rows."""
+    """One step, staged. `decode` and `prefill` are None where the step has no such rows.
+
+    Ids and positions may be padded at the end, with zeros; the rest counts real tokens only.
+    """
 
     input_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
-    token_slots_T: Tensor  # int64: slot of each token's sequence
     kv_slots_T: Tensor  # int64: page * P + offset
+    num_decodes: int
     decode: SequenceBatch | None
     prefill: SequenceBatch | None
     row_ends: np.ndarray  # int64 (S): index after each row's last token
@@ -67,12 +71,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def stage(plan: StepPlan, state: SlotState) -> Batch:
-    """Stage a step: `state.update(plan)` must have been called."""
+def stage(plan: StepPlan, state: SlotState, num_rows: int) -> Batch:
+    """Stage a step, padded to `num_rows`: `state.update(plan)` must have been called."""
     device, page_size = state.device, state.page_size
     slots_S, starts_S, lengths_S = np.array([plan.slots, plan.starts, plan.lengths], dtype=np.int64)
     row_ends = np.cumsum(lengths_S)
-    total = int(row_ends[-1])
+    total = int(lengths_S.sum())
     offsets_T = np.arange(total) - np.repeat(row_ends - lengths_S, lengths_S)
     per_token = np.stack(
         (np.repeat(slots_S, lengths_S), np.repeat(starts_S, lengths_S) + offsets_T)
@@ -80,14 +84,15 @@ def stage(plan: StepPlan, state: SlotState) -> Batch:
     token_slots_T, positions_T = to_device(per_token, device)
     pages_T = state.pages_SM[token_slots_T, positions_T // page_size].long()
     sequences = _Sequences(state, slots_S, starts_S + lengths_S, lengths_S)
-    num_decodes, num_rows = plan.num_decodes, len(plan.slots)
+    num_decodes, num_sequences = plan.num_decodes, len(plan.slots)
+    padding = (0, num_rows - total)
     return Batch(
-        input_ids_T=state.tokens_SL[token_slots_T, positions_T].long(),
-        positions_T=positions_T,
-        token_slots_T=token_slots_T,
+        input_ids_T=F.pad(state.tokens_SL[token_slots_T, positions_T].long(), padding),
+        positions_T=F.pad(positions_T, padding),
         kv_slots_T=pages_T * page_size + positions_T % page_size,
+        num_decodes=num_decodes,
         decode=sequences.part(0, num_decodes) if num_decodes else None,
-        prefill=sequences.part(num_decodes, num_rows) if num_decodes < num_rows else None,
+        prefill=sequences.part(num_decodes, num_sequences) if num_decodes < num_sequences else None,
         row_ends=row_ends,
     )
 

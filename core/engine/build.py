@@ -5,7 +5,7 @@ collectives inside (agreeing on the pool size) happen on all of them.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +15,46 @@ from core.config import AppConfig
 from core.engine.batch import SlotState
 from core.engine.launch import StepLauncher, select_launcher
 from core.engine.loop import warm_up
-from core.engine.memory import PoolSize, allocate_pool, check_weights_fit, plan_pool
-from core.engine.runner import ModelRunner
+from core.engine.memory import (
+    PoolSize,
+    allocate_latent_pool,
+    allocate_pool,
+    check_weights_fit,
+    plan_pool,
+)
+from core.engine.model_build import (
+    build_dispatchers,
+    default_placements,
+    measure_rank,
+    model_context,
+    stream_of,
+)
+from core.engine.runner import AttentionOfRank, ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
+from core.engine.step_attention import LatentPagedAttention, PagedAttention
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
+from core.interfaces.latent_attention import LatentAttentionSpec
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
-from core.interfaces.model import BuildContext, Model, ModelFamily, ModelSpec
+from core.interfaces.model import LatentKVShape, Model, ModelSpec
 from core.interfaces.ops import Ops
 from core.kernels.select import select_ops
-from core.kernels.torch_ops import TorchOps
+from core.kernels.weight_formats import select_format
 from core.loading.open import open_weights
 from core.loading.progress import OnProgress
 from core.loading.reader import ShapeReader
+from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
-from core.resolve import find_family
+from core.resolve import attention_family, find_family
 
 OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEngine:
-    """One rank, ready to run steps. Only the scheduler's rank uses `scheduler`."""
+    """One rank, ready to run steps. Only the leader of a DP rank uses `scheduler`."""
 
     scheduler: Scheduler
     launcher: StepLauncher
@@ -67,6 +83,8 @@ class RankContext:
 
     plugins: PluginManager
     files: ModelFiles
+    plan: Plan
+    rank: int
     comms: Comms
     device: torch.device
     local_ranks: int  # ranks that share this host's memory
@@ -86,7 +104,11 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     runner = launcher.run(lambda: _build_runner(config, context, loaded, pool, max_model_len))
     phase.end("KV pool")
     steps = StepLauncher(launcher, runner)
-    warm_up(steps, _warm_up_plans(min(max_model_len - 1, 16, config.engine.page_size)))
+    warm_up(
+        steps,
+        _warm_up_plans(min(max_model_len - 1, 16, config.engine.page_size)),
+        context.plan.axis_size("dp"),
+    )
     phase.end("warm up")
     return RankEngine(
         scheduler=Scheduler(
@@ -122,19 +144,40 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     family, spec = find_family(config, context.plugins, context.files)
     dtype = resolve_dtype(config, spec)
     ops = select_ops(context.device)
-    shapes = measure_weights(family, spec, context.comms, dtype)
-    check_weights_fit(shapes.num_bytes, context.device, context.local_ranks)
+    plan, device = context.plan, context.device
+    shapes = measure_rank(family, spec, plan, context.rank, dtype=dtype, device=device)
+    check_weights_fit(shapes.num_bytes, device, context.local_ranks)
+    max_model_len = config.model.max_model_len or spec.max_position_embeddings
+    dispatchers = build_dispatchers(
+        config,
+        context.plugins,
+        spec,
+        plan,
+        context.comms,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+    )
     reader = open_weights(
         config.model,
         context.files,
         dtype=dtype,
-        device=context.device,
+        device=device,
         on_progress=context.on_progress,
     )
     model = family.build(
         spec,
-        BuildContext(
-            weights=reader, comms=context.comms, ops=ops, dtype=dtype, device=context.device
+        model_context(
+            spec=spec,
+            plan=plan,
+            weights=reader,
+            comms=context.comms,
+            ops=ops,
+            dtype=dtype,
+            device=device,
+            form=select_format(device, spec.quantization),
+            placements=default_placements(spec, plan),
+            dispatchers=dispatchers,
         ),
     )
     reader.finish()
@@ -144,7 +187,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         spec=spec,
         dtype=dtype,
         shapes=shapes,
-        max_model_len=config.model.max_model_len or spec.max_position_embeddings,
+        max_model_len=max_model_len,
     )
 
 
@@ -152,32 +195,10 @@ def _build_runner(
     config: AppConfig, context: RankContext, loaded: _Loaded, pool: PoolSize, max_model_len: int
 ) -> ModelRunner:
     """Allocate the pool and the slots, build the attention backends and the sampler."""
-    engine, model, device = config.engine, loaded.model, context.device
-    attention_spec = AttentionSpec(
-        num_heads=model.num_heads,
-        num_kv_heads=model.kv.num_kv_heads,
-        head_dim=model.kv.head_dim,
-        scale=model.kv.scale,
-        page_size=engine.page_size,
-        dtype=loaded.dtype,
-        device=device,
-        max_context_tokens=max_model_len,
-    )
-    prefill, decode = (
-        context.plugins.table("attention").create(choice, attention_spec, key=key)
-        for choice, key in (
-            (config.attention.prefill, "attention.prefill"),
-            (config.attention.decode, "attention.decode"),
-        )
-    )
+    engine, device = config.engine, context.device
     return ModelRunner(
-        model=model,
-        ops=loaded.ops,
-        caches=allocate_pool(
-            pool, model.kv, page_size=engine.page_size, dtype=loaded.dtype, device=device
-        ),
-        prefill=prefill,
-        decode=decode,
+        model=loaded.model,
+        attention=_build_attention(config, context, loaded, pool, max_model_len),
         sampler=Sampler(
             max_slots=engine.max_running_requests,
             vocab_size=loaded.spec.vocab_size,
@@ -191,19 +212,56 @@ def _build_runner(
             device=device,
         ),
         comm=context.comms.axes["tp"],
+        plan=context.plan,
+        rank=context.rank,
+        stream=stream_of(loaded.spec, context.plan),
     )
 
 
-def measure_weights(
-    family: ModelFamily, spec: ModelSpec, comms: Comms, dtype: torch.dtype
-) -> ShapeReader:
-    """What this rank is going to hold, without reading any of it."""
-    shapes = ShapeReader(dtype)
-    meta = torch.device("meta")
-    family.build(
-        spec, BuildContext(weights=shapes, comms=comms, ops=TorchOps(), dtype=dtype, device=meta)
+def _build_attention(
+    config: AppConfig, context: RankContext, loaded: _Loaded, pool: PoolSize, max_model_len: int
+) -> AttentionOfRank:
+    """The cache and the backend of each phase, of the kind that the model needs."""
+    model, kv = loaded.model, loaded.model.kv
+    common: dict[str, Any] = {
+        "page_size": config.engine.page_size,
+        "dtype": loaded.dtype,
+        "device": context.device,
+    }
+
+    def backends(spec: AttentionSpec | LatentAttentionSpec) -> Iterator[Any]:
+        table = context.plugins.table(attention_family(loaded.spec))
+        yield table.create(config.attention.prefill, spec, key="attention.prefill")
+        yield table.create(config.attention.decode, spec, key="attention.decode")
+
+    if isinstance(kv, LatentKVShape):
+        prefill, decode = backends(
+            LatentAttentionSpec(
+                num_heads=model.num_heads,
+                nope_dim=kv.nope_dim,
+                rope_dim=kv.rope_dim,
+                value_dim=kv.value_dim,
+                latent_dim=kv.latent_dim,
+                scale=kv.scale,
+                max_context_tokens=max_model_len,
+                **common,
+            )
+        )
+        caches = allocate_latent_pool(pool, kv, **common)
+        return LatentPagedAttention(
+            loaded.ops, caches, kv.value_dim, kv.latent_dim, prefill, decode
+        )
+    prefill, decode = backends(
+        AttentionSpec(
+            num_heads=model.num_heads,
+            num_kv_heads=kv.num_kv_heads,
+            head_dim=kv.head_dim,
+            scale=kv.scale,
+            max_context_tokens=max_model_len,
+            **common,
+        )
     )
-    return shapes
+    return PagedAttention(loaded.ops, allocate_pool(pool, kv, **common), prefill, decode)
 
 
 def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
@@ -215,7 +273,8 @@ def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
 
 
 def _agree_pool(config: AppConfig, context: RankContext, loaded: _Loaded) -> PoolSize:
-    """The smallest pool of any rank: page ids are the same everywhere."""
+    """The smallest pool of any rank: page ids are the same in an attention group, and DP ranks take
+    equally many requests."""
     pool = plan_pool(
         config.engine,
         loaded.model.kv,
@@ -225,7 +284,7 @@ def _agree_pool(config: AppConfig, context: RankContext, loaded: _Loaded) -> Poo
         local_ranks=context.local_ranks,
     )
     mine = torch.tensor([pool.num_pages], dtype=torch.int64, device=context.device)
-    everyone = context.comms.axes["tp"].all_gather(mine, 0)
+    everyone = context.comms.axes["world"].all_gather(mine, 0)
     return PoolSize(int(everyone.min()), pool.page_bytes)
 
 

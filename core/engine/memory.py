@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import Tensor
 
 from core.config import EngineConfig
 from core.errors import ResourceError
 from core.interfaces.attention import LayerKV
-from core.interfaces.model import KVShape
+from core.interfaces.model import KVShape, LatentKVShape
 
 GIB = 1024**3
 # On a CPU the pool competes with everything else on the host, so that it is bounded unless
@@ -53,7 +54,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device, local_ranks: int)
 
 def plan_pool(
     config: EngineConfig,
-    kv: KVShape,
+    kv: KVShape | LatentKVShape,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -65,7 +66,7 @@ def plan_pool(
     Raises ResourceError where the memory does not hold what was asked for, or not a page.
     """
     page_size = config.page_size
-    token_bytes = 2 * kv.num_layers * kv.num_kv_heads * kv.head_dim * dtype.itemsize
+    token_bytes = kv.num_layers * kv.token_values * dtype.itemsize
     page_bytes = token_bytes * page_size
     available = free_bytes(device, local_ranks)
     budget = int(available * config.mem_fraction)
@@ -100,12 +101,28 @@ def allocate_pool(
 ) -> list[LayerKV]:
     """The pool's tensors by layer; contents undefined."""
     shape = (kv.num_layers, 2, size.num_pages, page_size, kv.num_kv_heads, kv.head_dim)
+    pool = _allocate(size, shape, dtype, device)
+    pool[:, :, 0].zero_()  # the scratch page is read by padded rows; it must hold no NaN
+    return [LayerKV(layer[0], layer[1]) for layer in pool]
+
+
+def allocate_latent_pool(
+    size: PoolSize, kv: LatentKVShape, *, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """The pool of a model with latent attention: (N, P, latent + rope) of each layer."""
+    shape = (kv.num_layers, size.num_pages, page_size, kv.token_values)
+    pool = _allocate(size, shape, dtype, device)
+    pool[:, 0].zero_()
+    return list(pool)
+
+
+def _allocate(
+    size: PoolSize, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     try:
-        pool = torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise ResourceError(
             f"no memory for the KV pool of {size.total_bytes / GIB:.2f} GiB on {device}: "
             "lower engine.mem_fraction or engine.kv_cache_tokens"
         ) from error
-    pool[:, :, 0].zero_()  # the scratch page is read by padded rows; it must hold no NaN
-    return [LayerKV(layer[0], layer[1]) for layer in pool]

@@ -8,6 +8,16 @@ from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 
+# The mesh axes that models and engine communicate over, by the config key that chooses how.
+KIND_OF_AXIS = {
+    "tp": "tp",
+    "dp": "tp",
+    "dense": "tp",
+    "world": "tp",
+    "ep": "ep",
+    "tp_expert": "ep",
+}
+
 
 def join_ranks(
     config: AppConfig,
@@ -21,11 +31,13 @@ def join_ranks(
 
     An axis of one rank needs no plugin. Raises ResourceError naming ranks that did not come.
     """
-    choices: dict[str, PluginChoice] = {"tp": config.comm.tp}
+    choices: dict[str, tuple[str, PluginChoice]] = {
+        axis: (f"comm.{kind}", getattr(config.comm, kind)) for axis, kind in KIND_OF_AXIS.items()
+    }
     table = plugins.table("comm")
     backends: dict[str, CommBackend] = {
-        axis: table.create(choice, key=f"comm.{axis}")
-        for axis, choice in choices.items()
+        axis: table.create(choice, key=key)
+        for axis, (key, choice) in choices.items()
         if plan.axis_size(axis) > 1
     }
     mesh = open_mesh(

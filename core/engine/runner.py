@@ -1,12 +1,14 @@
 """Runs one step of one rank: stage, forward, sample. Knows nothing of scheduling or sockets.
 
-Every rank of a group runs the same StepPlan. The sampled ids come from rank 0 of the tp axis
-and are broadcast, so ranks cannot diverge. Shape legend: T tokens of the step, R rows whose
-logits are wanted, V vocabulary, E hidden size.
+Every rank of an attention group runs the same AgreedStep, also one without rows of its own. The
+sampled ids come from rank 0 of the tp axis and are broadcast, so ranks cannot diverge. Shape
+legend: T tokens of the step, R rows whose logits are wanted, V vocabulary, E hidden size.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,38 +17,22 @@ from torch import Tensor
 from core.engine.batch import Batch, SlotState, stage, to_device
 from core.engine.logprobs import DeviceLogprobs, prompt_logprobs, sampled_logprobs
 from core.engine.sampler import Sampler
-from core.interfaces.attention import AttentionBackend, LayerKV, SequenceBatch
 from core.interfaces.comm import Communicator
-from core.interfaces.messages import SlotInit, StepPlan, StepResult, TokenLogprobs
-from core.interfaces.model import Model
-from core.interfaces.ops import Ops
+from core.interfaces.messages import (
+    AgreedStep,
+    SlotInit,
+    StepFacts,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from core.interfaces.model import Model, ModelStep
+from core.parallel.layout import Layout
+from core.parallel.plan import Plan
+from core.parallel.rows import StepRows
 
 # Prompt logprobs need logits of every position; so many rows at a time bound their memory.
 PROMPT_LOGPROB_ROWS = 256
-
-
-class StepAttention:
-    """Attention of one step: writes the cache, then runs each phase on its own rows."""
-
-    def __init__(
-        self,
-        ops: Ops,
-        caches: Sequence[LayerKV],
-        kv_slots_T: Tensor,
-        phases: Sequence[tuple[AttentionBackend, SequenceBatch, slice]],
-    ) -> None:
-        self.ops = ops
-        self.caches = caches
-        self.kv_slots_T = kv_slots_T
-        self.phases = [(backend, backend.plan(batch), rows) for backend, batch, rows in phases]
-
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        cache = self.caches[layer]
-        self.ops.write_kv(k_TGD, v_TGD, cache.k_NPGD, cache.v_NPGD, self.kv_slots_T)
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        for backend, plan, rows in self.phases:
-            backend.forward(plan, cache, q_THD[rows], out_THD[rows])
-        return out_THD
 
 
 @dataclass(slots=True)
@@ -82,101 +68,153 @@ class PendingStep:
         return StepResult(token_ids=self.ids_R.tolist(), logprobs=chosen, prompt_logprobs=prompts)
 
 
+class AttentionOfRank(Protocol):
+    """The caches and attention backends of a rank (core.engine.step_attention)."""
+
+    def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep: ...
+
+
 class ModelRunner:
-    """One rank's model, caches and sampler, stepped by plans."""
+    """One rank's model, caches and sampler, stepped by what the DP ranks agreed on."""
 
     def __init__(
         self,
         *,
         model: Model,
-        ops: Ops,
-        caches: Sequence[LayerKV],
-        prefill: AttentionBackend,
-        decode: AttentionBackend,
+        attention: AttentionOfRank,
         sampler: Sampler,
         state: SlotState,
         comm: Communicator,
+        plan: Plan,
+        rank: int,
+        stream: Layout,
     ) -> None:
+        """`comm` is that of the tp axis; `stream` as the model was built with."""
         self.model = model
-        self.ops = ops
-        self.caches = caches
-        self.prefill = prefill
-        self.decode = decode
+        self.attention = attention
         self.sampler = sampler
         self.state = state
         self.comm = comm
+        self.plan = plan
+        self.rank = rank
+        self.stream = stream
         self.slots: dict[int, SlotInit] = {}  # the request in each slot
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> PendingStep:
+    def launch(self, step: AgreedStep) -> PendingStep:
         """Start a step. On a GPU this returns before the device is done."""
+        plan, facts = step.plan, step.facts
         for init in plan.inits:
             self.slots[init.slot] = init
         self.sampler.init_slots(plan.inits)
         self.state.update(plan)
-        batch = stage(plan, self.state)
+        rows = self._rows(facts.rows)
+        cut = self.stream is Layout.ROWS
+        batch = stage(plan, self.state, rows.num_padded if cut else rows.num_real)
         hidden_TE = self.model.forward(
-            batch.input_ids_T, batch.positions_T, self._attention(plan, batch)
+            batch.input_ids_T,
+            batch.positions_T,
+            self.attention.step(batch, rows, "prefill" if facts.has_prefill else "decode"),
         )
-        step = PendingStep(torch.empty(0, dtype=torch.int64, device=hidden_TE.device))
-        self._prompt_logprobs(plan, batch, hidden_TE, step)
-        rows = [row for row, samples in enumerate(plan.samples) if samples]
-        if rows:
-            self._sample(plan, batch, rows, hidden_TE, step)
-        return step
+        pending = PendingStep(torch.empty(0, dtype=torch.int64, device=hidden_TE.device))
+        self._prompt_logprobs(plan, facts, batch, hidden_TE, pending)
+        if any(facts.samples):
+            self._sample(plan, facts, batch, hidden_TE, pending)
+        return pending
 
-    def _attention(self, plan: StepPlan, batch: Batch) -> StepAttention:
-        phases: list[tuple[AttentionBackend, SequenceBatch, slice]] = []
-        if batch.decode is not None:
-            phases.append((self.decode, batch.decode, slice(0, plan.num_decodes)))
-        if batch.prefill is not None:
-            phases.append((self.prefill, batch.prefill, slice(plan.num_decodes, None)))
-        return StepAttention(self.ops, self.caches, batch.kv_slots_T, phases)
+    def _rows(self, by_dp: Sequence[int]) -> StepRows:
+        return StepRows(self.plan, self.rank, tuple(by_dp))
 
     def _sample(
-        self, plan: StepPlan, batch: Batch, rows: list[int], hidden_TE: Tensor, step: PendingStep
+        self,
+        plan: StepPlan,
+        facts: StepFacts,
+        batch: Batch,
+        hidden_TE: Tensor,
+        pending: PendingStep,
     ) -> None:
         """Choose the next token of each sampling row and store it where the next step reads."""
+        rows = [row for row, samples in enumerate(plan.samples) if samples]
         slots = [plan.slots[row] for row in rows]
         positions = [plan.starts[row] + plan.lengths[row] for row in rows]
         packed = np.array([batch.row_ends[rows] - 1, slots, positions], dtype=np.int64)
         last_R, slots_R, positions_R = to_device(packed, self.state.device)
         if len(rows) != hidden_TE.shape[0]:
             hidden_TE = hidden_TE[last_R]
-        logits_RV = self.model.logits(hidden_TE)
+        logits_RV = self.model.logits(hidden_TE, self._rows(facts.samples))
+        if not rows:
+            return
         if self.comm.rank == 0:
             sample_plan = self.sampler.plan(slots, positions)
-            step.ids_R = self.sampler.sample(sample_plan, logits_RV, self.state.tokens_SL)
-            self._sampled_logprobs(slots, logits_RV, step)
+            pending.ids_R = self.sampler.sample(sample_plan, logits_RV, self.state.tokens_SL)
+            self._sampled_logprobs(slots, logits_RV, pending)
         else:
-            step.ids_R = torch.empty(len(rows), dtype=torch.int64, device=logits_RV.device)
-        step.ids_R = self.comm.broadcast(step.ids_R, 0)
-        self.state.tokens_SL[slots_R, positions_R] = step.ids_R.to(torch.int32)
+            pending.ids_R = torch.empty(len(rows), dtype=torch.int64, device=logits_RV.device)
+        pending.ids_R = self.comm.broadcast(pending.ids_R, 0)
+        self.state.tokens_SL[slots_R, positions_R] = pending.ids_R.to(torch.int32)
 
-    def _sampled_logprobs(self, slots: list[int], logits_RV: Tensor, step: PendingStep) -> None:
+    def _sampled_logprobs(self, slots: list[int], logits_RV: Tensor, pending: PendingStep) -> None:
         wanted = [self.slots[slot].sampling.logprobs for slot in slots]
-        step.logprob_rows = [index for index, top in enumerate(wanted) if top is not None]
-        if step.logprob_rows:
-            step.logprobs = sampled_logprobs(logits_RV, step.ids_R, wanted)
+        pending.logprob_rows = [index for index, top in enumerate(wanted) if top is not None]
+        if pending.logprob_rows:
+            pending.logprobs = sampled_logprobs(logits_RV, pending.ids_R, wanted)
 
     def _prompt_logprobs(
-        self, plan: StepPlan, batch: Batch, hidden_TE: Tensor, step: PendingStep
+        self,
+        plan: StepPlan,
+        facts: StepFacts,
+        batch: Batch,
+        hidden_TE: Tensor,
+        pending: PendingStep,
     ) -> None:
-        """Logprobs of the prompt tokens that follow each computed prompt position."""
+        """Logprobs of the prompt tokens that follow each computed prompt position.
+
+        The positions of all rows are taken together, a piece at a time: every DP rank computes
+        equally many pieces, some of them perhaps without a row.
+        """
+        most = max(facts.logprob_rows)
+        if most == 0:
+            return
+        wanted = self._prompt_positions(plan, batch)
+        assert len(wanted) == plan.num_logprob_rows, (len(wanted), plan.num_logprob_rows)
+        for first in range(0, most, PROMPT_LOGPROB_ROWS):
+            counts = [min(max(n - first, 0), PROMPT_LOGPROB_ROWS) for n in facts.logprob_rows]
+            piece = wanted[first : first + PROMPT_LOGPROB_ROWS]
+            packed = np.array([w[1:] for w in piece], dtype=np.int64).reshape(-1, 3).T
+            at_R, slots_R, next_R = to_device(np.ascontiguousarray(packed), self.state.device)
+            logits_RV = self.model.logits(hidden_TE[at_R], self._rows(counts))
+            if self.comm.rank == 0 and piece:
+                next_ids = self.state.tokens_SL[slots_R, next_R].long()
+                self._keep_prompt_logprobs(plan, piece, logits_RV, next_ids, pending)
+
+    def _prompt_positions(self, plan: StepPlan, batch: Batch) -> list[tuple[int, int, int, int]]:
+        """(row of the plan, row of the hidden states, slot, position of the token predicted)."""
+        wanted = []
         for row in range(plan.num_decodes, len(plan.slots)):
             init = self.slots[plan.slots[row]]
-            top = init.sampling.prompt_logprobs
-            if top is None:
+            if init.sampling.prompt_logprobs is None:
                 continue
             start, length = plan.starts[row], plan.lengths[row]
             first = int(batch.row_ends[row]) - length
             # The last prompt position predicts the first answer token, which is not a prompt's.
             count = min(length, init.num_prompt - 1 - start)
-            pieces = step.prompt_logprobs.setdefault(row, [])
-            for done in range(0, count, PROMPT_LOGPROB_ROWS):
-                size = min(PROMPT_LOGPROB_ROWS, count - done)
-                logits_TV = self.model.logits(hidden_TE[first + done : first + done + size])
-                next_at = start + done + 1
-                next_ids = self.state.tokens_SL[init.slot, next_at : next_at + size].long()
-                if self.comm.rank == 0:
-                    pieces.append(prompt_logprobs(logits_TV, next_ids, top))
+            wanted += [(row, first + i, init.slot, start + i + 1) for i in range(count)]
+        return wanted
+
+    def _keep_prompt_logprobs(
+        self,
+        plan: StepPlan,
+        piece: Sequence[tuple[int, int, int, int]],
+        logits_RV: Tensor,
+        next_ids: Tensor,
+        pending: PendingStep,
+    ) -> None:
+        start = 0
+        for row, members in itertools.groupby(piece, key=lambda w: w[0]):
+            stop = start + len(list(members))
+            top = self.slots[plan.slots[row]].sampling.prompt_logprobs
+            assert top is not None
+            pending.prompt_logprobs.setdefault(row, []).append(
+                prompt_logprobs(logits_RV[start:stop], next_ids[start:stop], top)
+            )
+            start = stop

@@ -25,7 +25,7 @@ def gather_rows(comm: Communicator, x_T: Tensor, counts: Sequence[int]) -> Tenso
     if padding_pays(counts):
         padded = x_T.new_zeros(most, *x_T.shape[1:])
         padded[: x_T.shape[0]] = x_T
-        parts = comm.all_gather(padded, 0).split(most)
+        parts = comm.all_gather(padded, 0).unflatten(0, (comm.size, most))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     whole_A = x_T.new_zeros(total, *x_T.shape[1:])
     first = sum(counts[: comm.rank])
@@ -44,7 +44,7 @@ def scatter_rows(comm: Communicator, partial_A: Tensor, counts: Sequence[int]) -
     mine = counts[comm.rank]
     if padding_pays(counts):
         padded = partial_A.new_zeros(comm.size, most, *partial_A.shape[1:])
-        for place, part in zip(padded, partial_A.split(list(counts)), strict=True):
+        for place, part in zip(padded, partial_A.split_with_sizes(list(counts)), strict=True):
             place[: part.shape[0]] = part
         return comm.reduce_scatter(padded.flatten(0, 1))[:mine]
     first = sum(counts[: comm.rank])

@@ -6,20 +6,21 @@ size, H and G this rank's query and KV heads, F = H + 2G, D head dimension, C po
 
 from torch import Tensor
 
-from core.interfaces.attention import AttentionStep
-from core.interfaces.model import BuildContext
+from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.decoder_spec import DecoderSpec
-from core.layers.linear import LinearPart, RowLinear, column_linear
+from core.layers.decoder_spec import GroupedQuerySizes
+from core.layers.linear import LinearPart, column_linear, row_linear
 from core.layers.norm import RMSNorm
+from core.layers.row_exchange import row_exchange
 from core.parallel.sharding import Sharding
 
 
 class GroupedQueryAttention:
-    """(T, E) replicated -> (T, E) replicated; whole heads on each rank."""
+    """Rows in the stream's layout -> the same; whole heads on each rank of tp."""
 
     __slots__ = (
         "_cos_sin_CD",
+        "_exchange",
         "_head_dim",
         "_heads",
         "_layer",
@@ -34,40 +35,45 @@ class GroupedQueryAttention:
         self,
         context: BuildContext,
         weights: WeightReader,
-        spec: DecoderSpec,
+        sizes: GroupedQuerySizes,
         layer: int,
         cos_sin_CD: Tensor,
     ) -> None:
-        shards = Sharding.over(context.comms.axes["tp"]).heads(spec.num_heads, spec.num_kv_heads)
-        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        shards = Sharding.over(context.comms.axes["tp"]).heads(sizes.num_heads, sizes.num_kv_heads)
+        q_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         parts = [
             LinearPart("q_proj", q_size, shards.q),
             LinearPart("k_proj", kv_size, shards.kv),
             LinearPart("v_proj", kv_size, shards.kv),
         ]
-        self._qkv = column_linear(context, weights, parts, spec.hidden_size, bias=spec.qkv_bias)
-        self._output = RowLinear(
-            context, weights, "o_proj", spec.hidden_size, q_size, bias=spec.output_bias
+        self._qkv = column_linear(context, weights, parts, sizes.hidden_size, bias=sizes.qkv_bias)
+        self._output = row_linear(
+            context, weights, "o_proj", sizes.hidden_size, q_size, bias=sizes.output_bias
         )
+        self._exchange = row_exchange(context, "tp")
         self._norms = _NoHeadNorms()
-        if spec.qk_norm:
+        if sizes.qk_norm:
             self._norms = _HeadNorms(
-                RMSNorm(context, weights, "q_norm", spec.head_dim, spec.norm_eps),
-                RMSNorm(context, weights, "k_norm", spec.head_dim, spec.norm_eps),
+                RMSNorm(context, weights, "q_norm", sizes.head_dim, sizes.norm_eps),
+                RMSNorm(context, weights, "k_norm", sizes.head_dim, sizes.norm_eps),
             )
         self._heads = (shards.num_heads, shards.num_kv_heads, shards.num_kv_heads)
         self._num_merged_heads = sum(self._heads)
-        self._head_dim = spec.head_dim
+        self._head_dim = sizes.head_dim
         self._cos_sin_CD = cos_sin_CD
         self._layer = layer
         self._ops = context.ops
 
-    def __call__(self, x_TE: Tensor, positions_T: Tensor, attention: AttentionStep) -> Tensor:
+    def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        if not step.rows.num_real:  # the same on all ranks of tp: this DP rank is idle
+            return x_TE
+        x_TE = self._exchange.gather(x_TE, step.rows)
         qkv_TFD = self._qkv(x_TE).view(x_TE.shape[0], self._num_merged_heads, self._head_dim)
         q_THD, k_TGD, v_TGD = qkv_TFD.split_with_sizes(self._heads, dim=1)
         q_THD, k_TGD = self._norms(q_THD, k_TGD)
         q_THD, k_TGD = self._ops.rope(q_THD, k_TGD, self._cos_sin_CD, positions_T)
-        return self._output(attention.attend(self._layer, q_THD, k_TGD, v_TGD).flatten(1))
+        out_THD = step.attention.attend(self._layer, q_THD, k_TGD, v_TGD)
+        return self._exchange.scatter(self._output(out_THD.flatten(1)), step.rows)
 
 
 class _NoHeadNorms:

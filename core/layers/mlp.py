@@ -1,15 +1,16 @@
-"""The gated SiLU MLP: down(silu(gate(x)) * up(x)), cut along the intermediate size over tp."""
+"""The gated SiLU MLP: down(silu(gate(x)) * up(x)), cut along the intermediate size over an axis."""
 
 from torch import Tensor
 
-from core.interfaces.model import BuildContext
+from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.linear import LinearPart, RowLinear, column_linear
+from core.layers.linear import LinearPart, column_linear, row_linear
+from core.layers.row_exchange import row_exchange
 from core.parallel.sharding import Sharding
 
 
-class GatedMLP:
-    """(T, E) replicated -> (T, E) replicated."""
+class PartialMLP:
+    """(T, E) -> (T, E), a part of the sum over the ranks of `axis`."""
 
     __slots__ = ("_down", "_gate_up", "_ops")
 
@@ -21,14 +22,39 @@ class GatedMLP:
         intermediate_size: int,
         *,
         bias: bool,
+        axis: str,
     ) -> None:
-        shard = Sharding.over(context.comms.axes["tp"]).equal(0)
+        shard = Sharding.over(context.comms.axes[axis]).equal(0)
         parts = [LinearPart(name, intermediate_size, shard) for name in ("gate_proj", "up_proj")]
         self._gate_up = column_linear(context, weights, parts, hidden_size, bias=bias)
-        self._down = RowLinear(
-            context, weights, "down_proj", hidden_size, intermediate_size, bias=bias
+        self._down = row_linear(
+            context, weights, "down_proj", hidden_size, intermediate_size, bias=bias, axis=axis
         )
         self._ops = context.ops
 
     def __call__(self, x_TE: Tensor) -> Tensor:
         return self._down(self._ops.silu_and_mul(self._gate_up(x_TE)))
+
+
+class GatedMLP:
+    """Rows in the stream's layout -> the same; computed by the ranks of the axis "dense"."""
+
+    __slots__ = ("_exchange", "_mlp")
+
+    def __init__(
+        self,
+        context: BuildContext,
+        weights: WeightReader,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
+    ) -> None:
+        self._mlp = PartialMLP(
+            context, weights, hidden_size, intermediate_size, bias=bias, axis="dense"
+        )
+        self._exchange = row_exchange(context, "dense")
+
+    def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
+        rows = step.rows
+        return self._exchange.scatter(self._mlp(self._exchange.gather(x_TE, rows)), rows)

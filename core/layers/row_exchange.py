@@ -48,7 +48,7 @@ class _Replicated:
         return x
 
     def scatter(self, partial: Tensor, rows: StepRows) -> Tensor:
-        return self._comm.all_reduce(partial)
+        return self._comm.all_reduce(partial) if partial.shape[0] else partial
 
 
 class _SharedOut:

@@ -1,0 +1,152 @@
+"""Builds one rank's part of a model for a plan: what it is built from, and what it would hold.
+
+Knows nothing of requests, pools or processes. Used with real communicators to load, and with mere
+places (`core.interfaces.comm.places`) to measure any rank of any plan without weights.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from core.config import AppConfig, EngineConfig
+from core.interfaces.comm import Comms, places
+from core.interfaces.model import BuildContext, ExpertContext, ModelFamily, ModelSpec
+from core.interfaces.moe_a2a import A2ASpec, Dispatcher
+from core.interfaces.ops import Ops
+from core.interfaces.weights import WeightFormat, WeightReader
+from core.kernels.torch_ops import TorchOps
+from core.kernels.weight_formats import select_format
+from core.loading.reader import ShapeReader
+from core.parallel.experts import LayerPlacement, default_placement
+from core.parallel.layout import Layout
+from core.parallel.plan import Plan
+from core.plugin_manager import PluginManager
+
+PHASES = ("prefill", "decode")
+META = torch.device("meta")
+
+
+def stream_of(spec: ModelSpec, plan: Plan) -> Layout:
+    """How rows lie over tp between blocks: cut where other ranks' rows come in anyway."""
+    shares_experts = spec.moe is not None and (plan.dp > 1 or plan.ep > 1)
+    shares_dense = plan.axis_size("dense") > plan.tp_attn
+    return Layout.ROWS if shares_experts or shares_dense else Layout.REPLICATED
+
+
+def head_axis_of(plan: Plan) -> str:
+    """The ranks that share the output head."""
+    return "tp" if plan.dp_lm_head else "world"
+
+
+def default_placements(spec: ModelSpec, plan: Plan) -> dict[int, LayerPlacement]:
+    """Every MoE layer's experts in order."""
+    if spec.moe is None:
+        return {}
+    placement = default_placement(spec.moe.num_experts, plan.ep, plan.redundant_experts)
+    return dict.fromkeys(spec.moe.layers, placement)
+
+
+def model_context(
+    *,
+    spec: ModelSpec,
+    plan: Plan,
+    weights: WeightReader,
+    comms: Comms,
+    ops: Ops,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: WeightFormat,
+    placements: Mapping[int, LayerPlacement],
+    dispatchers: Mapping[str, Dispatcher],
+) -> BuildContext:
+    """What the model of a rank is built from."""
+    return BuildContext(
+        weights=weights,
+        comms=comms,
+        ops=ops,
+        dtype=dtype,
+        device=device,
+        format=form,
+        stream=stream_of(spec, plan),
+        head_axis=head_axis_of(plan),
+        experts=(
+            ExpertContext(placements=placements, dispatchers=dispatchers) if spec.moe else None
+        ),
+    )
+
+
+def measure_rank(
+    family: ModelFamily,
+    spec: ModelSpec,
+    plan: Plan,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ShapeReader:
+    """What a rank of a plan would hold on a device of that type, without reading any of it."""
+    shapes = ShapeReader(dtype)
+    family.build(
+        spec,
+        model_context(
+            spec=spec,
+            plan=plan,
+            weights=shapes,
+            comms=places(plan, rank),
+            ops=TorchOps(),
+            dtype=dtype,
+            device=META,
+            form=select_format(device, spec.quantization),
+            placements=default_placements(spec, plan),
+            dispatchers={},
+        ),
+    )
+    return shapes
+
+
+def build_dispatchers(
+    config: AppConfig,
+    plugins: PluginManager,
+    spec: ModelSpec,
+    plan: Plan,
+    comms: Comms,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> dict[str, Dispatcher]:
+    """The chosen moe_a2a plugin of each phase; made before weights are read, because their
+    buffers may not fit. Empty for a model without experts."""
+    if spec.moe is None:
+        return {}
+    rows = _most_rows(config.engine, plan, max_model_len)
+    fp8 = spec.quantization is not None and device.type == "cuda"
+    return {
+        phase: plugins.table("moe_a2a").create(
+            getattr(config.moe_a2a, phase),
+            A2ASpec(
+                comm=comms.axes["ep"],
+                num_experts=spec.moe.num_experts + plan.redundant_experts,
+                top_k=spec.moe.top_k,
+                hidden_size=spec.hidden_size,
+                dtype=dtype,
+                device=device,
+                max_rows=rows[phase],
+                phase=phase,
+                fp8=fp8,
+            ),
+            key=f"moe_a2a.{phase}",
+        )
+        for phase in PHASES
+    }
+
+
+def _most_rows(engine: EngineConfig, plan: Plan, max_model_len: int) -> dict[str, int]:
+    """Rows one rank may enter a dispatch with: its part of its DP rank's tokens, and those of the
+    ranks that it shares experts with."""
+    decode = engine.max_running_requests
+    prompts = engine.max_prefill_tokens
+    if engine.chunked_prefill_size == -1:
+        prompts = max(prompts, max_model_len)  # one prompt may exceed the budget of a step
+    tokens = {"prefill": prompts + decode, "decode": decode}
+    return {phase: -(-number // plan.tp_attn) * plan.tp_expert for phase, number in tokens.items()}
