@@ -27,6 +27,9 @@ BUILTIN_PLUGINS = (
     "plugins.parallel",
     "plugins.models.llama",
     "plugins.models.qwen3",
+    "plugins.models.qwen3_moe",
+    "plugins.models.mixtral",
+    "plugins.models.deepseek",
     "plugins.frontends.openai",
     "plugins.launchers",
 )

@@ -1,0 +1,67 @@
+"""The Mixtral family: Mistral's attention, and experts in every layer.
+
+Source: transformers' `modeling_mixtral.py`. Does not import torch until a model is built.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from core.hookspecs import NoOptions, Registration, hookimpl
+from core.layers.config_reader import ConfigReader
+from core.layers.decoder_config import (
+    check_routing,
+    parse_decoder,
+    parse_grouped_query,
+    refuse_sliding_window,
+)
+from core.layers.decoder_family import DecoderFamily
+from core.layers.decoder_spec import DecoderSpec
+from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec, Routing
+
+DEFAULT_ROPE_THETA = 1e6  # of configs that don't say it; other families mean 10000
+
+
+class MixtralFamily(DecoderFamily):
+    """Mixtral 8x7B and 8x22B."""
+
+    def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
+        """Read a Mixtral config.json."""
+        refuse_sliding_window(hf_config, default_on=True)
+        config = ConfigReader(hf_config)
+        routing = Routing(
+            top_k=config.size("num_experts_per_tok", 2), scoring="softmax", normalise=True
+        )
+        num_experts = config.size("num_local_experts", 8)
+        check_routing(routing, num_experts)
+        theta = hf_config.get("rope_theta") or DEFAULT_ROPE_THETA
+        return parse_decoder(
+            {**hf_config, "rope_theta": theta},
+            architecture="MixtralForCausalLM",
+            attention=parse_grouped_query(hf_config, qkv_bias=False, output_bias=False),
+            experts=MoELayerSpec(
+                hidden_size=config.size("hidden_size"),
+                num_experts=num_experts,
+                expert_intermediate_size=config.size("intermediate_size"),
+                routing=routing,
+                block="block_sparse_moe",
+                names=MIXTRAL_NAMES,
+            ),
+            expert_layers=tuple(range(config.size("num_hidden_layers"))),
+        )
+
+
+def family(options: NoOptions) -> MixtralFamily:
+    """Factory of "MixtralForCausalLM"."""
+    return MixtralFamily()
+
+
+@hookimpl
+def register_model() -> Sequence[Registration]:
+    """The family of this module."""
+    return [
+        Registration(
+            name="MixtralForCausalLM",
+            factory="plugins.models.mixtral:family",
+            summary="Mixtral",
+        ),
+    ]
