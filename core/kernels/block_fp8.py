@@ -48,8 +48,8 @@ def quantize(weight_OI: Tensor) -> BlockFp8:
 def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of any shape before their last dimension: (values in fp8, float32 scales with
     ceil(E / 128) columns)."""
-    size = x_TE.shape[-1]
-    padded = F.pad(x_TE.float(), (0, num_blocks(size) * BLOCK - size)).unflatten(-1, (-1, BLOCK))
+    size, blocks = x_TE.shape[-1], num_blocks(x_TE.shape[-1])
+    padded = F.pad(x_TE.float(), (0, blocks * BLOCK - size)).view(*x_TE.shape[:-1], blocks, BLOCK)
     scales_TC = _scales(padded.abs().amax(-1))
     values = (padded / scales_TC.unsqueeze(-1)).to(FP8).flatten(-2)
     return values[..., :size].contiguous(), scales_TC
