@@ -25,7 +25,8 @@ import msgspec
 from core.cluster.boot import FrontendBoot, Served
 from core.cluster.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, ModelConfig
-from core.interfaces.control import ChildStatus, Endpoints, Failed, ModelFiles, Ready
+from core.interfaces.control import ChildStatus, Failed, ModelFiles, Ready
+from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import byte_level, write_folder
 
 GOAL_TOKENS_PER_S = 20_000
@@ -36,13 +37,11 @@ class Stack:
 
     def __init__(self, folder: Path, steps_per_second: float, tokenizer_dir: Path) -> None:
         self._cores = sorted(os.sched_getaffinity(0))
-        self.endpoints = Endpoints(
-            engine_input=f"ipc://{folder}/in", engine_output=f"ipc://{folder}/out", plans=[]
-        )
+        self.endpoints = endpoints_in(folder)
         self._engine = subprocess.Popen(
             [
                 sys.executable, "-m", "tests.support.fake_engine",
-                "--input", self.endpoints.engine_input, "--output", self.endpoints.engine_output,
+                "--endpoint", self.endpoints.engine,
                 "--token-ids", ",".join(map(str, whole_tokens())),
                 "--steps-per-second", str(steps_per_second),
             ],

@@ -40,7 +40,7 @@ def start(config: AppConfig, plugins: PluginManager) -> int:
     resolved = resolve(config, plugins, files, machine.device)
     placements = launcher.placements(resolved.plan, machine)
     display.num_workers = len(placements)
-    with RunDirectory(len(placements)) as run_directory:
+    with RunDirectory(resolved.plan.dp) as run_directory:
         supervisor = Supervisor(
             [
                 _frontend(resolved, run_directory),

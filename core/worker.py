@@ -1,7 +1,7 @@
 """The worker process: one rank of the engine. Started by the supervisor, never by hand.
 
-Rank 0 schedules and talks to the frontend; the others run the plans it sends. torch is imported
-inside `run`, so that its seconds are reported as a phase.
+The leader of each DP rank schedules and talks to the frontend; the others run the steps it sends.
+torch is imported inside `run`, so that its seconds are reported as a phase.
 """
 
 import gc
@@ -37,14 +37,12 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     def on_phase(name: str, seconds: float) -> None:
         channel.send(Phase(name, seconds))
 
-    import zmq
-
     from core.engine.build import RankContext, build_rank
     from core.engine.device import open_device
-    from core.engine.loop import EngineLoop, follow
-    from core.engine.mailbox import ZmqInbox, ZmqOutbox, ZmqPlanReceiver, ZmqPlanSender
+    from core.engine.links import open_links
     from core.engine.ranks import join_ranks
     from core.plugin_manager import PluginManager
+    from core.wire import Wire
 
     device = open_device(boot.device, boot.num_threads)
     plugins = PluginManager.load(boot.config.plugins.blocklist)
@@ -54,17 +52,23 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.rendezvous, device)
     on_phase("join ranks", time.monotonic() - start)
 
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    leader = boot.rank == 0
-    # Bound before the long work, so that a peer's first message finds the socket.
-    inbox = ZmqInbox(context, boot.endpoints.engine_input) if leader else None
-    plans = None if leader else ZmqPlanReceiver(context, boot.endpoints.plans[boot.rank])
+    # Bound before the long work, so that an address that is taken is found now.
+    launch = boot.config.launch
+    links = open_links(
+        Wire(boot.endpoints.key),
+        boot.endpoints,
+        boot.plan,
+        boot.rank,
+        step_timeout_s=launch.step_timeout_s,
+    )
 
     rank = build_rank(
         boot.config,
         RankContext(
             plugins=plugins,
             files=boot.files,
+            plan=boot.plan,
+            rank=boot.rank,
             comms=comms,
             device=device,
             local_ranks=boot.local_ranks,
@@ -77,17 +81,9 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     gc.collect()
     gc.freeze()  # nothing made until here is garbage: keep it out of every collection
     gc.set_threshold(20_000, 20, 50)
+    links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
-    if plans is not None:
-        follow(rank.launcher, plans)
-    assert inbox is not None
-    EngineLoop(
-        scheduler=rank.scheduler,
-        launcher=rank.launcher,
-        inbox=inbox,
-        outbox=ZmqOutbox(context, boot.endpoints.engine_output),
-        followers=ZmqPlanSender(context, boot.endpoints.plans[1:]),
-    ).run()
+    links.serve(rank.scheduler, rank.launcher)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ _MAX_SOCKET_PATH_BYTES = 107  # sun_path in <sys/un.h> holds 108 with its end
 class RunDirectory:
     """A new folder (mode 0700) for one run; a context manager that removes it at the end."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_dp: int) -> None:
         """Make it under $XDG_RUNTIME_DIR, the temporary folder or /tmp: the first that can be
         written and leaves room for a socket's name. Raises ResourceError where none does."""
-        self._num_ranks = num_ranks
+        self._num_dp = num_dp
         refused = []
         for parent in _parents():
             try:
@@ -61,16 +61,16 @@ class RunDirectory:
 
     def endpoints(self) -> Endpoints:
         """The addresses of this run's sockets."""
-        engine_input, engine_output, *plans = (f"ipc://{path}" for path in self._socket_paths())
-        return Endpoints(engine_input=engine_input, engine_output=engine_output, plans=plans)
+        engine, lockstep, *plans = (f"ipc://{path}" for path in self._socket_paths())
+        return Endpoints(engine=engine, lockstep=lockstep, plans=plans, store=str(self.rendezvous))
 
     def remove(self) -> None:
         """Delete it with all it holds; again is no error."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _socket_paths(self) -> list[Path]:
-        plans = [f"plan-{rank}" for rank in range(self._num_ranks)]
-        return [self.path / name for name in ("engine-input", "engine-output", *plans)]
+        plans = [f"plans-{dp_rank}" for dp_rank in range(self._num_dp)]
+        return [self.path / name for name in ("engine", "lockstep", *plans)]
 
 
 def _parents() -> list[str]:

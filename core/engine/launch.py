@@ -4,28 +4,41 @@ On a CPU one thread does all the computing while the scheduler works in another;
 stream does. Either keeps order: a step runs when the one before it is done.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 import torch
 
-from core.engine.runner import ModelRunner
-from core.interfaces.messages import StepPlan, StepResult
+from core.engine.runner import ModelRunner, PendingStep
+from core.interfaces.messages import AgreedStep, StepResult
 
 T = TypeVar("T")
 Wait = Callable[[], StepResult]  # blocks until the step's tokens are on the host
 
 
+class LaunchedStep(Protocol):
+    """A step under way. A future is one."""
+
+    def done(self) -> bool:
+        """Whether it ended, well or not; does not wait."""
+        ...
+
+    def result(self) -> StepResult:
+        """Blocks until the step's tokens are on the host; raises what the step raised."""
+        ...
+
+
 class Launcher(Protocol):
-    """Builds a runner and starts its steps. `launch` returns a function that waits for the
-    result; work handed over earlier is done first."""
+    """Builds a runner and starts its steps; work handed over earlier is done first."""
 
     def run(self, work: Callable[[], T]) -> T:
         """Do something where steps are run; blocks."""
         ...
 
-    def launch(self, runner: ModelRunner, plan: StepPlan) -> Wait: ...
+    def launch(self, runner: ModelRunner, step: AgreedStep) -> LaunchedStep: ...
 
 
 class ThreadLauncher:
@@ -42,8 +55,23 @@ class ThreadLauncher:
     def run(self, work: Callable[[], T]) -> T:
         return self._thread.submit(work).result()
 
-    def launch(self, runner: ModelRunner, plan: StepPlan) -> Wait:
-        return self._thread.submit(lambda: runner.launch(plan).to_host()).result
+    def launch(self, runner: ModelRunner, step: AgreedStep) -> LaunchedStep:
+        return self._thread.submit(lambda: runner.launch(step).to_host())
+
+
+class _StreamStep:
+    """A step on a CUDA stream: `event` comes after the copy of its tokens to `pending`."""
+
+    def __init__(self, pending: PendingStep, event: torch.cuda.Event) -> None:
+        self._pending = pending
+        self._event = event
+
+    def done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> StepResult:
+        self._event.synchronize()
+        return self._pending.to_host()
 
 
 class StreamLauncher:
@@ -56,16 +84,11 @@ class StreamLauncher:
     def run(self, work: Callable[[], T]) -> T:
         return work()
 
-    def launch(self, runner: ModelRunner, plan: StepPlan) -> Wait:
-        pending = runner.launch(plan).copy_async()
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-
-        def wait() -> StepResult:
-            done.synchronize()
-            return pending.to_host()
-
-        return wait
+    def launch(self, runner: ModelRunner, step: AgreedStep) -> LaunchedStep:
+        pending = runner.launch(step).copy_async()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return _StreamStep(pending, event)
 
 
 def select_launcher(device: torch.device) -> Launcher:
@@ -74,11 +97,39 @@ def select_launcher(device: torch.device) -> Launcher:
 
 
 class StepLauncher:
-    """Starts the steps of one runner."""
+    """Starts the steps of one runner, and counts them for those who watch whether it moves."""
 
     def __init__(self, launcher: Launcher, runner: ModelRunner) -> None:
         self._launcher = launcher
         self._runner = runner
+        self._lock = threading.Lock()  # guards what follows
+        self._running: deque[LaunchedStep] = deque()
+        self._launched = 0
+        self._finished = 0
 
-    def launch(self, plan: StepPlan) -> Wait:
-        return self._launcher.launch(self._runner, plan)
+    @property
+    def launched(self) -> int:
+        """Steps begun to be launched since the start. From any thread."""
+        with self._lock:
+            return self._launched
+
+    @property
+    def finished(self) -> int:
+        """How many of them are done, whether or not somebody waited for them. From any thread."""
+        with self._lock:
+            self._count()
+            return self._finished
+
+    def launch(self, step: AgreedStep) -> Wait:
+        with self._lock:
+            self._launched += 1  # before the launch, which may be what hangs
+            self._count()
+        launched = self._launcher.launch(self._runner, step)
+        with self._lock:
+            self._running.append(launched)
+        return launched.result
+
+    def _count(self) -> None:
+        while self._running and self._running[0].done():
+            self._running.popleft()
+            self._finished += 1

@@ -1,23 +1,28 @@
-"""The engine's loop on the scheduler's rank, and the followers' on the other ranks.
+"""The engine's loop in the leader of each DP rank, and the followers' on the other ranks.
 
-Step n+1 is planned and launched before step n's tokens are on the host. Knows nothing of sockets:
-it is given an inbox, an outbox and the ranks' plan channels.
+Step n+1 is planned and launched before step n's tokens are on the host. With several DP ranks
+every turn is agreed on by all (`core.engine.lockstep`), and a rank without rows runs the step all
+the same. Knows nothing of sockets: it is given an inbox, an outbox and the ranks' channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from core.engine.launch import StepLauncher, Wait
+from core.engine.lockstep import Lockstep, rank_facts, settle
 from core.engine.scheduler import Scheduler
-from core.interfaces.messages import EngineInput, EngineStats, RequestOutput, StepPlan
+from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, RequestOutput, StepPlan
+
+# The plan of a DP rank without rows in a step; schedulers number theirs from 1.
+IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [])
 
 
 class Inbox(Protocol):
     """Where requests come from."""
 
-    def drain(self, *, wait: bool) -> list[EngineInput]:
-        """Every message there is; with `wait`, blocks until there is one."""
+    def drain(self) -> list[EngineInput]:
+        """Every message there is; does not wait."""
         ...
 
 
@@ -28,15 +33,15 @@ class Outbox(Protocol):
 
 
 class PlanSender(Protocol):
-    """Hands each step's plan to the other ranks of the group."""
+    """Hands each step to the other ranks of the leader's group."""
 
-    def send(self, plan: StepPlan) -> None: ...
+    def send(self, step: AgreedStep) -> None: ...
 
 
 class NoFollowers:
     """The plan sender of a group of one rank."""
 
-    def send(self, plan: StepPlan) -> None:
+    def send(self, step: AgreedStep) -> None:
         pass
 
 
@@ -44,12 +49,15 @@ class NoFollowers:
 class RunningStep:
     """A step that was launched and whose tokens were not read yet."""
 
-    plan: StepPlan
+    plan: StepPlan | None  # None: this DP rank has no rows in it
     wait: Wait
 
 
 class EngineLoop:
-    """Scheduler, launcher and mailboxes of one replica."""
+    """Scheduler, launcher and mailboxes of one DP rank.
+
+    `wait_for_work` blocks until the inbox or the lockstep has something; it is called while parked.
+    """
 
     def __init__(
         self,
@@ -59,14 +67,19 @@ class EngineLoop:
         inbox: Inbox,
         outbox: Outbox,
         followers: PlanSender,
+        lockstep: Lockstep,
+        wait_for_work: Callable[[], None],
     ) -> None:
         self.scheduler = scheduler
         self.launcher = launcher
         self.inbox = inbox
         self.outbox = outbox
         self.followers = followers
+        self.lockstep = lockstep
+        self.wait_for_work = wait_for_work
+        self.parked = True  # all DP ranks are, or none
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Serve until the process ends."""
         previous: RunningStep | None = None
         while True:
@@ -74,34 +87,40 @@ class EngineLoop:
 
     def step(self, previous: RunningStep | None) -> RunningStep | None:
         """One turn: admit, launch the next step, then hand out the previous one's tokens."""
-        idle = previous is None and not self.scheduler.has_work
-        if idle:
+        if self.parked:
+            assert previous is None, "parked with a step in flight"
             self.outbox.send([], self.scheduler.stats())
-        outputs = self.scheduler.admit(self.inbox.drain(wait=idle))
+            self.wait_for_work()
+        outputs = self.scheduler.admit(self.inbox.drain())
         running = self._launch()
         if previous is not None:
-            outputs += self.scheduler.commit(previous.plan, previous.wait())
+            result = previous.wait()
+            if previous.plan is not None:
+                outputs += self.scheduler.commit(previous.plan, result)
         self.outbox.send(outputs, self.scheduler.stats())
         return running
 
     def _launch(self) -> RunningStep | None:
         plan = self.scheduler.next_batch()
-        if plan is None:
+        agreement = self.lockstep.agree(plan, busy=self.scheduler.has_work)
+        self.parked = agreement.parks
+        if not agreement.runs:
             return None
-        self.followers.send(plan)
-        return RunningStep(plan, self.launcher.launch(plan))
+        step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)
+        self.followers.send(step)
+        return RunningStep(plan, self.launcher.launch(step))
 
 
 class PlanReceiver(Protocol):
-    """Where a follower's plans come from."""
+    """Where a follower's steps come from."""
 
-    def receive(self) -> StepPlan:
-        """Blocks until the next plan."""
+    def receive(self) -> AgreedStep:
+        """Blocks until the next one."""
         ...
 
 
-def follow(launcher: StepLauncher, plans: PlanReceiver) -> None:
-    """Run what the scheduler's rank decides, until the process ends."""
+def follow(launcher: StepLauncher, plans: PlanReceiver) -> NoReturn:
+    """Run what the group's leader decides, until the process ends."""
     waits: list[Wait] = []
     while True:
         waits.append(launcher.launch(plans.receive()))
@@ -109,7 +128,11 @@ def follow(launcher: StepLauncher, plans: PlanReceiver) -> None:
             waits.pop(0)()
 
 
-def warm_up(launcher: StepLauncher, plans: Sequence[StepPlan]) -> None:
-    """Run steps whose results nobody reads, so that the first request meets warm kernels."""
+def warm_up(launcher: StepLauncher, plans: Sequence[StepPlan], num_dp: int = 1) -> None:
+    """Run steps whose results nobody reads, so that the first request meets warm kernels.
+
+    Every rank calls this with the same plans, which all DP ranks then run at once.
+    """
     for plan in plans:
-        launcher.launch(plan)()
+        everyone = settle([rank_facts(0, plan, busy=True)] * num_dp)
+        launcher.launch(AgreedStep(plan, everyone.facts))()

@@ -1,6 +1,7 @@
-"""The loop's mailboxes over ZeroMQ: msgpack-encoded structs of core.interfaces.messages.
+"""What a rank says and hears over ZeroMQ: requests and outputs, plans, the lockstep.
 
-Sockets are given as endpoints. Binding and connecting sides may start in either order.
+Knows nothing of what is done with them. Sockets belong to the loop's thread; either side of a link
+may start first.
 """
 
 import time
@@ -9,51 +10,41 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
+from core.engine.lockstep import HubMessage, RankFacts
 from core.interfaces.messages import (
+    AgreedStep,
     EngineInput,
     EngineStats,
     RequestOutput,
     StepOutput,
-    StepPlan,
 )
+from core.wire import Socket, Wire, await_answer, await_hellos, say_hello
 
 STATS_INTERVAL_S = 0.25
 # A request is at most a prompt of the longest context, a few bytes a token.
 MAX_INPUT_BYTES = 64 * 1024 * 1024
+MAX_PLAN_BYTES = 256 * 1024 * 1024  # many such prompts can enter in one step
+MAX_FACTS_BYTES = 1024 * 1024
 
 
-class ZmqInbox:
-    """Requests of the frontend; binds `endpoint`."""
+class ZmqMailbox:
+    """A leader's link to the frontend: inbox and outbox. The first gauges tell it we are here."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._socket = context.socket(zmq.PULL)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_INPUT_BYTES)
-        self._socket.bind(endpoint)
+    def __init__(self, wire: Wire, endpoint: str, dp_rank: int) -> None:
+        self.socket = wire.connect(endpoint, str(dp_rank), max_message_bytes=MAX_INPUT_BYTES)
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
-
-    def drain(self, *, wait: bool) -> list[EngineInput]:
-        """Every message there is; with `wait`, blocks until there is one."""
-        messages: list[EngineInput] = []
-        if wait:
-            messages.append(self._decoder.decode(self._socket.recv()))
-        while True:
-            try:
-                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                return messages
-
-
-class ZmqOutbox:
-    """Outputs to the frontend; connects to `endpoint`."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.connect(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
         self._stats: EngineStats | None = None
         self._next_stats_s = 0.0
+
+    def drain(self) -> list[EngineInput]:
+        """Every message there is; does not wait."""
+        messages: list[EngineInput] = []
+        while True:
+            try:
+                messages.append(self._decoder.decode(self.socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
 
     def send(self, outputs: list[RequestOutput], stats: EngineStats) -> None:
         """One message, if there is anything to say: outputs, or gauges that changed."""
@@ -64,35 +55,88 @@ class ZmqOutbox:
             return
         if due:
             self._stats, self._next_stats_s = stats, now + STATS_INTERVAL_S
-        self._socket.send(self._encoder.encode(StepOutput(outputs, stats if due else None)))
+        self.socket.send(self._encoder.encode(StepOutput(outputs, stats if due else None)))
 
 
 class ZmqPlanSender:
-    """Hands each plan to the other ranks of the group; connects to their endpoints."""
+    """Hands each step to the other ranks of the leader's group, who connect here."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) -> None:
+    def __init__(self, wire: Wire, endpoint: str, followers: Sequence[int]) -> None:
+        self._socket = wire.bind(endpoint, max_message_bytes=MAX_FACTS_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
-        self._sockets = []
-        for endpoint in endpoints:
-            socket = context.socket(zmq.PUSH)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.connect(endpoint)
-            self._sockets.append(socket)
+        self._names = [str(rank) for rank in followers]
 
-    def send(self, plan: StepPlan) -> None:
-        data = self._encoder.encode(plan)
-        for socket in self._sockets:
-            socket.send(data)
+    def await_peers(self, timeout_s: float) -> None:
+        """Until every follower is there. Raises ResourceError naming those who are not."""
+        await_hellos(self._socket, self._names, timeout_s=timeout_s, whose="rank")
+
+    def send(self, step: AgreedStep) -> None:
+        data = self._encoder.encode(step)
+        for name in self._names:
+            self._socket.send_multipart([name.encode(), data])
 
 
 class ZmqPlanReceiver:
-    """A follower's plans; binds `endpoint`."""
+    """A follower's steps."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._socket = context.socket(zmq.PULL)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(endpoint)
-        self._decoder = msgspec.msgpack.Decoder(StepPlan)
+    def __init__(self, wire: Wire, endpoint: str, rank: int) -> None:
+        self._socket = wire.connect(endpoint, str(rank), max_message_bytes=MAX_PLAN_BYTES)
+        self._decoder = msgspec.msgpack.Decoder(AgreedStep)
+        say_hello(self._socket)
 
-    def receive(self) -> StepPlan:
+    def await_peers(self, timeout_s: float) -> None:
+        """Until the leader has heard of all its followers. Raises ResourceError."""
+        await_answer(self._socket, timeout_s=timeout_s, whose="the rank that schedules")
+
+    def receive(self) -> AgreedStep:
         return self._decoder.decode(self._socket.recv())
+
+
+class ZmqHubLinks:
+    """The hub's links to the leaders of the other DP ranks, who connect here."""
+
+    def __init__(self, wire: Wire, endpoint: str, num_dp: int, *, answer_s: float) -> None:
+        self.socket = wire.bind(endpoint, max_message_bytes=MAX_FACTS_BYTES)
+        self._names = [str(dp_rank) for dp_rank in range(1, num_dp)]
+        self._answer_s = answer_s
+        self._decoder = msgspec.msgpack.Decoder(RankFacts)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def await_peers(self, timeout_s: float) -> None:
+        """Until every other leader is there. Raises ResourceError naming those who are not."""
+        await_hellos(self.socket, self._names, timeout_s=timeout_s, whose="DP rank")
+
+    def send(self, dp_rank: int, message: HubMessage) -> None:
+        self.socket.send_multipart([str(dp_rank).encode(), self._encoder.encode(message)])
+
+    def receive(self) -> tuple[int, RankFacts]:
+        _wait(self.socket, self._answer_s)
+        name, frame = self.socket.recv_multipart()
+        return int(name), self._decoder.decode(frame)
+
+
+class ZmqHubLink:
+    """Another leader's link to the hub."""
+
+    def __init__(self, wire: Wire, endpoint: str, dp_rank: int, *, answer_s: float) -> None:
+        self.socket = wire.connect(endpoint, str(dp_rank), max_message_bytes=MAX_FACTS_BYTES)
+        self._answer_s = answer_s
+        self._decoder: msgspec.msgpack.Decoder[HubMessage] = msgspec.msgpack.Decoder(HubMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+        say_hello(self.socket)
+
+    def await_peers(self, timeout_s: float) -> None:
+        """Until the hub has heard of all DP ranks. Raises ResourceError."""
+        await_answer(self.socket, timeout_s=timeout_s, whose="the scheduler of DP rank 0")
+
+    def send(self, facts: RankFacts) -> None:
+        self.socket.send(self._encoder.encode(facts))
+
+    def receive(self) -> HubMessage:
+        _wait(self.socket, self._answer_s)
+        return self._decoder.decode(self.socket.recv())
+
+
+def _wait(socket: Socket, timeout_s: float) -> None:
+    if not socket.poll(int(timeout_s * 1000)):
+        raise TimeoutError(f"{timeout_s:g} s passed")

@@ -58,6 +58,7 @@ class _Draft:
     table_slots: list[int] = field(default_factory=list)
     table_columns: list[int] = field(default_factory=list)
     table_pages: list[int] = field(default_factory=list)
+    num_logprob_rows: int = 0
 
     def set_page(self, request: Request, column: int) -> None:
         self.table_slots.append(request.slot)
@@ -250,6 +251,7 @@ class Scheduler:
             table_slots=draft.table_slots,
             table_columns=draft.table_columns,
             table_pages=draft.table_pages,
+            num_logprob_rows=draft.num_logprob_rows,
         )
 
     def _grow_decodes(self, step: int) -> bool:
@@ -339,6 +341,9 @@ class Scheduler:
         draft.starts.append(start)
         draft.lengths.append(length)
         draft.samples.append(samples)
+        if request.sampling.prompt_logprobs is not None:
+            # As the runners do: the last prompt position predicts the first answer token.
+            draft.num_logprob_rows += max(min(end, request.num_prompt - 1) - start, 0)
         for column in self._residents.share(request, draft.step):
             self._table_changes.append((request, column))
         if end == num_known:

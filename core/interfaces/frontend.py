@@ -55,7 +55,12 @@ class Engine(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The latest gauges the engine sent."""
+        """The latest gauges the engine sent, summed over its schedulers."""
+        ...
+
+    @property
+    def stats_by_dp(self) -> Sequence[EngineStats]:
+        """The same of each DP rank's scheduler."""
         ...
 
     @property

@@ -1,16 +1,19 @@
 """The engine over ZeroMQ, as a frontend sees it. Knows nothing of HTTP or of text.
 
-One message of the engine carries a whole step, so the cost per token is what counts: a step is
+Every DP rank has a scheduler; the balancer says which one gets a request. One message of a
+scheduler carries a whole step, so the cost per token is what counts: a step is
 decoded once, each output is put into its request's slot, and a waiting reader is woken through a
 bare future. No tasks, no queues; outputs that wait unread are merged.
 """
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import zmq
+from msgspec.structs import astuple
 
 from core.errors import RequestError, WorkerDied
 from core.interfaces.control import Endpoints
@@ -24,9 +27,12 @@ from core.interfaces.messages import (
     SamplingParams,
     StepOutput,
 )
+from core.serve.balancer import Balancer
+from core.wire import Wire
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 STEPS_PER_WAKEUP = 8  # messages taken before other work of the event loop gets its turn
+UNREACHABLE_S = 2.0  # until a scheduler whose connection is gone counts as dead
 _REFUSALS = {
     EngineState.STARTING: ("the model is still being loaded; try again soon", "engine_starting"),
     EngineState.DRAINING: ("the server is shutting down", "shutting_down"),
@@ -38,36 +44,31 @@ log = logging.getLogger(__name__)
 class ZmqEngine:
     """Implements core.interfaces.frontend.Engine. Lives in one event loop's thread.
 
-    SERVING begins with the parent's word that all workers are ready, or with the engine's first
-    stats, whichever comes first. Which side of a socket starts first does not matter.
+    SERVING begins with the parent's word that all workers are ready, or once every scheduler has
+    sent its gauges, whichever comes first. Which side of a socket starts first does not matter.
     """
 
-    def __init__(self, endpoints: Endpoints, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, endpoints: Endpoints, loop: asyncio.AbstractEventLoop, balancer: Balancer
+    ) -> None:
         self._loop = loop
-        self._context = zmq.Context()
-        self._input = self._socket(zmq.PUSH)
-        self._output = self._socket(zmq.PULL)
-        self._input.connect(endpoints.engine_input)
-        self._output.bind(endpoints.engine_output)
+        self._balancer = balancer
+        self._wire = Wire(endpoints.key)
+        self._socket = self._wire.bind(endpoints.engine, max_message_bytes=MAX_MESSAGE_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepOutput)
         self._streams: dict[str, ZmqStream] = {}
-        self._stats = EngineStats()
+        # By DP rank: what to send once its scheduler is there; None: it is.
+        self._held: list[list[EngineInput] | None] = [[] for _ in endpoints.plans]
+        self._ranks = {str(rank).encode(): rank for rank in range(len(endpoints.plans))}
+        self._stats_by_dp = [EngineStats() for _ in endpoints.plans]
         self._info: dict[str, Any] = {}
         self._state = EngineState.STARTING
         self._cause = ""
         self._idle: asyncio.Future[None] | None = None
-        self._output_fd = int(self._output.getsockopt(zmq.FD))
-        loop.add_reader(self._output_fd, self._on_readable)
+        self._socket_fd = int(self._socket.getsockopt(zmq.FD))
+        loop.add_reader(self._socket_fd, self._on_readable)
         loop.call_soon(self._on_readable)  # the descriptor tells changes only
-
-    def _socket(self, kind: int) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        if kind == zmq.PUSH:
-            socket.setsockopt(zmq.SNDHWM, 0)  # what is under way is limited by the frontend
-        return socket
 
     @property
     def alive(self) -> bool:
@@ -83,7 +84,11 @@ class ZmqEngine:
 
     @property
     def stats(self) -> EngineStats:
-        return self._stats
+        return total_stats(self._stats_by_dp)
+
+    @property
+    def stats_by_dp(self) -> Sequence[EngineStats]:
+        return self._stats_by_dp
 
     @property
     def info(self) -> dict[str, Any]:
@@ -95,9 +100,10 @@ class ZmqEngine:
         if self._state is not EngineState.SERVING:
             raise self._refusal()
         assert request_id not in self._streams, request_id
-        stream = ZmqStream(self, request_id)
-        self._send(Generate(request_id, prompt_ids, sampling))
+        dp_rank = self._balancer.add(request_id, prompt_ids, sampling)
+        stream = ZmqStream(self, request_id, dp_rank)
         self._streams[request_id] = stream
+        self._send(dp_rank, Generate(request_id, prompt_ids, sampling))
         return stream
 
     def engine_ready(self, info: dict[str, Any]) -> None:
@@ -125,17 +131,22 @@ class ZmqEngine:
 
     def fail_all(self, cause: str) -> None:
         """End every open stream with WorkerDied(cause), and its request."""
-        if self.alive and self._streams:
-            self._send(Abort(list(self._streams)))
-        for stream in list(self._streams.values()):
+        streams, self._streams = self._streams, {}
+        by_dp: dict[int, list[str]] = {}
+        for request_id, stream in streams.items():
+            self._balancer.remove(request_id, finished=False)
+            by_dp.setdefault(stream.dp_rank, []).append(request_id)
+        if self.alive:
+            for dp_rank, request_ids in by_dp.items():
+                self._send(dp_rank, Abort(request_ids))
+        for stream in streams.values():
             stream._fail(WorkerDied(cause))
-        self._streams.clear()
         self._check_idle()
 
     def close(self) -> None:
         """Release the sockets; call after the last request."""
-        self._loop.remove_reader(self._output_fd)
-        self._context.destroy(linger=0)
+        self._loop.remove_reader(self._socket_fd)
+        self._wire.close()
 
     def _refusal(self) -> RequestError:
         if self._state is EngineState.DEAD:
@@ -145,14 +156,24 @@ class ZmqEngine:
         message, code = _REFUSALS[self._state]
         return RequestError(message, code=code, status=503)
 
-    def _send(self, message: EngineInput) -> None:
-        self._input.send(self._encoder.encode(message), zmq.NOBLOCK)
+    def _send(self, dp_rank: int, message: EngineInput) -> None:
+        if (held := self._held[dp_rank]) is not None:
+            held.append(message)
+            return
+        name = str(dp_rank).encode()
+        try:
+            self._socket.send_multipart([name, self._encoder.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            cause = f"the scheduler of DP rank {dp_rank} can't be reached: {error.strerror}"
+            # The parent, who knows more, will say so sooner if a worker is gone.
+            self._loop.call_later(UNREACHABLE_S, self.engine_died, cause)
 
     def _forget(self, request_id: str) -> None:
         """A reader closed its stream: abort unless the request ended by itself."""
-        if self._streams.pop(request_id, None) is not None:
+        if (stream := self._streams.pop(request_id, None)) is not None:
+            self._balancer.remove(request_id, finished=False)
             if self.alive:
-                self._send(Abort([request_id]))
+                self._send(stream.dp_rank, Abort([request_id]))
             self._check_idle()
 
     def _check_idle(self) -> None:
@@ -164,47 +185,68 @@ class ZmqEngine:
             self._state = EngineState.SERVING
 
     def _on_readable(self) -> None:
-        if self._output.closed:
+        if self._socket.closed:
             return
         for _ in range(STEPS_PER_WAKEUP):
             try:
-                frame = self._output.recv(zmq.NOBLOCK)
+                name, frame = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
+                dp_rank = self._ranks[name]
                 step = self._decoder.decode(frame)
-            except msgspec.DecodeError as error:
-                log.error("the engine sent a message that can't be read: %s", error)
+            except (KeyError, ValueError, msgspec.DecodeError) as error:
+                log.error("the engine sent a message that can't be read: %r", error)
                 self.engine_died(f"unreadable message from the engine: {error}")
                 return
-            self._dispatch(step)
+            self._dispatch(dp_rank, step)
         # The descriptor stays silent about messages that were there before: come back for them.
         self._loop.call_soon(self._on_readable)
 
-    def _dispatch(self, step: StepOutput) -> None:
+    def _dispatch(self, dp_rank: int, step: StepOutput) -> None:
+        if self._held[dp_rank] is not None:
+            self._greet(dp_rank)
         if step.stats is not None:
-            self._stats = step.stats
-            self._begin_serving()
-        streams = self._streams
+            self._stats_by_dp[dp_rank] = step.stats
+        streams, balancer = self._streams, self._balancer
         ended = False
         for output in step.outputs:
-            stream = streams.get(output.request_id)
+            request_id = output.request_id
+            stream = streams.get(request_id)
             if stream is None:
                 continue  # aborted; the engine has not heard of it yet
+            balancer.progress(request_id, len(output.token_ids))
             stream._put(output)
             if output.finish_reason is not None:
-                del streams[output.request_id]
+                del streams[request_id]
+                balancer.remove(request_id, finished=True)
                 ended = True
         if ended:
             self._check_idle()
+
+    def _greet(self, dp_rank: int) -> None:
+        """A scheduler is heard for the first time: it can be sent to."""
+        held, self._held[dp_rank] = self._held[dp_rank] or [], None
+        for message in held:
+            self._send(dp_rank, message)
+        if all(waiting is None for waiting in self._held):
+            self._begin_serving()
+
+
+def total_stats(by_dp: Sequence[EngineStats]) -> EngineStats:
+    """The sum of several schedulers' gauges and counters."""
+    if len(by_dp) == 1:
+        return by_dp[0]
+    return EngineStats(*(sum(values) for values in zip(*map(astuple, by_dp), strict=True)))
 
 
 class ZmqStream:
     """Implements core.interfaces.frontend.OutputStream: one slot and at most one waiting reader."""
 
-    __slots__ = ("_done", "_engine", "_error", "_pending", "_request_id", "_waiter")
+    __slots__ = ("_done", "_engine", "_error", "_pending", "_request_id", "_waiter", "dp_rank")
 
-    def __init__(self, engine: ZmqEngine, request_id: str) -> None:
+    def __init__(self, engine: ZmqEngine, request_id: str, dp_rank: int) -> None:
+        self.dp_rank = dp_rank  # where the request runs
         self._engine = engine
         self._request_id = request_id
         self._pending: RequestOutput | None = None

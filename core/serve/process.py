@@ -32,6 +32,7 @@ from core.interfaces.control import (
 )
 from core.interfaces.frontend import FrontendContext, ServedModel
 from core.plugin_manager import PluginManager
+from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.tokenizer import HfTokenizer
@@ -80,7 +81,9 @@ class Frontend:
         """Serve until drained or abandoned; returns the exit status."""
         config = self._boot.config
         loop = asyncio.get_running_loop()
-        self._engine = ZmqEngine(self._boot.endpoints, loop)
+        endpoints = self._boot.endpoints
+        balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.plans))
+        self._engine = ZmqEngine(endpoints, loop, balancer)
         application = self._application()
         url = url_of(listener)
         self._server = Server(

@@ -19,6 +19,7 @@ LAYERS = (
     "hookspecs",
     "plugin_manager",
     "resolve",
+    "wire",
     "kernels",
     "layers",
     "loading",

@@ -1,8 +1,8 @@
-"""An engine without a model: speaks the messages of core.interfaces.messages over ZeroMQ.
+"""A DP rank without a model: speaks the messages of core.interfaces.messages over ZeroMQ.
 
 As a thread in tests (`FakeEngine`), or as a process for benchmarks:
 
-    python -m tests.support.fake_engine --input ipc://a --output ipc://b --steps-per-second 300
+    python -m tests.support.fake_engine --endpoint ipc://a --steps-per-second 300
 """
 
 import argparse
@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -25,6 +26,17 @@ from core.interfaces.messages import (
     TokenLogprobs,
 )
 
+
+def endpoints_in(folder: Path | str, num_dp: int = 1) -> Endpoints:
+    """Of an engine with so many DP ranks, in a folder with a short name."""
+    return Endpoints(
+        engine=f"ipc://{folder}/engine",
+        lockstep=f"ipc://{folder}/lockstep",
+        plans=[f"ipc://{folder}/plans-{dp_rank}" for dp_rank in range(num_dp)],
+        store=f"{folder}/store",
+    )
+
+
 Reply = Callable[[Generate], Sequence[int] | str]  # text: the engine gives the request up
 
 
@@ -32,7 +44,9 @@ class FakeEngine:
     """One step a turn, one token a live request. A reply that ends before max_tokens is
     followed by the end-of-sequence token; `ignore_eos` repeats it."""
 
-    def __init__(self, endpoints: Endpoints, reply: Reply, eos_id: int = 2) -> None:
+    def __init__(
+        self, endpoints: Endpoints, reply: Reply, eos_id: int = 2, dp_rank: int = 0
+    ) -> None:
         self.reply = reply
         self.eos_id = eos_id
         self.seen: list[Generate] = []
@@ -45,11 +59,10 @@ class FakeEngine:
         self._steps = 0
         self._stopping = False
         self._context = zmq.Context()
-        self._input = self._context.socket(zmq.PULL)
-        self._output = self._context.socket(zmq.PUSH)
-        self._output.setsockopt(zmq.SNDHWM, 64)
-        self._input.bind(endpoints.engine_input)
-        self._output.connect(endpoints.engine_output)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, str(dp_rank).encode())
+        self._socket.setsockopt(zmq.SNDHWM, 64)
+        self._socket.connect(endpoints.engine)
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
         self._encoder = msgspec.msgpack.Encoder()
         self._thread = threading.Thread(target=self.run, daemon=True)
@@ -74,8 +87,8 @@ class FakeEngine:
         next_step_s = time.monotonic()
         while not self._stopping:
             busy = bool(self.live) and self.stepping.is_set()
-            while self._input.poll(0 if busy else 5):
-                self._take(self._decoder.decode(self._input.recv()))
+            while self._socket.poll(0 if busy else 5):
+                self._take(self._decoder.decode(self._socket.recv()))
                 busy = True
             if self.live and self.stepping.is_set():
                 self._step()
@@ -153,23 +166,22 @@ class FakeEngine:
         data = self._encoder.encode(StepOutput(outputs, stats))
         while not self._stopping:
             try:
-                self._output.send(data, zmq.NOBLOCK)
+                self._socket.send(data, zmq.NOBLOCK)
                 return
             except zmq.Again:
-                self._output.poll(20, zmq.POLLOUT)
+                self._socket.poll(20, zmq.POLLOUT)
 
 
 def main() -> None:
     """Random tokens for everybody, until killed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--input", required=True)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--endpoint", required=True)
     parser.add_argument("--token-ids", required=True, help="to draw from, separated by commas")
     parser.add_argument("--steps-per-second", type=float, default=0.0)
     arguments = parser.parse_args()
     draw = random.Random(0)
     tokens = draw.choices([int(i) for i in arguments.token_ids.split(",")], k=4096)
-    endpoints = Endpoints(engine_input=arguments.input, engine_output=arguments.output, plans=[])
+    endpoints = Endpoints(engine=arguments.endpoint, lockstep="", plans=[], store="")
     engine = FakeEngine(endpoints, lambda _: tokens)
     engine.steps_per_second = arguments.steps_per_second
     engine.run()

@@ -11,15 +11,15 @@ from typing import Any
 import uvloop
 
 from core.config import FrontendConfig
-from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.messages import Generate
+from core.serve.balancer import SoloBalancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, url_of
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.app import create_app
 from plugins.frontends.openai import OpenAIOptions
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import write_folder
 
 MODEL = "fake-model"
@@ -42,9 +42,7 @@ class Stack:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        self.endpoints = Endpoints(
-            engine_input=f"ipc://{folder}/in", engine_output=f"ipc://{folder}/out", plans=[]
-        )
+        self.endpoints = endpoints_in(folder)
         self.tokenizer = HfTokenizer.from_folder(write_folder(folder / "tokenizer"))
         self.answer_ids = self.tokenizer.encode(ANSWER)
         self.engine = FakeEngine(self.endpoints, self.reply, self.tokenizer.eos_ids[0])
@@ -63,7 +61,7 @@ class Stack:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.client = ZmqEngine(self.endpoints, self._loop)
+        self.client = ZmqEngine(self.endpoints, self._loop, SoloBalancer())
         context = FrontendContext(
             engine=self.client,
             tokenizer=self.tokenizer,

@@ -30,10 +30,11 @@ def test_it_is_private_and_removed_with_its_contents(runtime_dir: Path) -> None:
 def test_every_socket_has_its_own_address_in_it(runtime_dir: Path) -> None:
     with RunDirectory(3) as run:
         endpoints = run.endpoints()
-        addresses = [endpoints.engine_input, endpoints.engine_output, *endpoints.plans]
+        addresses = [endpoints.engine, endpoints.lockstep, *endpoints.plans]
         assert len(endpoints.plans) == 3
         assert len(set(addresses)) == 5
         assert all(address.startswith(f"ipc://{run.path}/") for address in addresses)
+        assert (endpoints.store, endpoints.key) == (str(run.rendezvous), "")
 
 
 def test_a_long_path_is_passed_over(

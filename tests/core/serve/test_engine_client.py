@@ -8,7 +8,6 @@ import zmq
 import zmq.asyncio
 
 from core.errors import RequestError, WorkerDied
-from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
     Abort,
@@ -20,30 +19,32 @@ from core.interfaces.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from core.serve import engine_client
+from core.serve.balancer import LeastTokens, RoundRobin, SoloBalancer
 from core.serve.engine_client import STEPS_PER_WAKEUP, ZmqEngine
+from tests.support.fake_engine import endpoints_in
 
 SAMPLING = SamplingParams(max_tokens=4)
 
 
 class Peer:
-    """The engine's side, in the same event loop."""
+    """One scheduler's side, in the same event loop."""
 
-    def __init__(self, endpoints):
+    def __init__(self, endpoints, dp_rank=0):
         self._context = zmq.asyncio.Context()
-        self._input = self._context.socket(zmq.PULL)
-        self._output = self._context.socket(zmq.PUSH)
-        self._input.bind(endpoints.engine_input)
-        self._output.connect(endpoints.engine_output)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, str(dp_rank).encode())
+        self._socket.connect(endpoints.engine)
 
     async def receive(self):
-        frame = await asyncio.wait_for(self._input.recv(), 5)
+        frame = await asyncio.wait_for(self._socket.recv(), 5)
         return msgspec.msgpack.decode(frame, type=EngineInput)
 
     async def send(self, *outputs, stats=None):
-        await self._output.send(msgspec.msgpack.encode(StepOutput(list(outputs), stats)))
+        await self._socket.send(msgspec.msgpack.encode(StepOutput(list(outputs), stats)))
 
     async def send_raw(self, frame):
-        await self._output.send(frame)
+        await self._socket.send(frame)
 
     def close(self):
         self._context.destroy(linger=0)
@@ -51,23 +52,34 @@ class Peer:
 
 def run(tmp_path, scenario, peer_first=True):
     """Run `scenario(engine, peer)`, both sides serving."""
-    endpoints = Endpoints(
-        engine_input=f"ipc://{tmp_path}/i", engine_output=f"ipc://{tmp_path}/o", plans=[]
-    )
+
+    async def both_sides(engine, peer):
+        await peer.send(stats=EngineStats(num_running=1))
+        await until(lambda: engine.state is EngineState.SERVING)
+        await scenario(engine, peer)
+
+    run_dp(tmp_path, both_sides, num_dp=1, balancer=SoloBalancer(), peer_first=peer_first)
+
+
+def run_dp(tmp_path, scenario, *, num_dp, balancer, peer_first=True):
+    """Run `scenario(engine, *peers)`; no peer has said anything."""
+    endpoints = endpoints_in(tmp_path, num_dp)
+
+    def make_peers():
+        return [Peer(endpoints, dp_rank) for dp_rank in range(num_dp)]
 
     async def main():
-        peer = Peer(endpoints) if peer_first else None
-        engine = ZmqEngine(endpoints, asyncio.get_running_loop())
-        peer = peer or Peer(endpoints)
+        peers = make_peers() if peer_first else []
+        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer)
+        peers = peers or make_peers()
         try:
             assert engine.state is EngineState.STARTING
-            await peer.send(stats=EngineStats(num_running=1))
-            await until(lambda: engine.state is EngineState.SERVING)
             async with asyncio.timeout(20):
-                await scenario(engine, peer)
+                await scenario(engine, *peers)
         finally:
             engine.close()
-            peer.close()
+            for peer in peers:
+                peer.close()
 
     asyncio.run(main())
 
@@ -180,5 +192,91 @@ def test_unreadable_messages_end_the_engine_not_the_process(tmp_path):
         with pytest.raises(WorkerDied, match="unreadable"):
             await anext(stream)
         assert not engine.alive
+
+    run(tmp_path, scenario)
+
+
+def test_requests_are_spread_and_aborted_where_they_run(tmp_path):
+    async def scenario(engine, *peers):
+        for dp_rank, peer in enumerate(peers):
+            assert engine.state is EngineState.STARTING, "not every scheduler is there"
+            await peer.send(stats=EngineStats(num_running=dp_rank + 1, kv_pages_total=10))
+            await until(lambda rank=dp_rank: engine.stats_by_dp[rank].kv_pages_total == 10)
+        assert engine.state is EngineState.SERVING
+        assert (engine.stats.num_running, engine.stats.kv_pages_total) == (6, 30)
+        streams = [engine.generate(name, [1], SAMPLING) for name in "abcde"]
+        got = {
+            dp_rank: [(await peer.receive()).request_id for _ in range(count)]
+            for (dp_rank, peer), count in zip(enumerate(peers), (2, 2, 1), strict=True)
+        }
+        assert got == {0: ["a", "d"], 1: ["b", "e"], 2: ["c"]}
+        streams[1].close()
+        assert await peers[1].receive() == Abort(["b"])
+        await peers[2].send(RequestOutput("c", [7], finish_reason="length"))
+        assert (await anext(streams[2])).token_ids == [7]
+        engine.fail_all("enough")
+        assert await peers[0].receive() == Abort(["a", "d"])
+        assert await peers[1].receive() == Abort(["e"])
+        engine.generate("f", [1], SAMPLING)
+        assert isinstance(await peers[2].receive(), Generate), "all of its requests had ended"
+
+    run_dp(tmp_path, scenario, num_dp=3, balancer=RoundRobin(3))
+
+
+def test_requests_wait_for_a_scheduler_that_is_ready_but_not_heard_yet(tmp_path):
+    async def scenario(engine, peer):
+        engine.engine_ready({"dtype": "float32"})
+        assert (engine.state, engine.info) == (EngineState.SERVING, {"dtype": "float32"})
+        engine.generate("a", [1], SAMPLING).close()
+        engine.generate("b", [1], SAMPLING)
+        await peer.send(stats=EngineStats())
+        got = [await peer.receive() for _ in range(3)]
+        assert got == [Generate("a", [1], SAMPLING), Abort(["a"]), Generate("b", [1], SAMPLING)]
+
+    run_dp(tmp_path, scenario, num_dp=1, balancer=SoloBalancer())
+
+
+def test_the_balancer_hears_of_every_token_and_end(tmp_path):
+    balancer = LeastTokens(2)
+    sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+
+    async def scenario(engine, *peers):
+        for peer in peers:
+            await peer.send(stats=EngineStats())
+        await until(lambda: engine.state is EngineState.SERVING)
+        streams = [engine.generate(name, [1] * 5, sampling) for name in "abc"]
+        assert balancer.loads == [30, 15]
+        await peers[0].send(RequestOutput("a", [1, 2]))
+        await until(lambda: balancer.loads == [23, 15])
+        streams[1].close()
+        await until(lambda: balancer.loads == [23, 0])
+        await peers[0].send(RequestOutput("a", [3], finish_reason="stop"))
+        await until(lambda: balancer.loads == [15, 0])
+        engine.engine_died("gone")
+        assert balancer.loads == [0, 0]
+
+    run_dp(tmp_path, scenario, num_dp=2, balancer=balancer)
+
+
+def test_a_scheduler_that_cannot_be_reached_counts_as_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_client, "UNREACHABLE_S", 0.05)
+
+    async def scenario(engine, peer):
+        gone = asyncio.get_running_loop().create_task(send_until_unreachable(engine, peer))
+        stream = await gone
+        with pytest.raises(WorkerDied, match="DP rank 0 can't be reached"):
+            await anext(stream)
+        assert engine.state is EngineState.DEAD
+
+    async def send_until_unreachable(engine, peer):
+        """ZeroMQ notices a connection's end in a thread of its own: until then it takes more."""
+        peer.close()
+        count = 0
+        stream = engine.generate("0", [1], SAMPLING)
+        while engine.alive:
+            count += 1
+            stream = engine.generate(str(count), [1], SAMPLING)
+            await asyncio.sleep(0.02)
+        return stream
 
     run(tmp_path, scenario)

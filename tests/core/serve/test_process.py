@@ -18,7 +18,6 @@ from core.config import AppConfig, FrontendConfig, LaunchConfig, ModelConfig
 from core.interfaces.control import (
     ChildStatus,
     Drain,
-    Endpoints,
     EngineDied,
     EngineReady,
     Failed,
@@ -27,7 +26,7 @@ from core.interfaces.control import (
     Ready,
 )
 from core.serve.process import check_exposure, read_api_key
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.http_stack import ANSWER
 from tests.support.small_tokenizer import write_folder
 
@@ -38,9 +37,7 @@ class Process:
     """A frontend process and the parent's ends of its pipes."""
 
     def __init__(self, folder, *, environment=None, **frontend):
-        self.endpoints = Endpoints(
-            engine_input=f"ipc://{folder}/i", engine_output=f"ipc://{folder}/o", plans=[]
-        )
+        self.endpoints = endpoints_in(folder)
         boot = FrontendBoot(
             config=AppConfig(
                 model=ModelConfig(name="m"),
