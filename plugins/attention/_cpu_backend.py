@@ -102,7 +102,8 @@ class CpuBackend:
     def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
         """Attend the buckets of single rows, then each longer chunk."""
         assert isinstance(plan, _Plan)
-        k_slots, v_slots = kv.k_NPGD.view(-1, self._width), kv.v_NPGD.view(-1, self._width)
+        k_slots = kv.k_NPGD.view(-1, self._width)
+        v_slots = k_slots if kv.v_NPGD is kv.k_NPGD else kv.v_NPGD.view(-1, self._width)
         for bucket in plan.buckets:
             self._attend_bucket(bucket, k_slots, v_slots, q_THD, out_THD)
         for chunk in plan.chunks:
@@ -163,10 +164,11 @@ class CpuBackend:
         q_BHD = q_THD if rows_B is None else q_THD.index_select(0, rows_B)
         q_shape = (q_BHD.shape[0], spec.num_kv_heads, -1, spec.head_dim)
         kv_shape = (q_BHD.shape[0], -1, spec.num_kv_heads, spec.head_dim)
+        k_BGCD, v_BGCD = _gather(k_slots, v_slots, bucket.slots, kv_shape)
         out_BGRD = F.scaled_dot_product_attention(
             q_BHD.view(q_shape),
-            k_slots.index_select(0, bucket.slots).view(kv_shape).transpose(1, 2),
-            v_slots.index_select(0, bucket.slots).view(kv_shape).transpose(1, 2),
+            k_BGCD,
+            v_BGCD,
             attn_mask=bucket.mask_B11C,
             scale=spec.scale,
         )
@@ -186,8 +188,7 @@ class CpuBackend:
     ) -> None:
         spec = self._spec
         kv_shape = (1, chunk.num_cached, spec.num_kv_heads, spec.head_dim)
-        k_1GCD = k_slots.index_select(0, chunk.slots_C).view(kv_shape).transpose(1, 2)
-        v_1GCD = v_slots.index_select(0, chunk.slots_C).view(kv_shape).transpose(1, 2)
+        k_1GCD, v_1GCD = _gather(k_slots, v_slots, chunk.slots_C, kv_shape)
         for first, last, mask_QC in _blocks(plan, chunk):
             rows = slice(chunk.start + first, chunk.start + last)
             seen = chunk.num_cached - chunk.num_rows + last
@@ -201,6 +202,16 @@ class CpuBackend:
                 enable_gqa=True,
             )
             out_THD[rows] = out_1HQD[0].transpose(0, 1)
+
+
+def _gather(
+    k_slots: Tensor, v_slots: Tensor, slots: Tensor, shape: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of some tokens, heads before tokens; one copy where they are the same."""
+    k_BGCD = k_slots.index_select(0, slots).view(shape).transpose(1, 2)
+    if v_slots is k_slots:
+        return k_BGCD, k_BGCD
+    return k_BGCD, v_slots.index_select(0, slots).view(shape).transpose(1, 2)
 
 
 def _blocks(plan: _Plan, chunk: _Chunk) -> Iterator[tuple[int, int, Tensor | None]]:

@@ -1,12 +1,20 @@
 """Registers the attention backend "cpu", the default on CPUs.
 
-Knows nothing of how it computes: plugins.attention._cpu_backend does.
+Knows nothing of how it computes: plugins.attention._cpu_backend does, and
+plugins.attention._latent_cpu for latent attention.
 """
 
 from collections.abc import Sequence
 
 from core.config import AppConfig
 from core.hookspecs import Registration, hookimpl
+
+_FAMILIES = (
+    "attention.prefill",
+    "attention.decode",
+    "latent_attention.prefill",
+    "latent_attention.decode",
+)
 
 
 @hookimpl
@@ -21,8 +29,19 @@ def register_attention() -> Sequence[Registration]:
 
 
 @hookimpl
+def register_latent_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="cpu",
+            factory="plugins.attention._latent_cpu:build",
+            summary="torch's fused CPU attention over latents (decode) or expanded keys",
+        )
+    ]
+
+
+@hookimpl
 def default_backend(family: str, device: str) -> str | None:
-    if device == "cpu" and family in ("attention.prefill", "attention.decode"):
+    if device == "cpu" and family in _FAMILIES:
         return "cpu"
     return None
 

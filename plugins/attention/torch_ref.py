@@ -1,6 +1,7 @@
 """Registers the attention backend "torch_ref": slow, obviously right, on any device.
 
-Knows nothing of how it computes: plugins.attention._torch_ref_backend does.
+Knows nothing of how it computes: plugins.attention._torch_ref_backend does, and
+plugins.attention._latent_torch_ref for latent attention.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,17 @@ def register_attention() -> Sequence[Registration]:
         Registration(
             name="torch_ref",
             factory="plugins.attention._torch_ref_backend:build",
+            summary="float32, one sequence at a time, on any device: for checking the others",
+        )
+    ]
+
+
+@hookimpl
+def register_latent_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="torch_ref",
+            factory="plugins.attention._latent_torch_ref:build",
             summary="float32, one sequence at a time, on any device: for checking the others",
         )
     ]

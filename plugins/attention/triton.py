@@ -1,6 +1,7 @@
 """Registers the attention backend "triton", the default on NVIDIA GPUs.
 
-Knows nothing of how it computes: plugins.attention._triton_backend does. Imports no Triton.
+Knows nothing of how it computes: plugins.attention._triton_backend does, and
+plugins.attention._latent_triton for latent attention. Imports no Triton.
 """
 
 import os
@@ -8,6 +9,13 @@ from collections.abc import Sequence
 
 from core.config import AppConfig
 from core.hookspecs import Registration, hookimpl
+
+_FAMILIES = (
+    "attention.prefill",
+    "attention.decode",
+    "latent_attention.prefill",
+    "latent_attention.decode",
+)
 
 
 @hookimpl
@@ -22,8 +30,19 @@ def register_attention() -> Sequence[Registration]:
 
 
 @hookimpl
+def register_latent_attention() -> Sequence[Registration]:
+    return [
+        Registration(
+            name="triton",
+            factory="plugins.attention._latent_triton:build",
+            summary="split-KV decode over latents and expanded prefill as Triton kernels",
+        )
+    ]
+
+
+@hookimpl
 def default_backend(family: str, device: str) -> str | None:
-    if device == "cuda" and family in ("attention.prefill", "attention.decode"):
+    if device == "cuda" and family in _FAMILIES:
         return "triton"
     return None
 

@@ -22,12 +22,17 @@ def config(device: str, **backends: str) -> AppConfig:
 def test_each_plugin_registers_its_own_name() -> None:
     names = [item.name for plugin in PLUGINS for item in plugin.register_attention()]
     assert names == ["cpu", "torch_ref", "triton"]
+    latent = [item.name for plugin in PLUGINS for item in plugin.register_latent_attention()]
+    assert latent == names  # the same keys choose either kind
 
 
-@pytest.mark.parametrize("family", ["attention.prefill", "attention.decode"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("kind", ["attention", "latent_attention"])
 @pytest.mark.parametrize(("device", "expected"), [("cpu", "cpu"), ("cuda", "triton")])
-def test_one_plugin_is_the_default_of_each_device(family: str, device: str, expected: str) -> None:
-    answers = [plugin.default_backend(family, device) for plugin in (cpu, triton)]
+def test_one_plugin_is_the_default_of_each_device(
+    kind: str, phase: str, device: str, expected: str
+) -> None:
+    answers = [plugin.default_backend(f"{kind}.{phase}", device) for plugin in (cpu, triton)]
     assert [answer for answer in answers if answer is not None] == [expected]
 
 

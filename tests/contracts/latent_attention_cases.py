@@ -1,0 +1,143 @@
+"""Random paged steps of latent attention and their answers in plain float64.
+
+Knows nothing of backends. Shape legend: see core.interfaces.latent_attention.
+"""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from core.interfaces.attention import SequenceBatch
+from core.interfaces.latent_attention import LatentAttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes of one step; `cached` counts the tokens before the new rows of each sequence."""
+
+    rows: tuple[int, ...]
+    cached: tuple[int, ...]
+    page_size: int = 16
+    num_heads: int = 3
+    dims: tuple[int, int, int, int] = (16, 8, 16, 32)  # N, R, V, C
+    seed: int = 0
+
+    def __str__(self) -> str:
+        pairs = list(zip(self.cached, self.rows, strict=True))[:4]
+        lengths = "+".join(f"{c}:{r}" for c, r in pairs)
+        dims = "-".join(str(dim) for dim in self.dims)
+        return f"p{self.page_size}-h{self.num_heads}-d{dims}-{lengths}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a backend is given, and both answers (float64, on the CPU)."""
+
+    spec: LatentAttentionSpec
+    batch: SequenceBatch
+    cache_BPZ: Tensor
+    q_THD: Tensor
+    q_THZ: Tensor
+    key_HNC: Tensor
+    value_HVC: Tensor
+    expected_THC: Tensor
+    expected_THV: Tensor
+    expanded_tokens: list[int] = field(default_factory=list)  # of each call of `expand`
+
+    def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in the dtype of the cache; values are strided, as a model's are."""
+        self.expanded_tokens.append(cached_XZ.shape[0])
+        return expand(cached_XZ, self.key_HNC, self.value_HVC)
+
+
+def expand(cached_XZ: Tensor, key_HNC: Tensor, value_HVC: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (X, H, D) and values (X, H, V)."""
+    num_heads, nope_dim, rank = key_HNC.shape
+    weight_OC = torch.cat((key_HNC, value_HVC), dim=1).flatten(0, 1)
+    kv_XHY = (cached_XZ[:, :rank] @ weight_OC.T).unflatten(1, (num_heads, -1))
+    rope_XHR = cached_XZ[:, None, rank:].expand(-1, num_heads, -1)
+    return torch.cat((kv_XHY[..., :nope_dim], rope_XHR), dim=2), kv_XHY[..., nope_dim:]
+
+
+def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
+    """A step over a pool whose pages are permuted and where all unused slots hold NaN."""
+    generator = torch.Generator().manual_seed(case.seed)
+    nope_dim, rope_dim, value_dim, latent_dim = case.dims
+    context_lens = [c + r for c, r in zip(case.cached, case.rows, strict=True)]
+    page_counts = [-(-length // case.page_size) for length in context_lens]
+    num_pages, num_rows = sum(page_counts) + 3, sum(case.rows)
+    order = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()  # never page 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    scale = (nope_dim + rope_dim) ** -0.5
+    key_HNC = normal(case.num_heads, nope_dim, latent_dim) * latent_dim**-0.5
+    value_HVC = normal(case.num_heads, value_dim, latent_dim) * latent_dim**-0.5
+    # Heads lie in wider rows, as after a merged projection.
+    q_THD = normal(num_rows, case.num_heads * (nope_dim + rope_dim) + 8)[:, 8:].unflatten(
+        1, (case.num_heads, -1)
+    )
+    q_THZ = normal(num_rows, case.num_heads, latent_dim + rope_dim)
+    cache_shape = (num_pages, case.page_size, latent_dim + rope_dim)
+    cache_BPZ = torch.full(cache_shape, torch.nan, dtype=dtype)
+    page_table_SM = torch.zeros(len(case.rows), max(page_counts) + 2, dtype=torch.int32)
+    absorbed, expanded = [], []
+    start = 0
+    for index, (rows, length) in enumerate(zip(case.rows, context_lens, strict=True)):
+        pages = [order.pop() for _ in range(page_counts[index])]
+        page_table_SM[index, : len(pages)] = torch.tensor(pages)
+        cached_XZ = normal(length, latent_dim + rope_dim)
+        for token in range(length):
+            cache_BPZ[pages[token // case.page_size], token % case.page_size] = cached_XZ[token]
+        own = slice(start, start + rows)
+        wide_XZ = cached_XZ.double()
+        one_head = wide_XZ.unsqueeze(1).expand(-1, case.num_heads, -1)
+        absorbed.append(attend(q_THZ[own], one_head, one_head[..., :latent_dim], scale))
+        keys, values = expand(wide_XZ, key_HNC.double(), value_HVC.double())
+        expanded.append(attend(q_THD[own], keys, values, scale))
+        start += rows
+    spec = LatentAttentionSpec(
+        num_heads=case.num_heads,
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=value_dim,
+        latent_dim=latent_dim,
+        scale=scale,
+        page_size=case.page_size,
+        dtype=dtype,
+        device=device,
+        max_context_tokens=max(context_lens) + 7,
+    )
+    starts = torch.tensor(list(accumulate(case.rows, initial=0)), dtype=torch.int32)
+    batch = SequenceBatch(
+        list(case.rows),
+        context_lens,
+        starts.to(device),
+        torch.tensor(context_lens, dtype=torch.int32, device=device),
+        page_table_SM.to(device),
+    )
+    return Step(
+        spec,
+        batch,
+        cache_BPZ.to(device),
+        q_THD.to(device),
+        q_THZ.to(device),
+        key_HNC.to(device),
+        value_HVC.to(device),
+        torch.cat(absorbed),
+        torch.cat(expanded),
+    )
+
+
+def attend(q_QHD: Tensor, k_XHD: Tensor, v_XHV: Tensor, scale: float) -> Tensor:
+    """Attention of the last Q tokens of one sequence, one row at a time."""
+    num_rows, num_tokens = q_QHD.shape[0], k_XHD.shape[0]
+    out = []
+    for row in range(num_rows):
+        seen = num_tokens - num_rows + row + 1
+        scores_HX = (k_XHD[:seen] * q_QHD[row].double()).sum(2).T * scale
+        out.append((scores_HX.softmax(1).T.unsqueeze(2) * v_XHV[:seen]).sum(0))
+    return torch.stack(out)
