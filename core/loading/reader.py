@@ -4,23 +4,22 @@ Keeps account of what was taken, so that a checkpoint with tensors nobody wants 
 nothing of file formats.
 """
 
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
 
 from core.errors import ModelError
-from core.interfaces.weights import Shard, TensorInfo, WeightReader, WeightSource
+from core.interfaces.model import BlockQuantization
+from core.interfaces.weights import BlockFp8, Shard, WeightReader, WeightSource
+from core.loading.check import ADVICE, missing_text, surplus_names, surplus_text, take_problems
+from core.loading.load import TakeLoader
+from core.loading.prefetch import NUM_THREADS, Prefetcher
 from core.loading.progress import ByteMeter, OnProgress
+from core.loading.takes import BLOCK, FP8, Take, require_whole_blocks
 
 LOAD_TASK = "load weights"
-
-# Tensors that checkpoints may hold although no model takes them: buffers older versions of
-# transformers saved, and output heads that are tied to the embedding.
-_IGNORABLE_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-_IGNORABLE_NAMES = frozenset({"lm_head.weight"})
 
 
 class ScopedReader:
@@ -38,6 +37,11 @@ class ScopedReader:
     ) -> Tensor:
         return self._reader.take(f"{self._prefix}.{name}", shape, shard, dtype)
 
+    def take_blocks(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> BlockFp8:
+        return self._reader.take_blocks(f"{self._prefix}.{name}", shape, shard)
+
     def has(self, name: str) -> bool:
         return self._reader.has(f"{self._prefix}.{name}")
 
@@ -46,7 +50,13 @@ class ScopedReader:
 
 
 class CheckpointReader:
-    """Weights of one rank out of an opened checkpoint (core.interfaces.weights.WeightReader)."""
+    """Weights of one rank out of an opened checkpoint (core.interfaces.weights.WeightReader).
+
+    `expected`: what the rank is going to take, as a `ShapeReader` recorded it; it is read ahead, in
+    that order. What is taken beside it is read when it is asked for. `all_taken`: this rank takes
+    the whole model, so that whatever nobody took is surplus; otherwise other ranks take the rest,
+    and `check_checkpoint` has compared the whole before.
+    """
 
     def __init__(
         self,
@@ -54,12 +64,28 @@ class CheckpointReader:
         dtype: torch.dtype,
         device: torch.device,
         on_progress: OnProgress,
+        *,
+        block: BlockQuantization = BLOCK,
+        ignored: Sequence[str] = (),
+        expected: Sequence[Take] = (),
+        all_taken: bool = True,
     ) -> None:
-        self._source, self._dtype, self._device = source, dtype, device
+        self._dtype, self._block = dtype, block
+        self._ignored, self._all_taken = ignored, all_taken
         self._tensors = source.tensors()
         self._taken: set[str] = set()
-        total_bytes = sum(_num_bytes(info) for info in self._tensors.values())
+        for take in expected:
+            self._require(take)
+        total_bytes = sum(self._stored_bytes(take) for take in expected) or sum(
+            math.prod(info.shape) * info.dtype.itemsize for info in self._tensors.values()
+        )
         self._meter = ByteMeter(LOAD_TASK, total_bytes, on_progress)
+        num_threads = NUM_THREADS
+        if device.type == "cpu":
+            num_threads = min(num_threads, torch.get_num_threads())
+        self._prefetcher = Prefetcher(
+            expected, TakeLoader(source, device, block).load, num_threads=num_threads
+        )
 
     def take(
         self,
@@ -68,18 +94,18 @@ class CheckpointReader:
         shard: Shard | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """This rank's part, in the model's (or that) dtype on its device; read when called."""
-        info = self._checked(name, shape)
-        dim = shard.dim if shard else 0
-        size = shape[dim] if shape else 1
-        start, stop = shard.bounds(size) if shard else (0, size)
-        part = self._source.read(name, dim, start, stop).to(self._device, dtype or self._dtype)
-        if shard is not None and stop - start < shard.local_size(size):
-            whole = part.new_zeros(shard.local_shape(shape))
-            whole.narrow(dim, 0, stop - start).copy_(part)
-            part = whole
-        self._taken.add(name)
-        self._meter.add(_num_bytes(info))
+        """This rank's part, in the model's (or that) dtype on its device; blocks until it is
+        there. Block-quantised matrices are dequantised."""
+        part = self._get(Take(name, shape, shard, dtype or self._dtype))
+        assert isinstance(part, Tensor)
+        return part
+
+    def take_blocks(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> BlockFp8:
+        """This rank's part of a block-quantised matrix, as it is stored."""
+        part = self._get(Take(name, shape, shard, FP8, as_blocks=True))
+        assert isinstance(part, BlockFp8)
         return part
 
     def has(self, name: str) -> bool:
@@ -92,58 +118,56 @@ class CheckpointReader:
 
     def surplus(self) -> list[str]:
         """Names in the checkpoint that nobody took and that have no known reason to be there."""
-        return sorted(
-            name
-            for name in self._tensors.keys() - self._taken - _IGNORABLE_NAMES
-            if not name.endswith(_IGNORABLE_SUFFIXES)
-        )
+        return surplus_names(self._tensors, self._taken, self._ignored)
 
     def finish(self) -> None:
         """The model is built. Raises ModelError if there is surplus: then the config does not
         describe these weights."""
+        self._prefetcher.close()
         self._meter.finish()
-        surplus = self.surplus()
+        surplus = self.surplus() if self._all_taken else []
         if surplus:
-            shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
-            raise ModelError(
-                f"{len(surplus)} tensors of the checkpoint are not part of the model that its "
-                f"config.json describes: {shown} (in {self._tensors[surplus[0]].file}); check "
-                "that the config and the weights belong together"
-            )
+            raise ModelError(f"{surplus_text(surplus, self._tensors)}; {ADVICE}")
 
-    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        info = self._tensors.get(name)
-        if info is None:
-            raise ModelError(_missing_message(name, shape, self._tensors))
-        assert name not in self._taken, f"{name} is taken twice"
-        if info.shape != shape:
-            raise ModelError(
-                f"tensor {name} in {info.file} has shape {_text(info.shape)}, but config.json "
-                f"needs {_text(shape)}; check that the config and the weights belong together"
-            )
-        if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-            raise ModelError(
-                f"tensor {name} in {info.file} has dtype {info.dtype}, a quantised format that is "
-                "not supported; allowed: float32, bfloat16, float16, float64"
-            )
-        return info
+    def _get(self, take: Take) -> Tensor | BlockFp8:
+        self._require(take)
+        part = self._prefetcher.get(take)
+        self._taken.add(take.name)
+        self._meter.add(self._stored_bytes(take))
+        return part
+
+    def _require(self, take: Take) -> None:
+        """Raise ModelError unless the checkpoint holds just what is taken."""
+        if take.name not in self._tensors:
+            raise ModelError(f"{missing_text([take], self._tensors)}; {ADVICE}")
+        problems = take_problems(take, self._tensors, self._block)
+        if problems:
+            raise ModelError(f"{problems[0]}; {ADVICE}")
+        if take.as_blocks:
+            require_whole_blocks(take)
+
+    def _stored_bytes(self, take: Take) -> int:
+        """About what is read for a part: the meter counts no scales."""
+        start, stop = take.bounds
+        size = take.shape[take.dim] if take.shape else 1
+        stored = math.prod(take.shape) * self._tensors[take.name].dtype.itemsize
+        return stored * (stop - start) // max(1, size)
 
 
 class ShapeReader:
     """Meta tensors instead of weights: what a rank would hold, for planning memory.
 
-    `pieces` maps (name, dim, index of the part) to its number of elements, zeros included.
+    `takes` are all calls, in order. `pieces` maps (name, dim, index of the part) to its number of
+    elements, zeros included. `present`: names of optional tensors that are there.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, present: Container[str] = ()) -> None:
+        self._dtype, self._present = dtype, present
+        self._names: set[str] = set()
+        self.takes: list[Take] = []
         self.pieces: dict[tuple[str, int, int], int] = {}
+        self.num_bytes = 0  # this rank's weights take, scales of quantised blocks included
         self.num_logical_parameters = 0  # of whole tensors, whatever part is kept
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes this rank's weights take."""
-        return sum(self.pieces.values()) * self._dtype.itemsize
 
     def take(
         self,
@@ -153,33 +177,36 @@ class ShapeReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """A meta tensor of the shape that this rank would keep."""
-        local = shard.local_shape(shape) if shard else shape
-        key = (name, shard.dim, shard.index) if shard else (name, 0, 0)
-        self.pieces[key] = math.prod(local)
-        self.num_logical_parameters += math.prod(shape)
-        return torch.empty(local, dtype=dtype or self._dtype, device="meta")
+        take = Take(name, shape, shard, dtype or self._dtype)
+        self._record(take)
+        return torch.empty(take.local_shape, dtype=take.dtype, device="meta")
+
+    def take_blocks(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> BlockFp8:
+        """Meta tensors of the values and scales that this rank would keep. Raises ModelError where
+        the part cuts a block."""
+        take = Take(name, shape, shard, FP8, as_blocks=True)
+        require_whole_blocks(take)
+        self._record(take)
+        return BlockFp8(
+            torch.empty(take.local_shape, dtype=FP8, device="meta"),
+            torch.empty(take.local_scales_shape, dtype=torch.float32, device="meta"),
+        )
 
     def has(self, name: str) -> bool:
-        """Optional tensors are taken to be absent."""
-        return False
+        """Whether an optional tensor is there."""
+        return name in self._present
 
     def scope(self, prefix: str) -> WeightReader:
         """A reader that puts `prefix` and a dot before every name."""
         return ScopedReader(self, prefix)
 
-
-def _num_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * info.dtype.itemsize
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _missing_message(name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> str:
-    files = sorted({info.file for info in tensors.values()})
-    where = files[0] if len(files) == 1 else f"the {len(files)} weight files"
-    message = f"tensor {name} of shape {_text(shape)} is missing from {where}"
-    close = difflib.get_close_matches(name, tensors, n=1)
-    hint = f" (the closest there is: {close[0]})" if close else ""
-    return f"{message}{hint}; check that the config and the weights belong together"
+    def _record(self, take: Take) -> None:
+        self.takes.append(take)
+        index = take.shard.index if take.shard else 0
+        self.pieces[take.name, take.dim, index] = take.num_local_values
+        self.num_bytes += take.num_local_bytes
+        if take.name not in self._names:
+            self._names.add(take.name)
+            self.num_logical_parameters += math.prod(take.shape)

@@ -3,16 +3,17 @@
 Headers are checked before anything is read. Knows nothing of models or of sharding.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import TensorInfo
-from core.loading.safetensors_header import read_header
+from core.loading.file_rows import RowFile
+from core.loading.safetensors_header import StoredTensor, read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,6 +36,7 @@ class SafetensorsSource:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, StoredTensor] = {}
         for path in paths:
             for name, stored in read_header(path).items():
                 if name in self._tensors:
@@ -43,23 +45,34 @@ class SafetensorsSource:
                         "remove the file that does not belong to this checkpoint"
                     )
                 self._tensors[name] = TensorInfo(stored.shape, _DTYPES[stored.dtype], path)
-        self._files: dict[str, Any] = {}  # opened when first read
+                self._stored[name] = stored
+        self._files: dict[str, RowFile] = {}  # opened when first read
+        self._lock = threading.Lock()
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of every file."""
         return self._tensors
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """A slice on the CPU, in the stored dtype; reads only its bytes from the file."""
-        info = self._tensors[name]
-        try:
-            if info.file not in self._files:
-                self._files[info.file] = safe_open(info.file, framework="pt", device="cpu")
-            stored = self._files[info.file].get_slice(name)
-            index = (slice(None),) * dim + (slice(start, stop),)
-            part: Tensor = stored[index] if info.shape else stored[...]
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"can't read tensor {name} from {info.file}: {error}; fetch the file again"
-            ) from error
-        return part
+    def stream(
+        self, name: str, dim: int, start: int, stop: int, staging: Tensor
+    ) -> Iterator[Tensor]:
+        """A slice, some rows at a time; reads only its bytes from the file where rows of the rest
+        are long enough to be skipped."""
+        info, at = self._tensors[name], self._stored[name].start
+        shape = info.shape or (1,)
+        item_bytes = info.dtype.itemsize
+        inner_bytes = math.prod(shape[dim + 1 :]) * item_bytes
+        if dim == 0:
+            at += start * inner_bytes
+            num_rows, row_bytes, columns = stop - start, inner_bytes, (0, inner_bytes)
+        else:
+            num_rows, row_bytes = math.prod(shape[:dim]), shape[dim] * inner_bytes
+            columns = (start * inner_bytes, stop * inner_bytes)
+        for rows in self._file(info.file).rows(at, row_bytes, num_rows, columns, staging):
+            yield rows.view(info.dtype)
+
+    def _file(self, path: str) -> RowFile:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = RowFile(path)
+            return self._files[path]

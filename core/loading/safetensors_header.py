@@ -6,6 +6,7 @@ then the data (huggingface/safetensors, README "Format").
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -32,10 +33,11 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One entry of a header: `dtype` as the file spells it."""
+    """One entry of a header: `dtype` as the file spells it, `start` a byte of the file."""
 
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 def read_header(path: str) -> dict[str, StoredTensor]:
@@ -58,8 +60,11 @@ def read_header(path: str) -> dict[str, StoredTensor]:
         header = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _corrupt(path, f"its header is not the expected JSON ({error})") from error
-    data_bytes = file_bytes - 8 - header_bytes
-    return {name: _checked(path, name, entry, data_bytes) for name, entry in header.items()}
+    data_start = 8 + header_bytes
+    data_bytes = file_bytes - data_start
+    stored = {name: _checked(path, name, e, data_start, data_bytes) for name, e in header.items()}
+    _require_no_gaps(path, header, data_bytes)
+    return stored
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -71,7 +76,7 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[_Count, _Count]
 
 
-def _checked(path: str, name: str, entry: _Entry, data_bytes: int) -> StoredTensor:
+def _checked(path: str, name: str, entry: _Entry, data_start: int, data_bytes: int) -> StoredTensor:
     if entry.dtype not in ITEM_BYTES:
         raise _corrupt(path, f"tensor {name} has the unknown dtype {entry.dtype!r}")
     begin, end = entry.data_offsets
@@ -85,7 +90,20 @@ def _checked(path: str, name: str, entry: _Entry, data_bytes: int) -> StoredTens
             f"{path} is cut off: tensor {name} ends at byte {end} of its data, which has only "
             f"{data_bytes}; fetch the file again"
         )
-    return StoredTensor(tuple(entry.shape), entry.dtype)
+    return StoredTensor(tuple(entry.shape), entry.dtype, data_start + begin)
+
+
+def _require_no_gaps(path: str, header: Mapping[str, _Entry], data_bytes: int) -> None:
+    """Tensors lie back to back, as the format demands: no byte is of two of them, or of none."""
+    at = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if begin != at:
+            kind = "overlaps the one before it" if begin < at else "leaves a gap before it"
+            raise _corrupt(path, f"tensor {name} at byte {begin} of the data {kind}")
+        at = end
+    if at != data_bytes:
+        raise _corrupt(path, f"{data_bytes - at} bytes follow its last tensor")
 
 
 def _corrupt(path: str, what: str) -> ModelError:

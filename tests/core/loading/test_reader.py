@@ -1,6 +1,7 @@
 """What a rank takes from a checkpoint, and the errors when the two don't match."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -25,10 +26,16 @@ class MemorySource:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        part = self._tensors[name].narrow(dim, start, stop - start)
+    def stream(
+        self, name: str, dim: int, start: int, stop: int, staging: Tensor
+    ) -> Iterator[Tensor]:
+        tensor = self._tensors[name]
+        if tensor.dim() == 0:
+            tensor = tensor.view(1)
+        part = tensor.narrow(dim, start, stop - start)
         self.read_values += part.numel()
-        return part
+        if part.numel() > 0:
+            yield from part.reshape(math.prod(part.shape[: max(dim, 1)]), -1).split(3)
 
 
 MATRIX = torch.arange(40.0).view(10, 4)
@@ -91,7 +98,7 @@ def test_wrong_shapes_are_named() -> None:
         reader_of({"w": MATRIX}).take("w", (4, 10))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e5m2])
 def test_quantised_tensors_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ModelError, match=f"tensor w in .* has dtype {dtype}.*bfloat16"):
         reader_of({"w": torch.zeros(2, 2).to(dtype)}).take("w", (2, 2))
@@ -105,7 +112,7 @@ def test_surplus_is_an_error_but_known_leftovers_are_not() -> None:
     reader = reader_of({"w": MATRIX, "x": MATRIX, "y": MATRIX} | known)
     reader.take("w", (10, 4))
     assert reader.surplus() == ["x", "y"]
-    with pytest.raises(ModelError, match=r"2 tensors .*: x, y \(in weights\.bin\)"):
+    with pytest.raises(ModelError, match=r"2 tensors .*: x \(in weights\.bin\), y \(in"):
         reader.finish()
 
 
