@@ -8,16 +8,32 @@ N pages, P tokens in a page.
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from core.interfaces.moe_a2a import Dispatched, ExpertLayout
+from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing as Routing  # part of this contract
 from core.interfaces.weights import LinearWeight
 
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
-# The experts of one rank, gate and up and down projection in one: dispatched rows -> their results,
-# in the same layout and in the model's dtype.
-ExpertKernel = Callable[[Dispatched], Tensor]
+
+
+class ExpertKernel(Protocol):
+    """The experts of one rank: gate, up and down projection in one. Owns their weights."""
+
+    def __call__(self, dispatched: Dispatched) -> Tensor:
+        """Dispatched rows -> their results, in the same layout (that of `hidden`: 2 dimensions or
+        3) and in the model's dtype. What stands in rows that no expert has is undefined."""
+        ...
+
+    def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
+        """The matrices of a local expert: gate and up (2I, E), and down (E, I). Not to be written
+        into; valid until the next `write`."""
+        ...
+
+    def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
+        """Replace a local expert by matrices of the same form; copies them."""
+        ...
 
 
 class Ops(Protocol):
@@ -79,12 +95,13 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, layout: ExpertLayout
+        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
     ) -> ExpertKernel:
-        """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert.
+        """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert, in both
+        layouts. `dtype` is that of results.
 
-        The weights are of L local experts; gate and up rows lie back to back. The kernel reads
-        them at each call, so that an expert can be replaced by writing into them."""
+        The weights are of L local experts; gate and up rows lie back to back. The kernel takes
+        them over: they must not be used afterwards."""
         ...
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:

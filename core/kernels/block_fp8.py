@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8
+from core.kernels.precision import accurate
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -59,6 +61,18 @@ def dequantize_rows(values_TE: Tensor, scales_TC: Tensor, dtype: torch.dtype) ->
     """The rows, multiplied in float32 and rounded once."""
     scales_TE = scales_TC.float().repeat_interleave(BLOCK, -1)[..., : values_TE.shape[-1]]
     return (values_TE.float() * scales_TE).to(dtype)
+
+
+def linear(weight: BlockFp8, bias_O: Tensor | None) -> LinearKernel:
+    """x @ W.T + b over the dequantised weight, in float32 or wider: the oracle of fp8 kernels."""
+    weight_OI = dequantize(weight, torch.float32)
+
+    def run(x_TI: Tensor) -> Tensor:
+        x_wide = accurate(x_TI)
+        bias_wide = None if bias_O is None else bias_O.to(x_wide.dtype)
+        return F.linear(x_wide, weight_OI.to(x_wide.dtype), bias_wide).to(x_TI.dtype)
+
+    return run
 
 
 def _scales(largest: Tensor) -> Tensor:

@@ -13,63 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
+from core.interfaces.weights import BlockFp8, LinearWeight
+from core.kernels import block_fp8
+from core.kernels.cpu_linear import packed_linear, packs
+from core.kernels.cpu_moe import CpuMoeOps
 from core.kernels.torch_latent import TorchLatentOps
 
-# Rows oneDNN lays a packed weight out for. Layouts for 16 to 2048 rows were the same in effect,
-# and the one for 1 row is slower from 128 rows on (Xeon with AMX).
-_PACKED_FOR_ROWS = 16
-
 NUM_REFINED = 32  # best logits of a row that are computed again in float32
-
-
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype natively on this machine, so that packing pays.
-
-    Not for float32: there packing is slower at 1 row and equal from 128 rows on.
-    """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype is torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return False
-
-
-def padded_rows(num_rows: int) -> int:
-    """The number of rows that is multiplied for `num_rows`: powers of two up to 16, then steps of
-    at most an eighth.
-
-    oneDNN compiles and keeps code for every number of rows it meets (1,000 of them took 700 MB
-    and never came back); of these there are few.
-    """
-    if num_rows <= 16:
-        return 1 << (num_rows - 1).bit_length() if num_rows else 0
-    step = max(16, 1 << (num_rows.bit_length() - 4))
-    return -(-num_rows // step) * step
-
-
-def _packed_linear(weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
-    """The layer over a copy of the weight in oneDNN's own layout; does not keep `weight_OI`.
-
-    F.linear reorders the weight at every call instead: 130 us against 60 us for 3072 x 576 at
-    1 to 4 rows.
-    """
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _PACKED_FOR_ROWS)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-
-    def linear(x_TI: Tensor) -> Tensor:
-        num_rows = x_TI.shape[0]
-        num_padded = padded_rows(num_rows)
-        if num_padded != num_rows:
-            wide_TI = x_TI.new_empty(num_padded, x_TI.shape[1])
-            wide_TI[:num_rows] = x_TI
-            wide_TO: Tensor = multiply(wide_TI, weight, bias_O, "none", [], "")
-            return wide_TO[:num_rows]
-        result_TO: Tensor = multiply(x_TI, weight, bias_O, "none", [], "")
-        return result_TO
-
-    return linear
 
 
 def _refined_logits(weight_VE: Tensor) -> LinearKernel:
@@ -78,7 +28,7 @@ def _refined_logits(weight_VE: Tensor) -> LinearKernel:
     oneDNN through torch rounds its sums to the weight's dtype. A head in float32 would read twice
     the bytes at every step; the few rows of the weight that matter cost 2% of a step.
     """
-    multiply = _packed_linear(weight_VE, None)
+    multiply = packed_linear(weight_VE, None)
     num_refined = min(NUM_REFINED, weight_VE.shape[0])
 
     def logits(x_RE: Tensor) -> Tensor:
@@ -132,7 +82,7 @@ class _Rotation:
     table_C12D: Tensor  # (cos, cos) and (-sin, sin)
 
 
-class CpuOps(TorchLatentOps):
+class CpuOps(TorchLatentOps, CpuMoeOps):
     """Operations on a CPU. bf16 and fp16 weights are packed; float32 stays exact float32.
 
     What norm weights and RoPE tables come to is computed at their first use and kept as long as
@@ -143,15 +93,17 @@ class CpuOps(TorchLatentOps):
         self._norms: dict[tuple[int, float], _Norm] = {}
         self._rotations: dict[int, _Rotation] = {}
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
+    def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
         """A packed layer where the machine multiplies the dtype natively, F.linear elsewhere."""
-        if _packs(weight_OI.dtype):
-            return _packed_linear(weight_OI, bias_O)
+        if isinstance(weight_OI, BlockFp8):
+            return block_fp8.linear(weight_OI, bias_O)
+        if packs(weight_OI.dtype):
+            return packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
         """A packed head, its best logits refined, where the machine multiplies the dtype."""
-        if _packs(weight_VE.dtype):
+        if packs(weight_VE.dtype):
             return _refined_logits(weight_VE)
         return lambda x_RE: F.linear(x_RE, weight_VE).float()
 

@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
+from core.interfaces.weights import BlockFp8, LinearWeight
+from core.kernels import block_fp8
+from core.kernels.precision import accurate
 from core.kernels.torch_latent import TorchLatentOps
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from core.kernels.torch_moe import TorchMoeOps
 
 
 def _rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     scale_T1 = torch.rsqrt(x_TE.square().mean(dim=-1, keepdim=True) + eps)
-    return x_TE * scale_T1 * _accurate(weight_E)
+    return x_TE * scale_T1 * accurate(weight_E)
 
 
 def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-    first_THF, second_THF = _accurate(x_THD).chunk(2, dim=-1)
+    first_THF, second_THF = accurate(x_THD).chunk(2, dim=-1)
     rotated_THD = torch.cat(
         (
             first_THF * cos_T1F - second_THF * sin_T1F,
@@ -33,26 +33,28 @@ def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     return rotated_THD.to(x_THD.dtype)
 
 
-class TorchOps(TorchLatentOps):
+class TorchOps(TorchLatentOps, TorchMoeOps):
     """Operations in plain torch. Overwrites none of its arguments except the caches."""
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
-        """The layer as torch computes it; keeps the weight as it is."""
+    def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
+        """The layer as torch computes it; keeps a plain weight as it is."""
+        if isinstance(weight_OI, BlockFp8):
+            return block_fp8.linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
         """Multiplied in float32 or wider."""
-        return lambda x_RE: F.linear(_accurate(x_RE), _accurate(weight_VE)).float()
+        return lambda x_RE: F.linear(accurate(x_RE), accurate(weight_VE)).float()
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension; rounded once, at the end."""
-        return _rms_norm(_accurate(x_TE), weight_E, eps).to(x_TE.dtype)
+        return _rms_norm(accurate(x_TE), weight_E, eps).to(x_TE.dtype)
 
     def add_rms_norm(
         self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """The sum is float32, or wider."""
-        sum_TE = _accurate(x_TE) + _accurate(residual_TE)
+        sum_TE = accurate(x_TE) + accurate(residual_TE)
         return _rms_norm(sum_TE, weight_E, eps).to(x_TE.dtype), sum_TE
 
     def rope(
@@ -64,7 +66,7 @@ class TorchOps(TorchLatentOps):
 
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """Rounded once, at the end."""
-        gate_TI, up_TI = _accurate(gate_up_T2I).chunk(2, dim=-1)
+        gate_TI, up_TI = accurate(gate_up_T2I).chunk(2, dim=-1)
         return (F.silu(gate_TI) * up_TI).to(gate_up_T2I.dtype)
 
     def write_kv(

@@ -81,6 +81,9 @@ def select_format(
     older GPUs."""
     if quantization is None or (quantization.rows, quantization.columns) != (BLOCK, BLOCK):
         return PlainFormat()
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+    if device.type != "cuda":
+        return PlainFormat()
+    # Without a GPU here, a plan is made for other machines.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
         return PlainFormat()
     return BlockFp8Format(dtype)

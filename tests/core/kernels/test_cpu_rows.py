@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from core.kernels.cpu_ops import CpuOps, padded_rows
+from core.kernels.cpu_linear import padded_rows
+from core.kernels.cpu_ops import CpuOps
 
 
 def test_few_shapes_and_little_waste() -> None:
