@@ -58,10 +58,22 @@ class PackageSource:
 
 
 @dataclass(slots=True, kw_only=True)
+class RandomCheckpoint:
+    """Random weights of the model's `shape`, written once into the user's cache as files that
+    other programs read as well. For small shapes; `load_format=dummy` needs no files."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_range("model.random_checkpoint.seed", self.seed, 0)
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """What is served and where its files come from.
 
-    `path` is a Hugging Face folder, a .gguf file, or a Hub id; `package` is the alternative.
+    `path` is a Hugging Face folder, a .gguf file, or a Hub id; `package` and `random_checkpoint`
+    are the alternatives.
     `shape` holds the contents of the model's config.json for presets whose shape is known, so
     that a plan or a dummy load needs no files.
     """
@@ -71,6 +83,7 @@ class ModelConfig:
     family: str = "auto"  # a model plugin; auto: by the checkpoint's architecture
     path: str | None = None
     package: PackageSource | None = None
+    random_checkpoint: RandomCheckpoint | None = None
     shape: dict[str, Any] | None = None
     load_format: str = "auto"
     dtype: str = "auto"  # auto: the checkpoint's
@@ -210,7 +223,7 @@ class FrontendConfig:
 class LaunchConfig:
     """How processes are started and ended on each node."""
 
-    name: str = "local"
+    name: str = "static"
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None  # host:port of node 0, where nnodes > 1
