@@ -40,14 +40,14 @@ class ThreadCommunicator:
         return parts
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self.exchange(x.clone())).sum(0)
+        return torch.stack(self.exchange(x.clone())).sum(0, dtype=x.dtype)
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         return torch.cat(self.exchange(x.clone()), dim)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         assert x.shape[0] % self.size == 0, "rows can't be cut into equal parts"
-        total = torch.stack(self.exchange(x.clone())).sum(0)
+        total = torch.stack(self.exchange(x.clone())).sum(0, dtype=x.dtype)
         return total.chunk(self.size)[self.rank] if x.shape[0] else total
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:

@@ -1,0 +1,65 @@
+"""What carries rows to experts: `local`, `allgather`, `nccl` and `deepep`. Imports no torch."""
+
+import importlib.util
+from collections.abc import Sequence
+
+from core.config import AppConfig
+from core.hookspecs import Registration, hookimpl
+from plugins.moe_a2a._deepep_limits import config_problems
+from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOptions
+
+
+@hookimpl
+def register_moe_a2a() -> Sequence[Registration]:
+    """The dispatchers in this package."""
+    return [
+        Registration(
+            name="local",
+            factory="plugins.moe_a2a.local:LocalDispatcher",
+            summary="no expert parallelism: rows stay where they are",
+        ),
+        Registration(
+            name="allgather",
+            factory="plugins.moe_a2a.allgather:AllGatherDispatcher",
+            config=AllGatherOptions,
+            summary="every rank gets all rows; simple, for few ranks and for checking the others",
+        ),
+        Registration(
+            name="nccl",
+            factory="plugins.moe_a2a.nccl:NcclDispatcher",
+            config=NcclOptions,
+            summary="all-to-all with counts over comm.ep: NCCL on GPUs, gloo on CPUs",
+        ),
+        Registration(
+            name="deepep",
+            factory="plugins.moe_a2a.deepep:create",
+            config=DeepEPOptions,
+            summary="DeepEP's kernels over NVLink and RDMA; needs the extra deepep",
+        ),
+    ]
+
+
+@hookimpl
+def default_backend(family: str, device: str) -> str | None:
+    """What `moe_a2a.<phase>=auto` means on a device, where experts are spread over ranks."""
+    if family not in ("moe_a2a.prefill", "moe_a2a.decode"):
+        return None
+    if device == "cuda" and importlib.util.find_spec("deep_ep") is not None:
+        return "deepep"
+    return {"cpu": "nccl", "cuda": "nccl"}.get(device)
+
+
+@hookimpl
+def check_plan(config: AppConfig) -> Sequence[str]:
+    """Dispatchers that don't fit the plan or the machine."""
+    problems = []
+    for phase in ("prefill", "decode"):
+        choice = config.moe_a2a.prefill if phase == "prefill" else config.moe_a2a.decode
+        if choice.name == "local" and config.parallel.ep > 1:
+            problems.append(
+                f"moe_a2a.{phase}=local carries rows to no other rank, but "
+                f"parallel.ep={config.parallel.ep}; set moe_a2a.{phase}=auto or parallel.ep=1"
+            )
+        if choice.name == "deepep":
+            problems += config_problems(config, phase)
+    return problems

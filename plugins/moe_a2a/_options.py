@@ -1,0 +1,50 @@
+"""The options of the all-to-all plugins, as `moe_a2a.<phase>.options` holds them. Free of torch."""
+
+from dataclasses import dataclass
+
+from core.config import require_choice, require_range
+from core.errors import ConfigError
+
+LAYOUTS = ("contiguous", "batched")
+LOW_LATENCY_ROWS = 1024  # DeepEP counts a rank's rows for one expert below this (FINISHED_SUM_TAG)
+
+
+@dataclass(slots=True, kw_only=True)
+class AllGatherOptions:
+    """Of `allgather`."""
+
+    layout: str = "contiguous"  # batched: to check expert kernels of that layout without DeepEP
+
+    def __post_init__(self) -> None:
+        require_choice("moe_a2a.<phase>.options.layout", self.layout, LAYOUTS)
+
+
+@dataclass(slots=True, kw_only=True)
+class NcclOptions:
+    """Of `nccl`."""
+
+    fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class DeepEPOptions:
+    """Of `deepep`."""
+
+    fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
+    num_sms: int = 20  # multiprocessors that normal mode's kernels take from the experts
+    # Rows of a rank that low-latency mode's buffers hold; None: the most a decode step can have.
+    low_latency_max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        require_range("moe_a2a.<phase>.options.num_sms", self.num_sms, 2)
+        if self.num_sms % 2 != 0:
+            raise ConfigError(
+                f"moe_a2a.<phase>.options.num_sms={self.num_sms}: DeepEP takes multiprocessors in "
+                "pairs; give an even number"
+            )
+        require_range(
+            "moe_a2a.decode.options.low_latency_max_rows",
+            self.low_latency_max_rows,
+            1,
+            LOW_LATENCY_ROWS,
+        )

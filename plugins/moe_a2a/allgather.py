@@ -1,0 +1,69 @@
+"""Every rank gets all rows, computes those of its experts, and the sums are scattered back.
+
+Simple, and the oracle for the others; moves (ep - 1) times the rows each way. Good for few ranks.
+Shape legend: T own rows, A rows of all ranks in axis order, K experts of a row, E hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout
+from core.kernels.moe_permute import group_rows, pad_groups, sum_results
+from core.kernels.ragged import gather_rows, scatter_rows
+from plugins.moe_a2a._options import AllGatherOptions
+from plugins.moe_a2a._packing import RowFormat
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    """What `combine` needs of a dispatch."""
+
+    positions_AK: Tensor
+    weights_AK: Tensor
+    counts: tuple[int, ...]
+
+
+class AllGatherDispatcher:
+    """One gather of packed rows, one scatter of float32 sums."""
+
+    def __init__(self, options: AllGatherOptions, spec: A2ASpec) -> None:
+        self.layout = ExpertLayout(options.layout)
+        self._spec = spec
+        self._format = RowFormat(spec.hidden_size, spec.top_k, spec.dtype, torch.int32)
+
+    def dispatch(
+        self, x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, counts: Sequence[int]
+    ) -> Dispatched:
+        """This rank's experts' rows of all ranks."""
+        spec = self._spec
+        packed_TB = self._format.pack(x_TE, None, weights_TK)
+        self._format.ids(packed_TB).copy_(experts_TK)
+        packed_AB = gather_rows(spec.comm, packed_TB, counts)
+        num_local = spec.num_local_experts
+        local_AK = self._format.ids(packed_AB).long() - spec.comm.rank * num_local
+        local_AK = torch.where((local_AK >= 0) & (local_AK < num_local), local_AK, -1)
+        grouping = group_rows(local_AK, num_local)
+        if self.layout is ExpertLayout.BATCHED:  # a row is at most once among an expert's
+            grouping = pad_groups(grouping, local_AK, capacity=sum(counts))
+        return Dispatched(
+            self._format.values(packed_AB)[grouping.source],
+            grouping.counts_L,
+            # A copy: a view would keep all packed rows while the experts compute.
+            _Handle(
+                grouping.positions_TK, self._format.weights(packed_AB).contiguous(), tuple(counts)
+            ),
+        )
+
+    def combine(self, output: Tensor, dispatched: Dispatched) -> Tensor:
+        """The sums of this rank's rows, rounded once."""
+        handle = dispatched.handle
+        assert isinstance(handle, _Handle)
+        partial_AE = sum_results(
+            output.flatten(0, -2) if output.dim() == 3 else output,
+            handle.positions_AK,
+            handle.weights_AK,
+        )
+        return scatter_rows(self._spec.comm, partial_AE, handle.counts).to(self._spec.dtype)

@@ -1,0 +1,187 @@
+"""Cases of the moe_a2a contract: rows and routings, plain experts, and dense MoE in float64.
+
+Everything is a pure function of (case, ep), so that ranks in other processes need no messages.
+Shape legend: T rows of a rank, K experts of a row, E hidden size.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from core.interfaces.comm import Communicator
+from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
+from core.kernels.block_fp8 import dequantize_rows, quantize_rows
+from core.parallel.experts import default_placement
+
+COUNTS = {
+    "random": lambda ep, step: [(7 * (rank + step) + 3) % 11 for rank in range(ep)],
+    "equal": lambda ep, step: [6] * ep,
+    "one_empty": lambda ep, step: [0 if rank == step % ep else 5 for rank in range(ep)],
+    "all_empty": lambda ep, step: [0] * ep,
+    "one_has_most": lambda ep, step: [16 if rank == ep - 1 else 1 for rank in range(ep)],
+    "only_one": lambda ep, step: [9 if rank == ep // 2 else 0 for rank in range(ep)],
+}
+MAX_ROWS = 16
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One dispatcher and the steps it is taken through."""
+
+    counts: str = "random"
+    routing: str = "random"  # or "one_expert", "padded", "nothing", "one_rank"
+    num_experts: int = 16  # logical
+    redundant: int = 0
+    top_k: int = 4
+    dtype: torch.dtype = torch.float32
+    fp8: bool = False
+
+    def __str__(self) -> str:
+        dtype = "fp8" if self.fp8 else str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.counts}-{self.routing}-x{self.num_experts}+{self.redundant}-k{self.top_k}"
+            f"-{dtype}"
+        )
+
+
+DEFAULT = Case()
+CASES = [
+    *(replace(DEFAULT, counts=counts) for counts in COUNTS),
+    *(
+        replace(DEFAULT, routing=routing, top_k=top_k)
+        for routing, top_k in (("one_expert", 1), ("padded", 4), ("nothing", 2), ("one_rank", 3))
+    ),
+    *(replace(DEFAULT, top_k=top_k) for top_k in (1, 2, 3, 5, 6, 7, 8)),
+    replace(DEFAULT, redundant=4),
+    replace(DEFAULT, redundant=16, top_k=8, counts="one_empty"),
+    *(replace(DEFAULT, dtype=dtype) for dtype in (torch.bfloat16, torch.float16)),
+    replace(DEFAULT, dtype=torch.bfloat16, redundant=8, routing="padded"),
+    replace(DEFAULT, dtype=torch.bfloat16, fp8=True),
+    replace(DEFAULT, dtype=torch.bfloat16, fp8=True, counts="all_empty"),
+    replace(DEFAULT, dtype=torch.bfloat16, fp8=True, counts="one_has_most", routing="padded"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one rank brings into one step."""
+
+    x_TE: Tensor
+    logical_TK: Tensor
+    physical_TK: Tensor
+    weights_TK: Tensor
+
+
+def rows_of(case: Case, ep: int, rank: int, step: int, hidden_size: int) -> Rows:
+    """The rows of a rank; ids of a row differ, copies of an expert are taken at random."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{case} {ep} {rank} {step}".encode()))
+    num_rows = COUNTS[case.counts](ep, step)[rank]
+    placement = default_placement(case.num_experts, ep, case.redundant)
+    candidates = list(range(case.num_experts))
+    if case.routing == "one_rank":  # all experts of each row are on one and the same rank
+        candidates = list(placement.local(ep - 1))
+    order = torch.rand(num_rows, len(candidates), generator=generator).argsort(1)[:, : case.top_k]
+    logical_TK = torch.tensor(candidates)[order]
+    if case.routing == "one_expert":
+        logical_TK = torch.full((num_rows, 1), case.num_experts - 1)
+    copies = [placement.copies(logical) for logical in range(case.num_experts)]
+    draw_TK = torch.randint(0, 1 << 30, logical_TK.shape, generator=generator)
+    physical_TK = logical_TK.clone()
+    for row, column in torch.ones_like(logical_TK).nonzero().tolist():
+        of_expert = copies[int(logical_TK[row, column])]
+        physical_TK[row, column] = of_expert[int(draw_TK[row, column]) % len(of_expert)]
+    weights_TK = torch.rand(logical_TK.shape, generator=generator)
+    padding = {"padded": num_rows // 2, "nothing": 0}.get(case.routing, num_rows)
+    physical_TK[padding:], weights_TK[padding:] = -1, 0.0
+    x_TE = torch.randn(num_rows, hidden_size, generator=generator).to(case.dtype)
+    return Rows(x_TE, logical_TK, physical_TK, weights_TK)
+
+
+def expert(logical: int, x: Tensor) -> Tensor:
+    """An expert: any function that no other expert agrees with, mixing neighbouring columns."""
+    generator = torch.Generator().manual_seed(logical)
+    scale_E = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
+    shift_E = torch.randn(x.shape[-1], generator=generator, dtype=torch.float64)
+    return torch.tanh(x.double() * scale_E + x.double().roll(1, -1) * shift_E)
+
+
+def dense(case: Case, rows: Rows, *, fp8: bool) -> Tensor:
+    """What dense MoE gives: every row through each of its experts, in float64. `fp8`: of the rows
+    as float8 holds them."""
+    x_TE = dequantize_rows(*quantize_rows(rows.x_TE), torch.float32) if fp8 else rows.x_TE
+    out_TE = torch.zeros(rows.x_TE.shape, dtype=torch.float64)
+    for logical in range(case.num_experts):
+        weight_T = (rows.weights_TK * (rows.logical_TK == logical)).sum(1).double()
+        out_TE += weight_T[:, None] * expert(logical, x_TE)
+    return out_TE
+
+
+def spec_of(case: Case, comm: Communicator, phase: str, hidden_size: int) -> A2ASpec:
+    """The spec that a dispatcher is built for."""
+    return A2ASpec(
+        comm=comm,
+        num_experts=case.num_experts + case.redundant,
+        top_k=case.top_k,
+        hidden_size=hidden_size,
+        dtype=case.dtype,
+        device=torch.device("cpu"),
+        max_rows=MAX_ROWS,
+        phase=phase,
+        fp8=case.fp8,
+    )
+
+
+def run_steps(
+    case: Case, dispatcher: Dispatcher, comm: Communicator, hidden_size: int
+) -> list[Tensor]:
+    """What a rank gets out of each step; two layers are in flight at once now and then."""
+    placement = default_placement(case.num_experts, comm.size, case.redundant)
+    results = []
+    for step in range(NUM_STEPS):
+        rows = rows_of(case, comm.size, comm.rank, step, hidden_size)
+        counts = COUNTS[case.counts](comm.size, step)
+        given = rows.x_TE.clone()
+        dispatched = dispatcher.dispatch(given, rows.physical_TK, rows.weights_TK, counts)
+        assert torch.equal(given, rows.x_TE), "dispatch changed its argument"
+        output = apply_experts(case, dispatcher, dispatched, placement.local(comm.rank))
+        result = dispatcher.combine(output, dispatched)
+        assert result.shape == rows.x_TE.shape
+        assert result.dtype == case.dtype
+        results.append(result.clone())
+    return results
+
+
+def apply_experts(
+    case: Case, dispatcher: Dispatcher, dispatched: Dispatched, owners: tuple[int, ...]
+) -> Tensor:
+    """Each local expert's function on its rows; what nobody may read is NaN. `owners`: the logical
+    expert of each local one."""
+    hidden, counts = dispatched.hidden, dispatched.counts_L.tolist()
+    assert dispatched.counts_L.dtype == torch.int64
+    assert len(counts) == len(owners)
+    if dispatched.scales is not None:
+        assert hidden.dtype == torch.float8_e4m3fn
+        hidden = dequantize_rows(hidden, dispatched.scales, torch.float32)
+    else:
+        assert hidden.dtype == case.dtype
+    output = torch.full(hidden.shape, float("nan"), dtype=case.dtype)
+    first = 0
+    for local, (logical, count) in enumerate(zip(owners, counts, strict=True)):
+        if dispatcher.layout is ExpertLayout.BATCHED:
+            output[local, :count] = expert(logical, hidden[local, :count]).to(case.dtype)
+        else:
+            rows = slice(first, first + count)
+            output[rows] = expert(logical, hidden[rows]).to(case.dtype)
+            first += count
+    if dispatcher.layout is ExpertLayout.CONTIGUOUS:
+        assert hidden.shape[0] == first, "the CPU needs no rows past the counted ones"
+    return output
+
+
+def tolerance(case: Case) -> dict[str, float]:
+    """Of the difference to dense MoE: results, partial sums and the sum are rounded."""
+    step = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[case.dtype]
+    return {"atol": 2.5 * step * case.top_k**0.5, "rtol": 2.5 * step}

@@ -1,0 +1,105 @@
+"""The contract of moe_a2a plugins: dispatch, any experts, combine is dense MoE.
+
+Ranks are threads of this process, and once four processes over gloo. DeepEP is its test double.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core.interfaces.comm import Comms
+from core.parallel.plan import Plan
+from tests.contracts import a2a_rank
+from tests.contracts.a2a_backends import BACKENDS, WithGroup, build
+from tests.contracts.a2a_cases import CASES, NUM_STEPS, Case, dense, rows_of, run_steps, tolerance
+from tests.support.ranks import plan_comms, run_ranks
+
+ROOT = Path(__file__).parents[2]
+# DeepEP carries bfloat16 only: all other cases are run in it, too.
+ALL_CASES = list(dict.fromkeys([*CASES, *(replace(case, dtype=torch.bfloat16) for case in CASES)]))
+RUNS = [
+    (name, ep, case)
+    for name, parameters in BACKENDS.items()
+    for ep in parameters.sizes
+    for case in (CASES if parameters.can(CASES[0]) else ALL_CASES)
+    if parameters.can(case) and (case.num_experts + case.redundant) % ep == 0
+]
+
+
+def expect_dense(name: str, case: Case, ep: int, rank: int, got: list[Tensor]) -> None:
+    parameters = BACKENDS[name]
+    assert len(got) == NUM_STEPS
+    for step, result in enumerate(got):
+        rows = rows_of(case, ep, rank, step, parameters.hidden_size)
+        expected = dense(case, rows, fp8=case.fp8 and parameters.fp8)
+        torch.testing.assert_close(result.double(), expected, **tolerance(case))
+        none = (rows.physical_TK < 0).all(1)
+        assert (result[none] == 0).all(), "rows without experts get exactly 0"
+
+
+@pytest.mark.parametrize(("name", "ep", "case"), RUNS, ids=lambda value: str(value))
+def test_dispatch_then_combine_is_dense_moe(name: str, ep: int, case: Case) -> None:
+    hidden_size = BACKENDS[name].hidden_size
+
+    def work(comms: Comms) -> list[Tensor]:
+        comm = comms.axes["ep"]
+        comm = WithGroup(comm) if name.startswith("deepep") else comm
+        return run_steps(case, build(name, case, comm), comm, hidden_size)
+
+    for rank, got in enumerate(run_ranks(plan_comms(Plan(dp=ep, ep=ep)), work)):
+        expect_dense(name, case, ep, rank, got)
+
+
+def test_cases_are_what_they_say() -> None:
+    """Guards the oracle: routings differ, copies of experts are used, and rows really travel."""
+    rows = rows_of(replace(CASES[0], redundant=16), 4, 0, 1, 8)
+    assert len(rows.x_TE) > 3
+    assert not torch.equal(rows.physical_TK, rows.logical_TK)
+    assert all(len(set(row)) == len(row) for row in rows.physical_TK.tolist())
+    assert set((rows.physical_TK // 8).flatten().tolist()) == {0, 1, 2, 3}
+    padded = rows_of(replace(CASES[0], routing="padded"), 4, 0, 1, 8)
+    assert 0 < (padded.physical_TK[:, 0] < 0).sum() < len(padded.x_TE)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndarray]]:
+    """What four real ranks got."""
+    folder, size = tmp_path_factory.mktemp("ranks"), 4
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.contracts.a2a_rank", str(rank), str(size)),
+                *(str(folder / "meet"), str(folder / f"{rank}.npz")),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(size)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * size, "\n".join(errors)
+    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
+
+
+@pytest.mark.parametrize("case", a2a_rank.CASES, ids=str)
+@pytest.mark.parametrize("name", [name for name in BACKENDS if 4 in BACKENDS[name].sizes])
+def test_four_processes_over_gloo_agree(
+    processes: list[dict[str, np.ndarray]], name: str, case: Case
+) -> None:
+    if not BACKENDS[name].can(case):
+        pytest.skip(f"{name} does not carry {case.dtype}")
+    for rank, results in enumerate(processes):
+        got = [torch.from_numpy(results[f"{name}/{case}/{step}"]) for step in range(NUM_STEPS)]
+        expect_dense(name, case, 4, rank, got)
