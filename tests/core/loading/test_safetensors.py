@@ -1,6 +1,7 @@
 """Safetensors files: slices are right, and damaged files are named with what is wrong."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_every_way_of_cutting_it_off_is_noticed(path: Path) -> None:
         (lambda h: h["a"].pop("shape"), "not the expected JSON"),
         (lambda h: h.update(a=3), "not the expected JSON"),
         (lambda h: h["a"].update(data_offsets=[10**15, 10**15 + 96]), "cut off"),
+        (lambda h: h.pop("a"), "tensor scalar at byte 96 of the data leaves a gap before it"),
+        (lambda h: h.update(more=h["b"]), "overlaps the one before it"),
     ],
 )
 def test_wrong_headers_are_named(
@@ -96,3 +99,55 @@ def test_random_bytes_and_folders_are_refused(tmp_path: Path) -> None:
     for path in (noise, tmp_path, tmp_path / "absent.safetensors"):
         with pytest.raises(ModelError, match=path.name):
             read_header(str(path))
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ModelError, match=r"model\.safetensors .*: 1 bytes follow its last tensor"):
+        read_header(str(path))
+
+
+@pytest.mark.parametrize("staging_bytes", [1, 24, 100])
+def test_buffers_smaller_than_a_row_or_a_tensor_do(path: Path, staging_bytes: int) -> None:
+    source = SafetensorsSource([str(path)])
+    for name in ("a", "b", "c"):
+        tensor = TENSORS[name]
+        for dim, size in enumerate(tensor.shape):
+            found = read_slice(source, name, dim, 1, size, staging_bytes)
+            assert torch.equal(found, tensor.narrow(dim, 1, size - 1))
+
+
+def test_columns_far_apart_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows much wider than what is kept of them: the rest is not read."""
+    wide = torch.arange(4 * 100_000, dtype=torch.float32).view(4, 100_000)
+    save_file({"wide": wide}, tmp_path / "x.safetensors")
+    source = SafetensorsSource([str(tmp_path / "x.safetensors")])
+    read_bytes = 0
+    preadv = os.preadv
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read_bytes
+        read_bytes += sum(len(buffer) for buffer in buffers)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    for dim, start, stop, least in ((1, 70_000, 70_010, 160), (0, 2, 3, 400_000)):
+        read_bytes = 0
+        found = read_slice(source, "wide", dim, start, stop)
+        assert torch.equal(found, wide.narrow(dim, start, stop - start))
+        assert read_bytes == least
+
+
+def test_a_file_cut_off_while_it_is_read_is_named(path: Path) -> None:
+    source = SafetensorsSource([str(path)])
+    path.write_bytes(path.read_bytes()[:-4])
+    last = max(TENSORS, key=lambda name: data_end(path, name))
+    with pytest.raises(ModelError, match=r"model\.safetensors ends at byte \d+, in the midst"):
+        read_slice(source, last, 0, 0, (TENSORS[last].shape or (1,))[0])
+
+
+def data_end(path: Path, name: str) -> int:
+    """Where a tensor's data ends, by a header that still is whole."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return int(header[name]["data_offsets"][1])
