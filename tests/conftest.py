@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,18 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.models import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny checkpoint, by its name in TINY_MODELS; written once a session."""
+    from tests.support.models import write_tiny_model
+
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = write_tiny_model(tmp_path_factory.mktemp(name), name)
+        return folders[name]
+
+    return folder

@@ -164,6 +164,9 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         dtype=dtype,
         device=device,
         on_progress=context.on_progress,
+        spec=spec,
+        rank_shapes=shapes,
+        model_shapes=measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device),
     )
     model = family.build(
         spec,

@@ -25,7 +25,7 @@ def gather_rows(comm: Communicator, x_T: Tensor, counts: Sequence[int]) -> Tenso
     if padding_pays(counts):
         padded = x_T.new_zeros(most, *x_T.shape[1:])
         padded[: x_T.shape[0]] = x_T
-        parts = comm.all_gather(padded, 0).unflatten(0, (comm.size, most))
+        parts = comm.all_gather(padded, 0).view(comm.size, most, *x_T.shape[1:])
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     whole_A = x_T.new_zeros(total, *x_T.shape[1:])
     first = sum(counts[: comm.rank])

@@ -22,6 +22,13 @@ class TransformersOracle:
         """(tokens, vocabulary) in float32."""
         return self.model(torch.tensor([list(token_ids)])).logits[0].float()
 
+    def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """What greedy decoding adds to a prompt, every token from the whole sequence before it."""
+        known = list(prompt)
+        for _ in range(num_tokens):
+            known.append(int(self.logits(known)[-1].argmax()))
+        return known[len(prompt) :]
+
     def check_greedy(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Assert that `answer` is what greedy decoding gives: every token is the best one after
         the prompt and the answer's tokens before it."""
