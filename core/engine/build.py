@@ -122,7 +122,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         kv_cache_tokens=kv_cache_tokens,
         max_model_len=max_model_len,
         weight_bytes=loaded.shapes.num_bytes,
-        num_parameters=loaded.shapes.num_logical_parameters,
+        num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
 
@@ -135,7 +135,8 @@ class _Loaded:
     ops: Ops
     spec: ModelSpec
     dtype: torch.dtype
-    shapes: ShapeReader
+    shapes: ShapeReader  # of this rank
+    num_parameters: int  # of the whole model
     max_model_len: int  # that the model and the configuration allow
 
 
@@ -147,6 +148,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     plan, device = context.plan, context.device
     shapes = measure_rank(family, spec, plan, context.rank, dtype=dtype, device=device)
     check_weights_fit(shapes.num_bytes, device, context.local_ranks)
+    whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     dispatchers = build_dispatchers(
         config,
@@ -166,7 +168,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         on_progress=context.on_progress,
         spec=spec,
         rank_shapes=shapes,
-        model_shapes=measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device),
+        model_shapes=whole,
     )
     model = family.build(
         spec,
@@ -190,6 +192,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         spec=spec,
         dtype=dtype,
         shapes=shapes,
+        num_parameters=whole.num_logical_parameters,
         max_model_len=max_model_len,
     )
 
