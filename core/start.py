@@ -1,72 +1,175 @@
 """From a composed configuration to a served model: find files, settle the plan, start processes.
 
-The parent of everything: it imports no torch and computes nothing itself. The frontend starts
-beside the workers, so that a port in use is found before weights are loaded.
+The parent of everything on its node: it imports no torch and computes nothing itself. The frontend
+(node 0's) starts beside the workers, so that a port in use is found before weights are loaded.
+Where there are several nodes, each runs this with the same configuration, and they compare what
+they found before any process is started.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from core.cluster.boot import FrontendBoot, Served, WorkerBoot
 from core.cluster.display import Display, SummaryInfo
-from core.cluster.endpoints import RunDirectory
+from core.cluster.endpoints import RunDirectory, node_endpoints
+from core.cluster.facts import gather
+from core.cluster.group import Group
 from core.cluster.machine import find_machine
+from core.cluster.network import interface_environment, interface_text, require_free
+from core.cluster.ports import Ports, listeners
 from core.cluster.process import ProcessSpec
+from core.cluster.rendezvous import meet
 from core.cluster.supervisor import Supervisor
 from core.config import AppConfig, PluginChoice
-from core.interfaces.control import ModelFiles, Progress, Ready
-from core.interfaces.launcher import Launcher, Placement
+from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
+from core.interfaces.launcher import Launcher, Machine, Placement
 from core.loading.files import resolve_files
+from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
 
 FRONTEND = "frontend"
+_MAX_WAITED_FOR = 3  # processes named in one line; of hundreds of ranks
 
 
 def start(config: AppConfig, plugins: PluginManager) -> int:
     """Serve until told to stop; returns the exit status. Raises NodeweaveError where the
-    configuration does not fit the model or this machine; nothing is started then."""
-    begin = time.monotonic()
+    configuration does not fit the model, this machine or the other nodes; nothing is started then.
+    """
+    begin_s = time.monotonic()
     display = Display()
     launcher: Launcher = plugins.table("launcher").create(
         PluginChoice(name=config.launch.name, options=config.launch.options), config
     )
-    launcher.site()
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(meet(launcher.site(), config, display))
+        node = _prepare(config, plugins, launcher, group, display)
+        display.num_workers = node.resolved.plan.world_size
+        endpoints = _agree(node, plugins, group, display)
+        if endpoints is None:
+            endpoints = stack.enter_context(RunDirectory(node.resolved.plan.dp)).endpoints()
+        return _supervise(node, endpoints, group, display, begin_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Node:
+    """What this node is going to run."""
+
+    resolved: Resolved
+    machine: Machine
+    placements: Sequence[Placement]
+
+
+def _prepare(
+    config: AppConfig, plugins: PluginManager, launcher: Launcher, group: Group, display: Display
+) -> _Node:
+    """Find the model's files and settle everything."""
+    group.enter("find the model's files")
     machine = find_machine(config.engine.device)
-    files = resolve_files(config.model, _progress(display))
+    files = resolve_files(config.model, _progress(display, group))
     resolved = resolve(config, plugins, files, machine.device)
     placements = launcher.placements(resolved.plan, machine)
-    display.num_workers = len(placements)
-    with RunDirectory(resolved.plan.dp) as run_directory:
-        supervisor = Supervisor(
-            [
-                _frontend(resolved, run_directory),
-                *(_worker(resolved, run_directory, placement) for placement in placements),
-            ],
-            config.launch,
-            on_status=display.status,
-            on_ready=lambda ready: display.summary(
-                _summary(resolved, ready, display.phases, placements, time.monotonic() - begin)
+    return _Node(resolved=resolved, machine=machine, placements=placements)
+
+
+def _agree(node: _Node, plugins: PluginManager, group: Group, display: Display) -> Endpoints | None:
+    """Have all nodes compare what must be the same; where their processes meet. None on one node.
+
+    Raises GroupError with all differences, ResourceError for a port that is taken.
+    """
+    site, plan = group.site, node.resolved.plan
+    if site.nnodes == 1:
+        return None
+    assert site.rendezvous is not None
+    ports = Ports.of(site.rendezvous, plan)
+    require_free(
+        group.address,
+        [
+            (f"the port of {listener.name}", listener.port)
+            for listener in listeners(ports, plan, site.nnodes)
+            if listener.node == site.node_rank and listener.port != ports.control
+        ],
+    )
+    group.enter("check files")
+    facts = gather(
+        node.resolved.config,
+        plugins.fingerprint(),
+        node.resolved.files,
+        node.machine,
+        _progress(display, group),
+    )
+    group.enter("compare")
+    addresses = group.agree(facts)
+    return node_endpoints(plan, ports, addresses, group.wire_key)
+
+
+def _supervise(
+    node: _Node, endpoints: Endpoints, group: Group, display: Display, begin_s: float
+) -> int:
+    """Start this node's processes and stay until they ended."""
+    site, resolved = group.site, node.resolved
+    several = site.nnodes > 1
+    environment: dict[str, str] = {}
+    if several:
+        address = group.address
+        environment = interface_environment(address)
+        display.note(f"collectives use {interface_text(address)}")
+
+    def on_ready(ready: Mapping[str, Ready]) -> None:
+        if site.node_rank == 0:
+            total_s = time.monotonic() - begin_s
+            display.summary(_summary(node, site.nnodes, ready, display.phases, total_s))
+        else:
+            ranks = ", ".join(str(placement.rank) for placement in node.placements)
+            display.note(f"node {site.node_rank} is ready: ranks {ranks}; node 0 serves")
+
+    def on_waiting(lines: Sequence[str]) -> None:
+        if several and site.node_rank == 0:
+            display.waiting(_waiting_text(lines))
+
+    supervisor = Supervisor(
+        [
+            *([_frontend(resolved, endpoints)] if site.node_rank == 0 else []),
+            *(
+                _worker(
+                    node, endpoints, placement, site.node_rank if several else None, environment
+                )
+                for placement in node.placements
             ),
-            on_error=display.error,
-        )
-        return supervisor.run()
+        ],
+        resolved.config.launch,
+        on_status=display.status,
+        on_ready=on_ready,
+        on_error=display.error,
+        on_waiting=on_waiting,
+        group=group,
+    )
+    return supervisor.run()
 
 
-def _progress(display: Display) -> Callable[[str, int, int, str], None]:
+def _waiting_text(lines: Sequence[str]) -> str:
+    shown = "; ".join(lines[:_MAX_WAITED_FOR])
+    more = len(lines) - _MAX_WAITED_FOR
+    return f"starting; waiting for {shown}{f'; and {more} more' if more > 0 else ''}"
+
+
+def _progress(display: Display, group: Group) -> Callable[[str, int, int, str], None]:
     def show(task: str, done: int, total: int, unit: str) -> None:
         display.status("this process", Progress(task, done, total, unit))
+        group.progress(task, done, total, unit)
 
     return show
 
 
-def _frontend(resolved: Resolved, run_directory: RunDirectory) -> ProcessSpec:
+def _frontend(resolved: Resolved, endpoints: Endpoints) -> ProcessSpec:
     boot = FrontendBoot(
         config=resolved.config,
-        endpoints=run_directory.endpoints(),
+        endpoints=endpoints,
         files=resolved.files,
         served=Served(
             name=_served_name(resolved.config),
@@ -83,25 +186,31 @@ def _frontend(resolved: Resolved, run_directory: RunDirectory) -> ProcessSpec:
     )
 
 
-def _worker(resolved: Resolved, run_directory: RunDirectory, placement: Placement) -> ProcessSpec:
+def _worker(
+    node: _Node,
+    endpoints: Endpoints,
+    placement: Placement,
+    node_rank: int | None,
+    environment: Mapping[str, str],
+) -> ProcessSpec:
     boot = WorkerBoot(
-        config=resolved.config,
-        plan=resolved.plan,
+        config=node.resolved.config,
+        plan=node.resolved.plan,
         rank=placement.rank,
         device=placement.device,
         num_threads=placement.num_threads,
-        local_ranks=resolved.plan.world_size,
-        files=resolved.files,
-        endpoints=run_directory.endpoints(),
-        rendezvous=str(run_directory.rendezvous),
+        local_ranks=len(node.placements),
+        files=node.resolved.files,
+        endpoints=endpoints,
     )
     return ProcessSpec(
         name=f"worker {placement.rank}",
         module="core.worker",
         boot=msgspec.json.encode(boot),
-        env=placement.env,
+        env={**environment, **placement.env},
         is_worker=True,
         cpus=placement.cpus,
+        node=node_rank,
     )
 
 
@@ -131,26 +240,28 @@ def _public_info(resolved: Resolved) -> dict[str, object]:
 
 
 def _summary(
-    resolved: Resolved,
+    node: _Node,
+    nnodes: int,
     ready: Mapping[str, Ready],
     phases: Mapping[str, float],
-    placements: Sequence[Placement],
     total_s: float,
 ) -> SummaryInfo:
-    workers = [status.info for name, status in ready.items() if name != FRONTEND]
+    resolved = node.resolved
+    plan = resolved.plan
+    workers = {name: status.info for name, status in ready.items() if name != FRONTEND}
     frontend = ready[FRONTEND].info
-    leader = workers[0]
+    leader = workers["worker 0"]
     return SummaryInfo(
         served_name=_served_name(resolved.config),
         architecture=resolved.spec.architecture,
         num_parameters=leader["num_parameters"],
         dtype=leader["dtype"],
         file_bytes=_file_bytes(resolved.files),
-        plan=f"{resolved.config.parallel.plan}={resolved.plan.tp_attn}",
-        devices=_devices(placements),
-        num_ranks=len(placements),
-        kv_tokens=leader["kv_cache_tokens"],
-        kv_bytes=sum(info["kv_pool_bytes"] for info in workers),
+        plan=_plan_text(plan),
+        devices=_devices(node.placements, nnodes),
+        num_ranks=plan.world_size,
+        kv_tokens=leader["kv_cache_tokens"] * plan.dp,
+        kv_bytes=sum(info["kv_pool_bytes"] for info in workers.values()),
         phases=phases,
         total_s=total_s,
         url=frontend["url"],
@@ -158,11 +269,20 @@ def _summary(
     )
 
 
-def _devices(placements: Sequence[Placement]) -> str:
+def _plan_text(plan: Plan) -> str:
+    """ "tp=16 ep=16 dp=8", in the words of the configuration."""
+    sizes = {"tp": plan.stage_size, "ep": plan.ep, "dp": plan.dp}
+    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name == "tp")
+
+
+def _devices(placements: Sequence[Placement], nnodes: int) -> str:
     first = placements[0]
     if first.device != "cpu":
-        return ", ".join(placement.device for placement in placements)
-    return f"cpu, {first.num_threads} {'thread' if first.num_threads == 1 else 'threads'} each"
+        devices = ", ".join(placement.device for placement in placements)
+    else:
+        threads = "thread" if first.num_threads == 1 else "threads"
+        devices = f"cpu, {first.num_threads} {threads} each"
+    return devices if nnodes == 1 else f"{nnodes} nodes: {devices}"
 
 
 def _file_bytes(files: ModelFiles) -> int:

@@ -49,7 +49,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     on_phase("import", time.monotonic() - start)
 
     start = time.monotonic()
-    comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.rendezvous, device)
+    comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.endpoints.store, device)
     on_phase("join ranks", time.monotonic() - start)
 
     # Bound before the long work, so that an address that is taken is found now.
@@ -83,6 +83,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     gc.set_threshold(20_000, 20, 50)
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
+    channel.beat(lambda: (rank.launcher.launched, rank.launcher.finished))
     links.serve(rank.scheduler, rank.launcher)
 
 

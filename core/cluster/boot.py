@@ -23,7 +23,6 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     local_ranks: int  # ranks that share this host's memory
     files: ModelFiles
     endpoints: Endpoints
-    rendezvous: str  # of the process groups, see core.parallel.mesh
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):

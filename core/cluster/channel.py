@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import BinaryIO
@@ -28,10 +29,11 @@ from typing import BinaryIO
 import msgspec
 
 from core import errors
-from core.interfaces.control import ChildStatus, Failed, ParentControl
+from core.interfaces.control import Beat, ChildStatus, Failed, ParentControl
 
 STATUS_FD_VARIABLE = "NODEWEAVE_STATUS_FD"
 PARENT_PID_VARIABLE = "NODEWEAVE_PARENT_PID"
+BEAT_S = 0.25
 INTERNAL = "internal"  # Failed.kind of errors that are not in core.errors
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -88,6 +90,17 @@ class Channel:
                     line = line[os.write(self._status_fd, line) :]
             except BrokenPipeError:
                 return
+
+    def beat(self, counts: Callable[[], tuple[int, int]]) -> None:
+        """From now on tell the parent several times a second, from a daemon thread, that this
+        process lives and what `counts` says: steps launched and finished."""
+
+        def beat_forever() -> None:
+            while True:
+                self.send(Beat(*counts()))
+                time.sleep(BEAT_S)
+
+        threading.Thread(target=beat_forever, name="nodeweave-beat", daemon=True).start()
 
     def listen(self, handler: Callable[[ParentControl | None], None]) -> None:
         """Call `handler` for every message from a daemon thread, and with None at the end.

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from core.interfaces.control import ChildStatus, Phase, Progress
 
+WAITING_LINE_S = 5.0  # between two lines about what is waited for, without a terminal
+WAITING_QUIET_S = 1.0  # before the first of them
 _CURL_QUESTION = "What is the capital of France?"
 
 
@@ -58,6 +61,8 @@ class Display:
         self._bars: dict[str, tqdm] = {}
         self._shares: dict[str, dict[str, Progress]] = {}  # of a task, by process
         self._phases: dict[str, dict[str, float]] = {}
+        self._is_waiting = False  # the terminal's last line says what is waited for
+        self._next_waiting_s = time.monotonic() + WAITING_QUIET_S
 
     @property
     def phases(self) -> dict[str, float]:
@@ -78,6 +83,26 @@ class Display:
             case _:
                 return
 
+    def note(self, text: str) -> None:
+        """Print a line, above what is live."""
+        self._end_waiting()
+        if self._bars:
+            tqdm.write(text, file=self._stderr)
+        else:
+            self._line(text)
+
+    def waiting(self, text: str) -> None:
+        """Show what is waited for; may be called often. A terminal has one line that changes,
+        and none beside bars; elsewhere a line is printed every few seconds."""
+        if self._live:
+            if not self._bars:
+                cut = text.replace("\n", " ")[: self._columns() - 1]
+                print(f"\r\x1b[K{cut}", end="", file=self._stderr, flush=True)
+                self._is_waiting = True
+        elif (now := time.monotonic()) >= self._next_waiting_s:
+            self._next_waiting_s = now + WAITING_LINE_S
+            self._line(text)
+
     def summary(self, info: SummaryInfo) -> None:
         """Print the summary."""
         self._close_bars()
@@ -93,6 +118,7 @@ class Display:
         shares = self._shares.setdefault(status.task, {})
         shares[name] = status
         total = sum(share.total for share in shares.values()) or None
+        self._end_waiting()
         bar = self._bars.get(status.task)
         if bar is None:
             is_bytes = status.unit == "B"
@@ -113,7 +139,13 @@ class Display:
             bar.close()
             del self._bars[status.task]
 
+    def _end_waiting(self) -> None:
+        if self._is_waiting:
+            print("\r\x1b[K", end="", file=self._stderr, flush=True)
+            self._is_waiting = False
+
     def _close_bars(self) -> None:
+        self._end_waiting()
         while self._bars:
             self._bars.popitem()[1].close()
 

@@ -1,17 +1,20 @@
-"""The private folder of one run, and the addresses in it. Opens no socket.
+"""Where the processes of a run meet. Opens no socket.
 
-Everything the processes of one host meet through lies in a folder that only this user may
-enter, so no port is open for it.
+On one host everything they meet through lies in a folder that only this user may enter, so no port
+is open for it. Between nodes it is TCP ports (`core.cluster.ports`) and a key.
 """
 
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from core.cluster.ports import Ports, join_address, node_of
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
+from core.parallel.plan import Plan
 
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path in <sys/un.h> holds 108 with its end
 
@@ -71,6 +74,26 @@ class RunDirectory:
     def _socket_paths(self) -> list[Path]:
         plans = [f"plans-{dp_rank}" for dp_rank in range(self._num_dp)]
         return [self.path / name for name in ("engine", "lockstep", *plans)]
+
+
+def node_endpoints(plan: Plan, ports: Ports, addresses: Sequence[str], key: str) -> Endpoints:
+    """The same for ranks on several nodes, whose `addresses` are by node rank."""
+    nnodes = len(addresses)
+
+    def at(node: int, port: int) -> str:
+        return join_address(addresses[node], port)
+
+    leaders = [dp_rank * plan.tp_attn for dp_rank in range(plan.dp)]
+    return Endpoints(
+        engine=f"tcp://{at(0, ports.engine)}",
+        lockstep=f"tcp://{at(0, ports.lockstep)}",
+        plans=[
+            f"tcp://{at(node_of(leader, plan, nnodes), ports.plan(dp_rank))}"
+            for dp_rank, leader in enumerate(leaders)
+        ],
+        store=at(0, ports.store),
+        key=key,
+    )
 
 
 def _parents() -> list[str]:

@@ -8,13 +8,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from core.cluster.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
-from core.interfaces.control import ChildStatus, Failed, ParentControl, Phase, Progress, Ready
+from core.interfaces.control import (
+    Beat,
+    ChildStatus,
+    Failed,
+    ParentControl,
+    Phase,
+    Progress,
+    Ready,
+)
 
 _READ_BYTES = 1 << 16
 
@@ -29,10 +38,12 @@ class ProcessSpec:
     env: Mapping[str, str] = field(default_factory=dict)  # added to this process's environment
     is_worker: bool  # else a frontend
     cpus: tuple[int, ...] | None = None  # it may run on these only; None: anywhere
+    node: int | None = None  # where there are several
 
 
 class Child:
-    """A started process. `failed`, `ready` and `returncode` are set as it says and does so."""
+    """A started process. `failed`, `ready`, `beat` and `returncode` are set as it says and does
+    so, `frozen` by `core.cluster.vigil`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         """Start it, in a session of its own: a Ctrl-C in the terminal does not reach it."""
@@ -40,7 +51,11 @@ class Child:
         self.spec = spec
         self.failed: Failed | None = None
         self.ready: Ready | None = None
+        self.frozen: str | None = None  # how, in words
         self.returncode: int | None = None  # negative: killed by that signal
+        self.beat: Beat | None = None  # the last one
+        self.beat_s: float | None = None  # when it came
+        self.moved_s = time.monotonic()  # when it last finished a step, or had none to finish
         self.last_heard = "nothing yet"
         self.status_ended = False
         self._decoder = msgspec.json.Decoder(ChildStatus)
@@ -78,8 +93,9 @@ class Child:
 
     @property
     def label(self) -> str:
-        """For people: name and process id."""
-        return f"{self.spec.name} (pid {self.pid})"
+        """For people: name, node and process id."""
+        node = "" if self.spec.node is None else f" on node {self.spec.node}"
+        return f"{self.spec.name}{node} (pid {self.pid})"
 
     def pin(self) -> None:
         """Bind it to its CPUs; call before it starts threads, which inherit that."""
@@ -171,16 +187,24 @@ class Child:
         except msgspec.DecodeError as error:
             status = Failed(INTERNAL, f"an unreadable status line ({error}): {line[:200]!r}")
         match status:
-            case Phase(name, seconds):
-                self.last_heard = f"'{name}' ended after {seconds:.1f} s"
-            case Progress(task, done, total, unit):
-                self.last_heard = f"'{task}' at {done} of {total} {unit}"
             case Ready():
                 self.ready = status
-                self.last_heard = "ready"
             case Failed():
                 self.failed = self.failed or status
+            case Beat():
+                self._count(status)
+                return status
+        self.last_heard = heard_text(status)
         return status
+
+    def _count(self, beat: Beat) -> None:
+        now = time.monotonic()
+        before = self.beat
+        if before is None or beat.finished != before.finished or beat.launched == beat.finished:
+            self.moved_s = now
+        elif before.launched == before.finished:
+            self.moved_s = now  # it was idle until now
+        self.beat, self.beat_s = beat, now
 
     def _kill_group(self) -> None:
         try:
@@ -194,3 +218,18 @@ class Child:
             assert self._process.stdin is not None
             self._process.stdin.close()
             self.input_fd = None
+
+
+def heard_text(status: ChildStatus) -> str:
+    """A status in words, for those who wait for its process."""
+    match status:
+        case Phase(name, seconds):
+            return f"'{name}' ended after {seconds:.1f} s"
+        case Progress(task, done, total, unit):
+            return f"'{task}' at {done} of {total} {unit}"
+        case Ready():
+            return "ready"
+        case Failed():
+            return "failed"
+        case Beat(launched, finished):
+            return f"{finished} of {launched} steps done"

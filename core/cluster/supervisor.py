@@ -1,22 +1,29 @@
 """Starts the processes of a node, watches them, and ends them: all or none. No torch, no HTTP.
 
-One loop over status pipes, control pipes and signals (SIGCHLD among them); nothing is polled.
+One loop over status pipes, control pipes and signals (SIGCHLD among them); polled is only what
+the kernel has no event for, whether a process moves (`core.cluster.vigil`).
 However this process ends, its children end too: they notice by themselves (`core.cluster.channel`).
 
     starting -> running -> draining -> stopping      after SIGTERM or SIGINT: exit status 0
     any of the first three -> failing -> killing     after a failure: exit status not 0
+
+Of several nodes each has a supervisor of its own, and a `core.cluster.group.Group` through which
+they tell each other. Node 0 decides when all are ready and when all stop; on the other nodes
+"leaving" takes the place of "draining". A failure anywhere is everyone's.
 """
 
-import contextlib
 import enum
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from core.cluster.channel import INTERNAL, failure_exit_code
+from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import Child, ProcessSpec
+from core.cluster.signals import signal_pipe
+from core.cluster.vigil import Vigil
 from core.config import LaunchConfig
 from core.errors import WorkerDied
 from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, Ready
@@ -27,7 +34,6 @@ CLEAN_STOP_S = 5.0  # the same where nothing failed
 SETTLE_S = 0.25  # in which a failure that may be the echo of another waits for its cause
 KILL_S = 5.0  # for the kernel to end what was killed
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _ECHOES = (INTERNAL, WorkerDied.__name__)  # kinds of Failed that another process's death causes
 
 
@@ -37,6 +43,7 @@ class Stage(enum.Enum):
     STARTING = "every process is ready"
     RUNNING = "a signal or a failure"
     DRAINING = "the frontends finish what they accepted"
+    LEAVING = "node 0 lets its frontends finish"
     FAILING = "the frontends tell their clients"
     STOPPING = "every process ends by itself"
     KILLING = "every process was ended"
@@ -53,41 +60,52 @@ class Supervisor:
         on_status: Callable[[str, ChildStatus], None],
         on_ready: Callable[[dict[str, Ready]], None],
         on_error: Callable[[str], None],
+        on_waiting: Callable[[Sequence[str]], None] = lambda lines: None,
+        group: Group | None = None,
     ) -> None:
         """`on_status` gets every status with the process's name; `on_ready` what each said, once
-        all are ready; `on_error` the text of what made the engine fail, once. They run inside
-        the loop: keep them short."""
+        all are ready; `on_error` the text of what made the engine fail, once; `on_waiting` now
+        and then whom a start waits for. They run inside the loop: keep them short.
+
+        On node 0 of several, statuses and what was said are those of all nodes' workers.
+        """
         self._specs = specs
         self._launch = launch
         self._on_status = on_status
         self._on_ready = on_ready
         self._on_error = on_error
+        self._on_waiting = on_waiting
+        self._group = group or Alone()
+        self._leads = self._group.site.node_rank == 0
+        self._vigil = Vigil(launch.step_timeout_s)
         self._children: list[Child] = []
         self._selector = selectors.DefaultSelector()
         self._stage = Stage.STARTING
         self._exit_code = 0
         self._deadline: float | None = None  # of the stage; in STARTING moved by every status
         self._settling = False
-        self._told_frontends = False
+        self._told_group = self._told_frontends = False
         self._num_signals = 0
         self._gave_up = False
 
     def run(self) -> int:
         """Start everything, supervise until everything ended; returns the exit status.
 
-        SIGTERM, SIGINT and SIGHUP drain: the frontends get `launch.shutdown_grace_s` for running
-        requests. Before all processes are ready they end the start instead, and a second one
-        ends everything at once, both with status 128 + signal.
+        SIGTERM, SIGINT and SIGHUP, on whichever node, drain: the frontends get
+        `launch.shutdown_grace_s` for running requests. Before all processes are ready they end the
+        start instead, and a second one ends everything at once, both with status 128 + signal.
         """
-        with _signal_pipe() as pipe, self._selector:
+        with signal_pipe() as pipe, self._selector:
             try:
                 self._selector.register(pipe, selectors.EVENT_READ)
+                if self._group.fd is not None:
+                    self._selector.register(self._group.fd, selectors.EVENT_READ)
                 for spec in self._specs:
                     child = Child(spec)
                     self._children.append(child)
                     child.pin()
                     self._selector.register(child.status_fd, selectors.EVENT_READ, child)
-                self._deadline = time.monotonic() + self._launch.startup_timeout_s
+                self._moved()
                 while self._living() and not self._gave_up:
                     self._step(pipe)
                 return self._exit_code
@@ -98,9 +116,9 @@ class Supervisor:
 
     def _step(self, pipe: socket.socket) -> None:
         self._flush()
-        timeout = None
+        timeout = self._vigil.pause_s
         if self._deadline is not None:
-            timeout = max(self._deadline - time.monotonic(), 0.0)
+            timeout = min(timeout, max(self._deadline - time.monotonic(), 0.0))
         numbers = b""
         for key, _ in self._selector.select(timeout):
             if key.fileobj is pipe:
@@ -111,6 +129,9 @@ class Supervisor:
             for child in self._children:
                 if child.has_exited():
                     self._read(child)  # its last words, sent before its end
+        self._vigil.look(self._children)
+        for event in self._group.events():
+            self._on_group_event(event)
         self._judge()
         for number in numbers:
             if number != signal.SIGCHLD:
@@ -133,11 +154,16 @@ class Supervisor:
     def _read(self, child: Child) -> None:
         """Take in what a child said."""
         for status in child.read():
-            if self._stage is Stage.STARTING and not self._settling:
-                self._deadline = time.monotonic() + self._launch.startup_timeout_s
+            self._moved()
             self._on_status(child.spec.name, status)
+            self._group.said(child.spec.name, status)
         if child.status_ended and child.status_fd in self._selector.get_map():
             self._selector.unregister(child.status_fd)
+
+    def _moved(self) -> None:
+        """A start goes on. Node 0 keeps the deadline for all nodes."""
+        if self._stage is Stage.STARTING and not self._settling and self._leads:
+            self._deadline = time.monotonic() + self._launch.startup_timeout_s
 
     def _advance(self) -> None:
         """Go to the next stage if what this one waits for happened, or took too long."""
@@ -146,19 +172,32 @@ class Supervisor:
         match self._stage:
             case Stage.STARTING:
                 self._greet()
-                if all(child.ready for child in self._children):
+                if all(child.ready for child in self._children) and self._group.others_ready:
                     self._enter(Stage.RUNNING, None)
-                    self._on_ready({c.spec.name: c.ready for c in self._children if c.ready})
+                    self._on_ready(self._infos())
                 elif late and not self._settling:
-                    self._fail_start(self._late_text())
+                    self._fail_start(self._late_text(), here=True)
+                else:
+                    self._on_waiting(self._waiting_for())
             case Stage.DRAINING if not frontends and not self._settling:
+                self._group.stop()
                 self._stop(CLEAN_STOP_S)
-            case Stage.DRAINING if late and not self._settling:
+            case Stage.LEAVING if late:
+                text = (
+                    f"node {self._group.site.node_rank} asked node 0 to end, which did not answer"
+                )
                 self._exit_code = 1
-                self._on_error(
+                self._on_error(text)
+                self._group.failed(text, text, 1)
+                self._kill()
+            case Stage.DRAINING if late and not self._settling:
+                text = (
                     f"{frontends[0].label} did not finish {self._launch.shutdown_grace_s:g} s "
                     "(launch.shutdown_grace_s) after it was told to; it is killed"
                 )
+                self._exit_code = 1
+                self._on_error(text)
+                self._group.failed(text, text, 1)
                 self._kill()
             case Stage.FAILING if late or not frontends:
                 self._kill()
@@ -173,29 +212,44 @@ class Supervisor:
     # Start.
 
     def _greet(self) -> None:
-        """Tell the frontends that the workers are ready, once."""
+        """Tell the other nodes, and the frontends once all nodes are, that workers are ready."""
         workers = [child for child in self._children if child.spec.is_worker]
         infos = [child.ready.info for child in workers if child.ready]
-        if not self._told_frontends and infos and len(infos) == len(workers):
+        if not infos or len(infos) < len(workers):
+            return
+        if not self._told_group:
+            self._told_group = True
+            self._group.workers_ready()
+        if not self._told_frontends and self._group.others_ready:
             self._told_frontends = True
             for child in self._children:
                 if not child.spec.is_worker:
                     child.send(EngineReady(infos[0]))
 
-    def _late_text(self) -> str:
-        waiting = [
+    def _infos(self) -> dict[str, Ready]:
+        own = {child.spec.name: child.ready for child in self._children if child.ready}
+        return {**own, **self._group.infos}
+
+    def _waiting_for(self) -> list[str]:
+        own = [
             f"{child.label}: last heard: {child.last_heard}"
             for child in self._children
             if not child.ready
         ]
+        return [*own, *self._group.waiting_for()]
+
+    def _late_text(self) -> str:
         return (
             f"no process made progress for {self._launch.startup_timeout_s:g} s "
-            "(launch.startup_timeout_s); waiting for\n  " + "\n  ".join(waiting)
+            "(launch.startup_timeout_s); waiting for\n  " + "\n  ".join(self._waiting_for())
         )
 
-    def _fail_start(self, text: str, exit_code: int = 1) -> None:
+    def _fail_start(self, text: str, exit_code: int = 1, *, here: bool) -> None:
+        """End a start; `here`: the other nodes don't know yet."""
         self._exit_code = exit_code
         self._on_error(text)
+        if here:
+            self._group.failed(text, "the start failed", exit_code)
         self._stop(STOP_S)
 
     # Failure.
@@ -206,7 +260,7 @@ class Supervisor:
         When one rank dies the others fail in their collectives; of several the likeliest cause
         is reported, and one that may be an echo is given a moment to be outdone.
         """
-        if self._stage not in (Stage.STARTING, Stage.RUNNING, Stage.DRAINING):
+        if self._stage not in _LIVE:
             return
         suspects = [child for child in self._children if self._went_wrong(child)]
         if not suspects:
@@ -222,7 +276,7 @@ class Supervisor:
         self._fail(culprit)
 
     def _went_wrong(self, child: Child) -> bool:
-        if child.failed is not None:
+        if child.failed is not None or child.frozen is not None:
             return True
         finished = self._stage is Stage.DRAINING and not child.spec.is_worker
         return child.returncode is not None and not (finished and child.returncode == 0)
@@ -231,16 +285,40 @@ class Supervisor:
         brief, full = _cause(culprit)
         if self._stage is Stage.STARTING:
             kind = culprit.failed.kind if culprit.failed else INTERNAL
-            self._fail_start(full, failure_exit_code(kind))
+            self._fail_start(full, failure_exit_code(kind), here=True)
             return
-        self._exit_code = 1
-        self._on_error(full)
+        self._group.failed(full, brief, 1)
+        self._end(full, brief, culprit)
+
+    def _end(self, text: str, brief: str, culprit: Child | None, exit_code: int = 1) -> None:
+        """The engine fails while it runs: workers end at once, frontends tell their clients."""
+        self._exit_code = exit_code
+        self._on_error(text)
         for child in self._children:
             if child.spec.is_worker:
                 child.kill()  # the others may hang in a collective with the dead one
             elif child is not culprit:
                 child.send(EngineDied(brief))
         self._enter(Stage.FAILING, FAREWELL_S)
+
+    def _on_group_event(self, event: GroupEvent) -> None:
+        match event:
+            case Heard(process, status):
+                self._moved()
+                self._on_status(process, status)
+            case Ended(text, brief, exit_code) if self._stage in _LIVE:
+                if self._stage is Stage.STARTING:
+                    self._fail_start(text, exit_code, here=False)
+                else:
+                    self._end(text, brief, None, exit_code)
+            case Stopped() if self._stage in _LIVE:
+                self._stop(CLEAN_STOP_S)
+            case DrainAsked(by) if self._stage is Stage.STARTING:
+                self._fail_start(
+                    f"{by} before the engine was ready", 128 + signal.SIGTERM, here=True
+                )
+            case DrainAsked() if self._stage is Stage.RUNNING:
+                self._drain()
 
     # End.
 
@@ -249,15 +327,28 @@ class Supervisor:
         if self._num_signals > 1:
             self._exit_code = 128 + number
             self._kill()
+            self._tell_signal(number)
         elif self._stage is Stage.STARTING:
             self._exit_code = 128 + number
             self._stop(STOP_S)
+            self._tell_signal(number)
         elif self._stage is Stage.RUNNING:
-            grace_s = self._launch.shutdown_grace_s
-            for child in self._children:
-                if not child.spec.is_worker:
-                    child.send(Drain(grace_s))
-            self._enter(Stage.DRAINING, grace_s + CLEAN_STOP_S)
+            if self._group.ask_to_drain(signal.Signals(number).name):
+                self._enter(Stage.LEAVING, self._launch.shutdown_grace_s + 2 * CLEAN_STOP_S)
+            else:
+                self._drain()
+
+    def _tell_signal(self, number: int) -> None:
+        node = f"node {self._group.site.node_rank}"
+        text = f"{node} was told to end at once, by {signal.Signals(number).name}"
+        self._group.failed(text, f"{node} was stopped", 128 + number)
+
+    def _drain(self) -> None:
+        grace_s = self._launch.shutdown_grace_s
+        for child in self._children:
+            if not child.spec.is_worker:
+                child.send(Drain(grace_s))
+        self._enter(Stage.DRAINING, grace_s + CLEAN_STOP_S)
 
     def _stop(self, limit_s: float) -> None:
         """Tell every process to end, and wait for it."""
@@ -285,6 +376,9 @@ class Supervisor:
                 self._on_error(f"{child.label} is stuck in the kernel and can't be killed")
 
 
+_LIVE = (Stage.STARTING, Stage.RUNNING, Stage.DRAINING, Stage.LEAVING)
+
+
 def _suspicion(child: Child) -> int:
     """0: surely the cause of a failure ... 2: perhaps the echo of another's."""
     if child.failed is not None:
@@ -294,32 +388,13 @@ def _suspicion(child: Child) -> int:
 
 def _cause(child: Child) -> tuple[str, str]:
     """Why a child failed: one line that may be shown to clients, and the text for the terminal."""
+    if child.frozen is not None:
+        text = f"{child.label} {child.frozen}"
+        return text, f"{text}; the engine ends"
     if child.failed is None:
         text = f"{child.label} {child.exit_text()}"
         return text, f"{text}{child.exit_hint()}; the engine ends"
     if child.failed.kind == INTERNAL:
         return f"{child.label} failed", f"{child.label} failed:\n{child.failed.message}"
-    return f"{child.label} failed: {child.failed.kind}", child.failed.message
-
-
-@contextlib.contextmanager
-def _signal_pipe() -> Iterator[socket.socket]:
-    """A socket that signal numbers can be read from, as bytes, while the context lasts.
-
-    A SIGHUP that was ignored (nohup) stays ignored.
-    """
-    reader, writer = socket.socketpair()
-    with reader, writer:
-        reader.setblocking(False)
-        writer.setblocking(False)
-        handled = [
-            s for s in _SIGNALS if signal.getsignal(s) != signal.SIG_IGN or s != signal.SIGHUP
-        ]
-        before = {number: signal.signal(number, lambda *_: None) for number in handled}
-        fd_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        try:
-            yield reader
-        finally:
-            signal.set_wakeup_fd(fd_before)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    node = "" if child.spec.node is None else f"node {child.spec.node}: "
+    return f"{child.label} failed: {child.failed.kind}", f"{node}{child.failed.message}"

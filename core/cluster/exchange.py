@@ -1,0 +1,347 @@
+"""The links of one node, kept by a thread of its own: handshakes, heartbeats, messages.
+
+Whatever the main thread does (hashing files, starting processes), this one sends a sign of life on
+every link several times a second and notices a peer that sends none. Everything that happens is
+an event for the main thread. Knows peers by number only, in the order they were heard of.
+"""
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from core.cluster.link import Link, LinkError, WrongToken
+from core.cluster.node_messages import Alive, NodeMessage
+
+HANDSHAKE_S = 5.0  # for a stranger to prove itself
+MAX_STRANGERS = 64  # at a time; more wait in the system's queue
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A peer proved that it has the token."""
+
+    peer: int
+    address: str  # host:port
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Somebody came and was refused: no peer."""
+
+    address: str
+    reason: str
+    wrong_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message from a peer."""
+
+    peer: int
+    message: NodeMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A link ended; nothing more comes from this peer."""
+
+    peer: int
+    reason: str
+    silent: bool  # no sign of life for the timeout, where the connection itself said nothing
+
+
+Event = Arrived | Turned | Received | Lost
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A connection as the thread sees it."""
+
+    number: int
+    link: Link
+    heard_s: float  # monotonic, of the last message (or of its arrival)
+    watched: bool = True  # by the thread, which takes over an adopted one at its next turn
+    told: deque[NodeMessage] = field(default_factory=deque)  # not given to the link yet
+
+
+class Exchange:
+    """Links and their thread. Methods are for the main thread, and don't block but for `close`."""
+
+    def __init__(self, *, interval_s: float, timeout_s: float, key: bytes) -> None:
+        self._interval_s = interval_s
+        self._timeout_s = timeout_s
+        self._key = key
+        self._lock = threading.Lock()  # of what both threads use: the next six
+        self._peers: dict[int, _Peer] = {}
+        self._arriving: list[socket.socket | _Peer] = []
+        self._dropped: set[int] = set()
+        self._events: deque[Event] = deque()
+        self._num_peers = 0
+        self._close_at_s: float | None = None
+        self._wake_read, self._wake_write = _pipe()
+        self.fd, self._event_write = _pipe()  # `fd` is readable when there are events
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._next_beat_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="nodeweave-links", daemon=True)
+        self._thread.start()
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept peers at a listening socket, which is closed with this object."""
+        listener.setblocking(False)
+        with self._lock:
+            self._arriving.append(listener)
+        self._wake()
+
+    def adopt(self, link: Link) -> int:
+        """Take over an established link; returns the peer's number (no `Arrived` comes)."""
+        assert link.established
+        with self._lock:
+            number = self._new_number()
+            self._peers[number] = peer = _Peer(number, link, time.monotonic(), watched=False)
+            self._arriving.append(peer)
+        self._wake()
+        return number
+
+    def send(self, peer: int, message: NodeMessage) -> None:
+        """Send soon. To a peer that is lost, or after `close`: nothing."""
+        with self._lock:
+            if self._close_at_s is not None or peer not in self._peers:
+                return
+            self._peers[peer].told.append(message)
+        self._wake()
+
+    def drop(self, peer: int) -> None:
+        """Close a link once everything was sent. No `Lost` comes of it."""
+        with self._lock:
+            self._dropped.add(peer)
+        self._wake()
+
+    def events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+        with self._lock:
+            found = list(self._events)
+            self._events.clear()
+        return found
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """The same; blocks until there is one, at most `timeout_s`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.fd, selectors.EVENT_READ)
+            selector.select(max(timeout_s, 0.0))
+        return self.events()
+
+    def close(self, flush_s: float = 1.0) -> None:
+        """Send what is left, for at most `flush_s`, then close every link and end the thread."""
+        with self._lock:
+            if self._close_at_s is not None:
+                return
+            self._close_at_s = time.monotonic() + flush_s
+        self._wake()
+        self._thread.join()
+        for fd in (self._wake_read, self._wake_write, self.fd, self._event_write):
+            os.close(fd)
+
+    # Everything below runs in the thread.
+
+    def _run(self) -> None:
+        strangers: dict[Link, float] = {}  # and the end of their time
+        try:
+            while not self._finished():
+                self._take_arriving()
+                self._beat()
+                for key, events in self._selector.select(self._pause_s(strangers)):
+                    if key.fileobj == self._wake_read:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(self._wake_read, 4096)
+                    elif isinstance(key.data, socket.socket):
+                        self._accept(key.data, strangers)
+                    elif isinstance(key.data, Link) and events & selectors.EVENT_READ:
+                        self._read(key.data, strangers)
+                self._turn_late(strangers)
+                self._judge_silence()
+                self._flush(strangers)
+        except Exception:  # a bug: without links the engine must not go on
+            log.exception("the thread of the node links failed")
+            with self._lock:
+                numbers = list(self._peers)
+            for number in numbers:
+                self._say(Lost(number, "this node's links failed, see above", False))
+        finally:
+            for key in list(self._selector.get_map().values()):
+                if key.fileobj != self._wake_read:
+                    key.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
+
+    def _finished(self) -> bool:
+        with self._lock:
+            if self._close_at_s is None:
+                return False
+            pending = any(peer.told for peer in self._peers.values())
+        unsent = any(peer.link.unsent for peer in self._watched_peers())
+        return time.monotonic() >= self._close_at_s or not (pending or unsent)
+
+    def _watched_peers(self) -> list[_Peer]:
+        with self._lock:
+            return [peer for peer in self._peers.values() if peer.watched]
+
+    def _take_arriving(self) -> None:
+        with self._lock:
+            arriving, self._arriving = self._arriving, []
+        for found in arriving:
+            if isinstance(found, _Peer):
+                found.watched = True
+                self._selector.register(found.link, selectors.EVENT_READ, found.link)
+            else:
+                self._selector.register(found, selectors.EVENT_READ, found)
+
+    def _pause_s(self, strangers: dict[Link, float]) -> float:
+        now = time.monotonic()
+        return max(min([self._next_beat_s, *strangers.values()]) - now, 0.0)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_beat_s:
+            return
+        self._next_beat_s = now + self._interval_s
+        with self._lock:
+            for peer in self._peers.values():
+                peer.told.append(Alive())
+
+    def _accept(self, listener: socket.socket, strangers: dict[Link, float]) -> None:
+        if len(strangers) >= MAX_STRANGERS:
+            oldest = min(strangers, key=strangers.__getitem__)
+            self._turn(oldest, strangers, "too many others came at the same time")
+        try:
+            connected, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # it left again
+            return
+        except OSError as error:
+            log.error("can't accept a connection of another node: %s", error)
+            time.sleep(0.05)  # out of descriptors: don't spin
+            return
+        link = Link(connected, self._key, serves=True)
+        strangers[link] = time.monotonic() + HANDSHAKE_S
+        self._selector.register(link, selectors.EVENT_READ, link)
+
+    def _read(self, link: Link, strangers: dict[Link, float]) -> None:
+        peer = self._peer_of(link)
+        try:
+            messages = link.read()
+        except LinkError as error:
+            if peer is not None:
+                self._lose(peer, str(error), silent=False)
+            else:
+                self._turn(link, strangers, str(error), isinstance(error, WrongToken))
+            return
+        if peer is None and link.established:
+            del strangers[link]
+            with self._lock:
+                peer = _Peer(self._new_number(), link, time.monotonic())
+                self._peers[peer.number] = peer
+            self._say(Arrived(peer.number, link.peer))
+        if peer is not None and messages:
+            peer.heard_s = time.monotonic()
+            for message in messages:
+                if not isinstance(message, Alive):
+                    self._say(Received(peer.number, message))
+
+    def _turn_late(self, strangers: dict[Link, float]) -> None:
+        now = time.monotonic()
+        for link in [link for link, deadline_s in strangers.items() if deadline_s <= now]:
+            self._turn(link, strangers, f"it did not prove itself within {HANDSHAKE_S:g} s")
+
+    def _turn(
+        self, link: Link, strangers: dict[Link, float], reason: str, wrong_token: bool = False
+    ) -> None:
+        del strangers[link]
+        self._close_link(link)
+        self._say(Turned(link.peer, reason, wrong_token))
+
+    def _judge_silence(self) -> None:
+        now = time.monotonic()
+        for peer in self._watched_peers():
+            if now - peer.heard_s >= self._timeout_s:
+                # This thread may have been kept from running itself: what came meanwhile counts.
+                self._read(peer.link, {})
+                if now - peer.heard_s >= self._timeout_s and peer.number in self._peers:
+                    self._lose(peer, f"nothing was heard for {self._timeout_s:g} s", silent=True)
+
+    def _flush(self, strangers: dict[Link, float]) -> None:
+        for peer in self._watched_peers():
+            with self._lock:
+                told, peer.told = peer.told, deque()
+                dropped = peer.number in self._dropped
+            try:
+                for message in told:
+                    peer.link.send(message)
+                waiting = peer.link.flush()
+            except LinkError as error:
+                self._read(peer.link, {})  # its last words may tell more than a broken connection
+                if peer.number in self._peers:
+                    self._lose(peer, str(error), silent=False)
+                continue
+            self._watch(peer.link, waiting)
+            if dropped and not waiting:
+                self._forget(peer)
+        for link in list(strangers):
+            try:
+                self._watch(link, link.flush())
+            except LinkError as error:
+                self._turn(link, strangers, str(error))
+
+    def _watch(self, link: Link, for_writing: bool) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if for_writing else 0)
+        if self._selector.get_key(link).events != events:
+            self._selector.modify(link, events, link)
+
+    def _lose(self, peer: _Peer, reason: str, *, silent: bool) -> None:
+        with self._lock:
+            known = peer.number not in self._dropped
+        self._forget(peer)
+        if known:
+            self._say(Lost(peer.number, reason, silent))
+
+    def _forget(self, peer: _Peer) -> None:
+        with self._lock:
+            self._peers.pop(peer.number, None)
+        self._close_link(peer.link)
+
+    def _close_link(self, link: Link) -> None:
+        self._selector.unregister(link)
+        link.close()
+
+    def _peer_of(self, link: Link) -> _Peer | None:
+        return next((peer for peer in self._watched_peers() if peer.link is link), None)
+
+    def _new_number(self) -> int:
+        self._num_peers += 1
+        return self._num_peers - 1
+
+    def _say(self, event: Event) -> None:
+        with self._lock:
+            self._events.append(event)
+        with contextlib.suppress(BlockingIOError):  # full: it is readable, which is all it says
+            os.write(self._event_write, b"e")
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"w")
+
+
+def _pipe() -> tuple[int, int]:
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(read_fd, False)
+    os.set_blocking(write_fd, False)
+    return read_fd, write_fd

@@ -1,0 +1,218 @@
+"""The side of a group of every node but node 0: one link, to node 0, which decides.
+
+Decides nothing about processes: `core.cluster.supervisor` does.
+"""
+
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from core.cluster import exchange as net
+from core.cluster.exchange import HANDSHAKE_S, Exchange
+from core.cluster.group import Ended, GroupError, GroupEvent, Stopped, farewell
+from core.cluster.link import Link, LinkClosed, LinkError, WrongToken
+from core.cluster.node_messages import (
+    Agreed,
+    Bye,
+    Doing,
+    End,
+    Facts,
+    Join,
+    Leave,
+    NodeMessage,
+    Said,
+    Stop,
+    WorkersReady,
+)
+from core.cluster.ports import join_address
+from core.errors import ConfigError, ResourceError
+from core.interfaces.control import Beat, ChildStatus, Failed, Progress, Ready
+from core.interfaces.launcher import Site
+
+RETRY_S = 0.25  # between two attempts to reach node 0
+CONNECT_S = 2.0  # for one attempt
+PROGRESS_S = 0.2  # between two reports of this node's own progress
+TICK_S = 0.5
+
+
+class Member:
+    """Implements core.cluster.group.Group."""
+
+    def __init__(self, site: Site, exchange: Exchange, link: Link, *, wire_key: str) -> None:
+        """Join over an established link, which `exchange` takes over."""
+        self.site = site
+        self.wire_key = wire_key
+        self.fd = exchange.fd
+        self.others_ready = True  # only node 0 waits for others
+        self.infos: Mapping[str, Ready] = {}
+        self.address = link.own_address
+        self._lead_address = link.peer
+        self._exchange = exchange
+        self._ended = False
+        self._stopped = False
+        self._next_progress_s = 0.0
+        self._addresses: list[str] | None = None
+        self._peer = exchange.adopt(link)
+        self._send(
+            Join(site.node_rank, site.nnodes, self.address, socket.gethostname(), os.getpid())
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self._ended:
+            last = farewell(error, self.site.node_rank)
+            self.failed(last.text, last.brief, last.exit_code)
+        elif self._stopped:
+            self._send(Bye())
+        self._exchange.close()
+
+    # Before the workers are started.
+
+    def enter(self, phase: str) -> None:
+        self._send(Doing(phase))
+        self._check(self._exchange.events())
+
+    def progress(self, task: str, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if now >= self._next_progress_s:
+            self._next_progress_s = now + PROGRESS_S
+            self.said(f"node {self.site.node_rank}", Progress(task, done, total, unit))
+        self._check(self._exchange.events())
+
+    def agree(self, facts: Mapping[str, str]) -> list[str]:
+        self._send(Facts(dict(facts)))
+        while self._addresses is None:  # node 0 keeps the deadlines, and its heart is heard
+            self._check(self._exchange.wait(TICK_S))
+        return self._addresses
+
+    # While processes run.
+
+    def events(self) -> list[GroupEvent]:
+        found: list[GroupEvent] = []
+        for event in self._exchange.events():
+            outcome = self._take(event)
+            if outcome is not None:
+                found.append(outcome)
+        return found
+
+    def said(self, process: str, status: ChildStatus) -> None:
+        if not isinstance(status, Beat | Failed):  # these are judged here
+            self._send(Said(process, status))
+
+    def workers_ready(self) -> None:
+        self._send(WorkersReady())
+
+    def waiting_for(self) -> Sequence[str]:
+        return ()
+
+    def failed(self, text: str, brief: str, exit_code: int) -> None:
+        if not self._ended:
+            self._ended = True
+            self._send(End(text, brief, exit_code))
+
+    def ask_to_drain(self, signal: str) -> bool:
+        self._send(Leave(signal))
+        return True
+
+    def stop(self) -> None:
+        raise AssertionError("only node 0 stops the others")
+
+    # Events.
+
+    def _send(self, message: NodeMessage) -> None:
+        self._exchange.send(self._peer, message)
+
+    def _check(self, events: Sequence[net.Event]) -> None:
+        for event in events:
+            outcome = self._take(event)
+            if isinstance(outcome, Ended):
+                raise GroupError(outcome.text, outcome.exit_code)
+
+    def _take(self, event: net.Event) -> GroupEvent | None:
+        if self._ended or self._stopped:
+            return None
+        match event:
+            case net.Received(_, Agreed(addresses)):
+                self._addresses = addresses
+            case net.Received(_, Stop()):
+                self._stopped = True
+                return Stopped()
+            case net.Received(_, End(text, brief, exit_code)):
+                self._ended = True
+                return Ended(text, brief, exit_code)
+            case net.Lost(_, reason, silent):
+                self._ended = True
+                return Ended(self._lost_text(reason, silent), "node 0 is gone", 1)
+        return None
+
+    def _lost_text(self, reason: str, silent: bool) -> str:
+        link = f"the link from node {self.site.node_rank} ({self.address}) to node 0"
+        if silent:
+            return (
+                f"{link} ({self._lead_address}) is dead: {reason} (cluster.heartbeat_timeout_s); "
+                "it was cut, or that machine stopped; the engine ends"
+            )
+        return f"node 0 ({self._lead_address}) is gone: {reason}; {link} ended; the engine ends"
+
+
+def reach(
+    host: str, port: int, key: bytes, timeout_s: float, waiting: Callable[[str], None]
+) -> Link:
+    """An established link to node 0, tried again until it is there.
+
+    Raises ConfigError where it has another token, ResourceError where something else answers or
+    nothing does within `timeout_s`.
+    """
+    where = f"node 0 at {join_address(host, port)}"
+    start_s = time.monotonic()
+    while True:
+        try:
+            return _connect(host, port, key)
+        except WrongToken as error:
+            raise ConfigError(
+                f"{where} has another cluster token than this node; give every node the same "
+                "(cluster.token_file or NODEWEAVE_CLUSTER_TOKEN)"
+            ) from error
+        except (LinkClosed, OSError) as error:
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        except LinkError as error:
+            raise ResourceError(f"{where}: what answers there is not it: {error}") from error
+        passed_s = time.monotonic() - start_s
+        if passed_s >= timeout_s:
+            raise ResourceError(
+                f"{where} could not be reached for {timeout_s:g} s (cluster.join_timeout_s): "
+                f"{reason}; is it started there, and does a firewall let this port pass?"
+            )
+        waiting(f"waiting for {where} ({reason}; {passed_s:.0f} of {timeout_s:g} s)")
+        time.sleep(RETRY_S)
+
+
+def _connect(host: str, port: int, key: bytes) -> Link:
+    """One attempt, handshake included. Raises LinkError or OSError."""
+    link = Link(socket.create_connection((host, port), CONNECT_S), key, serves=False)
+    deadline = time.monotonic() + HANDSHAKE_S
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(link, selectors.EVENT_READ)
+            while not link.established:
+                waiting = link.flush()
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
+                selector.modify(link, events)
+                if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                    raise LinkError(f"it said nothing for {HANDSHAKE_S:g} s")
+                assert not link.read()  # node 0 speaks after `Join`
+    except BaseException:
+        link.close()
+        raise
+    return link

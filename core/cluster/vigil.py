@@ -1,0 +1,83 @@
+"""Finds processes that live but don't move: stopped by a signal, silent, or stuck in a step.
+
+Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how many steps it
+began and finished (`Channel.beat`); that needs Python's lock now and then, so that on a machine
+with too much to do beats come late, and silence must be long to count. A process that is stopped
+is told apart by the kernel's word, which needs no patience.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.cluster.process import Child
+
+LOOK_S = 0.25  # between two looks
+STOPPED_S = 0.75  # in the stopped state, before that counts as lasting
+SILENT_S = 15.0  # without a beat, after the first
+
+
+class Vigil:
+    """Watches the processes of one node."""
+
+    def __init__(self, step_timeout_s: float) -> None:
+        self._step_timeout_s = step_timeout_s
+        self._next_look_s = 0.0
+        self._stopped_since: dict[int, float] = {}  # by process id
+
+    @property
+    def pause_s(self) -> float:
+        """Until `look` has something to do."""
+        return max(self._next_look_s - time.monotonic(), 0.0)
+
+    def look(self, children: Sequence[Child]) -> None:
+        """Set `frozen` of children that are. Call after what they said was read."""
+        now = time.monotonic()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + LOOK_S
+        living = [child for child in children if child.returncode is None]
+        for child in living:
+            self._look_at_state(child, now)
+            heard_s = child.beat_s
+            if heard_s is not None and now - heard_s >= SILENT_S:
+                child.frozen = f"is frozen: it said nothing for {now - heard_s:.0f} s"
+        if not any(child.frozen for child in living):
+            self._look_for_stuck_step(living, now)
+
+    def _look_at_state(self, child: Child, now: float) -> None:
+        if process_state(child.pid) != "T":
+            self._stopped_since.pop(child.pid, None)
+            return
+        since = self._stopped_since.setdefault(child.pid, now)
+        if now - since >= STOPPED_S:
+            child.frozen = "is frozen: it was stopped by a signal (SIGSTOP)"
+
+    def _look_for_stuck_step(self, living: Sequence[Child], now: float) -> None:
+        """Of ranks that wait for each other the one that is behind is the likeliest cause."""
+        late = [
+            child
+            for child in living
+            if child.beat is not None
+            and child.beat.launched > child.beat.finished
+            and now - child.moved_s >= self._step_timeout_s
+        ]
+        if late:
+            child = min(
+                late, key=lambda c: (c.beat.finished, c.beat.launched) if c.beat else (0, 0)
+            )
+            assert child.beat is not None
+            child.frozen = (
+                f"is frozen: step {child.beat.finished + 1} did not end within "
+                f"{self._step_timeout_s:g} s (launch.step_timeout_s)"
+            )
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what a process does ("R", "S", "T": stopped); "" where it can't be
+    told. https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:  # it is gone, or this is no Linux
+        return ""
+    return stat.rpartition(")")[2].split()[0]
