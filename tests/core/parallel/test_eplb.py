@@ -43,7 +43,7 @@ def test_skewed_loads_become_even(ep: int, seed: int) -> None:
     """The target is a busiest rank with at most 1.1 times the mean's rows."""
     loads = zipf(256, seed)
     old = default_placement(256, ep, 32)
-    assert imbalance(old, loads) > 1.4
+    assert imbalance(old, loads) > 1.2
     new = balanced_placement(loads, old)
     assert imbalance(new, loads) <= 1.02
     assert new.num_physical == 288
