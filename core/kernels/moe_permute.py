@@ -9,9 +9,10 @@ and one of its experts here, C most pairs of one expert.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_SUM_BYTES = 64 * 2**20  # of float32 copies at a time, in `sum_results`
+_COPY_BYTES = 64 * 2**20  # of results in float32 at a time: a long prefill has gigabytes of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +65,49 @@ def pad_groups(grouping: Grouping, experts_TK: Tensor, capacity: int) -> Groupin
     )
 
 
-def sum_results(results_ME: Tensor, positions_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
-    """For each row the sum of its results, times their weights if given: (T, E) in float32.
+def sum_results(
+    results_ME: Tensor,
+    positions_TK: Tensor,
+    weights_TK: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """For each row the sum of its results, times their weights if given: (T, E), added up in
+    float32 and rounded to `dtype` once.
 
     `positions_TK`: places in `results_ME`, or -1 for none. Rows of `results_ME` that no position
     names may hold anything, NaN too.
     """
-    num_rows, num_columns = positions_TK.shape
-    hidden_size = results_ME.shape[1]
-    if results_ME.shape[0] == 0 or num_columns == 0:
-        return results_ME.new_zeros(num_rows, hidden_size, dtype=torch.float32)
-    out_TE = results_ME.new_empty(num_rows, hidden_size, dtype=torch.float32)
-    # A copy of all results in float32 would be gigabytes in a long prefill.
-    chunk = max(_SUM_BYTES // (4 * num_columns * max(hidden_size, 1)), 1)
-    for first in range(0, num_rows, chunk):
-        positions = positions_TK[first : first + chunk]
-        none = positions < 0
-        picked = results_ME.index_select(0, positions.clamp(min=0).flatten()).float()
-        picked = picked.view(*positions.shape, hidden_size).masked_fill_(none[..., None], 0.0)
-        if weights_TK is not None:
-            picked.mul_(weights_TK[first : first + chunk, :, None])
-        torch.sum(picked, 1, out=out_TE[first : first + chunk])
+    shape = (positions_TK.shape[0], results_ME.shape[1])
+    if results_ME.shape[0] == 0 or positions_TK.numel() == 0:
+        return results_ME.new_zeros(shape, dtype=dtype)
+    if results_ME.device.type == "cuda":
+        from core.kernels import triton_moe_permute
+
+        out_TE = results_ME.new_empty(shape, dtype=dtype)
+        return triton_moe_permute.sum_results(results_ME, positions_TK, weights_TK, out_TE)
+    is_pair = positions_TK >= 0
+    pairs_per_row = is_pair.sum(1)
+    places, firsts = positions_TK[is_pair], pairs_per_row.cumsum(0) - pairs_per_row
+    weights = None if weights_TK is None else weights_TK[is_pair]
+    out_TE = results_ME.new_empty(shape, dtype=dtype)
+    for columns in _column_blocks(results_ME):
+        out_TE[:, columns] = F.embedding_bag(
+            places,
+            results_ME[:, columns].float().contiguous(),
+            firsts,
+            mode="sum",
+            per_sample_weights=weights,
+        )
     return out_TE
+
+
+def _column_blocks(results_ME: Tensor) -> list[slice]:
+    """All columns at once if they are float32 already; else as many as are cheap to copy."""
+    num_rows, hidden_size = results_ME.shape
+    if results_ME.dtype == torch.float32 and results_ME.is_contiguous():
+        return [slice(None)]
+    width = max(_COPY_BYTES // (4 * num_rows), 64)
+    return [slice(first, first + width) for first in range(0, hidden_size, width)]
 
 
 def count_values(values: Tensor, size: int) -> Tensor:

@@ -144,7 +144,7 @@ class NormalDispatcher:
         """Weighted sums of each rank's experts, added up by DeepEP (which weighs nothing here)."""
         handle = dispatched.handle
         assert isinstance(handle, _NormalHandle)
-        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK).to(self._spec.dtype)
+        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK, self._spec.dtype)
         if handle.library is None:
             return sums_NE
         combined_TE, _, _ = self._shared.normal().combine(sums_NE, handle.library)

@@ -45,4 +45,4 @@ class LocalDispatcher:
         """The weighted sum of each row's results."""
         handle = dispatched.handle
         assert isinstance(handle, _Handle)
-        return sum_results(output, handle.positions_TK, handle.weights_TK).to(self._spec.dtype)
+        return sum_results(output, handle.positions_TK, handle.weights_TK, self._spec.dtype)

@@ -96,11 +96,11 @@ class NcclDispatcher:
         """The sums of this rank's rows over all ranks. What travels is in the spec's dtype."""
         handle = dispatched.handle
         assert isinstance(handle, _Handle)
-        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK).to(self._spec.dtype)
+        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK, self._spec.dtype)
         if handle.idle:
             return sums_NE
         returned_SE = self._spec.comm.all_to_all(sums_NE, handle.received, handle.sent)
-        return sum_results(returned_SE, handle.returns_TJ, None).to(self._spec.dtype)
+        return sum_results(returned_SE, handle.returns_TJ, None, self._spec.dtype)
 
     def _pack(self, x_TE: Tensor, weights_TK: Tensor) -> Tensor:
         if self._fp8:

@@ -14,7 +14,7 @@ from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOption
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.local import LocalDispatcher
 from plugins.moe_a2a.nccl import NcclDispatcher
-from tests.contracts.a2a_cases import Case, spec_of
+from tests.contracts.a2a_cases import CPU, Case, spec_of
 from tests.support import fake_deep_ep
 
 
@@ -76,8 +76,8 @@ class WithGroup:
         return getattr(self._comm, name)
 
 
-def build(name: str, case: Case, comm: Communicator) -> Dispatcher:
+def build(name: str, case: Case, comm: Communicator, device: torch.device = CPU) -> Dispatcher:
     """The dispatcher of this rank."""
     parameters = BACKENDS[name]
-    spec = spec_of(case, comm, parameters.phase, parameters.hidden_size)
+    spec = spec_of(case, comm, parameters.phase, parameters.hidden_size, device)
     return parameters.make(parameters.options, spec)

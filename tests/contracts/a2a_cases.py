@@ -24,6 +24,7 @@ COUNTS = {
     "only_one": lambda ep, step: [9 if rank == ep // 2 else 0 for rank in range(ep)],
 }
 MAX_ROWS = 16
+CPU = torch.device("cpu")
 NUM_STEPS = 3
 
 
@@ -119,7 +120,9 @@ def dense(case: Case, rows: Rows, *, fp8: bool) -> Tensor:
     return out_TE
 
 
-def spec_of(case: Case, comm: Communicator, phase: str, hidden_size: int) -> A2ASpec:
+def spec_of(
+    case: Case, comm: Communicator, phase: str, hidden_size: int, device: torch.device
+) -> A2ASpec:
     """The spec that a dispatcher is built for."""
     return A2ASpec(
         comm=comm,
@@ -127,7 +130,7 @@ def spec_of(case: Case, comm: Communicator, phase: str, hidden_size: int) -> A2A
         top_k=case.top_k,
         hidden_size=hidden_size,
         dtype=case.dtype,
-        device=torch.device("cpu"),
+        device=device,
         max_rows=MAX_ROWS,
         phase=phase,
         fp8=case.fp8,
@@ -135,22 +138,29 @@ def spec_of(case: Case, comm: Communicator, phase: str, hidden_size: int) -> A2A
 
 
 def run_steps(
-    case: Case, dispatcher: Dispatcher, comm: Communicator, hidden_size: int
+    case: Case,
+    dispatcher: Dispatcher,
+    comm: Communicator,
+    hidden_size: int,
+    device: torch.device = CPU,
 ) -> list[Tensor]:
-    """What a rank gets out of each step; two layers are in flight at once now and then."""
+    """What a rank gets out of each step, on the CPU."""
     placement = default_placement(case.num_experts, comm.size, case.redundant)
     results = []
     for step in range(NUM_STEPS):
         rows = rows_of(case, comm.size, comm.rank, step, hidden_size)
         counts = COUNTS[case.counts](comm.size, step)
-        given = rows.x_TE.clone()
-        dispatched = dispatcher.dispatch(given, rows.physical_TK, rows.weights_TK, counts)
-        assert torch.equal(given, rows.x_TE), "dispatch changed its argument"
+        given = rows.x_TE.clone().to(device)
+        dispatched = dispatcher.dispatch(
+            given, rows.physical_TK.to(device), rows.weights_TK.to(device), counts
+        )
+        assert torch.equal(given.cpu(), rows.x_TE), "dispatch changed its argument"
         output = apply_experts(case, dispatcher, dispatched, placement.local(comm.rank))
         result = dispatcher.combine(output, dispatched)
         assert result.shape == rows.x_TE.shape
         assert result.dtype == case.dtype
-        results.append(result.clone())
+        assert result.device == given.device
+        results.append(result.clone().cpu())
     return results
 
 
@@ -159,12 +169,13 @@ def apply_experts(
 ) -> Tensor:
     """Each local expert's function on its rows; what nobody may read is NaN. `owners`: the logical
     expert of each local one."""
-    hidden, counts = dispatched.hidden, dispatched.counts_L.tolist()
+    device = dispatched.hidden.device
+    hidden, counts = dispatched.hidden.cpu(), dispatched.counts_L.tolist()
     assert dispatched.counts_L.dtype == torch.int64
     assert len(counts) == len(owners)
     if dispatched.scales is not None:
         assert hidden.dtype == torch.float8_e4m3fn
-        hidden = dequantize_rows(hidden, dispatched.scales, torch.float32)
+        hidden = dequantize_rows(hidden, dispatched.scales.cpu(), torch.float32)
     else:
         assert hidden.dtype == case.dtype
     output = torch.full(hidden.shape, float("nan"), dtype=case.dtype)
@@ -176,9 +187,9 @@ def apply_experts(
             rows = slice(first, first + count)
             output[rows] = expert(logical, hidden[rows]).to(case.dtype)
             first += count
-    if dispatcher.layout is ExpertLayout.CONTIGUOUS:
+    if dispatcher.layout is ExpertLayout.CONTIGUOUS and device == CPU:
         assert hidden.shape[0] == first, "the CPU needs no rows past the counted ones"
-    return output
+    return output.to(device)
 
 
 def tolerance(case: Case) -> dict[str, float]:

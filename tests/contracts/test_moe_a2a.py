@@ -18,15 +18,26 @@ from core.interfaces.comm import Comms
 from core.parallel.plan import Plan
 from tests.contracts import a2a_rank
 from tests.contracts.a2a_backends import BACKENDS, WithGroup, build
-from tests.contracts.a2a_cases import CASES, NUM_STEPS, Case, dense, rows_of, run_steps, tolerance
+from tests.contracts.a2a_cases import (
+    CASES,
+    CPU,
+    NUM_STEPS,
+    Case,
+    dense,
+    rows_of,
+    run_steps,
+    tolerance,
+)
 from tests.support.ranks import plan_comms, run_ranks
 
 ROOT = Path(__file__).parents[2]
 # DeepEP carries bfloat16 only: all other cases are run in it, too.
 ALL_CASES = list(dict.fromkeys([*CASES, *(replace(case, dtype=torch.bfloat16) for case in CASES)]))
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 RUNS = [
-    (name, ep, case)
+    (name, ep, case, device)
     for name, parameters in BACKENDS.items()
+    for device in (DEVICES[:1] if name.startswith("deepep") else DEVICES)  # a double on the CPU
     for ep in parameters.sizes
     for case in (CASES if parameters.can(CASES[0]) else ALL_CASES)
     if parameters.can(case) and (case.num_experts + case.redundant) % ep == 0
@@ -44,14 +55,16 @@ def expect_dense(name: str, case: Case, ep: int, rank: int, got: list[Tensor]) -
         assert (result[none] == 0).all(), "rows without experts get exactly 0"
 
 
-@pytest.mark.parametrize(("name", "ep", "case"), RUNS, ids=lambda value: str(value))
-def test_dispatch_then_combine_is_dense_moe(name: str, ep: int, case: Case) -> None:
+@pytest.mark.parametrize(("name", "ep", "case", "device"), RUNS, ids=str)
+def test_dispatch_then_combine_is_dense_moe(
+    name: str, ep: int, case: Case, device: torch.device
+) -> None:
     hidden_size = BACKENDS[name].hidden_size
 
     def work(comms: Comms) -> list[Tensor]:
         comm = comms.axes["ep"]
         comm = WithGroup(comm) if name.startswith("deepep") else comm
-        return run_steps(case, build(name, case, comm), comm, hidden_size)
+        return run_steps(case, build(name, case, comm, device), comm, hidden_size, device)
 
     for rank, got in enumerate(run_ranks(plan_comms(Plan(dp=ep, ep=ep)), work)):
         expect_dense(name, case, ep, rank, got)
