@@ -27,7 +27,7 @@ class DecoderFamily(ABC):
         those of the axis "dense", each expert over tp_expert; quantised weights between blocks."""
         assert isinstance(spec, DecoderSpec)
         by_setting: dict[tuple[str, int], list[Clauses]] = {}
-        for axis, clauses in _cuts(spec).items():
+        for axis, clauses in _cuts(spec, plan).items():
             by_setting.setdefault((_setting(plan, axis), plan.axis_size(axis)), []).append(clauses)
         return [
             problem
@@ -43,7 +43,7 @@ class DecoderFamily(ABC):
         return Decoder(spec, context)
 
 
-def _cuts(spec: DecoderSpec) -> dict[str, Clauses]:
+def _cuts(spec: DecoderSpec, plan: Plan) -> dict[str, Clauses]:
     """By mesh axis: what is wrong with cutting this model over some number of ranks."""
     block = None if spec.quantization is None else spec.quantization.rows
     cuts = {"tp": _attention_clauses(spec, block)}
@@ -52,7 +52,8 @@ def _cuts(spec: DecoderSpec) -> dict[str, Clauses]:
         cuts["dense"] = lambda ranks: size_problems(dense, ranks, block)
     if spec.experts is not None:
         expert = {"size of one expert": spec.experts.expert_intermediate_size}
-        if spec.experts.shared_intermediate_size is not None:
+        shares_rows_out = plan.dp > 1 or plan.ep > 1  # each rank has all of the shared experts then
+        if spec.experts.shared_intermediate_size is not None and not shares_rows_out:
             expert["size of the shared experts"] = spec.experts.shared_intermediate_size
         cuts["tp_expert"] = lambda ranks: size_problems(expert, ranks, block)
     return cuts

@@ -1,6 +1,7 @@
 """Tiny random checkpoints written by transformers, and what it takes to run a model on them.
 
-Shape legend: T tokens, H and G query and KV heads of a rank, D head dimension, V vocabulary.
+Shape legend: T tokens, H and G query and KV heads of a rank, D head dimension, Z = C + R values of
+a cached vector (latent and rotary), V vocabulary.
 """
 
 import json
@@ -13,16 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import ModelConfig
+from core.config import AppConfig, ModelConfig, MoEAllToAllConfig, PluginChoice
+from core.engine.model_build import (
+    build_dispatchers,
+    default_placements,
+    measure_rank,
+    model_context,
+    stream_of,
+)
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.control import ModelFiles
-from core.interfaces.model import BuildContext, Model, ModelFamily
+from core.interfaces.latent_attention import LatentProjections
+from core.interfaces.model import Model, ModelFamily, ModelStep
+from core.interfaces.weights import PlainFormat
 from core.kernels.torch_ops import TorchOps
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.files import resolve_files
 from core.loading.open import open_weights
-from plugins.models import llama, qwen3
-from tests.support.ranks import run_ranks, tp_comms
+from core.parallel.layout import Layout
+from core.parallel.plan import Plan
+from core.parallel.rows import StepRows
+from core.plugin_manager import PluginManager
+from tests.support.ranks import plan_comms, run_ranks
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 263  # a prime: no tp divides it
@@ -58,6 +71,19 @@ YARN_ROPE = {
     "original_max_position_embeddings": 128,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 4, "moe_intermediate_size": 64}
+LATENT: dict[str, Any] = EXPERTS | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 8,  # what transformers calls the rotary part
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,  # not that of keys
+    "n_routed_experts": 16,
+    "first_k_dense_replace": 1,
+    "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.8},
+}
 # Name of a tiny checkpoint -> (transformers' prefix of the family's classes, config changes).
 # "odd" is like SmolLM2: 9 heads over 3 KV heads, so that tp 3 and 9 are what it allows.
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,7 +106,48 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        EXPERTS | {"num_experts": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": 48, "n_group": 4, "topk_group": 2, "n_shared_experts": 1},
+    ),
+    # Like V2-Lite: queries are projected at once, the best experts of all.
+    "deepseek_v2_lite": (
+        "DeepseekV2",
+        LATENT | {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 2},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT
+        | {
+            "q_lora_rank": 48,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    # Halves instead of neighbouring pairs turn, biases, scores that are not normalised.
+    "deepseek_v3_halves": (
+        "DeepseekV3",
+        LATENT
+        | {
+            "q_lora_rank": 48,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    ),
 }
+EXPERT_MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2")
 
 
 def write_tiny_model(folder: Path, name: str, seed: int = 0) -> Path:
@@ -96,6 +163,9 @@ def write_tiny_model(folder: Path, name: str, seed: int = 0) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             assert parameter.abs().sum() > 0, parameter_name
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     for file in byte_tokenizer_dir(VOCAB_SIZE).iterdir():
         shutil.copy(file, folder)
@@ -111,13 +181,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def family_of(hf_config: dict[str, Any]) -> ModelFamily:
     """The built-in family of a config.json."""
-    options = llama.NoOptions()
-    return {
-        "LlamaForCausalLM": llama.family,
-        "MistralForCausalLM": llama.mistral_family,
-        "Qwen2ForCausalLM": qwen3.qwen2_family,
-        "Qwen3ForCausalLM": qwen3.family,
-    }[hf_config["architectures"][0]](options)
+    table = PluginManager.load().table("model")
+    family: ModelFamily = table.create(PluginChoice(name=hf_config["architectures"][0]))
+    return family
 
 
 def ignore_progress(task: str, done: int, total: int, unit: str) -> None:
@@ -130,52 +196,151 @@ def folder_files(folder: Path | str) -> ModelFiles:
 
 
 def build_model(
-    files: ModelFiles, comms: Comms = SOLO, dtype: torch.dtype = torch.float32
+    files: ModelFiles,
+    plan: Plan | None = None,
+    rank: int = 0,
+    comms: Comms = SOLO,
+    dtype: torch.dtype = torch.float32,
+    a2a: str = "allgather",
 ) -> Model:
-    """One rank's part of a checkpoint, on the CPU."""
+    """One rank's part of a checkpoint, on the CPU; alone without a plan. `a2a` carries rows to
+    experts where they are spread."""
+    plan = plan or Plan()
     family = family_of(files.hf_config)
-    config = ModelConfig(name="tiny")
-    reader = open_weights(config, files, dtype=dtype, device=CPU, on_progress=ignore_progress)
-    context = BuildContext(weights=reader, comms=comms, ops=TorchOps(), dtype=dtype, device=CPU)
-    model = family.build(family.parse(files.hf_config), context)
+    spec = family.parse(files.hf_config)
+    assert not family.plan_problems(spec, plan)
+    choice = PluginChoice(name="local" if plan.ep == 1 else a2a)
+    model_config = ModelConfig(name="tiny")
+    config = AppConfig(model=model_config, moe_a2a=MoEAllToAllConfig(prefill=choice, decode=choice))
+    dispatchers = build_dispatchers(
+        config, PluginManager.load(), spec, plan, comms, dtype=dtype, device=CPU, max_model_len=512
+    )
+    reader = open_weights(
+        model_config,
+        files,
+        dtype=dtype,
+        device=CPU,
+        on_progress=ignore_progress,
+        spec=spec,
+        rank_shapes=measure_rank(family, spec, plan, rank, dtype=dtype, device=CPU),
+        model_shapes=measure_rank(family, spec, Plan(), 0, dtype=dtype, device=CPU),
+    )
+    context = model_context(
+        spec=spec,
+        plan=plan,
+        weights=reader,
+        comms=comms,
+        ops=TorchOps(),
+        dtype=dtype,
+        device=CPU,
+        form=PlainFormat(),
+        placements=default_placements(spec, plan),
+        dispatchers=dispatchers,
+    )
+    model = family.build(spec, context)
     reader.finish()
     return model
 
 
 @dataclass
 class DenseAttention:
-    """core.interfaces.attention.AttentionStep over one sequence that keeps all k and v."""
+    """Attention of one sequence that keeps all it has seen: AttentionStep, and LatentAttentionStep
+    in its expanded form. Rows past `num_real` are padding."""
 
     scale: float
-    caches: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    num_real: int
+    caches: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        if layer in self.caches:
-            k_TGD = torch.cat((self.caches[layer][0], k_TGD))
-            v_TGD = torch.cat((self.caches[layer][1], v_TGD))
-        self.caches[layer] = (k_TGD.clone(), v_TGD.clone())
+        """See core.interfaces.attention."""
+        k_TGD, v_TGD = self._cached(layer, k_TGD, v_TGD)
         group = q_THD.shape[1] // k_TGD.shape[1]
-        k, v = (x.repeat_interleave(group, 1).transpose(0, 1).float() for x in (k_TGD, v_TGD))
-        scores = q_THD.transpose(0, 1).float() @ k.transpose(1, 2) * self.scale
-        new, old = q_THD.shape[0], k_TGD.shape[0] - q_THD.shape[0]
+        return self._attend(
+            q_THD, k_TGD.repeat_interleave(group, 1), v_TGD.repeat_interleave(group, 1)
+        )
+
+    def attend_latent(
+        self, layer: int, q_THD: Tensor, cached_TZ: Tensor, projections: LatentProjections
+    ) -> Tensor:
+        """See core.interfaces.latent_attention."""
+        (cached_TZ,) = self._cached(layer, cached_TZ)
+        return self._attend(q_THD, *projections.expand(cached_TZ))
+
+    def _cached(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Everything of a layer so far, the new rows included."""
+        rows = tuple(x[: self.num_real] for x in new)
+        if layer in self.caches:
+            rows = tuple(torch.cat(pair) for pair in zip(self.caches[layer], rows, strict=True))
+        self.caches[layer] = tuple(x.clone() for x in rows)
+        return self.caches[layer]
+
+    def _attend(self, q_THD: Tensor, k_XHD: Tensor, v_XHD: Tensor) -> Tensor:
+        new, old = self.num_real, k_XHD.shape[0] - self.num_real
+        q, k, v = (x.transpose(0, 1).float() for x in (q_THD[:new], k_XHD, v_XHD))
         hidden = torch.ones(new, old + new, dtype=torch.bool).triu(old + 1)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        return (weights @ v).transpose(0, 1).to(q_THD.dtype)
+        scores = (q @ k.transpose(1, 2) * self.scale).masked_fill(hidden, float("-inf"))
+        out_THD = q_THD.new_zeros((*q_THD.shape[:2], v_XHD.shape[-1]))
+        out_THD[:new] = (scores.softmax(-1) @ v).transpose(0, 1)
+        return out_THD
 
 
 @torch.inference_mode()
 def run_model(model: Model, token_ids: Sequence[int], chunk: int | None = None) -> Tensor:
-    """Logits (T, V) of a sequence, in steps of `chunk` tokens."""
-    attention = DenseAttention(model.kv.scale)
+    """Logits (T, V) of a sequence on the only rank there is, in steps of `chunk` tokens."""
     chunk = chunk or len(token_ids)
-    rows = []
-    for start in range(0, len(token_ids), chunk):
-        ids_T = torch.tensor(token_ids[start : start + chunk])
-        positions_T = torch.arange(start, start + len(ids_T))
-        rows.append(model.logits(model.forward(ids_T, positions_T, attention)))
-    return torch.cat(rows)
+    counts = [len(token_ids[start : start + chunk]) for start in range(0, len(token_ids), chunk)]
+    steps = [StepRows(Plan(), 0, (count,)) for count in counts]
+    return _run_steps(model, token_ids, steps, Layout.REPLICATED)
+
+
+def plan_logits(
+    files: ModelFiles,
+    plan: Plan,
+    prompts: Sequence[Sequence[int]],
+    chunk: int | None = None,
+    a2a: str = "allgather",
+) -> list[Tensor]:
+    """Logits (T, V) as each rank of a plan computes them: those of the prompt of its DP rank.
+    Prompts may differ in length; who is done idles in the others' steps."""
+    spec = family_of(files.hf_config).parse(files.hf_config)
+    chunk = chunk or max(map(len, prompts))
+    starts = range(0, max(map(len, prompts)), chunk)
+    counts = [tuple(len(prompt[start : start + chunk]) for prompt in prompts) for start in starts]
+
+    def run(comms: Comms) -> Tensor:
+        rank = comms.axes["world"].rank
+        model = build_model(files, plan, rank, comms, a2a=a2a)
+        steps = [StepRows(plan, rank, by_dp) for by_dp in counts]
+        with torch.inference_mode():
+            return _run_steps(
+                model, prompts[plan.axis_index("dp", rank)], steps, stream_of(spec, plan)
+            )
+
+    return run_ranks(plan_comms(plan), run)
 
 
 def tp_logits(files: ModelFiles, tp: int, token_ids: Sequence[int]) -> list[Tensor]:
     """Logits (T, V) as each of `tp` ranks computes them."""
-    return run_ranks(tp_comms(tp), lambda comms: run_model(build_model(files, comms), token_ids))
+    return plan_logits(files, Plan(tp_attn=tp, tp_expert=tp), [token_ids])
+
+
+def _run_steps(
+    model: Model, token_ids: Sequence[int], steps: Sequence[StepRows], stream: Layout
+) -> Tensor:
+    attention = DenseAttention(model.kv.scale, 0)
+    logits, start = [], 0
+    for rows in steps:
+        attention.num_real = rows.num_real
+        num_rows = rows.num_padded if stream is Layout.ROWS else rows.num_real
+        padding = (0, num_rows - rows.num_real)
+        ids_T = torch.tensor(token_ids[start : start + rows.num_real], dtype=torch.int64)
+        positions_T = torch.arange(start, start + rows.num_real)
+        step = ModelStep(attention, attention, rows, "prefill" if start == 0 else "decode")
+        hidden_TE = model.forward(
+            torch.nn.functional.pad(ids_T, padding),
+            torch.nn.functional.pad(positions_T, padding),
+            step,
+        )
+        logits.append(model.logits(hidden_TE[: rows.num_real], rows))
+        start += rows.num_real
+    return torch.cat(logits)
