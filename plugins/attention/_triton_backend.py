@@ -11,19 +11,16 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from plugins.attention._triton_device import describe
 from plugins.attention._triton_kernels import decode_kernel, prefill_kernel, reduce_kernel
 
 # A split shorter than this costs more to sum up than it saves.
 _LEAST_SPLIT_TOKENS = 256
 _MOST_SPLITS = 64  # a power of two
-# Programs that fill a GPU. The interpreter has no parallelism; there the number only decides that
-# tests split.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
-_INTERPRETED_PROGRAMS = 16
+_PROGRAMS_PER_MULTIPROCESSOR = 4  # that fill a GPU
 _INTERPRETED_LEAST_SPLIT_TOKENS = 32
 
 
@@ -63,24 +60,19 @@ class TritonBackend:
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._group = spec.num_heads // spec.num_kv_heads
-        self._interpreted = spec.device.type == "cpu"
+        device = describe(spec.device)
         # The tensor cores take no float32 without losing bits, and the interpreter's dot no bf16.
-        self._wide = self._interpreted or spec.dtype is torch.float32
+        self._wide = device.interpreted or spec.dtype is torch.float32
         self._block_D = max(16, triton.next_power_of_2(spec.head_dim))
         self._least_rows = max(16, triton.next_power_of_2(self._group))
         self._scale_log2 = spec.scale * math.log2(math.e)
-        self._num_programs = _INTERPRETED_PROGRAMS
-        self._least_split = _INTERPRETED_LEAST_SPLIT_TOKENS
-        shared_bytes = 0
-        if not self._interpreted:
-            index = torch.cuda.current_device() if spec.device.index is None else spec.device.index
-            properties = driver.active.utils.get_device_properties(index)
-            self._num_programs = _PROGRAMS_PER_MULTIPROCESSOR * properties["multiprocessor_count"]
-            self._least_split = _LEAST_SPLIT_TOKENS
-            shared_bytes = properties["max_shared_mem"]
-        self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, shared_bytes)
+        self._num_programs = _PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
+        self._least_split = _LEAST_SPLIT_TOKENS
+        if device.interpreted:
+            self._least_split = _INTERPRETED_LEAST_SPLIT_TOKENS
+        self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device.shared_bytes)
         self._decode_tiles = _decode_tiles(
-            self._block_D, self._wide, self._least_rows, shared_bytes
+            self._block_D, self._wide, self._least_rows, device.shared_bytes
         )
 
     def plan(self, batch: SequenceBatch) -> _PrefillPlan | _DecodePlan:

@@ -2,8 +2,7 @@
 
 Every kernel works on one KV head and packs its query heads into the rows of a tile, so that k and
 v are loaded once a group. Slots past a sequence's own tokens are never read. Scores are kept in
-units of log2, because exp2 is what the hardware has. Any page size: each token of a tile looks its
-page up.
+units of log2. Any page size: each token of a tile looks its page up.
 
 Shape legend: M rows of a tile (query tokens x query heads of the group), N tokens of a tile, D
 head dimension (padded to a power of two), X splits of a context.
@@ -14,6 +13,8 @@ head dimension (padded to a power of two), X splits of a context.
 
 import triton
 import triton.language as tl
+
+from plugins.attention._triton_softmax import grow_softmax
 
 # Numbers that differ from step to step must not be specialised on (their being 1, or multiples of
 # 16), nor must the alignment of tensors that are slices: each new variant is a second of compiling
@@ -61,13 +62,9 @@ def _attend_tile(
     if MASKED:
         seen_MN = (tokens_N[None, :] <= positions_M[:, None]) & inside_N[None, :]
         scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
-    new_most_M = tl.maximum(most_M, tl.max(scores_MN, axis=1))
-    shrink_M = tl.exp2(most_M - new_most_M)
-    weights_MN = tl.exp2(scores_MN - new_most_M[:, None])
-    sum_M = sum_M * shrink_M + tl.sum(weights_MN, axis=1)
-    acc_MD = acc_MD * shrink_M[:, None]
+    weights_MN, most_M, sum_M, acc_MD = grow_softmax(scores_MN, most_M, sum_M, acc_MD)
     acc_MD = tl.dot(weights_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
-    return new_most_M, sum_M, acc_MD
+    return most_M, sum_M, acc_MD
 
 
 @triton.jit

@@ -140,3 +140,42 @@ def test_absorbed_equals_expanded(case: Case) -> None:
     backend.absorbed(plan, step.cache_BPZ, torch.cat((q_THC, q_rope_THR), dim=2), out_THC)
     restored_THV = torch.einsum("thc,hvc->thv", out_THC, step.value_HVC)
     torch.testing.assert_close(restored_THV, step.expected_THV, rtol=1e-10, atol=1e-12)
+
+
+# Empty lists make pytest skip a test once: Triton is either interpreted or compiled.
+INTERPRETED = [] if torch.cuda.is_available() else [*SMALL, *random_cases(6)]
+COMPILED = EVERY if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> None:
+    # The interpreter truncates to bf16 where a GPU rounds.
+    tolerance = 2 * TOLERANCE[dtype] if dtype is torch.bfloat16 else TOLERANCE[dtype]
+    check("triton", make_step(case, dtype, torch.device("cpu")), tolerance)
+
+
+@pytest.mark.parametrize("tokens", [7, 64])
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_triton_interpreted_expands_a_part_at_a_time(
+    case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = make_step(case, torch.float32, torch.device("cpu"))
+    check_parts("triton", step, TOLERANCE[torch.float32], tokens, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.parametrize("name", ["torch_ref", "triton"])
+def test_gpu_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -> None:
+    check(name, make_step(case, dtype, torch.device("cuda")), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [7, 64, 200])
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_gpu_expands_a_part_of_the_context_at_a_time(
+    case: Case, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = make_step(case, dtype, torch.device("cuda"))
+    check_parts("triton", step, TOLERANCE[dtype], tokens, monkeypatch)
