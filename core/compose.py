@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.catalog import OWN_CONFIGS, Catalog
+from core.cluster.ports import split_address
 from core.config import AppConfig, AttentionConfig, CommConfig, MoEAllToAllConfig
 from core.errors import ConfigError
 from core.schema import build, defaults, did_you_mean
@@ -37,6 +38,8 @@ HYDRA_VERSION_BASE = "1.3"
 COMPLETION_COMMANDS = r"(install|uninstall|query)=(bash|zsh|fish)"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
+TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"
+STATIC_LAUNCHER = "static"  # the one that can't find node 0 by itself
 
 
 class NoModelError(ConfigError):
@@ -140,27 +143,56 @@ def compose(overrides: Sequence[Override], search_paths: Sequence[str] = ()) -> 
 def contradictions(config: AppConfig) -> list[str]:
     """Settings that can't hold together, whatever plugins are used; one sentence each."""
     problems = []
-    model, launch, frontend = config.model, config.launch, config.frontend
-    if model.path is not None and model.package is not None:
+    model, frontend = config.model, config.frontend
+    sources = {
+        "model.path": model.path,
+        "model.package": model.package and model.package.name,
+        "model.random_checkpoint": model.random_checkpoint
+        and f"seed {model.random_checkpoint.seed}",
+    }
+    given = [f"{key}={value}" for key, value in sources.items() if value is not None]
+    if len(given) > 1:
         problems.append(
-            f"model.path={model.path} and model.package={model.package.name} are both set; to "
-            f"serve other files than the preset's: +model=custom model.path={model.path}"
+            f"{' and '.join(given)} are both set; to serve other files than the preset's: "
+            f"+model=custom model.path={model.path or 'FOLDER'}"
         )
-    if model.path is None and model.package is None:
+    if not given:
         if model.load_format != "dummy":
             problems.append("model.path is not set; set it to a folder, a .gguf file or a Hub id")
         elif model.shape is None:
             problems.append("model.load_format=dummy needs a model.shape or a model.path")
-    if launch.nnodes > 1 and launch.dist_init_addr is None:
-        problems.append(
-            f"launch.nnodes={launch.nnodes} needs launch.dist_init_addr=HOST:PORT of node 0"
-        )
+    problems += _node_problems(config)
     open_to_all = frontend.api_key_file is None and not os.environ.get(API_KEY_VARIABLE)
     if frontend.host not in LOOPBACK and open_to_all and not frontend.allow_anonymous:
         problems.append(
             f"frontend.host={frontend.host} would serve anyone who reaches it; set "
             f"frontend.api_key_file=FILE or the environment variable {API_KEY_VARIABLE}, "
             "or frontend.allow_anonymous=true"
+        )
+    return problems
+
+
+def _node_problems(config: AppConfig) -> list[str]:
+    """What several nodes lack to meet."""
+    launch, problems = config.launch, []
+    if launch.dist_init_addr is not None:
+        try:
+            split_address(launch.dist_init_addr)
+        except ConfigError as error:
+            problems.append(str(error))
+    if launch.nnodes == 1:
+        return problems
+    if launch.name == STATIC_LAUNCHER and launch.dist_init_addr is None:
+        problems.append(
+            f"launch.nnodes={launch.nnodes} needs launch.dist_init_addr=HOST:PORT of node 0"
+        )
+    if config.cluster.token_file is None and not os.environ.get(TOKEN_VARIABLE):
+        problems.append(
+            f"launch.nnodes={launch.nnodes} needs a cluster token, by which nodes know each other: "
+            "set cluster.token_file=FILE or the environment variable "
+            f"{TOKEN_VARIABLE}, with the same contents on every node; make one with\n"
+            "  (umask 077; python -c 'import secrets; print(secrets.token_hex(32))' "
+            "> cluster.token)"
         )
     return problems
 

@@ -93,7 +93,7 @@ def register_frontend() -> Sequence[Registration]:
 @hookspec
 def register_launcher() -> Sequence[Registration]:
     """Launchers: how the processes of a node are started. Factory: (options, AppConfig) ->
-    core.interfaces.launcher.Launcher."""
+    core.interfaces.launcher.Launcher, or RemoteLauncher."""
     raise AssertionError("a specification is never called")
 
 

@@ -14,7 +14,7 @@ import pluggy
 
 from core import hookspecs
 from core.config import AppConfig, PluginChoice
-from core.errors import ConfigError, PluginError
+from core.errors import ConfigError, PlanError, PluginError
 from core.hookspecs import ENTRY_POINT_GROUP, PROJECT, Registration
 from core.schema import build, did_you_mean
 
@@ -53,6 +53,8 @@ FAMILIES = {
     "frontend": Family("register_frontend", "frontend"),
     "launcher": Family("register_launcher", "launch"),
 }
+# Which of them a choice belongs to is known once the model is; until then either will do.
+ALIKE = {"attention": ("attention", "latent_attention")}
 AUTO = "auto"  # in the families with a `default_backend`: chosen once the device is known
 
 
@@ -102,10 +104,7 @@ class PluginTable:
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            raise PluginError(
-                f"there is no {self.family} plugin {name!r}{did_you_mean(name, self._entries)}\n"
-                f"{self.family} plugins: {', '.join(sorted(self._entries)) or 'none'}"
-            )
+            raise PluginError(_unknown(self.family, name, sorted(self._entries)))
         return self._entries[name]
 
     def _factory(self, name: str) -> Callable[..., Any]:
@@ -187,12 +186,14 @@ class PluginManager:
     def check_choices(self, config: AppConfig) -> None:
         """Raise unless every plugin the config names is there and takes the options given."""
         for family, key, choice in choices(config):
+            tables = [self.table(member) for member in ALIKE.get(family, (family,))]
             if choice.name != AUTO:
-                self.options(family, choice, key)
+                _check_options(tables, choice, key)
             elif choice.options:
+                names = sorted({name for table in tables for name in table})
                 raise ConfigError(
                     f"{key}.options are given but {key}.name is auto; options belong to one "
-                    f"{family} plugin, so choose it: {', '.join(sorted(self.table(family)))}"
+                    f"{family} plugin, so choose it: {', '.join(names)}"
                 )
 
     def check_plan(self, config: AppConfig) -> list[str]:
@@ -200,8 +201,21 @@ class PluginManager:
         found = self._call_each("check_plan", config=config)
         return [problem for _, problems in found for problem in problems]
 
+    def plan_problems(self, config: AppConfig) -> list[str]:
+        """What the chosen parallelism plan and every plugin find wrong, in one list, before the
+        model's files are looked for. Raises what else the plan's factory raises."""
+        parallel = config.parallel
+        choice = PluginChoice(name=parallel.plan, options=parallel.options)
+        problems: list[str] = []
+        try:
+            self.table("parallel_plan").create(choice, parallel)
+        except PlanError as error:
+            problems += error.problems
+        return [*problems, *self.check_plan(config)]
+
     def default_backend(self, family: str, device: str) -> str:
-        """What `auto` means for "comm", "attention.prefill" or "attention.decode" on a device."""
+        """What `auto` means in a family (see the hook) on a device. Raises ConfigError where no
+        plugin knows."""
         name = self._manager.hook.default_backend(family=family, device=device)
         table = self.table(family.partition(".")[0])
         if name is None:
@@ -279,6 +293,29 @@ def choices(config: AppConfig) -> list[tuple[str, str, PluginChoice]]:
     if config.model.family != AUTO:
         found.append(("model", "model", PluginChoice(name=config.model.family)))
     return found
+
+
+def _check_options(tables: Sequence[PluginTable], choice: PluginChoice, key: str) -> None:
+    """Raise unless one of the tables has the chosen plugin and it takes the options."""
+    having = [table for table in tables if choice.name in table]
+    if not having:
+        names = sorted({name for table in tables for name in table})
+        raise PluginError(_unknown(tables[0].family, choice.name, names))
+    refusals = []
+    for table in having:
+        try:
+            table.options(choice, key)
+        except ConfigError as error:
+            refusals.append(error)
+    if len(refusals) == len(having):
+        raise refusals[0]
+
+
+def _unknown(family: str, name: str, names: Sequence[str]) -> str:
+    return (
+        f"there is no {family} plugin {name!r}{did_you_mean(name, names)}\n"
+        f"{family} plugins: {', '.join(names) or 'none'}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

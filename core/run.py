@@ -31,6 +31,8 @@ examples:
   nodeweave +model=llama31_8b parallel=tp2 frontend.port=8000
   nodeweave +model=smollm2 attention=torch_ref              both phases with one backend
   nodeweave +model=smollm2 attention@attention.decode=cpu   one phase only
+  nodeweave +model=deepseek_v3 parallel=tp16_ep16 launch.nnodes=2 launch.node_rank=0 \\
+      launch.dist_init_addr=10.0.0.1:20000                  the first of two nodes
 
 flags:
   --cfg job              print the resolved configuration as YAML and exit
@@ -59,6 +61,8 @@ def _run(words: list[str]) -> int:
         print(f"nodeweave {_version()}")
         return 0
     from core.compose import NoModelError, blocklist, complete, compose, parse_overrides, to_yaml
+    from core.config import PluginChoice
+    from core.interfaces.launcher import RemoteLauncher
     from core.plugin_manager import PluginManager
 
     completing = flags.shell_completion
@@ -78,12 +82,17 @@ def _run(words: list[str]) -> int:
     except NoModelError as error:
         raise ConfigError(_no_model(_catalog(search_paths))) from error
     plugins.check_choices(config)
-    problems = plugins.check_plan(config)
+    problems = plugins.plan_problems(config)
     if problems:
         raise PlanError(problems)
     if flags.cfg is not None:
         print(to_yaml(config), end="")
         return 0
+    launcher = plugins.table("launcher").create(
+        PluginChoice(name=config.launch.name, options=config.launch.options), config
+    )
+    if isinstance(launcher, RemoteLauncher):
+        return launcher.drive(words)
     from core.start import start
 
     return start(config, plugins)

@@ -4,9 +4,9 @@ A launcher decides; `core.start` starts the processes and `core.cluster.supervis
 So a launcher for a batch system only reads its environment (which node am I, where is node 0).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from core.parallel.plan import Plan
 
@@ -51,4 +51,15 @@ class Launcher(Protocol):
 
     def placements(self, plan: Plan, machine: Machine) -> list[Placement]:
         """This node's workers, by rank. Raises ResourceError where the machine is too small."""
+        ...
+
+
+@runtime_checkable
+class RemoteLauncher(Protocol):
+    """What a launcher plugin's factory returns instead where this process is no node: it starts
+    the nodes elsewhere (each with a `Launcher` of its own) and watches them."""
+
+    def drive(self, words: Sequence[str]) -> int:
+        """Run the command line `words` on every node until all have ended; returns the exit
+        status. Blocks. Raises NodeweaveError where nodes can't be had."""
         ...

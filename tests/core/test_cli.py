@@ -26,7 +26,8 @@ def replace_start(monkeypatch, start):
 def no_start(monkeypatch):
     """Fails a test that would start processes."""
     replace_start(monkeypatch, lambda config, plugins: pytest.fail("it started"))
-    monkeypatch.delenv("NODEWEAVE_API_KEY", raising=False)
+    for variable in ("NODEWEAVE_API_KEY", "NODEWEAVE_CLUSTER_TOKEN", "SLURM_JOB_ID"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 ERRORS = [
@@ -38,7 +39,7 @@ ERRORS = [
     (["+model=null"], ["model=null", "expected the name", "smollm2"]),
     # groups
     (["+modle=smollm2"], ["'modle'", "did you mean 'model'?", "groups:", "attention"]),
-    ([SMOL, "parallel=tp3"], ["parallel=tp3", "tp1, tp2, tp4", "parallel.tp=N"]),
+    ([SMOL, "parallel=tp3"], ["parallel=tp3", "tp1, tp2, tp2_ep2", "parallel.tp=N"]),
     ([SMOL, "attention=cpuu"], ["attention=cpuu", "did you mean 'cpu'?", "torch_ref"]),
     ([SMOL, "attention@attention.x=cpu"], ["attention@attention.x", "attention@attention.decode"]),
     ([SMOL, "foo@bar=cpu"], ["foo: there is no config group", "groups:"]),
@@ -71,7 +72,21 @@ ERRORS = [
     # contradictions
     ([SMOL, "engine.page_size=1", "engine.page_size=2"], ["engine.page_size is given twice"]),
     ([SMOL, "+model=qwen3_8b"], ["model is given twice", "smollm2 and qwen3_8b"]),
-    ([SMOL, "launch.nnodes=2"], ["launch.dist_init_addr=HOST:PORT"]),
+    ([SMOL, "launch.nnodes=2"], ["launch.dist_init_addr=HOST:PORT", "needs a cluster token"]),
+    ([SMOL, "launch.dist_init_addr=h"], ["launch.dist_init_addr='h'", "expected HOST:PORT"]),
+    ([SMOL, "launch.dist_init_addr=h:1"], ["several nodes meet, and launch.nnodes=1"]),
+    ([SMOL, "launch=local", "launch.dist_init_addr=h:1"], ["launch=local starts every rank"]),
+    ([SMOL, "launch=slurm"], ["SLURM_JOB_ID, which is not set", "srun --ntasks-per-node=1"]),
+    ([SMOL, "launch.node_rank=1"], ["launch.node_rank=1 is out of range", "0 to 0"]),
+    ([SMOL, "moe_a2a=deepp"], ["moe_a2a=deepp", "did you mean 'deepep'?", "allgather"]),
+    ([SMOL, "moe_a2a@moe_a2a.x=nccl"], ["moe_a2a@moe_a2a.x", "moe_a2a@moe_a2a.decode"]),
+    ([SMOL, "parallel.ep=2"], ["the plan does not fit", "parallel.ep=2: the plan 'tp' has no"]),
+    (
+        [SMOL, "parallel=tp4_ep4", "parallel.ep=3", "parallel.dp_lm_head=true"],
+        ["parallel.ep=3 does not divide parallel.tp=4", "parallel.dp_lm_head=true needs"],
+    ),
+    ([SMOL, "parallel.eplb.strategy=x"], ["parallel.eplb.strategy='x'", "hierarchical"]),
+    ([SMOL, "cluster.verify_weights=x"], ["cluster.verify_weights='x'", "headers, full"]),
     ([SMOL, "frontend.host=0.0.0.0"], ["frontend.host=0.0.0.0", "frontend.allow_anonymous"]),
     ([SMOL, "comm=nccl", "engine.device=cpu"], ["the plan does not fit", "comm.tp=nccl"]),
     # words that are not settings
@@ -117,8 +132,10 @@ def test_help_lists_groups_with_their_choices_and_examples(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for fragment in (
-        "model      custom, llama31_8b, llama31_405b, qwen3_8b, smollm2",
-        "parallel   tp1, tp2, tp4, tp8, tp16, tp32",
+        "model      custom, ",
+        "parallel   tp1, tp2, tp2_ep2, ",
+        "moe_a2a    allgather, auto, deepep, local, nccl",
+        "launch     kubernetes, local, ray, slurm, static",
         "nodeweave +model=smollm2",
         "--cfg job",
     ):
@@ -137,6 +154,17 @@ def test_a_right_command_line_starts_with_config_and_plugins(monkeypatch):
     ((config, plugins),) = seen
     assert config.engine.page_size == 8
     assert "openai" in plugins.table("frontend")
+
+
+def test_a_launcher_of_nodes_elsewhere_gets_the_words_and_nothing_starts_here(monkeypatch):
+    replace_start(monkeypatch, lambda config, plugins: pytest.fail("it started"))
+    seen = []
+    monkeypatch.setattr(
+        "plugins.launchers.ray.RayLauncher.drive", lambda self, words: seen.append(words) or 5
+    )
+    words = [SMOL, "launch=ray", "engine.page_size=8"]
+    assert main(words) == 5
+    assert seen == [words]
 
 
 def test_an_internal_error_keeps_its_traceback(monkeypatch):

