@@ -23,7 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.catalog import OWN_CONFIGS, Catalog
 from core.cluster.ports import split_address
-from core.config import AppConfig, AttentionConfig, CommConfig, MoEAllToAllConfig
+from core.cluster.token import MAKE_ONE
+from core.config import (
+    TOKEN_VARIABLE,
+    AppConfig,
+    AttentionConfig,
+    CommConfig,
+    MoEAllToAllConfig,
+)
 from core.errors import ConfigError
 from core.schema import build, defaults, did_you_mean
 
@@ -38,7 +45,6 @@ HYDRA_VERSION_BASE = "1.3"
 COMPLETION_COMMANDS = r"(install|uninstall|query)=(bash|zsh|fish)"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
-TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"
 STATIC_LAUNCHER = "static"  # the one that can't find node 0 by itself
 
 
@@ -188,11 +194,8 @@ def _node_problems(config: AppConfig) -> list[str]:
         )
     if config.cluster.token_file is None and not os.environ.get(TOKEN_VARIABLE):
         problems.append(
-            f"launch.nnodes={launch.nnodes} needs a cluster token, by which nodes know each other: "
-            "set cluster.token_file=FILE or the environment variable "
-            f"{TOKEN_VARIABLE}, with the same contents on every node; make one with\n"
-            "  (umask 077; python -c 'import secrets; print(secrets.token_hex(32))' "
-            "> cluster.token)"
+            f"launch.nnodes={launch.nnodes} needs a cluster token, by which nodes know each other; "
+            f"{MAKE_ONE}"
         )
     return problems
 

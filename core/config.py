@@ -17,6 +17,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
+TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
 
 
 def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

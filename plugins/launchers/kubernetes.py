@@ -2,7 +2,8 @@
 
 Two ways: the variables of a LeaderWorkerSet, which say everything; or the index of a pod of a
 StatefulSet or an Indexed Job (the number its name ends with, or JOB_COMPLETION_INDEX), with the
-headless service that gives pod 0 a name in `launch.options.service`. Talks to no API server.
+headless service that gives pod 0 a name in `launch.options.service`. Pod 0 itself takes its address
+from POD_IP where that is passed: its own name may not be known yet. Talks to no API server.
 Sources: LeaderWorkerSet (lws.sigs.k8s.io), "StatefulSets: Pod identity" and "Indexed Jobs" in the
 Kubernetes documentation.
 """
@@ -67,6 +68,9 @@ def find_site(options: KubernetesOptions, config: AppConfig, env: Mapping[str, s
         )
     if nnodes == 1:
         return Site()
+    if node_rank == 0 and env.get("POD_IP"):
+        address = env["POD_IP"]
+        leader = f"[{address}]" if ":" in address else address
     rendezvous = launch.dist_init_addr or f"{leader}:{options.base_port}"
     return Site(nnodes=nnodes, node_rank=node_rank, rendezvous=rendezvous)
 

@@ -14,21 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from core.config import AppConfig
+from core.config import TOKEN_VARIABLE, AppConfig
 from core.errors import ConfigError, ResourceError
 from plugins.launchers._node import NodeOptions, ranks_per_node
 from plugins.launchers._ray_node import NodeProcess
 
-TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"
 PASSED_VARIABLES = (TOKEN_VARIABLE, "NODEWEAVE_API_KEY")
 # Settings that this launcher gives anew for every node.
 _REPLACED = re.compile(
-    r"\+{0,2}(launch|launch\.(name|nnodes|node_rank|dist_init_addr|options(\.[^=]*)?)"
-    r"|cluster\.token_file)="
+    r"\+{0,2}launch(\.(name|nnodes|node_rank|dist_init_addr|options(\.[^=]*)?))?="
 )
 CONNECT_S = 5.0
 _ADDRESS = re.compile(r"([^:/@\s]+|\[[0-9a-fA-F:.%\w]+\]):[0-9]{1,5}")
@@ -82,8 +79,8 @@ class RayLauncher:
         """Start the command on `launch.nnodes` Ray nodes and wait; returns the exit status of the
         first node that ended badly, or 0. SIGINT and SIGTERM end all nodes."""
         ray = _import_ray()
-        # The cluster token goes in an actor call: a runtime environment is shown on dashboards.
-        env = _environment(self._config)
+        # Secrets go in an actor call: a runtime environment is shown on dashboards.
+        env = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
         self._connect(ray)
         try:
             nodes, host = self._reserve(ray)
@@ -239,20 +236,6 @@ def _outcome(ray: Any, reference: Any, rank: int) -> tuple[int, str]:
     status = status if status > 0 else 128 - status  # of a signal: as shells have it
     last = "".join(f"\n  {line}" for line in lines)
     return status, f"error: node {rank} ended with status {status}; its last lines:{last}"
-
-
-def _environment(config: AppConfig) -> dict[str, str]:
-    """Variables that nodes need from here. A token file is read here, so that nodes need none."""
-    env = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ}
-    if config.cluster.token_file is not None:
-        try:
-            text = Path(config.cluster.token_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cluster.token_file={config.cluster.token_file} can't be read: {error}"
-            ) from error
-        env[TOKEN_VARIABLE] = text.strip()
-    return env
 
 
 def _import_ray() -> Any:

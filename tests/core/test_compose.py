@@ -11,7 +11,6 @@ from core.catalog import Catalog
 from core.compose import (
     DEFAULTED_GROUPS,
     SPREAD_GROUPS,
-    TOKEN_VARIABLE,
     NoModelError,
     blocklist,
     compose,
@@ -19,7 +18,7 @@ from core.compose import (
     parse_overrides,
     to_yaml,
 )
-from core.config import AppConfig, ModelConfig
+from core.config import TOKEN_VARIABLE, AppConfig, ModelConfig
 from core.errors import ConfigError
 from core.plugin_manager import FAMILIES, PluginManager
 from core.schema import knobs
@@ -226,7 +225,7 @@ def test_no_model_is_an_error_of_its_own(words):
         ),
         (
             ["launch.nnodes=2", "launch.dist_init_addr=h:1"],
-            ["launch.nnodes=2 needs a cluster token", "cluster.token_file=FILE", "token_hex(32)"],
+            ["launch.nnodes=2 needs a cluster token", "cluster.token_file=FILE", "openssl rand"],
         ),
         (
             ["launch.nnodes=2", "launch.dist_init_addr=10.0.0.1"],

@@ -7,7 +7,7 @@ import pytest
 from core.config import AppConfig, LaunchConfig, ModelConfig
 
 # What a launcher may read; tests set what they mean and inherit nothing.
-PREFIXES = ("SLURM_", "LWS_", "JOB_COMPLETION_", "NODEWEAVE_", "POD_NAME")
+PREFIXES = ("SLURM_", "LWS_", "JOB_COMPLETION_", "NODEWEAVE_", "POD_")
 
 
 @pytest.fixture

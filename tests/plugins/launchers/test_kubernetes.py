@@ -43,6 +43,15 @@ def test_an_indexed_jobs_pod_has_an_index_and_a_host_name(config_with):
     assert site == Site(nnodes=2, node_rank=1, rendezvous="serve-0.v3:20000")
 
 
+@pytest.mark.parametrize(("ip", "host"), [("10.8.0.3", "10.8.0.3"), ("fd00::3", "[fd00::3]")])
+def test_the_first_pod_knows_its_own_address(config_with, ip, host):
+    config = config_with(nnodes=2)
+    first = find_site(OPTIONS, config, {"HOSTNAME": "v3-0", "POD_IP": ip})
+    assert first.rendezvous == f"{host}:20000"
+    second = find_site(OPTIONS, config, {"HOSTNAME": "v3-1", "POD_IP": ip})
+    assert second.rendezvous == "v3-0.v3:20000"
+
+
 def test_options_and_settings_decide_the_address(config_with):
     options = KubernetesOptions(service="v3", namespace="models", base_port=25000)
     pod = {"HOSTNAME": "v3-1"}

@@ -5,12 +5,11 @@ import json
 import os
 import signal
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from core.config import AppConfig, ClusterConfig, LaunchConfig, ModelConfig, ParallelConfig
+from core.config import TOKEN_VARIABLE, AppConfig, LaunchConfig, ModelConfig, ParallelConfig
 from core.errors import ConfigError, PlanError, ResourceError
 from core.interfaces.launcher import RemoteLauncher
 from core.schema import build
@@ -18,7 +17,6 @@ from plugins.launchers._ray_node import NodeProcess
 from plugins.launchers.ray import (
     KILL_AFTER_S,
     OWN_END_S,
-    TOKEN_VARIABLE,
     RayLauncher,
     RayOptions,
     _Patience,
@@ -28,12 +26,11 @@ from plugins.launchers.ray import (
 FAKE_NODE = "tests.support.fake_node"
 
 
-def config(nnodes: int = 2, token_file: Path | None = None, **launch: object) -> AppConfig:
+def config(nnodes: int = 2, **launch: object) -> AppConfig:
     return AppConfig(
         model=ModelConfig(name="m"),
         parallel=ParallelConfig(tp=4),
         launch=LaunchConfig(nnodes=nnodes, shutdown_grace_s=5, **launch),
-        cluster=ClusterConfig(token_file=str(token_file) if token_file else None),
     )
 
 
@@ -54,6 +51,7 @@ def test_nodes_get_the_words_typed_with_a_place_of_their_own():
     ]
     assert node_words(typed, config(options={"pin_cpus": True}), 1, "10.0.0.7:20000") == [
         "+model=deepseek_v3",
+        "cluster.token_file=/token",
         "cluster.join_timeout_s=9",
         "launch.step_timeout_s=7",
         "--config-dir",
@@ -84,12 +82,6 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'nodeweave\[ray\]'"):
         RayLauncher(RayOptions(), config()).drive([])
-
-
-def test_a_token_file_that_cant_be_read_is_named(tmp_path):
-    pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match=rf"cluster\.token_file={tmp_path}/none can't be read"):
-        RayLauncher(RayOptions(), config(token_file=tmp_path / "none")).drive([])
 
 
 class Asked:
@@ -153,11 +145,9 @@ def drive(cluster, tmp_path, *told, settings=None, **options):
     return status, [SimpleNamespace(**json.loads(path.read_text())) for path in files]
 
 
-def test_both_nodes_get_rank_address_and_token(cluster, tmp_path, capfd):
-    (tmp_path / "token").write_text("00ff\n")
-    settings = config(token_file=tmp_path / "token")
-    told = ["fake.ends=all", "fake.status=0", f"cluster.token_file={tmp_path}/token"]
-    status, nodes = drive(cluster, tmp_path, *told, settings=settings)
+def test_both_nodes_get_rank_address_and_token(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "00ff")
+    status, nodes = drive(cluster, tmp_path, "fake.ends=all", "fake.status=0")
     assert status == 0
     ranks = [node.words[-2:] for node in nodes]
     address = ranks[0][1]
@@ -166,18 +156,15 @@ def test_both_nodes_get_rank_address_and_token(cluster, tmp_path, capfd):
     assert ranks == [[f"launch.node_rank={rank}", address] for rank in (0, 1)]
     assert nodes[0].words[:-2] == nodes[1].words[:-2]
     assert "launch=static" in nodes[0].words
-    assert not any("token_file" in word for word in nodes[0].words)
     assert [node.token for node in nodes] == ["00ff", "00ff"]
     assert {node.folder for node in nodes} == {os.getcwd()}
     assert nodes[0].pid != nodes[1].pid
 
 
 def test_when_one_node_ends_badly_all_end_and_it_is_named(cluster, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv(TOKEN_VARIABLE, "01")
     monkeypatch.setattr("plugins.launchers.ray.OWN_END_S", 0.0)
     status, nodes = drive(cluster, tmp_path, "fake.ends=1", "fake.status=3")
     assert status == 3
-    assert nodes[1].token == "01"
     printed = capfd.readouterr().err
     assert "error: node 1 ended with status 3; its last lines:" in printed
     assert "\n  node 1 has had enough" in printed
