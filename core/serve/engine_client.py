@@ -68,7 +68,8 @@ class ZmqEngine:
         self._idle: asyncio.Future[None] | None = None
         self._socket_fd = int(self._socket.getsockopt(zmq.FD))
         loop.add_reader(self._socket_fd, self._on_readable)
-        loop.call_soon(self._on_readable)  # the descriptor tells changes only
+        self._look_due = False
+        self._look_soon()
 
     @property
     def alive(self) -> bool:
@@ -167,6 +168,7 @@ class ZmqEngine:
             cause = f"the scheduler of DP rank {dp_rank} can't be reached: {error.strerror}"
             # The parent, who knows more, will say so sooner if a worker is gone.
             self._loop.call_later(UNREACHABLE_S, self.engine_died, cause)
+        self._look_soon()
 
     def _forget(self, request_id: str) -> None:
         """A reader closed its stream: abort unless the request ended by itself."""
@@ -184,7 +186,15 @@ class ZmqEngine:
         if self._state is EngineState.STARTING:
             self._state = EngineState.SERVING
 
+    def _look_soon(self) -> None:
+        """Look for messages in the next turn of the event loop. The descriptor tells changes only,
+        and using the socket for anything takes the news that something has come."""
+        if not self._look_due:
+            self._look_due = True
+            self._loop.call_soon(self._on_readable)
+
     def _on_readable(self) -> None:
+        self._look_due = False
         if self._socket.closed:
             return
         for _ in range(STEPS_PER_WAKEUP):
@@ -200,8 +210,7 @@ class ZmqEngine:
                 self.engine_died(f"unreadable message from the engine: {error}")
                 return
             self._dispatch(dp_rank, step)
-        # The descriptor stays silent about messages that were there before: come back for them.
-        self._loop.call_soon(self._on_readable)
+        self._look_soon()
 
     def _dispatch(self, dp_rank: int, step: StepOutput) -> None:
         if self._held[dp_rank] is not None:
