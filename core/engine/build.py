@@ -116,6 +116,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             num_pages=pool.num_pages,
             max_model_len=max_model_len,
             eos_ids=context.files.eos_ids,
+            dp_rank=context.plan.axis_index("dp", context.rank),
         ),
         launcher=steps,
         pool=pool,

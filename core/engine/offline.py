@@ -1,13 +1,15 @@
 """An engine in this process, without HTTP: for benchmarks, tests and scripts.
 
-Runs one rank (or, given the comms of a group, the scheduler's rank) and the same loop that
-serves HTTP.
+Runs the leaders' loops that serve HTTP, over lists instead of sockets. Knows nothing of how ranks
+are built or of who runs the followers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from core.engine.build import RankEngine
+from core.engine.lockstep import Lockstep, SoloLockstep
 from core.engine.loop import EngineLoop, NoFollowers, PlanSender, RunningStep
 from core.interfaces.messages import (
     EngineInput,
@@ -17,6 +19,9 @@ from core.interfaces.messages import (
     SamplingParams,
     TokenLogprobs,
 )
+
+# The DP rank for a request, as `core.serve.balancer.Balancer.add` chooses it.
+Route = Callable[[str, Sequence[int], SamplingParams], int]
 
 
 @dataclass(slots=True)
@@ -44,7 +49,7 @@ class _ListInbox:
     def __init__(self) -> None:
         self.messages: list[EngineInput] = []
 
-    def drain(self, *, wait: bool) -> list[EngineInput]:
+    def drain(self) -> list[EngineInput]:
         messages, self.messages = self.messages, []
         return messages
 
@@ -57,10 +62,10 @@ class _ListOutbox:
         self.outputs += outputs
 
 
-class OfflineEngine:
-    """Generates for lists of prompts; `step` gives the control a test needs."""
+class OfflineLeader:
+    """The scheduler and the loop of one DP rank, turned by hand."""
 
-    def __init__(self, rank: RankEngine, followers: PlanSender | None = None) -> None:
+    def __init__(self, rank: RankEngine, followers: PlanSender, lockstep: Lockstep) -> None:
         self.scheduler = rank.scheduler
         self._inbox = _ListInbox()
         self._outbox = _ListOutbox()
@@ -69,9 +74,40 @@ class OfflineEngine:
             launcher=rank.launcher,
             inbox=self._inbox,
             outbox=self._outbox,
-            followers=followers or NoFollowers(),
+            followers=followers,
+            lockstep=lockstep,
+            wait_for_work=lambda: None,  # whoever turns the loop knows when
         )
         self._running: RunningStep | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox.messages) or self._running is not None or self.scheduler.has_work
+
+    def send(self, message: EngineInput) -> None:
+        """Hand any message to the next turn."""
+        self._inbox.messages.append(message)
+
+    def step(self) -> list[RequestOutput]:
+        """One turn of the loop; what it put out."""
+        self._running = self._loop.step(self._running)
+        outputs, self._outbox.outputs = self._outbox.outputs, []
+        return outputs
+
+    def run(self) -> list[RequestOutput]:
+        """Turn until no DP rank has work; with several, all leaders do so at once."""
+        outputs = self.step()
+        while not self._loop.parked:
+            outputs += self.step()
+        return outputs
+
+
+class OfflineEngine:
+    """One DP rank: generates for lists of prompts; `step` gives the control a test needs."""
+
+    def __init__(self, rank: RankEngine, followers: PlanSender | None = None) -> None:
+        self._leader = OfflineLeader(rank, followers or NoFollowers(), SoloLockstep())
+        self.scheduler = rank.scheduler
         self._next_id = 0
 
     def submit(self, prompt_ids: list[int], sampling: SamplingParams) -> str:
@@ -83,28 +119,64 @@ class OfflineEngine:
 
     def send(self, message: EngineInput) -> None:
         """Hand any message to the next step."""
-        self._inbox.messages.append(message)
+        self._leader.send(message)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox.messages) or self._running is not None or self.scheduler.has_work
+        return self._leader.has_work
 
     def step(self) -> list[RequestOutput]:
         """One turn of the loop; what it put out."""
-        self._running = self._loop.step(self._running)
-        outputs, self._outbox.outputs = self._outbox.outputs, []
-        return outputs
+        return self._leader.step()
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[Answer]:
         """Answers in the order of the prompts; one set of parameters for all, or one each."""
-        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         answers = {
             self.submit(prompt, params): Answer()
-            for prompt, params in zip(prompts, each, strict=True)
+            for prompt, params in zip(prompts, _each(sampling, len(prompts)), strict=True)
         }
         while self.has_work:
             for output in self.step():
                 answers[output.request_id].add(output)
         return list(answers.values())
+
+
+class SpreadEngine:
+    """Several DP ranks, each leader's loop in a thread of its own while there is work.
+
+    All requests of a call are there before the first turn, and all leaders take their turns in
+    lockstep: the same calls give the same steps.
+    """
+
+    def __init__(self, leaders: Sequence[OfflineLeader], route: Route) -> None:
+        self.schedulers = [leader.scheduler for leader in leaders]
+        self._leaders = leaders
+        self._route = route
+        self._next_id = 0
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Answer]:
+        """Answers in the order of the prompts; one set of parameters for all, or one each."""
+        answers: dict[str, Answer] = {}
+        for prompt, params in zip(prompts, _each(sampling, len(prompts)), strict=True):
+            self._next_id += 1
+            request_id = str(self._next_id)
+            answers[request_id] = Answer()
+            leader = self._leaders[self._route(request_id, prompt, params)]
+            leader.send(Generate(request_id=request_id, prompt_ids=prompt, sampling=params))
+        with ThreadPoolExecutor(len(self._leaders)) as pool:
+            turning = [pool.submit(leader.run) for leader in self._leaders]
+            ended, _ = wait(turning, return_when=FIRST_EXCEPTION)  # the others' may be its echo
+            for leader_outputs in ended:
+                for output in leader_outputs.result():
+                    answers[output.request_id].add(output)
+        return list(answers.values())
+
+
+def _each(
+    sampling: SamplingParams | Sequence[SamplingParams], count: int
+) -> Sequence[SamplingParams]:
+    return [sampling] * count if isinstance(sampling, SamplingParams) else sampling

@@ -1,4 +1,4 @@
-"""Decides every step of one replica: which requests run, and which tokens of each.
+"""Decides every step of one DP rank: which requests run, and which tokens of each.
 
 Pure Python: knows nothing of torch, devices, sockets or threads. The loop calls `next_batch`
 for step n+1 before `commit` of step n (or strictly in turn); steps run in the order in which they
@@ -79,6 +79,7 @@ class Scheduler:
         num_pages: int,
         max_model_len: int,
         eos_ids: Sequence[int],
+        dp_rank: int = 0,
         headroom_tokens: int = HEADROOM_TOKENS,
     ) -> None:
         self._chunk_tokens = config.chunked_prefill_size
@@ -86,7 +87,8 @@ class Scheduler:
         self._page_size = config.page_size
         self._max_model_len = max_model_len
         self._eos_ids = frozenset(eos_ids)
-        self._rng = random.Random(config.seed)
+        # Each DP rank draws other seeds, lest the same prompt get the same answer on all.
+        self._rng = random.Random(config.seed if dp_rank == 0 else f"{config.seed}/{dp_rank}")
         self._residents = Residents(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
         self._pool_tokens = self._residents.num_usable_pages * config.page_size
         self._live: dict[str, Request] = {}

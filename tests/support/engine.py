@@ -1,9 +1,9 @@
-"""Offline engines for tests: one process, any number of tp ranks (one thread each)."""
+"""Offline engines for tests: one process, the ranks of any plan (one thread each)."""
 
 import queue
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from core.config import AppConfig, ModelConfig
 from core.engine.build import RankContext, RankEngine, build_rank
 from core.engine.loop import follow
-from core.engine.offline import OfflineEngine
-from core.interfaces.comm import SOLO, Comms
-from core.interfaces.messages import SamplingParams, StepPlan
+from core.engine.offline import OfflineEngine, OfflineLeader, SpreadEngine
+from core.interfaces.messages import AgreedStep, SamplingParams
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
-from tests.support.ranks import thread_communicators
+from core.serve.balancer import make_balancer
+from tests.support.lockstep import thread_locksteps
+from tests.support.ranks import ThreadCommunicator, plan_comms
 
 CPU = torch.device("cpu")
 
@@ -47,16 +48,16 @@ def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
 
 
 class _QueuePlans:
-    """Plans handed to the follower ranks' threads."""
+    """Steps handed to the follower ranks' threads."""
 
     def __init__(self, count: int) -> None:
-        self.queues: list[queue.SimpleQueue[StepPlan | None]] = [
+        self.queues: list[queue.SimpleQueue[AgreedStep | None]] = [
             queue.SimpleQueue() for _ in range(count)
         ]
 
-    def send(self, plan: StepPlan | None) -> None:
+    def send(self, step: AgreedStep | None) -> None:
         for waiting in self.queues:
-            waiting.put(plan)
+            waiting.put(step)
 
 
 class _Ended(Exception):
@@ -64,56 +65,101 @@ class _Ended(Exception):
 
 
 class _QueueReceiver:
-    def __init__(self, waiting: "queue.SimpleQueue[StepPlan | None]") -> None:
+    def __init__(self, waiting: "queue.SimpleQueue[AgreedStep | None]") -> None:
         self._waiting = waiting
 
-    def receive(self) -> StepPlan:
-        plan = self._waiting.get()
-        if plan is None:
+    def receive(self) -> AgreedStep:
+        step = self._waiting.get()
+        if step is None:
             raise _Ended
-        return plan
+        return step
+
+
+class _Ranks:
+    """The ranks of a configuration, built in threads of this process."""
+
+    def __init__(self, config: AppConfig) -> None:
+        self._plugins = PluginManager.load([])
+        self._files = resolve_files(config.model, lambda *_: None)
+        resolved = resolve(config, self._plugins, self._files, "cpu")
+        self.config, self.plan = resolved.config, resolved.plan
+        self._comms = plan_comms(self.plan)
+        self.groups = self.plan.groups("tp")  # by DP rank, the leader first
+        self.plans = [_QueuePlans(len(group) - 1) for group in self.groups]
+        self._pool = ThreadPoolExecutor(self.plan.world_size)
+        self._following: list[Future[None]] = []
+
+    def start(self) -> list[RankEngine]:
+        """Build all ranks and let the followers follow; the leaders' engines by DP rank."""
+        leaders = []
+        for group, plans in zip(self.groups, self.plans, strict=True):
+            leaders.append(self._pool.submit(self._build, group[0]))
+            for rank, waiting in zip(group[1:], plans.queues, strict=True):
+                self._following.append(self._pool.submit(self._follow, rank, waiting))
+        return [leader.result() for leader in leaders]
+
+    def stop(self) -> None:
+        """End the followers; raises what one of them raised."""
+        for plans in self.plans:
+            plans.send(None)
+        self._pool.shutdown()
+        for follower in self._following:
+            follower.result()
+
+    def _follow(self, rank: int, waiting: "queue.SimpleQueue[AgreedStep | None]") -> None:
+        with suppress(_Ended):
+            follow(self._build(rank).launcher, _QueueReceiver(waiting))
+
+    def _build(self, rank: int) -> RankEngine:
+        try:
+            return build_rank(self.config, self._context(rank))
+        except BaseException:
+            for comm in self._comms[rank].axes.values():
+                if isinstance(comm, ThreadCommunicator):
+                    comm.abort()  # the others wait for this rank
+            raise
+
+    def _context(self, rank: int) -> RankContext:
+        return RankContext(
+            plugins=self._plugins,
+            files=self._files,
+            plan=self.plan,
+            rank=rank,
+            comms=self._comms[rank],
+            device=CPU,
+            local_ranks=self.plan.world_size,
+            on_phase=lambda *_: None,
+            on_progress=lambda *_: None,
+        )
 
 
 @contextmanager
 def offline_engine(config: AppConfig) -> Iterator[OfflineEngine]:
-    """The engine of a configuration; `parallel.tp` ranks in threads of this process."""
-    plugins = PluginManager.load([])
-    files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, "cpu")
-    size = resolved.plan.tp_attn
-    comms = [SOLO] if size == 1 else [Comms({"tp": comm}) for comm in thread_communicators(size)]
-    failures: list[BaseException] = []
-    plans = _QueuePlans(size - 1)
+    """The engine of a configuration with one DP rank."""
+    with _running(config) as (ranks, leaders):
+        assert len(leaders) == 1, "several DP ranks can't be turned by hand: use spread_engine"
+        yield OfflineEngine(leaders[0], ranks.plans[0])
 
-    def build(rank: int) -> RankEngine:
-        context = RankContext(
-            plugins=plugins,
-            files=files,
-            comms=comms[rank],
-            device=CPU,
-            local_ranks=size,
-            on_phase=lambda *_: None,
-            on_progress=lambda *_: None,
+
+@contextmanager
+def spread_engine(config: AppConfig) -> Iterator[SpreadEngine]:
+    """The engine of a configuration with any plan; requests are spread as it says."""
+    with _running(config) as (ranks, leaders):
+        locksteps = thread_locksteps(len(leaders))
+        balancer = make_balancer(config.parallel.dp_balancer, len(leaders))
+        yield SpreadEngine(
+            [
+                OfflineLeader(leader, plans, lockstep)
+                for leader, plans, lockstep in zip(leaders, ranks.plans, locksteps, strict=True)
+            ],
+            balancer.add,
         )
-        return build_rank(resolved.config, context)
 
-    def run_follower(rank: int) -> None:
-        try:
-            engine = build(rank)
-            follow(engine.launcher, _QueueReceiver(plans.queues[rank - 1]))
-        except _Ended:
-            pass
-        except BaseException as error:
-            failures.append(error)
-            raise
 
-    threads = [threading.Thread(target=run_follower, args=(rank,)) for rank in range(1, size)]
-    for thread in threads:
-        thread.start()
+@contextmanager
+def _running(config: AppConfig) -> Iterator[tuple[_Ranks, list[RankEngine]]]:
+    ranks = _Ranks(config)
     try:
-        yield OfflineEngine(build(0), plans)
+        yield ranks, ranks.start()
     finally:
-        plans.send(None)
-        for thread in threads:
-            thread.join(60)
-    assert not failures, failures
+        ranks.stop()

@@ -9,7 +9,14 @@ pages reused too early, shared wrongly, or announced in the wrong place.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from core.interfaces.messages import SamplingParams, SlotInit, StepPlan, StepResult, TokenLogprobs
+from core.interfaces.messages import (
+    AgreedStep,
+    SamplingParams,
+    SlotInit,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 VOCAB_SIZE = 23
 
@@ -85,7 +92,19 @@ class FakeRunner:
         for row in rows:
             self._read(plan.slots[row], plan.starts[row] + plan.lengths[row])
             self._sample(plan, row, result)
+        num_logprobs = sum(len(entries) for entries in result.prompt_logprobs.values())
+        assert num_logprobs == plan.num_logprob_rows, "counts other prompt positions"
         return result
+
+    def run_agreed(self, step: AgreedStep, dp_rank: int) -> StepResult:
+        """Run this DP rank's part of a step all agreed on; it has no rows in an idle plan."""
+        plan, facts = step.plan, step.facts
+        assert any(facts.rows), "a step nobody needs"
+        assert facts.rows[dp_rank] == sum(plan.lengths)
+        assert facts.samples[dp_rank] == sum(plan.samples)
+        assert facts.logprob_rows[dp_rank] == plan.num_logprob_rows
+        assert facts.has_prefill or plan.num_decodes == len(plan.slots)
+        return self.run(plan)
 
     def _update(self, plan: StepPlan) -> None:
         for init in plan.inits:
