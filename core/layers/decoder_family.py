@@ -63,17 +63,18 @@ def _attention_clauses(spec: DecoderSpec, block: int | None) -> Clauses:
     attention, heads = spec.attention, spec.num_heads
     if isinstance(attention, GroupedQuerySizes):
         q_size = output_size = heads * attention.head_dim
-        kv_size = attention.num_kv_heads * attention.head_dim
-    else:  # keys and values are expanded by a matrix that is kept unquantised
+        num_kv_heads = attention.num_kv_heads
+        kv_size = num_kv_heads * attention.head_dim
+    else:  # all heads share one latent, and what expands it is kept unquantised
         q_size, output_size = heads * attention.qk_head_dim, heads * attention.v_head_dim
-        kv_size = 0
+        num_kv_heads, kv_size = 1, 0
 
     def clauses(ranks: int) -> list[str]:
-        found = head_problems(heads, spec.num_kv_heads, ranks)
+        found = head_problems(heads, num_kv_heads, ranks)
         if found or block is None:
             return found
         sizes = {"query projection": q_size, "output projection": output_size}
-        kv_ranks = min(ranks, spec.num_kv_heads)  # more of them hold the same heads
+        kv_ranks = min(ranks, num_kv_heads)  # more of them hold the same heads
         return size_problems(sizes, ranks, block) + size_problems(
             {"key and value projections": kv_size}, kv_ranks, block
         )

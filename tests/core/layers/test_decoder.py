@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.interfaces.model import KVShape, LatentKVShape, ModelStep
+from core.parallel.plan import Plan
+from core.parallel.rows import solo_rows
 from tests.support.models import (
+    EXPERT_MODELS,
     TINY_MODELS,
     VOCAB_SIZE,
     DenseAttention,
     build_model,
     folder_files,
+    plan_logits,
     run_model,
     tp_logits,
 )
@@ -36,7 +41,7 @@ def test_logits_are_those_of_transformers(tiny_folder: Folder, name: str) -> Non
     assert_close(run_model(model, PROMPT), expected)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", *EXPERT_MODELS])
 def test_chunks_give_the_same_logits(tiny_folder: Folder, name: str) -> None:
     model = build_model(folder_files(tiny_folder(name)))
     assert_close(run_model(model, PROMPT, chunk=17), run_model(model, PROMPT))
@@ -63,6 +68,44 @@ def test_ranks_agree_with_transformers(tiny_folder: Folder, name: str, tp: int) 
         assert_close(logits, expected)
 
 
+PLANS = [(2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 4, 1), (4, 4, 2), (4, 4, 4), (4, 2, 2), (4, 1, 2)]
+
+
+@pytest.mark.parametrize(("tp", "ep", "dp"), PLANS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v2_lite"])
+def test_experts_over_ranks_agree_with_transformers(
+    tiny_folder: Folder, name: str, tp: int, ep: int, dp: int
+) -> None:
+    # Prompts of unequal length: ranks idle in the last steps, and rows are no multiple of ranks.
+    prompts = [PROMPT[:40], PROMPT[40:63], PROMPT[63:94], PROMPT[94:101]][:dp]
+    oracle = TransformersOracle(tiny_folder(name))
+    expected = [oracle.logits(prompt) for prompt in prompts]
+    plan = Plan(dp=dp, tp_attn=tp // dp, ep=ep, tp_expert=tp // ep)
+    for rank, logits in enumerate(
+        plan_logits(folder_files(tiny_folder(name)), plan, prompts, chunk=11, a2a="nccl")
+    ):
+        assert_close(logits, expected[plan.axis_index("dp", rank)])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(dp=2, tp_attn=2, ep=4, tp_dense=4),
+        Plan(dp=4, ep=4, tp_dense=2),
+        Plan(dp=2, tp_attn=2, ep=4, dp_lm_head=True),
+        Plan(dp=2, tp_attn=2, ep=4, redundant_experts=4),
+    ],
+    ids=["dense_tp_4", "dense_tp_2", "dp_lm_head", "redundant_experts"],
+)
+def test_variants_of_a_plan_agree_with_transformers(tiny_folder: Folder, plan: Plan) -> None:
+    prompts = [PROMPT[:17], PROMPT[17:30], PROMPT[30:31], PROMPT[31:50]][: plan.dp]
+    oracle = TransformersOracle(tiny_folder("deepseek_v3"))
+    expected = [oracle.logits(prompt) for prompt in prompts]
+    files = folder_files(tiny_folder("deepseek_v3"))
+    for rank, logits in enumerate(plan_logits(files, plan, prompts, chunk=8)):
+        assert_close(logits, expected[plan.axis_index("dp", rank)])
+
+
 @torch.inference_mode()
 def test_bfloat16_is_as_close_as_in_transformers(tiny_folder: Folder) -> None:
     oracle = TransformersOracle(tiny_folder("llama"))
@@ -76,15 +119,25 @@ def test_bfloat16_is_as_close_as_in_transformers(tiny_folder: Folder) -> None:
 
 def test_kv_shape_is_that_of_the_rank(tiny_folder: Folder) -> None:
     model = build_model(folder_files(tiny_folder("llama")))
+    assert isinstance(model.kv, KVShape)
     assert (model.num_heads, model.kv.num_kv_heads, model.kv.head_dim) == (12, 4, 16)
     assert model.kv.num_layers == 3
     assert model.kv.scale == 0.25
+
+
+def test_latent_kv_shape_is_the_same_on_every_rank(tiny_folder: Folder) -> None:
+    model = build_model(folder_files(tiny_folder("deepseek_v3")))
+    assert isinstance(model.kv, LatentKVShape)
+    assert (model.num_heads, model.kv.token_values, model.kv.num_layers) == (8, 40, 3)
+    # YaRN's temperature, squared: 0.1 * mscale_all_dim * ln(factor) + 1.
+    assert model.kv.scale == pytest.approx(24**-0.5 * (0.08 * 1.3862943611 + 1) ** 2)
 
 
 @torch.inference_mode()
 def test_zero_rows_pass_through(tiny_folder: Folder) -> None:
     model = build_model(folder_files(tiny_folder("qwen3")))
     none = torch.empty(0, dtype=torch.int64)
-    hidden = model.forward(none, none, DenseAttention(model.kv.scale))
+    attention = DenseAttention(model.kv.scale, num_real=0)
+    hidden = model.forward(none, none, ModelStep(attention, attention, solo_rows(0), "decode"))
     assert hidden.shape == (0, 96)
-    assert model.logits(hidden).shape == (0, VOCAB_SIZE)
+    assert model.logits(hidden, solo_rows(0)).shape == (0, VOCAB_SIZE)

@@ -1,10 +1,11 @@
-"""What a config.json may say, and the errors for the rest."""
+"""What a config.json of any family may say, and the errors for the rest."""
 
 from typing import Any
 
 import pytest
 
 from core.errors import ModelError
+from core.interfaces.model import BlockQuantization
 from tests.support.models import TINY, family_of
 
 NAMES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
@@ -16,6 +17,11 @@ def config(name: str = "LlamaForCausalLM", **changes: Any) -> dict[str, Any]:
 
 def without(key: str) -> dict[str, Any]:
     return {name: value for name, value in config().items() if name != key}
+
+
+def fp8(**changes: Any) -> dict[str, Any]:
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return config(quantization_config=quantization | changes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +63,12 @@ def test_old_dtype_key_is_read() -> None:
         (config(attention_bias=1), ["attention_bias=1", "true or false"]),
         (config(rms_norm_eps=-1.0), ["rms_norm_eps=-1.0"]),
         (config(dtype="int8"), ["dtype='int8'", "bfloat16"]),
-        (config(quantization_config={"quant_method": "gptq"}), ["'gptq'", ".gguf"]),
+        (config(quantization_config={"quant_method": "gptq"}), ["'gptq'", "fp8", ".gguf"]),
+        (config(quantization_config="fp8"), ["quantization_config='fp8'", "object"]),
+        (fp8(weight_block_size=None), ["weight_block_size=None", "128 x 128"]),
+        (fp8(weight_block_size=[64, 64]), ["weight_block_size=[64, 64]", "128 x 128"]),
+        (fp8(fmt="e5m2"), ["fmt='e5m2'", "e4m3"]),
+        (fp8(activation_scheme="static"), ["activation_scheme='static'", "dynamic"]),
         (config(rope_scaling={"type": "dynamic"}), ["dynamic"]),
         (config(layer_types=["sliding_attention"]), ["sliding_attention", "full_attention"]),
         (config("MistralForCausalLM", sliding_window=4096), ["sliding_window=4096", "null"]),
@@ -72,6 +83,12 @@ def test_what_is_not_supported_is_named(hf_config: dict[str, Any], words: list[s
         family_of(hf_config).parse(hf_config)
     assert "config.json" in str(error.value)
     assert all(word in str(error.value) for word in words)
+
+
+def test_fp8_blocks_are_read() -> None:
+    spec = family_of(fp8()).parse(fp8())
+    assert spec.quantization == BlockQuantization(rows=128, columns=128)
+    assert family_of(config()).parse(config()).quantization is None
 
 
 def test_unused_sliding_window_is_ignored() -> None:
