@@ -28,19 +28,18 @@ def sum_results_kernel(
     """Part of one row: its results, read where they lie, added up in float32."""
     row = tl.program_id(0).to(tl.int64)
     columns_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside_E = columns_E < hidden_size
     total_E = tl.zeros((BLOCK_E,), tl.float32)
     for k in range(num_columns):
         position = tl.load(positions_ptr + row * num_columns + k)
         # What no position names may be NaN, so that it must not even be multiplied by 0.
-        here_E = inside_E & (position >= 0)
+        width = tl.where(position >= 0, hidden_size, 0)
         place_ptr = results_ptr + position.to(tl.int64) * hidden_size
-        result_E = tl.load(place_ptr + columns_E, mask=here_E, other=0.0).to(tl.float32)
+        result_E = tl.load(place_ptr + columns_E, mask=columns_E < width, other=0.0).to(tl.float32)
         if WEIGHTED:
             result_E *= tl.load(weights_ptr + row * num_columns + k)
         total_E += result_E
     out_E = total_E.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * hidden_size + columns_E, out_E, mask=inside_E)
+    tl.store(out_ptr + row * hidden_size + columns_E, out_E, mask=columns_E < hidden_size)
 
 
 def sum_results(

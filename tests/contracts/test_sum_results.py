@@ -1,0 +1,59 @@
+"""The contract of sums over experts' results: torch and Triton, against a loop in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.kernels import triton_moe_permute
+from core.kernels.moe_permute import group_rows, sum_results
+from tests.support.routing import SHAPES, routing
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def expected_sum(results: Tensor, positions_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    out = torch.zeros(len(positions_TK), results.shape[1], dtype=torch.float64)
+    for row, of_row in enumerate(positions_TK.tolist()):
+        for k, place in enumerate(of_row):
+            weight = 1.0 if weights_TK is None else float(weights_TK[row, k])
+            if place >= 0:
+                out[row] += weight * results[place].double()
+    return out
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "top_k", "num_experts"), SHAPES)
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_sums_are_of_each_row_s_own_results(
+    kernel: str,
+    num_rows: int,
+    top_k: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("core.kernels.moe_permute._COPY_BYTES", 4 * 66 * 70)  # several blocks
+    monkeypatch.setattr("core.kernels.triton_moe_permute._MOST_COLUMNS", 64)
+    experts_TK = routing(num_rows, top_k, num_experts)
+    positions_TK = group_rows(experts_TK, num_experts).positions_TK
+    num_pairs = int((experts_TK >= 0).sum())
+    generator = torch.Generator().manual_seed(1)
+    results = torch.randn(num_pairs + 3, 150, generator=generator).to(dtype)
+    results[num_pairs:] = float("nan")  # what no position names
+    weights_TK = torch.rand(num_rows, top_k, generator=generator) if weighted else None
+    expected = expected_sum(results, positions_TK, weights_TK)
+    for out_dtype in (torch.float32, dtype):
+        if kernel == "torch":
+            got = sum_results(results, positions_TK, weights_TK, out_dtype)
+        else:
+            got = triton_moe_permute.sum_results(
+                results.to(DEVICE),
+                positions_TK.to(DEVICE),
+                None if weights_TK is None else weights_TK.to(DEVICE),
+                torch.empty(num_rows, 150, dtype=out_dtype, device=DEVICE),
+            ).cpu()
+        assert got.dtype == out_dtype
+        step = torch.finfo(out_dtype).eps
+        torch.testing.assert_close(got.double(), expected, atol=8 * 2.0**-23, rtol=step)
