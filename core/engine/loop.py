@@ -57,6 +57,7 @@ class EngineLoop:
     """Scheduler, launcher and mailboxes of one DP rank.
 
     `wait_for_work` blocks until the inbox or the lockstep has something; it is called while parked.
+    `report` is called once a turn, to send what has nothing to do with requests.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class EngineLoop:
         followers: PlanSender,
         lockstep: Lockstep,
         wait_for_work: Callable[[], None],
+        report: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self.launcher = launcher
@@ -77,6 +79,7 @@ class EngineLoop:
         self.followers = followers
         self.lockstep = lockstep
         self.wait_for_work = wait_for_work
+        self.report = report
         self.parked = True  # all DP ranks are, or none
 
     def run(self) -> NoReturn:
@@ -98,6 +101,7 @@ class EngineLoop:
             if previous.plan is not None:
                 outputs += self.scheduler.commit(previous.plan, result)
         self.outbox.send(outputs, self.scheduler.stats())
+        self.report()
         return running
 
     def _launch(self) -> RunningStep | None:

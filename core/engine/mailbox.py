@@ -15,6 +15,7 @@ from core.interfaces.messages import (
     AgreedStep,
     EngineInput,
     EngineStats,
+    ExpertLoads,
     RequestOutput,
     StepOutput,
 )
@@ -56,6 +57,11 @@ class ZmqMailbox:
         if due:
             self._stats, self._next_stats_s = stats, now + STATS_INTERVAL_S
         self.socket.send(self._encoder.encode(StepOutput(outputs, stats if due else None)))
+
+    def send_expert_loads(self, loads: ExpertLoads | None) -> None:
+        """A message of its own, if there are any."""
+        if loads is not None:
+            self.socket.send(self._encoder.encode(StepOutput([], None, loads)))
 
 
 class ZmqPlanSender:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.config import FrontendConfig
-from core.interfaces.messages import EngineStats, RequestOutput, SamplingParams
+from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
 
 
 class OutputStream(Protocol):
@@ -61,6 +61,11 @@ class Engine(Protocol):
     @property
     def stats_by_dp(self) -> Sequence[EngineStats]:
         """The same of each DP rank's scheduler."""
+        ...
+
+    @property
+    def expert_loads(self) -> ExpertLoads | None:
+        """The latest rows of each expert that the engine sent; None where it has none."""
         ...
 
     @property

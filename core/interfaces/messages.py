@@ -82,11 +82,20 @@ class EngineStats(msgspec.Struct, array_like=True):
     generated_tokens: int = 0
 
 
+class ExpertLoads(msgspec.Struct, frozen=True, array_like=True):
+    """Rows that each expert got, over all ranks. Lists are by layer that has experts."""
+
+    layers: list[int]  # indices in the model
+    rows: list[list[int]]  # of each logical expert, since the start
+    imbalance: list[float]  # rows of the busiest rank over the mean rank's, lately
+
+
 class StepOutput(msgspec.Struct, tag=True):
     """Everything one engine step produced."""
 
     outputs: list[RequestOutput]
     stats: EngineStats | None = None  # now and then
+    expert_loads: ExpertLoads | None = None  # rarely, from DP rank 0
 
 
 class SlotInit(msgspec.Struct, frozen=True, array_like=True):

@@ -22,6 +22,7 @@ from core.interfaces.messages import (
     Abort,
     EngineInput,
     EngineStats,
+    ExpertLoads,
     Generate,
     RequestOutput,
     SamplingParams,
@@ -62,6 +63,7 @@ class ZmqEngine:
         self._held: list[list[EngineInput] | None] = [[] for _ in endpoints.plans]
         self._ranks = {str(rank).encode(): rank for rank in range(len(endpoints.plans))}
         self._stats_by_dp = [EngineStats() for _ in endpoints.plans]
+        self._expert_loads: ExpertLoads | None = None
         self._info: dict[str, Any] = {}
         self._state = EngineState.STARTING
         self._cause = ""
@@ -90,6 +92,10 @@ class ZmqEngine:
     @property
     def stats_by_dp(self) -> Sequence[EngineStats]:
         return self._stats_by_dp
+
+    @property
+    def expert_loads(self) -> ExpertLoads | None:
+        return self._expert_loads
 
     @property
     def info(self) -> dict[str, Any]:
@@ -217,6 +223,8 @@ class ZmqEngine:
             self._greet(dp_rank)
         if step.stats is not None:
             self._stats_by_dp[dp_rank] = step.stats
+        if step.expert_loads is not None:
+            self._expert_loads = step.expert_loads
         streams, balancer = self._streams, self._balancer
         ended = False
         for output in step.outputs:

@@ -20,6 +20,7 @@ from core.interfaces.messages import (
     Abort,
     EngineInput,
     EngineStats,
+    ExpertLoads,
     Generate,
     RequestOutput,
     StepOutput,
@@ -56,6 +57,7 @@ class FakeEngine:
         self.stepping = threading.Event()  # cleared: requests are taken in, no step is made
         self.stepping.set()
         self.steps_per_second = 0.0  # 0: as fast as it can
+        self.expert_loads: ExpertLoads | None = None  # sent along with the gauges
         self._steps = 0
         self._stopping = False
         self._context = zmq.Context()
@@ -163,7 +165,8 @@ class FakeEngine:
         return EngineStats(num_running=len(self.live), kv_pages_total=100, num_steps=self._steps)
 
     def _send(self, outputs: list[RequestOutput], stats: EngineStats | None) -> None:
-        data = self._encoder.encode(StepOutput(outputs, stats))
+        loads = None if stats is None else self.expert_loads
+        data = self._encoder.encode(StepOutput(outputs, stats, loads))
         while not self._stopping:
             try:
                 self._socket.send(data, zmq.NOBLOCK)

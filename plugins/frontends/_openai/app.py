@@ -38,6 +38,7 @@ def create_app(options: OpenAIOptions, context: FrontendContext) -> App:
             Route("/ready", small.ready),
             Route("/metrics", small.metrics),
             Route("/server_info", small.server_info),
+            Route("/expert_load", small.expert_load),
             Route("/v1/models", small.models),
             Route("/v1/models/{name:path}", small.model),
             Route("/v1/chat/completions", ChatCompletions(service), methods=post),
@@ -103,6 +104,15 @@ class _SmallRoutes:
                 },
             }
         )
+
+    async def expert_load(self, _: Request) -> Response:
+        """Rows of each expert since the start, in the form of parallel.eplb.load_file."""
+        loads = self._service.engine.expert_loads
+        if loads is None:
+            message = "no loads of experts yet: the model has no experts, or ran few steps"
+            return _error(RequestError(message, code="no_expert_loads", status=404))
+        layers = {str(layer): rows for layer, rows in zip(loads.layers, loads.rows, strict=True)}
+        return _json({"layers": layers})
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._card()]})

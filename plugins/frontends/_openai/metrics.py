@@ -94,6 +94,7 @@ class Metrics(Collector):
         looked_up = stats.prompt_tokens + stats.cached_tokens
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", looked_up)
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.cached_tokens)
+        yield from self._expert_loads()
         yield self._labelled("request_success", "Answers by reason of their end.", self.finished)
         responses = CounterMetricFamily(
             "nodeweave_http_responses", "HTTP answers.", labels=["route", "status"]
@@ -104,6 +105,28 @@ class Metrics(Collector):
         yield self._histogram("time_to_first_token_seconds", self.first_token_s)
         yield self._histogram("inter_token_latency_seconds", self.next_token_s)
         yield self._histogram("e2e_request_latency_seconds", self.request_s)
+
+    def _expert_loads(self) -> Iterator[Metric]:
+        """A series for each expert of each layer, where the model has any."""
+        loads = self._engine.expert_loads
+        if loads is None:
+            return
+        rows = CounterMetricFamily(
+            "nodeweave_expert_tokens",
+            "Tokens routed to each expert, over all ranks.",
+            labels=["model_name", "layer", "expert"],
+        )
+        uneven = GaugeMetricFamily(
+            "nodeweave_expert_rank_imbalance",
+            "Rows of the rank that had most of them over the mean rank's, lately.",
+            labels=["model_name", "layer"],
+        )
+        for layer, of_layer, ratio in zip(loads.layers, loads.rows, loads.imbalance, strict=True):
+            for expert, count in enumerate(of_layer):
+                rows.add_metric([self._model_name, str(layer), str(expert)], count)
+            uneven.add_metric([self._model_name, str(layer)], ratio)
+        yield rows
+        yield uneven
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"nodeweave_{name}", text, labels=["model_name"])
