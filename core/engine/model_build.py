@@ -8,16 +8,17 @@ from collections.abc import Mapping
 
 import torch
 
-from core.config import AppConfig, EngineConfig
+from core.config import AppConfig, EngineConfig, ExpertBalanceConfig
+from core.engine.expert_balance import initial_placements
 from core.interfaces.comm import Comms, places
-from core.interfaces.model import BuildContext, ExpertContext, ModelFamily, ModelSpec
+from core.interfaces.model import BuildContext, ExpertContext, Model, ModelFamily, ModelSpec
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.weights import WeightFormat, WeightReader
 from core.kernels.torch_ops import TorchOps
 from core.kernels.weight_formats import select_format
 from core.loading.reader import ShapeReader
-from core.parallel.experts import LayerPlacement, default_placement
+from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
@@ -36,14 +37,6 @@ def stream_of(spec: ModelSpec, plan: Plan) -> Layout:
 def head_axis_of(plan: Plan) -> str:
     """The ranks that share the output head."""
     return "tp" if plan.dp_lm_head else "world"
-
-
-def default_placements(spec: ModelSpec, plan: Plan) -> dict[int, LayerPlacement]:
-    """Every MoE layer's experts in order."""
-    if spec.moe is None:
-        return {}
-    placement = default_placement(spec.moe.num_experts, plan.ep, plan.redundant_experts)
-    return dict.fromkeys(spec.moe.layers, placement)
 
 
 def model_context(
@@ -75,7 +68,7 @@ def model_context(
     )
 
 
-def measure_rank(
+def measure_model(
     family: ModelFamily,
     spec: ModelSpec,
     plan: Plan,
@@ -83,10 +76,11 @@ def measure_rank(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> ShapeReader:
-    """What a rank of a plan would hold on a device of that type, without reading any of it."""
+) -> tuple[Model, ShapeReader]:
+    """A rank's part of a model without weights (it can't compute), and what it would hold on a
+    device of that type."""
     shapes = ShapeReader(dtype)
-    family.build(
+    model = family.build(
         spec,
         model_context(
             spec=spec,
@@ -101,7 +95,20 @@ def measure_rank(
             dispatchers={},
         ),
     )
-    return shapes
+    return model, shapes
+
+
+def measure_rank(
+    family: ModelFamily,
+    spec: ModelSpec,
+    plan: Plan,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ShapeReader:
+    """What a rank of a plan would hold on a device of that type, without reading any of it."""
+    return measure_model(family, spec, plan, rank, dtype=dtype, device=device)[1]
 
 
 def build_dispatchers(
