@@ -91,7 +91,7 @@ def measure_model(
             dtype=dtype,
             device=META,
             form=select_format(device, spec.quantization),
-            placements=default_placements(spec, plan),
+            placements=initial_placements(spec, plan, ExpertBalanceConfig()),
             dispatchers={},
         ),
     )
