@@ -84,7 +84,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
     channel.beat(lambda: (rank.launcher.launched, rank.launcher.finished))
-    links.serve(rank.scheduler, rank.launcher)
+    links.serve(rank.scheduler, rank.launcher, rank.balancer)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 
 from core.config import AppConfig
 from core.engine.batch import SlotState
+from core.engine.expert_balance import Balancer, initial_placements, make_balancer
 from core.engine.launch import StepLauncher, select_launcher
 from core.engine.loop import warm_up
 from core.engine.memory import (
@@ -24,7 +25,6 @@ from core.engine.memory import (
 )
 from core.engine.model_build import (
     build_dispatchers,
-    default_placements,
     measure_rank,
     model_context,
     stream_of,
@@ -45,6 +45,7 @@ from core.kernels.weight_formats import select_format
 from core.loading.open import open_weights
 from core.loading.progress import OnProgress
 from core.loading.reader import ShapeReader
+from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
@@ -58,6 +59,7 @@ class RankEngine:
 
     scheduler: Scheduler
     launcher: StepLauncher
+    balancer: Balancer
     pool: PoolSize
     kv_cache_tokens: int
     max_model_len: int
@@ -119,6 +121,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             dp_rank=context.plan.axis_index("dp", context.rank),
         ),
         launcher=steps,
+        balancer=runner.balancer,
         pool=pool,
         kv_cache_tokens=kv_cache_tokens,
         max_model_len=max_model_len,
@@ -182,7 +185,9 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             dtype=dtype,
             device=device,
             form=select_format(device, spec.quantization),
-            placements=default_placements(spec, plan),
+            placements=initial_placements(
+                spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
+            ),
             dispatchers=dispatchers,
         ),
     )
@@ -203,6 +208,7 @@ def _build_runner(
 ) -> ModelRunner:
     """Allocate the pool and the slots, build the attention backends and the sampler."""
     engine, device = config.engine, context.device
+    stream = stream_of(loaded.spec, context.plan)
     return ModelRunner(
         model=loaded.model,
         attention=_build_attention(config, context, loaded, pool, max_model_len),
@@ -221,7 +227,16 @@ def _build_runner(
         comm=context.comms.axes["tp"],
         plan=context.plan,
         rank=context.rank,
-        stream=stream_of(loaded.spec, context.plan),
+        stream=stream,
+        balancer=make_balancer(
+            loaded.model.expert_layers,
+            context.comms.axes["world"],
+            config.parallel.eplb,
+            loaded.spec,
+            context.plan,
+            num_nodes=config.launch.nnodes,
+            rows_are_cut=stream is Layout.ROWS,
+        ),
     )
 
 

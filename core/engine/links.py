@@ -7,7 +7,7 @@ who uses them, nothing of what is said.
     links = open_links(Wire(endpoints.key), endpoints, plan, rank, step_timeout_s=60)
     ...                         # the long work: weights
     links.await_peers(600)
-    links.serve(scheduler, launcher)
+    links.serve(scheduler, launcher, balancer)
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from typing import NoReturn, Protocol
 
 import zmq
 
+from core.engine.expert_balance import Balancer
 from core.engine.launch import StepLauncher
 from core.engine.lockstep import HubLockstep, Lockstep, PeerLockstep, SoloLockstep
 from core.engine.loop import EngineLoop, NoFollowers, PlanSender, follow
@@ -40,7 +41,7 @@ class RankLinks(Protocol):
         Raises ResourceError naming those who are not."""
         ...
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher) -> NoReturn:
+    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
         """Run the engine's loop, or follow the one who does, until the process ends."""
         ...
 
@@ -63,7 +64,7 @@ class LeaderLinks:
         for link in self.awaited:
             link.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher) -> NoReturn:
+    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
         EngineLoop(
             scheduler=scheduler,
             launcher=launcher,
@@ -72,6 +73,7 @@ class LeaderLinks:
             followers=self.followers,
             lockstep=self.lockstep,
             wait_for_work=self.wait_for_work,
+            report=lambda: self.mailbox.send_expert_loads(balancer.take_loads()),
         ).run()
 
 
@@ -84,7 +86,7 @@ class FollowerLinks:
     def await_peers(self, timeout_s: float) -> None:
         self.plans.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher) -> NoReturn:
+    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
         follow(launcher, self.plans)
 
 

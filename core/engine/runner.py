@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.engine.batch import Batch, SlotState, stage, to_device
+from core.engine.expert_balance import Balancer
 from core.engine.logprobs import DeviceLogprobs, prompt_logprobs, sampled_logprobs
 from core.engine.sampler import Sampler
 from core.interfaces.comm import Communicator
@@ -88,6 +89,7 @@ class ModelRunner:
         plan: Plan,
         rank: int,
         stream: Layout,
+        balancer: Balancer,
     ) -> None:
         """`comm` is that of the tp axis; `stream` as the model was built with."""
         self.model = model
@@ -98,6 +100,7 @@ class ModelRunner:
         self.plan = plan
         self.rank = rank
         self.stream = stream
+        self.balancer = balancer
         self.slots: dict[int, SlotInit] = {}  # the request in each slot
 
     @torch.inference_mode()
@@ -120,6 +123,7 @@ class ModelRunner:
         self._prompt_logprobs(plan, facts, batch, hidden_TE, pending)
         if any(facts.samples):
             self._sample(plan, facts, batch, hidden_TE, pending)
+        self.balancer.after_step()
         return pending
 
     def _rows(self, by_dp: Sequence[int]) -> StepRows:

@@ -95,7 +95,7 @@ class StepOutput(msgspec.Struct, tag=True):
 
     outputs: list[RequestOutput]
     stats: EngineStats | None = None  # now and then
-    expert_loads: ExpertLoads | None = None  # rarely, from DP rank 0
+    expert_loads: ExpertLoads | None = None  # rarely
 
 
 class SlotInit(msgspec.Struct, frozen=True, array_like=True):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import PluginChoice
+from core.config import ExpertBalanceConfig, PluginChoice
+from core.layers.experts import LocalExperts
+from core.parallel.experts import LayerPlacement
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE
 from tests.support.oracle import TransformersOracle
@@ -105,3 +107,25 @@ def test_options_of_a_plan_change_no_token(
 ) -> None:
     name = "deepseek_v3"
     assert generate(tiny_folder(name), (4, 4, 2), "nccl", **options) == expected(name)
+
+
+@pytest.mark.parametrize("plan", [(2, 2, 1), (4, 2, 2), (4, 4, 4)], ids=str)
+def test_moving_experts_while_serving_changes_no_token(
+    plan: tuple[int, int, int],
+    tiny_folder: Folder,
+    expected: Expected,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moves: list[LayerPlacement] = []
+    move = LocalExperts.move
+
+    def counted(self: LocalExperts, placement: LayerPlacement) -> None:
+        moves.append(placement)
+        move(self, placement)
+
+    monkeypatch.setattr(LocalExperts, "move", counted)
+    name = "deepseek_v3"
+    eplb = ExpertBalanceConfig(interval_steps=5)
+    answers = generate(tiny_folder(name), plan, "nccl", redundant_experts=4, eplb=eplb)
+    assert answers == expected(name)
+    assert len(moves) >= 2 * plan[0]  # of each rank, some layers

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import AppConfig, ModelConfig, MoEAllToAllConfig, PluginChoice
+from core.config import AppConfig, ExpertBalanceConfig, ModelConfig, MoEAllToAllConfig, PluginChoice
+from core.engine.expert_balance import initial_placements
 from core.engine.model_build import (
     build_dispatchers,
-    default_placements,
     measure_rank,
     model_context,
     stream_of,
@@ -234,7 +234,7 @@ def build_model(
         dtype=dtype,
         device=CPU,
         form=PlainFormat(),
-        placements=default_placements(spec, plan),
+        placements=initial_placements(spec, plan, ExpertBalanceConfig()),
         dispatchers=dispatchers,
     )
     model = family.build(spec, context)

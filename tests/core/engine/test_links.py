@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from core.config import EngineConfig
+from core.engine.expert_balance import NoBalancer
 from core.engine.links import LeaderLinks, open_links
 from core.engine.mailbox import ZmqMailbox
 from core.engine.scheduler import Scheduler
@@ -98,7 +99,7 @@ class Rank(threading.Thread):
             links = open_links(self._wire, self._endpoints, plan, rank, step_timeout_s=TIMEOUT_S)
             links.await_peers(TIMEOUT_S)
             launcher = FakeLauncher(self._collectives, rank, dp_rank)
-            links.serve(scheduler, launcher)  # type: ignore[arg-type]
+            links.serve(scheduler, launcher, NoBalancer())  # type: ignore[arg-type]
         except zmq.ContextTerminated:
             return
         except BaseException as error:
