@@ -92,7 +92,7 @@ class LeastTokens:
         self._guess = float(FIRST_GUESS_TOKENS)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams) -> int:
-        return self._assign(self._least(), request_id, prompt_ids, sampling)
+        return self._assign(self._least(), request_id, len(prompt_ids), sampling)
 
     def progress(self, request_id: str, num_tokens: int) -> None:
         live = self._live[request_id]
@@ -109,11 +109,12 @@ class LeastTokens:
         return min(range(len(self.loads)), key=lambda rank: (self.loads[rank], self._chosen[rank]))
 
     def _assign(
-        self, rank: int, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams
+        self, rank: int, request_id: str, prompt_tokens: int, sampling: SamplingParams
     ) -> int:
+        """Give a rank a request, of whose prompt it has so many tokens to compute."""
         assert request_id not in self._live, request_id
         live = self._live[request_id] = _Live(rank, 0, sampling)
-        self._set_load(live, len(prompt_ids) + self._left(live))
+        self._set_load(live, prompt_tokens + self._left(live))
         self._num_added += 1
         self._chosen[rank] = self._num_added
         return rank
@@ -146,8 +147,9 @@ class PrefixAware(LeastTokens):
     def add(self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams) -> int:
         prefixes = list(_prefixes(prompt_ids))
         rank = self._choose(prefixes)
+        known_tokens = self._num_known(rank, prefixes) * BLOCK_TOKENS
         self._remember(rank, prefixes)
-        return self._assign(rank, request_id, prompt_ids, sampling)
+        return self._assign(rank, request_id, len(prompt_ids) - known_tokens, sampling)
 
     def _choose(self, prefixes: list[int]) -> int:
         least = self._least()

@@ -1,0 +1,74 @@
+"""Steps are run in order beside the host, and counted for those who watch."""
+
+import threading
+
+import pytest
+import torch
+
+from core.engine.launch import StepLauncher, ThreadLauncher, select_launcher
+from core.engine.loop import IDLE_PLAN
+from core.interfaces.messages import AgreedStep, StepFacts, StepResult
+
+STEP = AgreedStep(IDLE_PLAN, StepFacts([1], [1], [0], False))
+
+
+class Pending:
+    def __init__(self, gate, token):
+        self._gate, self._token = gate, token
+
+    def to_host(self):
+        assert self._gate.wait(20)
+        if self._token < 0:
+            raise ValueError("the step failed")
+        return StepResult([self._token], {}, {})
+
+
+class Runner:
+    """Step i ends when `gates[i]` is set."""
+
+    def __init__(self, tokens):
+        self.gates = [threading.Event() for _ in tokens]
+        self._tokens = list(tokens)
+        self._next = 0
+
+    def launch(self, step):
+        assert step is STEP
+        index, self._next = self._next, self._next + 1
+        return Pending(self.gates[index], self._tokens[index])
+
+
+def test_a_cpu_computes_in_a_thread_of_its_own():
+    launcher = select_launcher(torch.device("cpu"))
+    assert isinstance(launcher, ThreadLauncher)
+    threads = {launcher.run(threading.get_ident) for _ in range(3)}
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_steps_are_counted_when_they_end_not_when_somebody_waits():
+    runner = Runner([5, 6, 7])
+    launcher = ThreadLauncher()
+    steps = StepLauncher(launcher, runner)
+    assert (steps.launched, steps.finished) == (0, 0)
+    waits = [steps.launch(STEP) for _ in range(3)]
+    assert (steps.launched, steps.finished) == (3, 0)
+    runner.gates[0].set()
+    assert waits[0]().token_ids == [5]
+    assert (steps.launched, steps.finished) == (3, 1)
+    runner.gates[1].set()
+    runner.gates[2].set()
+    launcher.run(lambda: None)  # behind all of them; nobody has waited for the last two
+    assert (steps.launched, steps.finished) == (3, 3)
+    assert [wait().token_ids for wait in waits] == [[5], [6], [7]]
+
+
+def test_a_step_that_fails_tells_the_one_who_waits_and_is_done():
+    runner = Runner([-1])
+    launcher = ThreadLauncher()
+    steps = StepLauncher(launcher, runner)
+    wait = steps.launch(STEP)
+    runner.gates[0].set()
+    with pytest.raises(ValueError, match="the step failed"):
+        wait()
+    launcher.run(lambda: None)
+    assert (steps.launched, steps.finished) == (1, 1)
