@@ -30,6 +30,8 @@ LAYERS = (
     "worker",
     "catalog",
     "compose",
+    "plan_report",
+    "plan",
     "start",
     "run",
 )
