@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
+from core.interfaces.weights import BlockFp8, LinearWeight
+from core.kernels import triton_fp8
 from core.kernels.triton_kernels import (
     rms_norm_kernel,
     rope_kernel,
@@ -17,6 +19,7 @@ from core.kernels.triton_kernels import (
     write_kv_kernel,
 )
 from core.kernels.triton_latent import TritonLatentOps
+from core.kernels.triton_moe import TritonMoeOps
 
 _NORM_BLOCK = 1024  # elements one program normalises at least, in whole rows
 _SILU_BLOCK = 1024
@@ -37,11 +40,13 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-class TritonOps(TritonLatentOps):
+class TritonOps(TritonLatentOps, TritonMoeOps):
     """Operations on a GPU; float32 matrix products are exact, the rest is torch's own GEMM."""
 
-    def linear(self, weight_OI: Tensor, bias_O: Tensor | None) -> LinearKernel:
-        """The vendor's GEMM, through torch."""
+    def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
+        """The vendor's GEMM, through torch; fp8 blocks are multiplied by a kernel of ours."""
+        if isinstance(weight_OI, BlockFp8):
+            return triton_fp8.linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
