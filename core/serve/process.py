@@ -38,7 +38,7 @@ from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.tokenizer import HfTokenizer
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
-FAREWELL_S = 0.5  # of answering with the cause after the engine died; the parent kills after 1.5 s
+FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s
 SHUTTING_DOWN = "the server is shutting down and its grace time is over"
 
 
@@ -131,7 +131,9 @@ class Frontend:
                 },
             ),
             config=config.frontend,
-            max_running_requests=config.engine.max_running_requests,
+            # Every DP rank has a batch of its own.
+            max_running_requests=config.engine.max_running_requests
+            * len(self._boot.endpoints.plans),
             api_key=self._api_key,
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)

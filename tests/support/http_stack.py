@@ -13,7 +13,7 @@ import uvloop
 from core.config import FrontendConfig
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.messages import Generate
-from core.serve.balancer import SoloBalancer
+from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, url_of
 from core.serve.tokenizer import HfTokenizer
@@ -28,7 +28,8 @@ ANSWER = "The capital of France is Paris. 🎉 STOP and go on"
 
 
 class Stack:
-    """A context manager. `engine` is the fake one; the frontend's side is reached by `call`."""
+    """A context manager. `engine` is the fake one (of several DP ranks the first); the frontend's
+    side is reached by `call`."""
 
     def __init__(
         self,
@@ -38,14 +39,19 @@ class Stack:
         allowed_hosts: Sequence[str] = (),
         default_sampling: dict[str, float] | None = None,
         serving: bool = True,
+        num_dp: int = 1,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        self.endpoints = endpoints_in(folder)
+        self.endpoints = endpoints_in(folder, num_dp)
         self.tokenizer = HfTokenizer.from_folder(write_folder(folder / "tokenizer"))
         self.answer_ids = self.tokenizer.encode(ANSWER)
-        self.engine = FakeEngine(self.endpoints, self.reply, self.tokenizer.eos_ids[0])
+        self.engines = [
+            FakeEngine(self.endpoints, self.reply, self.tokenizer.eos_ids[0], dp_rank)
+            for dp_rank in range(num_dp)
+        ]
+        self.engine = self.engines[0]
         self._serving = serving
         self._config = FrontendConfig(port=0, **frontend)
         self._options = OpenAIOptions(allowed_hosts=list(allowed_hosts))
@@ -61,7 +67,8 @@ class Stack:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.client = ZmqEngine(self.endpoints, self._loop, SoloBalancer())
+        balancer = make_balancer("round_robin", len(self.engines))
+        self.client = ZmqEngine(self.endpoints, self._loop, balancer)
         context = FrontendContext(
             engine=self.client,
             tokenizer=self.tokenizer,
@@ -110,7 +117,8 @@ class Stack:
         self._thread.start()
         assert self._started.wait(20)
         if self._serving:
-            self.engine.start()
+            for engine in self.engines:
+                engine.start()
             while self.client.state is EngineState.STARTING:
                 self.call(lambda: None)
         return self
@@ -119,5 +127,6 @@ class Stack:
         self._server.should_exit = True
         self._thread.join(15)
         assert not self._thread.is_alive(), "the server did not end"
-        self.engine.stop()
+        for engine in self.engines:
+            engine.stop()
         self._folder.cleanup()

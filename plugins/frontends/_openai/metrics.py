@@ -94,6 +94,7 @@ class Metrics(Collector):
         looked_up = stats.prompt_tokens + stats.cached_tokens
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", looked_up)
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.cached_tokens)
+        yield from self._by_dp()
         yield from self._expert_loads()
         yield self._labelled("request_success", "Answers by reason of their end.", self.finished)
         responses = CounterMetricFamily(
@@ -105,6 +106,23 @@ class Metrics(Collector):
         yield self._histogram("time_to_first_token_seconds", self.first_token_s)
         yield self._histogram("inter_token_latency_seconds", self.next_token_s)
         yield self._histogram("e2e_request_latency_seconds", self.request_s)
+
+    def _by_dp(self) -> Iterator[Metric]:
+        """A series for each DP rank, where there are several: how evenly they are loaded."""
+        by_dp = self._engine.stats_by_dp
+        if len(by_dp) < 2:
+            return
+        for name, field in (
+            ("num_requests_running", "num_running"),
+            ("num_requests_waiting", "num_waiting"),
+            ("kv_cache_pages_free", "kv_pages_free"),
+        ):
+            family = GaugeMetricFamily(
+                f"nodeweave_dp_{name}", f"{name} by DP rank.", labels=["model_name", "dp_rank"]
+            )
+            for dp_rank, stats in enumerate(by_dp):
+                family.add_metric([self._model_name, str(dp_rank)], getattr(stats, field))
+            yield family
 
     def _expert_loads(self) -> Iterator[Metric]:
         """A series for each expert of each layer, where the model has any."""

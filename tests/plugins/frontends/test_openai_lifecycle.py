@@ -254,6 +254,20 @@ def test_metrics_tell_what_happened():
         assert f"nodeweave_{name}{{{label}}}" in lines
     for name in ("prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_hits"):
         assert f"nodeweave_{name}_total{{{label}}}" in lines
+    assert "nodeweave_dp_" not in page.text, "there is one DP rank"
+
+
+def test_metrics_of_several_dp_ranks_are_told_together_and_apart():
+    with Stack(num_dp=2) as stack, httpx.Client(base_url=stack.url, timeout=20) as http:
+        for _ in range(3):
+            http.post(CHAT, json=BODY).raise_for_status()
+        page = http.get("/metrics").text
+    assert [len(engine.seen) for engine in stack.engines] == [2, 1]
+    lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(lines[f'nodeweave_kv_cache_pages{{model_name="{MODEL}"}}']) == 200
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_pages_free"):
+        for dp_rank in (0, 1):
+            assert f'nodeweave_dp_{name}{{dp_rank="{dp_rank}",model_name="{MODEL}"}}' in lines
 
 
 def test_server_info_holds_no_paths(http, stack):
