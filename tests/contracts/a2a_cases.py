@@ -109,10 +109,12 @@ def expert(logical: int, x: Tensor) -> Tensor:
     return torch.tanh(x.double() * scale_E + x.double().roll(1, -1) * shift_E)
 
 
-def dense(case: Case, rows: Rows, *, fp8: bool) -> Tensor:
-    """What dense MoE gives: every row through each of its experts, in float64. `fp8`: of the rows
-    as float8 holds them."""
-    x_TE = dequantize_rows(*quantize_rows(rows.x_TE), torch.float32) if fp8 else rows.x_TE
+def dense(case: Case, rows: Rows, *, fp8_on: torch.device | None = None) -> Tensor:
+    """What dense MoE gives: every row through each of its experts, in float64. `fp8_on`: of the
+    rows as float8 holds them, made on that device (near ties devices round differently)."""
+    x_TE = rows.x_TE
+    if fp8_on is not None:
+        x_TE = dequantize_rows(*quantize_rows(x_TE.to(fp8_on)), torch.float32).cpu()
     out_TE = torch.zeros(rows.x_TE.shape, dtype=torch.float64)
     for logical in range(case.num_experts):
         weight_T = (rows.weights_TK * (rows.logical_TK == logical)).sum(1).double()

@@ -44,12 +44,14 @@ RUNS = [
 ]
 
 
-def expect_dense(name: str, case: Case, ep: int, rank: int, got: list[Tensor]) -> None:
+def expect_dense(
+    name: str, case: Case, ep: int, rank: int, got: list[Tensor], device: torch.device = CPU
+) -> None:
     parameters = BACKENDS[name]
     assert len(got) == NUM_STEPS
     for step, result in enumerate(got):
         rows = rows_of(case, ep, rank, step, parameters.hidden_size)
-        expected = dense(case, rows, fp8=case.fp8 and parameters.fp8)
+        expected = dense(case, rows, fp8_on=device if case.fp8 and parameters.fp8 else None)
         torch.testing.assert_close(result.double(), expected, **tolerance(case))
         none = (rows.physical_TK < 0).all(1)
         assert (result[none] == 0).all(), "rows without experts get exactly 0"
@@ -67,7 +69,7 @@ def test_dispatch_then_combine_is_dense_moe(
         return run_steps(case, build(name, case, comm, device), comm, hidden_size, device)
 
     for rank, got in enumerate(run_ranks(plan_comms(Plan(dp=ep, ep=ep)), work)):
-        expect_dense(name, case, ep, rank, got)
+        expect_dense(name, case, ep, rank, got, device)
 
 
 def test_cases_are_what_they_say() -> None:
