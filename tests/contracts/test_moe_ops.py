@@ -288,8 +288,9 @@ def quantized(weight_LOI: Tensor) -> list[BlockFp8]:
     return [quantize(uneven(i, matrix)) for i, matrix in enumerate(weight_LOI)]
 
 
-# Triton's interpreter cuts to fp8 what a GPU rounds; weights come rounded already.
-ROUGH = 1e-2 if torch.cuda.is_available() else 1.5e-1
+# A GPU's sums of fp8 products keep some 14 bits, so that values between two fp8 numbers go the
+# other way now and then; Triton's interpreter cuts to fp8 what a GPU rounds.
+ROUGH = 3e-2 if torch.cuda.is_available() else 1.5e-1
 
 
 def rounded(x_ME: Tensor) -> Tensor:
