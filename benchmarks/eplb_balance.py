@@ -4,10 +4,10 @@
 
 Two loads over 256 experts: "zipf", popularity falling with 1 / rank; and "trace", what a small
 model of DeepSeek-V3's family with random weights routes of this repository's documentation, byte by
-byte (a row for each of its layers). Experts are placed by one half of the load (other draws, earlier
-text), and judged by the other. Prints one JSON object. Numbers are rows of the busiest rank over
-the mean rank's: experts in order, placed without redundant experts, placed with; then experts that
-ranks fetch for placing anew by the second half, and milliseconds to find a placement.
+byte (a row for each of its layers). Experts are placed by one half of the load (other draws,
+earlier text), and judged by the other. Prints one JSON object. Numbers are rows of the busiest rank
+over the mean rank's: experts in order, placed without redundant experts, placed with; then experts
+that ranks fetch for placing anew by the second half, and milliseconds to find a placement.
 """
 
 import argparse

@@ -150,20 +150,16 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     dtype = resolve_dtype(config, spec)
     ops = select_ops(context.device)
     plan, device = context.plan, context.device
-    shapes = measure_rank(family, spec, plan, context.rank, dtype=dtype, device=device)
+    placements = initial_placements(
+        spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
+    )
+    shapes = measure_rank(
+        family, spec, plan, context.rank, dtype=dtype, device=device, placements=placements
+    )
     check_weights_fit(shapes.num_bytes, device, context.local_ranks)
     whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
-    dispatchers = build_dispatchers(
-        config,
-        context.plugins,
-        spec,
-        plan,
-        context.comms,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-    )
+    # Compares the files with the model before any collective, and reads no weight yet.
     reader = open_weights(
         config.model,
         context.files,
@@ -173,6 +169,16 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         spec=spec,
         rank_shapes=shapes,
         model_shapes=whole,
+    )
+    dispatchers = build_dispatchers(
+        config,
+        context.plugins,
+        spec,
+        plan,
+        context.comms,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
     )
     model = family.build(
         spec,
@@ -185,9 +191,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             dtype=dtype,
             device=device,
             form=select_format(device, spec.quantization),
-            placements=initial_placements(
-                spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
-            ),
+            placements=placements,
             dispatchers=dispatchers,
         ),
     )

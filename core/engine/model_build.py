@@ -76,9 +76,10 @@ def measure_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    placements: Mapping[int, LayerPlacement] | None = None,
 ) -> tuple[Model, ShapeReader]:
     """A rank's part of a model without weights (it can't compute), and what it would hold on a
-    device of that type."""
+    device of that type. Experts are in order unless `placements` says otherwise."""
     shapes = ShapeReader(dtype)
     model = family.build(
         spec,
@@ -91,7 +92,11 @@ def measure_model(
             dtype=dtype,
             device=META,
             form=select_format(device, spec.quantization),
-            placements=initial_placements(spec, plan, ExpertBalanceConfig()),
+            placements=(
+                initial_placements(spec, plan, ExpertBalanceConfig())
+                if placements is None
+                else placements
+            ),
             dispatchers={},
         ),
     )
@@ -106,9 +111,12 @@ def measure_rank(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    placements: Mapping[int, LayerPlacement] | None = None,
 ) -> ShapeReader:
     """What a rank of a plan would hold on a device of that type, without reading any of it."""
-    return measure_model(family, spec, plan, rank, dtype=dtype, device=device)[1]
+    return measure_model(
+        family, spec, plan, rank, dtype=dtype, device=device, placements=placements
+    )[1]
 
 
 def build_dispatchers(

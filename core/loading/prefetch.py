@@ -38,11 +38,11 @@ class Prefetcher:
         self._ahead: dict[Take, deque[Future[Tensor | BlockFp8]]] = {}
         self._early: Counter[Take] = Counter()  # asked for before their turn
         self._pool = ThreadPoolExecutor(num_threads, "load-weights") if takes else None
-        self._refill()
 
     def get(self, take: Take) -> Tensor | BlockFp8:
-        """The loaded part; whoever gets it owns it. Raises what `load` raised, and ends the
-        threads then."""
+        """The loaded part; whoever gets it owns it. The first call begins to read ahead. Raises
+        what `load` raised, and ends the threads then."""
+        self._refill()
         futures = self._ahead.get(take)
         try:
             if not futures:
@@ -58,6 +58,12 @@ class Prefetcher:
         self._ahead_bytes -= take.num_local_bytes
         self._refill()
         return loaded
+
+    @property
+    def num_left(self) -> int:
+        """How many of `takes` nobody asked for."""
+        ahead = sum(map(len, self._ahead.values()))
+        return len(self._waiting) - self._early.total() + ahead
 
     def close(self) -> None:
         """Forget what nobody asked for and end the threads."""

@@ -123,7 +123,9 @@ class CheckpointReader:
     def finish(self) -> None:
         """The model is built. Raises ModelError if there is surplus: then the config does not
         describe these weights."""
+        num_left = self._prefetcher.num_left
         self._prefetcher.close()
+        assert num_left == 0, f"{num_left} tensors were read ahead for nobody"
         self._meter.finish()
         surplus = self.surplus() if self._all_taken else []
         if surplus:

@@ -73,6 +73,23 @@ def test_no_more_than_the_bound_is_ahead_of_who_asks() -> None:
     reader.close()
 
 
+def test_nothing_is_read_before_something_is_asked_for() -> None:
+    load = Recorder()
+    reader = Prefetcher([take("0"), take("1")], load)
+    reader.close()
+    assert load.names == []
+
+
+def test_what_nobody_asked_for_is_counted() -> None:
+    takes = [take(str(i)) for i in range(5)]
+    reader = Prefetcher(takes, Recorder(), max_ahead_bytes=80)
+    assert reader.num_left == 5
+    for name, left in (("0", 4), ("4", 3), ("9", 3), ("1", 2)):
+        reader.get(take(name))
+        assert reader.num_left == left
+    reader.close()
+
+
 def test_one_larger_than_the_bound_is_read_alone() -> None:
     takes = [take("0", 1000), take("1", 1000)]
     reader = Prefetcher(takes, Recorder(), max_ahead_bytes=1)
