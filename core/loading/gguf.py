@@ -61,13 +61,12 @@ class GGUFSource:
     ) -> Iterator[Tensor]:
         """A slice, dequantised some rows at a time."""
         stored, dtype = self._stored[name], self._tensors[name].dtype
-        is_vector = len(stored.shape) == 1
-        if is_vector:  # a matrix of one row, which is cut along its columns
-            num_rows, num_columns, dim = 1, stored.shape[0], 1
-        else:
-            num_rows, num_columns = stored.shape
         if start == stop:
             return
+        if len(stored.shape) == 1:
+            yield self._vector(name, staging)[start:stop].view(-1, 1)
+            return
+        num_rows, num_columns = stored.shape
         block_size, block_bytes = GGML_QUANT_SIZES[stored.quantization]
         first_row, last_row = (start, stop) if dim == 0 else (0, num_rows)
         first_column, last_column = (0, num_columns) if dim == 0 else (start, stop)
@@ -92,8 +91,16 @@ class GGUFSource:
                 values = self._unpermuted(values)
             rows = slice(max(first_row - row, 0), max(last_row - row, 0))
             row += values.shape[0]
-            part = values[rows, skip : skip + last_column - first_column]
-            yield part.view(-1, 1) if is_vector else part
+            yield values[rows, skip : skip + last_column - first_column]
+
+    def _vector(self, name: str, staging: Tensor) -> Tensor:
+        """A whole tensor of one dimension."""
+        stored, dtype = self._stored[name], self._tensors[name].dtype
+        columns = (0, stored.num_bytes)
+        (raw,) = self._file.rows(stored.start, stored.num_bytes, 1, columns, staging)
+        what = f"{self._path}: tensor {name}"
+        values = dequantize(raw.contiguous(), stored.quantization, dtype, what)[0]
+        return self._unpermuted(values) if name in self._permuted else values
 
     def _unpermuted(self, rows: Tensor) -> Tensor:
         pairs = rows.unflatten(0, (-1, self._head_dim // 2, 2))  # type: ignore[no-untyped-call]
