@@ -229,7 +229,10 @@ def add(folder: Path, **added: torch.Tensor) -> None:
         (lambda f: add(f, extra=torch.zeros(2)), ["1 tensor of the checkpoint", "extra"]),
         (lambda f: edit_config(f, num_hidden_layers=2), ["model.layers.2."]),
         (lambda f: edit_config(f, hidden_size=48), ["263x96", "needs 263x48"]),
-        (lambda f: edit_config(f, attention_bias=True), ["12 tensors are missing", "q_proj.bias of shape 192"]),
+        (
+            lambda f: edit_config(f, attention_bias=True),
+            ["12 tensors are missing", "q_proj.bias of shape 192"],
+        ),
     ],
 )
 def test_weights_that_are_not_the_configs_are_named(
