@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
-from plugins.attention._triton_device import describe
+from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import decode_kernel, prefill_kernel, reduce_kernel
 
 # A split shorter than this costs more to sum up than it saves.
@@ -70,10 +70,8 @@ class TritonBackend:
         self._least_split = _LEAST_SPLIT_TOKENS
         if device.interpreted:
             self._least_split = _INTERPRETED_LEAST_SPLIT_TOKENS
-        self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device.shared_bytes)
-        self._decode_tiles = _decode_tiles(
-            self._block_D, self._wide, self._least_rows, device.shared_bytes
-        )
+        self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device)
+        self._decode_tiles = _decode_tiles(self._block_D, self._wide, self._least_rows, device)
 
     def plan(self, batch: SequenceBatch) -> _PrefillPlan | _DecodePlan:
         """Grid and splits, from host numbers alone: the device is not waited for."""
@@ -190,7 +188,7 @@ class TritonBackend:
 # 8B (D 128), contexts of 1,024 to 131,072 tokens; larger D and float32 are not tuned.
 
 
-def _prefill_tiles(block_D: int, wide: bool, shared_bytes: int) -> _Tiles:
+def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> _Tiles:
     """float32 products run without tensor cores, from registers: small tiles."""
     if wide:
         return _Tiles(rows=32, tokens=32, num_warps=4, num_stages=1)
@@ -200,19 +198,17 @@ def _prefill_tiles(block_D: int, wide: bool, shared_bytes: int) -> _Tiles:
         rows, tokens, num_warps = 128, 128, 8
     else:
         rows, tokens, num_warps = 64, 32, 8
-    return _Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, shared_bytes))
+    return _Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, device))
 
 
-def _decode_tiles(block_D: int, wide: bool, rows: int, shared_bytes: int) -> _Tiles:
+def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> _Tiles:
     """One tile of rows is enough; tokens are what is loaded at once."""
     if wide:
         return _Tiles(rows, tokens=32, num_warps=4, num_stages=1)
     tokens = 128 if block_D <= 64 else 64 if block_D <= 128 else 32
-    return _Tiles(rows, tokens, 4, _num_stages(rows, tokens, block_D, shared_bytes))
+    return _Tiles(rows, tokens, 4, _num_stages(rows, tokens, block_D, device))
 
 
-def _num_stages(rows: int, tokens: int, block_D: int, shared_bytes: int) -> int:
-    """How many tiles of k and v fit shared memory beside q, in 16 bits: 1 to 3."""
-    element_bytes = 2
-    q_bytes, kv_bytes = rows * block_D * element_bytes, 2 * tokens * block_D * element_bytes
-    return max(1, min(3, (shared_bytes - q_bytes) // kv_bytes))
+def _num_stages(rows: int, tokens: int, block_D: int, device: TritonDevice) -> int:
+    """For tiles of k and v beside q, in 16 bits."""
+    return device.num_stages(2 * rows * block_D, 2 * 2 * tokens * block_D)

@@ -21,6 +21,10 @@ class TritonDevice:
     num_multiprocessors: int
     shared_bytes: int  # of one program, at most
 
+    def num_stages(self, kept_bytes: int, tile_bytes: int) -> int:
+        """How many tiles of keys and values fit shared memory beside what is kept: 1 to 3."""
+        return max(1, min(3, (self.shared_bytes - kept_bytes) // tile_bytes))
+
 
 def describe(device: torch.device) -> TritonDevice:
     """Look the device up; once, when a backend is built."""

@@ -171,9 +171,9 @@ def test_gpu_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -
     check(name, make_step(case, dtype, torch.device("cuda")), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [7, 64, 200])
-@pytest.mark.parametrize("case", COMPILED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [7, 64])
+@pytest.mark.parametrize("case", COMPILED[: len(SMALL)], ids=str)
 def test_gpu_expands_a_part_of_the_context_at_a_time(
     case: Case, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
