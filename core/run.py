@@ -95,7 +95,7 @@ def _run(words: list[str]) -> int:
         return launcher.drive(words)
     from core.start import start
 
-    return start(config, plugins)
+    return start(config, plugins, launcher)
 
 
 class _Parser(argparse.ArgumentParser):

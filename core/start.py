@@ -25,7 +25,7 @@ from core.cluster.ports import Ports, listeners
 from core.cluster.process import ProcessSpec
 from core.cluster.rendezvous import meet
 from core.cluster.supervisor import Supervisor
-from core.config import AppConfig, PluginChoice
+from core.config import AppConfig
 from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
 from core.interfaces.launcher import Launcher, Machine, Placement
 from core.loading.files import resolve_files
@@ -37,15 +37,12 @@ FRONTEND = "frontend"
 _MAX_WAITED_FOR = 3  # processes named in one line; of hundreds of ranks
 
 
-def start(config: AppConfig, plugins: PluginManager) -> int:
+def start(config: AppConfig, plugins: PluginManager, launcher: Launcher) -> int:
     """Serve until told to stop; returns the exit status. Raises NodeweaveError where the
     configuration does not fit the model, this machine or the other nodes; nothing is started then.
     """
     begin_s = time.monotonic()
     display = Display()
-    launcher: Launcher = plugins.table("launcher").create(
-        PluginChoice(name=config.launch.name, options=config.launch.options), config
-    )
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(meet(launcher.site(), config, display))
         node = _prepare(config, plugins, launcher, group, display)

@@ -25,7 +25,7 @@ def replace_start(monkeypatch, start):
 @pytest.fixture
 def no_start(monkeypatch):
     """Fails a test that would start processes."""
-    replace_start(monkeypatch, lambda config, plugins: pytest.fail("it started"))
+    replace_start(monkeypatch, lambda *arguments: pytest.fail("it started"))
     for variable in ("NODEWEAVE_API_KEY", "NODEWEAVE_CLUSTER_TOKEN", "SLURM_JOB_ID"):
         monkeypatch.delenv(variable, raising=False)
 
@@ -151,13 +151,14 @@ def test_a_right_command_line_starts_with_config_and_plugins(monkeypatch):
     seen = []
     replace_start(monkeypatch, lambda *arguments: seen.append(arguments) or 7)
     assert main([SMOL, "engine.page_size=8"]) == 7
-    ((config, plugins),) = seen
+    ((config, plugins, launcher),) = seen
     assert config.engine.page_size == 8
     assert "openai" in plugins.table("frontend")
+    assert launcher.site().nnodes == 1
 
 
 def test_a_launcher_of_nodes_elsewhere_gets_the_words_and_nothing_starts_here(monkeypatch):
-    replace_start(monkeypatch, lambda config, plugins: pytest.fail("it started"))
+    replace_start(monkeypatch, lambda *arguments: pytest.fail("it started"))
     seen = []
     monkeypatch.setattr(
         "plugins.launchers.ray.RayLauncher.drive", lambda self, words: seen.append(words) or 5
@@ -168,7 +169,7 @@ def test_a_launcher_of_nodes_elsewhere_gets_the_words_and_nothing_starts_here(mo
 
 
 def test_an_internal_error_keeps_its_traceback(monkeypatch):
-    def broken(config, plugins):
+    def broken(*arguments):
         raise ZeroDivisionError
 
     replace_start(monkeypatch, broken)
@@ -184,7 +185,7 @@ def test_config_dir_adds_a_model(tmp_path, capsys):
 
 
 def test_ctrl_c_is_quiet(monkeypatch, capsys):
-    def interrupted(config, plugins):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     replace_start(monkeypatch, interrupted)

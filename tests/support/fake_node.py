@@ -18,6 +18,7 @@ def main() -> int:
         "token": os.environ.get("NODEWEAVE_CLUSTER_TOKEN"),
         "folder": os.getcwd(),
         "pid": os.getpid(),
+        "parent": os.getppid(),
     }
     target = Path(told["out"]) / f"{node_rank}.json"
     target.with_suffix(".part").write_text(json.dumps(record))

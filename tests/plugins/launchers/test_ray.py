@@ -4,7 +4,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +27,7 @@ from plugins.launchers.ray import (
     node_words,
 )
 
+ROOT = Path(__file__).parents[3]
 FAKE_NODE = "tests.support.fake_node"
 
 
@@ -79,7 +84,7 @@ def test_what_ray_decides_cant_be_set():
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'nodeweave\[ray\]'"):
         RayLauncher(RayOptions(), config()).drive([])
 
@@ -141,8 +146,20 @@ def drive(cluster, tmp_path, *told, settings=None, **options):
     options = RayOptions(address=cluster.address, base_port=21000, **options)
     words = [f"fake.out={tmp_path}", *told, "launch=ray", "launch.nnodes=2"]
     status = RayLauncher(options, settings or config(), FAKE_NODE).drive(words)
-    files = sorted(tmp_path.glob("*.json"))
-    return status, [SimpleNamespace(**json.loads(path.read_text())) for path in files]
+    return status, records(tmp_path)
+
+
+def records(folder):
+    """What each node said of itself, by rank."""
+    files = sorted(folder.glob("*.json"))
+    return [SimpleNamespace(**json.loads(path.read_text())) for path in files]
+
+
+def wait_for_end(nodes):
+    deadline = time.monotonic() + 20
+    while any(alive(node.pid) for node in nodes):
+        assert time.monotonic() < deadline, "a node outlived what started it"
+        threading.Event().wait(0.05)
 
 
 def test_both_nodes_get_rank_address_and_token(cluster, tmp_path, monkeypatch):
@@ -171,23 +188,51 @@ def test_when_one_node_ends_badly_all_end_and_it_is_named(cluster, tmp_path, cap
     assert not any(alive(node.pid) for node in nodes)
 
 
+def when_both_are_up(tmp_path, act):
+    """Start a thread that calls `act` with what both nodes recorded, once they have."""
+
+    def watch():
+        while len(list(tmp_path.glob("*.json"))) < 2:
+            threading.Event().wait(0.05)
+        act(*records(tmp_path))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_nodes(cluster, tmp_path, number):
-    before = signal.getsignal(number)
-
-    def send_when_both_are_up():
-        while len(list(tmp_path.glob("*.json"))) < 2:
-            up.wait(0.05)
-        os.kill(os.getpid(), number)
-
-    up = threading.Event()
-    sender = threading.Thread(target=send_when_both_are_up)
-    sender.start()
+    sender = when_both_are_up(tmp_path, lambda *nodes: os.kill(os.getpid(), number))
     status, nodes = drive(cluster, tmp_path)
     sender.join()
     assert (status, len(nodes)) == (0, 2)
     assert not any(alive(node.pid) for node in nodes)
-    assert number == signal.SIGTERM or signal.getsignal(number) == before
+
+
+def test_a_node_whose_actor_is_killed_ends_and_so_do_the_others(
+    cluster, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr("plugins.launchers.ray.OWN_END_S", 0.0)
+    killer = when_both_are_up(tmp_path, lambda first, _: os.kill(first.parent, signal.SIGKILL))
+    status, nodes = drive(cluster, tmp_path)
+    killer.join()
+    assert status == 1
+    assert "error: node 0 is gone: " in capfd.readouterr().err
+    wait_for_end(nodes)
+
+
+def test_when_the_driver_is_killed_the_nodes_end(cluster, tmp_path):
+    code = (
+        "from tests.plugins.launchers.test_ray import *\n"
+        f"options = RayOptions(address={cluster.address!r}, base_port=21000)\n"
+        f"words = ['fake.out={tmp_path}', 'launch=ray', 'launch.nnodes=2']\n"
+        "RayLauncher(options, config(), FAKE_NODE).drive(words)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    when_both_are_up(tmp_path, lambda *nodes: driver.kill()).join()
+    assert driver.wait() == -signal.SIGKILL
+    wait_for_end(records(tmp_path))
 
 
 def test_too_few_nodes_are_an_error_that_says_what_there_is(cluster, tmp_path):
