@@ -31,7 +31,13 @@ def group_rows(experts_TK: Tensor, num_experts: int, num_pairs: int | None = Non
     are, where the host knows. Otherwise the CPU counts, and on a GPU M is T * K: the rows past the
     counted ones must not be used.
     """
-    num_columns = experts_TK.shape[1]
+    num_keys = experts_TK.numel()
+    if experts_TK.device.type == "cuda":
+        from core.kernels import triton_moe_permute
+
+        if 0 < num_keys <= triton_moe_permute.MOST_PAIRS:
+            source, counts_L, positions_TK = triton_moe_permute.group_pairs(experts_TK, num_experts)
+            return Grouping(source[:num_pairs], counts_L, positions_TK)
     keys = experts_TK.flatten()
     none = keys < 0
     keys = torch.where(none, num_experts, keys)
@@ -40,9 +46,9 @@ def group_rows(experts_TK: Tensor, num_experts: int, num_pairs: int | None = Non
     positions = torch.empty_like(order)
     positions[order] = torch.arange(len(order), device=order.device)
     if num_pairs is None:
-        num_pairs = int(counts_L.sum()) if keys.device.type == "cpu" else len(keys)
+        num_pairs = int(counts_L.sum()) if keys.device.type == "cpu" else num_keys
     return Grouping(
-        source=order[:num_pairs].div(max(num_columns, 1), rounding_mode="floor"),
+        source=order[:num_pairs].div(experts_TK.shape[1], rounding_mode="floor"),
         counts_L=counts_L,
         positions_TK=positions.masked_fill_(none, -1).view_as(experts_TK),
     )

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
-from core.kernels.block_fp8 import FP8, num_blocks, quantize_rows
+from core.kernels.block_fp8 import FP8, num_blocks
 from core.kernels.moe_permute import group_rows, sum_results
 from plugins.moe_a2a._deepep_buffer import Demand, shared_buffer
 from plugins.moe_a2a._deepep_limits import INSTALL, size_problems
+from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._options import LOW_LATENCY_ROWS, DeepEPOptions
 
 _ROWS_MULTIPLE = 4  # low-latency mode's buffers hold a multiple of so many rows (TMA)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout
-from core.kernels.block_fp8 import FP8, quantize_rows
+from core.kernels.block_fp8 import FP8
 from core.kernels.moe_permute import count_values, group_rows, sum_results
+from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._options import NcclOptions
 from plugins.moe_a2a._packing import RowFormat, ids_dtype, take_rows
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
-from core.kernels.block_fp8 import dequantize_rows, quantize_rows
+from core.kernels.block_fp8 import dequantize_rows
 from core.parallel.experts import default_placement
+from plugins.moe_a2a._fp8 import quantize_rows
 
 COUNTS = {
     "random": lambda ep, step: [(7 * (rank + step) + 3) % 11 for rank in range(ep)],
@@ -111,7 +112,7 @@ def expert(logical: int, x: Tensor) -> Tensor:
 
 def dense(case: Case, rows: Rows, *, fp8_on: torch.device | None = None) -> Tensor:
     """What dense MoE gives: every row through each of its experts, in float64. `fp8_on`: of the
-    rows as float8 holds them, made on that device (near ties devices round differently)."""
+    rows as float8 holds them, made on that device (devices round ties differently)."""
     x_TE = rows.x_TE
     if fp8_on is not None:
         x_TE = dequantize_rows(*quantize_rows(x_TE.to(fp8_on)), torch.float32).cpu()

@@ -1,4 +1,4 @@
-"""Grouping rows by expert, against loops over pairs. Sums: tests/contracts/test_sum_results.py."""
+"""Grouping rows by expert, against loops over pairs. Kernels: tests/contracts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The contract of sums over experts' results: torch and Triton, against a loop in float64."""
+"""The contract of what takes rows to experts and back: torch and Triton, against loops."""
 
 import pytest
 import torch
@@ -57,3 +57,15 @@ def test_sums_are_of_each_row_s_own_results(
         assert got.dtype == out_dtype
         step = torch.finfo(out_dtype).eps
         torch.testing.assert_close(got.double(), expected, atol=8 * 2.0**-23, rtol=step)
+
+
+@pytest.mark.parametrize(("num_rows", "top_k", "num_experts"), SHAPES[1:])
+def test_triton_groups_rows_as_torch_does(num_rows: int, top_k: int, num_experts: int) -> None:
+    experts_TK = routing(num_rows, top_k, num_experts)
+    expected = group_rows(experts_TK, num_experts, num_pairs=experts_TK.numel())
+    source, counts_L, positions_TK = triton_moe_permute.group_pairs(
+        experts_TK.to(DEVICE), num_experts
+    )
+    assert torch.equal(source.cpu(), expected.source)
+    assert torch.equal(counts_L.cpu(), expected.counts_L)
+    assert torch.equal(positions_TK.cpu(), expected.positions_TK)
