@@ -250,7 +250,7 @@ class ClusterConfig:
     token_file: str | None = None  # or the environment variable NODEWEAVE_CLUSTER_TOKEN
     join_timeout_s: float = 300.0  # for all nodes to come
     heartbeat_interval_s: float = 0.25
-    heartbeat_timeout_s: float = 1.5  # of silence, after which a node counts as gone
+    heartbeat_timeout_s: float = 1.25  # of silence, after which a node counts as gone
     verify_weights: str = "headers"  # what nodes compare: headers of the files, or full contents
 
     def __post_init__(self) -> None:

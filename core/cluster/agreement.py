@@ -50,7 +50,7 @@ def _difference(key: str, values: Mapping[int, str]) -> str:
     nodes: dict[str, list[int]] = defaultdict(list)
     for node, value in values.items():
         nodes[value].append(node)
-    parts = [f"{_node_names(owners)} {_shown(value)}" for value, owners in nodes.items()]
+    parts = [f"{_node_names(owners)} {_shown(value, owners)}" for value, owners in nodes.items()]
     return f"{name if kind == 'config' else key}: {'; '.join(parts)}"
 
 
@@ -73,8 +73,8 @@ def _node_names(nodes: list[int]) -> str:
     return f"{'node' if len(nodes) == 1 else 'nodes'} {', '.join(map(str, nodes))}"
 
 
-def _shown(value: str) -> str:
+def _shown(value: str, owners: list[int]) -> str:
     if value == MISSING:
-        return MISSING
+        return "does not have it" if len(owners) == 1 else "do not have it"
     cut = value[:_MAX_VALUE_CHARACTERS]
-    return f"has {value if value == cut else cut + '...'}"
+    return f"{'has' if len(owners) == 1 else 'have'} {value if value == cut else cut + '...'}"

@@ -103,9 +103,10 @@ class Lead:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not self._ended:
-            last = farewell(error, 0)
-            self._tell_end(last)
+        if error is not None:
+            for event in self._exchange.events():  # nodes that came a moment ago are told too
+                self._take(event)
+            self._tell_end(farewell(error, 0))
         if self._stopping and not self._ended:
             self._await_byes()
         self._exchange.close()

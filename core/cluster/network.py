@@ -98,7 +98,11 @@ def require_free(address: str, ports: Iterable[tuple[str, int]]) -> None:
 
 def _owner_text(port: int) -> str:
     """ " (pid 12: python -m x)", as far as this user may see it."""
-    for connection in psutil.net_connections(kind="tcp"):
+    try:
+        connections = psutil.net_connections(kind="tcp")
+    except psutil.AccessDenied:  # some systems tell only root
+        return ""
+    for connection in connections:
         if connection.status != psutil.CONN_LISTEN or not connection.laddr:
             continue
         if connection.laddr.port != port:

@@ -49,6 +49,11 @@ def main() -> None:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 channel.send(Ready(info))
                 sleep_forever()
+            case "stuck":  # serves, and its step never ends
+                channel.exit_at_end()
+                channel.send(Ready(info))
+                channel.beat(lambda: (boot["launched"], boot["finished"]))
+                sleep_forever()
             case "hang":
                 channel.send(Phase("import", 0.5))
                 sleep_forever()

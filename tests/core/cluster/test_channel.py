@@ -141,3 +141,22 @@ def test_kinds_and_exit_statuses(error: Exception, kind: str, exit_code: int) ->
 def test_a_made_up_kind_is_an_internal_error() -> None:
     for kind in ("Sequence", "__name__", "nothing"):
         assert failure_exit_code(kind) == 1
+
+
+def test_beats_say_what_is_counted_until_the_end() -> None:
+    code = """
+import itertools, threading
+count = itertools.count(1)
+enough = threading.Event()
+def counts():
+    launched = next(count)
+    if launched == 3:
+        enough.set()
+    return launched, launched - 1
+channel.beat(counts)
+enough.wait(20)
+"""
+    status, messages, _, err = Parent(code).end()
+    assert (status, err) == (0, "")
+    beats = [{"type": "Beat", "launched": n, "finished": n - 1} for n in (1, 2, 3)]
+    assert messages[:2] == beats[:2]  # the third may be cut off by the end

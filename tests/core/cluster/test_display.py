@@ -106,11 +106,58 @@ display.error("stopped")
 """
 
 
-def terminal_output(columns: int) -> str:
-    """The raw text that SCRIPT writes to a terminal."""
+def test_without_a_terminal_waiting_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    err = io.StringIO()
+    display = Display(stderr=err)
+    for _ in range(80):
+        display.waiting(f"waiting for node 1 ({now_s - 100:g} s)")
+        now_s += 0.1
+    display.note("node 1 is here")
+    assert [re.sub(r"\.\d+", "", line) for line in err.getvalue().splitlines()] == [
+        "waiting for node 1 (1 s)",
+        "waiting for node 1 (6 s)",
+        "node 1 is here",
+    ]
+
+
+WAITING_SCRIPT = """
+from core.cluster.display import Display
+from core.interfaces.control import Progress
+display = Display()
+for second in range(5):
+    display.waiting(f"waiting for node 1 ({second} s)")
+display.note("node 1 is here")
+display.waiting("waiting for node 2 " + 300 * "x")
+display.status("worker 0", Progress("load weights", 1, 2, "tensors"))
+display.waiting("not shown beside bars")
+display.note("above the bar")
+display.status("worker 0", Progress("load weights", 2, 2, "tensors"))
+display.waiting("waiting for node 3")
+display.error("stopped")
+"""
+
+
+def test_a_terminal_has_one_line_that_says_what_is_waited_for() -> None:
+    text = terminal_output(80, WAITING_SCRIPT)
+    screen = [
+        re.sub(r".*\x1b\[K", "", line.rstrip("\r")).rsplit("\r", 1)[-1] for line in text.split("\n")
+    ]
+    assert screen[0] == "node 1 is here"
+    assert "above the bar" in screen[1]
+    assert screen[2].startswith("load weights: 100%")
+    assert screen[3:] == ["error: stopped", ""]
+    assert "not shown" not in text
+    assert "(4 s)" in text
+    assert max(map(len, re.findall(r"waiting for node 2 x+", text))) == 79
+
+
+def terminal_output(columns: int, script: str = SCRIPT) -> str:
+    """The raw text that a script writes to a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, columns))
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=theirs)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=theirs)
     os.close(theirs)
     text = b""
     try:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster.endpoints import RunDirectory
+from core.cluster.endpoints import RunDirectory, node_endpoints
+from core.cluster.ports import Ports
 from core.errors import ResourceError
+from core.parallel.plan import Plan
 
 
 @pytest.fixture
@@ -61,3 +63,18 @@ def test_no_usable_folder_is_an_error_with_every_reason(
     assert "set XDG_RUNTIME_DIR or TMPDIR" in head
     assert reasons[0] == f"  {missing}: No such file or directory"
     assert reasons[1].startswith(f"  {long}: a socket's path would have ")
+
+
+def test_between_nodes_each_leader_s_socket_is_on_its_own_node() -> None:
+    plan = Plan(dp=4, tp_attn=2, ep=8)
+    endpoints = node_endpoints(plan, Ports(20000, 4), ["10.0.0.1", "fd00::2"], "ab")
+    assert endpoints.engine == "tcp://10.0.0.1:20002"
+    assert endpoints.lockstep == "tcp://10.0.0.1:20003"
+    assert endpoints.store == "10.0.0.1:20001"
+    assert endpoints.key == "ab"
+    assert endpoints.plans == [
+        "tcp://10.0.0.1:20016",
+        "tcp://10.0.0.1:20017",
+        "tcp://[fd00::2]:20018",
+        "tcp://[fd00::2]:20019",
+    ]

@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
+from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import ProcessSpec
 from core.cluster.supervisor import Supervisor
 from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Phase, Progress, Ready
+from core.interfaces.launcher import Site
 
 ROOT = Path(__file__).parents[3]
 END_LIMIT_S = 2.0  # what the engine promises from a failure to the end of the last process
@@ -52,6 +54,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         *,
         when_ready: Callable[[Run], None] = lambda run: None,
         on_status: Callable[[Run, str, ChildStatus], None] = lambda run, name, status: None,
+        group: Group | None = None,
         **launch: Any,
     ) -> Run:
         result = Run(tmp_path / "log")
@@ -65,6 +68,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
                 boot=json.dumps(boot | {"log": str(result.log)}).encode(),
                 env={"PYTHONPATH": str(ROOT)},
                 is_worker=name.startswith("worker"),
+                node=None if group is None else group.site.node_rank,
             )
 
         def status(name: str, status: ChildStatus) -> None:
@@ -89,6 +93,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             on_status=status,
             on_ready=ready,
             on_error=error,
+            group=group,
         )
         result.exit_code = supervisor.run()
         result.end_seconds = time.monotonic() - started
@@ -334,6 +339,183 @@ def test_an_exception_in_a_callback_leaves_no_process(engine: Callable[..., Run]
     with pytest.raises(RuntimeError, match="from the callback"):
         engine(HEALTHY, when_ready=when_ready)
     assert psutil.Process().children(recursive=True) == []
+
+
+# Among other nodes.
+
+
+class FakeGroup(Alone):
+    """The other nodes as a script. `calls` is what they were told."""
+
+    def __init__(self, node_rank: int) -> None:
+        super().__init__()
+        self.site = Site(nnodes=2, node_rank=node_rank)
+        self.script: list[GroupEvent] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.others_ready = True
+
+    def events(self) -> list[GroupEvent]:
+        found, self.script = self.script, []
+        return found
+
+    def said(self, process: str, status: ChildStatus) -> None:
+        if isinstance(status, Ready):
+            self.calls.append(("ready", process))
+
+    def workers_ready(self) -> None:
+        self.calls.append(("workers ready",))
+
+    def failed(self, text: str, brief: str, exit_code: int) -> None:
+        self.calls.append(("failed", text, brief, exit_code))
+
+    def ask_to_drain(self, signal: str) -> bool:
+        self.calls.append(("leave", signal))
+        self.script.append(Stopped())
+        return self.site.node_rank > 0
+
+    def stop(self) -> None:
+        self.calls.append(("stop",))
+
+
+MEMBERS = {"worker 2": "worker", "worker 3": "worker"}
+
+
+def test_a_dead_worker_is_told_to_the_other_nodes(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(1)
+    run = engine(MEMBERS, when_ready=kill("worker 3", signal.SIGKILL), group=group)
+    (text,) = run.errors
+    name = f"worker 3 on node 1 (pid {run.infos['worker 3']['pid']}) was killed by SIGKILL"
+    assert text.startswith(name)
+    assert group.calls[-1] == ("failed", text, name, 1)
+    assert ("workers ready",) in group.calls
+    assert run.exit_code == 1
+
+
+def test_a_failure_elsewhere_ends_this_node_and_its_streams(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(0)
+
+    def when_ready(run: Run) -> None:
+        group.script.append(Ended("worker 3 on node 1 died", "worker 3 died", 1))
+
+    run = engine(HEALTHY, when_ready=when_ready, group=group)
+    assert (run.exit_code, run.errors) == (1, ["worker 3 on node 1 died"])
+    assert [death["cause"] for death in run.events("engine_died")] == ["worker 3 died"]
+    assert not any(call[0] == "failed" for call in group.calls)
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_failure_elsewhere_ends_the_start(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(1)
+
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        group.script = [Ended("node 0: no such file", "the start failed", 2)]
+
+    run = engine({"worker 2": "hang"}, on_status=on_status, group=group)
+    assert (run.exit_code, run.errors) == (2, ["node 0: no such file"])
+
+
+def test_node_0_waits_for_the_other_nodes_and_takes_their_statuses(
+    engine: Callable[..., Run],
+) -> None:
+    """No progress here is no reason to give up while others make some."""
+    group = FakeGroup(0)
+    group.others_ready = False
+    heard: list[str] = []
+
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        heard.append(name)
+        own_ready = ("workers ready",) in group.calls
+        assert group.others_ready or run.events("engine_ready") == []
+        if len(heard) < 20:
+            group.script = [Heard("worker 3", Phase("import", 1.0))]
+        elif own_ready:
+            group.others_ready = True
+
+    run = engine(HEALTHY, on_status=on_status, when_ready=signal_self(signal.SIGTERM), group=group)
+    assert run.exit_code == 0
+    assert heard.count("worker 3") > 1
+    assert len(run.events("engine_ready")) == 1
+
+
+def test_only_node_0_keeps_the_deadline_of_the_start(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(1)
+    begin_s = time.monotonic()
+
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        late = time.monotonic() - begin_s > 2.0
+        group.script = [Ended("enough", "enough", 1) if late else Heard("worker 0", status)]
+
+    run = engine({"worker 2": "hang"}, on_status=on_status, startup_timeout_s=1.0, group=group)
+    assert run.errors == ["enough"]
+
+
+def test_a_late_start_names_the_workers_of_other_nodes(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(0)
+    group.others_ready = False
+    group.waiting_for = lambda: ["worker 3 on node 1: last heard: nothing"]  # type: ignore[method-assign]
+    run = engine(HEALTHY, startup_timeout_s=1.0, group=group)
+    (text,) = run.errors
+    assert "worker 3 on node 1: last heard: nothing" in text
+    assert group.calls[-1][:2] == ("failed", text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_on_another_node_drains_through_node_0(
+    engine: Callable[..., Run], number: int
+) -> None:
+    group = FakeGroup(1)
+    run = engine(MEMBERS, when_ready=signal_self(number), group=group)
+    assert group.calls[-1] == ("leave", signal.Signals(number).name)
+    assert (run.exit_code, run.errors) == (0, [])
+
+
+def test_node_0_drains_when_another_node_is_asked_to_end(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(0)
+
+    def when_ready(run: Run) -> None:
+        group.script.append(DrainAsked("node 1 got SIGTERM"))
+
+    run = engine(HEALTHY, when_ready=when_ready, group=group)
+    assert (run.exit_code, run.errors) == (0, [])
+    assert len(run.events("drain")) == 1
+    assert group.calls[-1] == ("stop",)
+
+
+def test_a_second_signal_ends_all_nodes_at_once(engine: Callable[..., Run]) -> None:
+    group = FakeGroup(0)
+    children = HEALTHY | {"frontend": {"mode": "frontend", "ignore_drain": True}}
+    run = engine(children, when_ready=signal_self(signal.SIGTERM, signal.SIGTERM), group=group)
+    assert run.exit_code == 143
+    text = "node 0 was told to end at once, by SIGTERM"
+    assert group.calls[-1] == ("failed", text, "node 0 was stopped", 143)
+
+
+# Frozen.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stopped_worker_ends_everything(engine: Callable[..., Run]) -> None:
+    run = engine(HEALTHY, when_ready=kill("worker 1", signal.SIGSTOP))
+    assert run.exit_code == 1
+    (text,) = run.errors
+    pid = run.infos["worker 1"]["pid"]
+    assert text == (
+        f"worker 1 (pid {pid}) is frozen: it was stopped by a signal (SIGSTOP); the engine ends"
+    )
+    assert len(run.events("engine_died")) == 1
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_worker_stuck_in_a_step_ends_everything(engine: Callable[..., Run]) -> None:
+    """It beats, and its step does not end."""
+    children = HEALTHY | {"worker 1": {"mode": "stuck", "launched": 8, "finished": 7}}
+    run = engine(children, step_timeout_s=1.0)
+    assert run.exit_code == 1
+    (text,) = run.errors
+    assert text.startswith("worker 1 (pid ")
+    assert text.endswith(
+        "is frozen: step 8 did not end within 1 s (launch.step_timeout_s); the engine ends"
+    )
 
 
 # The supervisor itself.

@@ -1,0 +1,204 @@
+"""The thread of the links: arrivals, messages, silence, and strangers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from core.cluster import exchange as module
+from core.cluster.exchange import Arrived, Event, Exchange, Lost, Received, Turned
+from core.cluster.member import _connect
+from core.cluster.node_messages import Doing, Stop
+
+ROOT = Path(__file__).parents[3]
+KEY = b"k" * 32
+INTERVAL_S, TIMEOUT_S = 0.05, 0.5
+Kind = TypeVar("Kind", bound=Event)
+
+
+class Side:
+    """An exchange and the events it told so far."""
+
+    def __init__(self) -> None:
+        self.exchange = Exchange(interval_s=INTERVAL_S, timeout_s=TIMEOUT_S, key=KEY)
+        self.seen: list[Event] = []
+
+    def next(self, kind: type[Kind], timeout_s: float = 10.0) -> Kind:
+        """The next event of a kind; others stay."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for event in self.seen:
+                if isinstance(event, kind):
+                    self.seen.remove(event)
+                    return event
+            assert time.monotonic() < deadline, self.seen
+            self.seen += self.exchange.wait(deadline - time.monotonic())
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Side, int]]:
+    """A listening exchange and its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    side = Side()
+    side.exchange.listen(listener)
+    yield side, listener.getsockname()[1]
+    side.exchange.close()
+
+
+@pytest.fixture
+def client() -> Iterator[Callable[[int], tuple[Side, int]]]:
+    sides = []
+
+    def connect(port: int) -> tuple[Side, int]:
+        side = Side()
+        sides.append(side)
+        return side, side.exchange.adopt(_connect("127.0.0.1", port, KEY))
+
+    yield connect
+    for side in sides:
+        side.exchange.close()
+
+
+def test_messages_both_ways(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    serving, port = server
+    coming, number = client(port)
+    arrived = serving.next(Arrived)
+    assert arrived.address.startswith("127.0.0.1:")
+    coming.exchange.send(number, Doing("compare"))
+    assert serving.next(Received) == Received(arrived.peer, Doing("compare"))
+    serving.exchange.send(arrived.peer, Stop())
+    assert coming.next(Received) == Received(number, Stop())
+
+
+def test_the_descriptor_tells_of_events(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    serving, port = server
+    assert serving.exchange.events() == []
+    client(port)
+    assert [type(event) for event in serving.exchange.wait(10)] == [Arrived]
+    with pytest.raises(BlockingIOError):
+        os.read(serving.exchange.fd, 1)
+
+
+def test_what_was_sent_before_close_arrives(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    serving, port = server
+    coming, number = client(port)
+    for index in range(100):
+        coming.exchange.send(number, Doing("x" * 10_000 + str(index)))
+    coming.exchange.close()
+    found = [serving.next(Received).message for _ in range(100)]
+    assert found == [Doing("x" * 10_000 + str(index)) for index in range(100)]
+    lost = serving.next(Lost)
+    assert (lost.reason, lost.silent) == ("the other side closed the connection", False)
+    coming.exchange.send(number, Stop())  # nothing happens
+
+
+def test_an_idle_link_stays(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    serving, port = server
+    coming, _ = client(port)
+    serving.next(Arrived)
+    deadline = time.monotonic() + 3 * TIMEOUT_S
+    while time.monotonic() < deadline:  # waits for what must not come
+        events = serving.exchange.wait(deadline - time.monotonic()) + coming.exchange.events()
+        assert events == []
+
+
+def test_a_blocked_main_thread_silences_nothing(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    """It computes, and gives up Python's lock only as the interpreter makes it."""
+    serving, port = server
+    coming, _ = client(port)
+    serving.next(Arrived)
+    deadline = time.monotonic() + 2 * TIMEOUT_S
+    while time.monotonic() < deadline:
+        sum(range(1000))
+    assert serving.exchange.events() == []
+    assert coming.exchange.events() == []
+
+
+def test_a_stopped_peer_is_noticed_in_time(server: tuple[Side, int]) -> None:
+    serving, port = server
+    code = (
+        "import sys, signal\n"
+        "from core.cluster.exchange import Exchange\n"
+        "from core.cluster.member import _connect\n"
+        f"side = Exchange(interval_s={INTERVAL_S}, timeout_s=60, key={KEY!r})\n"
+        "side.adopt(_connect('127.0.0.1', int(sys.argv[1]), " + repr(KEY) + "))\n"
+        "signal.pause()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(port)], cwd=ROOT)
+    try:
+        arrived = serving.next(Arrived, timeout_s=30)
+        process.send_signal(signal.SIGSTOP)
+        begin_s = time.monotonic()
+        lost = serving.next(Lost)
+        assert lost == Lost(arrived.peer, f"nothing was heard for {TIMEOUT_S:g} s", True)
+        assert TIMEOUT_S - INTERVAL_S * 2 <= time.monotonic() - begin_s < TIMEOUT_S + 1
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_strangers_are_turned_away_and_peers_stay(
+    server: tuple[Side, int],
+    client: Callable[[int], tuple[Side, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "HANDSHAKE_S", 0.2)
+    serving, port = server
+    coming, number = client(port)
+    serving.next(Arrived)
+    with socket.create_connection(("127.0.0.1", port)) as silent:
+        assert "did not prove itself within 0.2 s" in serving.next(Turned).reason
+        assert silent.recv(4096)  # its challenge
+        assert silent.recv(4096) == b""
+    with socket.create_connection(("127.0.0.1", port)) as noisy:
+        noisy.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        turned = serving.next(Turned)
+        assert turned.address == "{}:{}".format(*noisy.getsockname())
+        assert not turned.wrong_token
+    coming.exchange.send(number, Stop())
+    assert serving.next(Received).message == Stop()
+
+
+def test_many_strangers_leave_room_for_a_peer(
+    server: tuple[Side, int],
+    client: Callable[[int], tuple[Side, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_STRANGERS", 4)
+    serving, port = server
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    client(port)
+    serving.next(Arrived)
+    assert "too many others" in serving.next(Turned).reason
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_dropped_peer_gets_its_last_message(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    serving, port = server
+    coming, _ = client(port)
+    peer = serving.next(Arrived).peer
+    serving.exchange.send(peer, Stop())
+    serving.exchange.drop(peer)
+    assert coming.next(Received).message == Stop()
+    coming.next(Lost)
+    assert serving.exchange.events() == []

@@ -1,0 +1,138 @@
+"""Frozen processes are found, and busy ones are not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from core.cluster import process as process_module
+from core.cluster import vigil as module
+from core.cluster.process import Child
+from core.cluster.vigil import Vigil, process_state
+from core.interfaces.control import Beat
+
+
+class Clock:
+    """Stands in for `time` in both modules."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(process_module, "time", made)
+    return made
+
+
+def child(clock: Clock, pid: int = 0) -> Any:
+    """A child that was never started: only what the vigil looks at."""
+    made = object.__new__(Child)
+    made.frozen, made.returncode, made.beat, made.beat_s = None, None, None, None
+    made.moved_s = clock.now_s
+    made._process = type("Process", (), {"pid": pid})()  # type: ignore[assignment]
+    return made
+
+
+def run(clock: Clock, vigil: Vigil, children: dict[Any, list[tuple[int, int]]]) -> None:
+    """Beats four times a second; the last of each child's counts stays."""
+    for turn in range(max(map(len, children.values()))):
+        clock.now_s += 0.25
+        for found, counts in children.items():
+            found._count(Beat(*counts[min(turn, len(counts) - 1)]))
+        vigil.look(list(children))
+
+
+def test_a_worker_that_goes_on_is_fine(clock: Clock) -> None:
+    worker = child(clock)
+    run(clock, Vigil(2.0), {worker: [(step + 1, step) for step in range(100)]})
+    assert worker.frozen is None
+
+
+def test_an_idle_worker_is_fine(clock: Clock) -> None:
+    worker = child(clock)
+    run(clock, Vigil(2.0), {worker: [(7, 7)] * 100})
+    assert worker.frozen is None
+
+
+def test_a_step_has_its_whole_time_from_its_start(clock: Clock) -> None:
+    worker = child(clock)
+    vigil = Vigil(2.0)
+    run(clock, vigil, {worker: [(7, 7)] * 100})
+    run(clock, vigil, {worker: [(8, 7)] * 8})
+    assert worker.frozen is None
+    run(clock, vigil, {worker: [(8, 7)]})
+    assert worker.frozen == ("is frozen: step 8 did not end within 2 s (launch.step_timeout_s)")
+
+
+def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(clock: Clock) -> None:
+    ahead, behind = child(clock), child(clock)
+    run(clock, Vigil(2.0), {ahead: [(9, 8)] * 12, behind: [(8, 7)] * 12})
+    assert behind.frozen is not None
+    assert ahead.frozen is None
+
+
+def test_silence_is_found_but_not_before_the_first_beat(clock: Clock) -> None:
+    starting, silent = child(clock), child(clock)
+    vigil = Vigil(60.0)
+    silent._count(Beat(0, 0))
+    clock.now_s += module.SILENT_S - 0.1
+    vigil.look([starting, silent])
+    assert silent.frozen is None
+    clock.now_s += module.LOOK_S
+    vigil.look([starting, silent])
+    assert silent.frozen == "is frozen: it said nothing for 15 s"
+    assert starting.frozen is None
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def wait_for_state(pid: int, state: str) -> None:
+    deadline = time.monotonic() + 10
+    while process_state(pid) != state:
+        assert time.monotonic() < deadline, process_state(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stopped_process_is_found_if_it_stays_so(
+    clock: Clock, sleeper: subprocess.Popen[bytes]
+) -> None:
+    worker = child(clock, sleeper.pid)
+    vigil = Vigil(60.0)
+
+    def look() -> str | None:
+        clock.now_s += module.STOPPED_S / 2 + 0.01
+        vigil.look([worker])
+        return worker.frozen  # type: ignore[no-any-return]
+
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    wait_for_state(sleeper.pid, "T")
+    assert look() is None
+    os.kill(sleeper.pid, signal.SIGCONT)
+    wait_for_state(sleeper.pid, "S")
+    assert look() is None
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    wait_for_state(sleeper.pid, "T")
+    assert look() is None
+    assert look() is None
+    assert look() == "is frozen: it was stopped by a signal (SIGSTOP)"
+
+
+def test_a_process_that_is_gone_has_no_state() -> None:
+    assert process_state(2**22 + 1) == ""
