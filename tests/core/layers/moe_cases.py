@@ -223,7 +223,11 @@ class Setup:
         return Layout.ROWS if spread else Layout.REPLICATED
 
     def layer(
-        self, spec: MoELayerSpec, weights: Mapping[str, Tensor], comms: Comms, max_rows: int = 64
+        self,
+        spec: MoELayerSpec,
+        weights: Mapping[str, Tensor],
+        comms: Comms,
+        dispatchers: Mapping[str, Dispatcher] | None = None,
     ) -> MoELayer:
         """This rank's layer; its decode and prefill dispatchers are alike."""
         a2a = A2ASpec(
@@ -233,10 +237,10 @@ class Setup:
             hidden_size=spec.hidden_size,
             dtype=torch.float32,
             device=self.device,
-            max_rows=max_rows,
+            max_rows=64,
             phase="prefill",
         )
-        dispatchers = {
+        dispatchers = dispatchers or {
             phase: DISPATCHERS[self.dispatcher](replace(a2a, phase=phase))
             for phase in ("prefill", "decode")
         }

@@ -2,7 +2,7 @@
 with each way to carry rows, and while experts move. Shape legend: T rows, E hidden size."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.interfaces.comm import SOLO, Comms, places
 from core.interfaces.model import BuildContext, ExpertContext
+from core.interfaces.moe_a2a import Dispatched, ExpertLayout
 from core.interfaces.ops import Ops
 from core.interfaces.weights import PlainFormat
 from core.kernels.block_fp8 import dequantize, quantize
@@ -143,6 +144,50 @@ def test_other_families_over_ranks(family: str) -> None:
     run_ranks(plan_comms(plan), work)
 
 
+class Recorder:
+    """A dispatcher that keeps what it was given."""
+
+    layout = ExpertLayout.CONTIGUOUS
+
+    def dispatch(
+        self, x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, counts: Sequence[int]
+    ) -> Dispatched:
+        self.experts_TK, self.weights_TK, self.counts = experts_TK, weights_TK, tuple(counts)
+        return Dispatched(x_TE[:0], torch.zeros(NUM_EXPERTS // 2, dtype=torch.int64), None)
+
+    def combine(self, output: Tensor, dispatched: Dispatched) -> Tensor:
+        return torch.zeros(len(self.experts_TK), HIDDEN)
+
+
+@torch.no_grad()
+def test_what_dispatchers_are_given() -> None:
+    """Padding without expert and weight, and everyone's number of rows, after the gather."""
+    plan = Plan(dp=2, tp_attn=2, ep=2, tp_expert=2)
+    family = FAMILIES["qwen3_moe"]
+    weights = checkpoint(random_block(family), family.spec)
+    setup = Setup(plan, default_placement(NUM_EXPERTS, 2, 0), "nccl")
+
+    def work(comms: Comms) -> Recorder:
+        recorder = Recorder()
+        layer = setup.layer(family.spec, weights, comms, dispatchers={"decode": recorder})
+        rows = setup.rows(comms, (5, 1))
+        layer(setup.part_of(rows_of(6), rows), step_of(rows, "decode"))
+        return recorder
+
+    for rank, recorder in enumerate(run_ranks(plan_comms(plan), work)):
+        assert recorder.counts == (6, 2)
+        # Ranks 0 and 1 share expert parts and gathered 3 + 3 rows, 2 and 3 gathered 1 + 1.
+        assert len(recorder.experts_TK) == recorder.counts[rank // 2]
+        is_padding = torch.tensor([False] * 5 + [True] if rank < 2 else [False, True])
+        assert torch.equal((recorder.experts_TK == -1).all(1), is_padding)
+        assert torch.equal((recorder.experts_TK >= 0).all(1), ~is_padding)
+        assert torch.equal((recorder.weights_TK == 0).all(1), is_padding)
+        sums = recorder.weights_TK[~is_padding].sum(1)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        assert recorder.experts_TK.dtype == torch.int64
+        assert recorder.weights_TK.dtype == torch.float32
+
+
 # --- balance -------------------------------------------------------------------------------------
 
 
@@ -170,11 +215,18 @@ def test_moves_leave_every_place_with_its_expert(seed: int) -> None:
     assert not expert_moves(new, new)
 
 
-@pytest.mark.parametrize("form", ["torch", "cpu", "fp8"])
+@pytest.mark.parametrize(
+    ("form", "plan"),
+    [
+        ("torch", Plan(dp=2, tp_attn=2, ep=2, tp_expert=2)),
+        ("torch", Plan(dp=2, tp_attn=2, ep=4)),
+        ("cpu", Plan(dp=2, tp_attn=2, ep=4)),
+        ("fp8", Plan(dp=2, tp_attn=2, ep=2, tp_expert=2)),
+    ],
+)
 @torch.no_grad()
-def test_moving_experts_changes_no_result(form: str) -> None:
-    """From one random placement to the next, over ep 2 and tp_expert 2."""
-    plan = Plan(dp=2, tp_attn=2, ep=2, tp_expert=2)
+def test_moving_experts_changes_no_result(form: str, plan: Plan) -> None:
+    """From one random placement to the next."""
     family = FAMILIES["qwen3_moe"]
     spec, state = family.spec, checkpoint(random_block(family), family.spec)
     if form == "fp8":  # a rank's part of an expert is made of whole blocks
@@ -182,7 +234,7 @@ def test_moving_experts_changes_no_result(form: str) -> None:
         state = large_experts(spec)
     setup = Setup(
         plan,
-        random_placement(0, 2, 4),
+        random_placement(0, plan.ep, 4),
         "allgather",
         CpuOps if form == "cpu" else TorchOps,
         BlockFp8Format(torch.float32) if form == "fp8" else PlainFormat(),
@@ -197,7 +249,7 @@ def test_moving_experts_changes_no_result(form: str) -> None:
         for seed in range(1, 4):
             out = layer(setup.part_of(x_TE, rows), step_of(rows))
             close(setup.real(out, rows), setup.real(setup.part_of(expected_TE, rows), rows))
-            placement = random_placement(seed, 2, 4)
+            placement = random_placement(seed, plan.ep, 4)
             layer.experts.move(placement)
             assert layer.experts.placement == placement
         return layer.experts.take_counts()
