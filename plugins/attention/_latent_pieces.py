@@ -1,7 +1,8 @@
-"""Which cached tokens are expanded together: of a long context some at a time, to bound memory.
+"""How contexts are cut: pieces that are expanded together, splits that absorbed rows see.
 
-A group is what one call of `expand` makes: pieces of one or more sequences, so that many short
-prompts cost one call, too. Shape legend: see core.interfaces.latent_attention.
+Of a long context a part at a time is expanded, to bound memory. A group is what one call of
+`expand` makes: pieces of one or more sequences, so that many short prompts cost one call, too.
+Plain integers but for the last two functions. Shape legend: see core.interfaces.latent_attention.
 """
 
 from collections.abc import Sequence
@@ -72,6 +73,53 @@ def pieces_by_group(
             room -= size
         start_row += num_new
     return groups
+
+
+def split_rows(
+    rows: Sequence[tuple[int, int]], split_tokens: int
+) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int, int]]]:
+    """Cut what rows see (sequence, tokens) into splits, and say which are to be summed.
+
+    Splits are (row, sequence, first token, token past the last, slot), without a slot (-1) where
+    a row has only one; sums are (row, first slot, slots), of the other rows.
+    """
+    splits: list[tuple[int, int, int, int, int]] = []
+    sums: list[tuple[int, int, int]] = []
+    num_slots = 0
+    for row, (sequence, num_tokens) in enumerate(rows):
+        if num_tokens <= split_tokens:
+            splits.append((row, sequence, 0, num_tokens, -1))
+            continue
+        first_slot = num_slots
+        for first in range(0, num_tokens, split_tokens):
+            end = min(first + split_tokens, num_tokens)
+            splits.append((row, sequence, first, end, num_slots))
+            num_slots += 1
+        sums.append((row, first_slot, num_slots - first_slot))
+    return splits, sums
+
+
+def row_blocks(
+    pieces: Sequence[Piece], block_rows: int
+) -> list[tuple[int, int, int, int, int, int]]:
+    """Rows that see one piece, in blocks; those that see most tokens first.
+
+    Blocks are (first row in the step, rows, position of the first, place of the piece's first token
+    in its group, its position, tokens of the piece).
+    """
+    blocks = [
+        (
+            piece.first_row + first,
+            min(block_rows, piece.num_rows - first),
+            piece.first_position + first,
+            piece.offset,
+            piece.first_token,
+            piece.num_tokens,
+        )
+        for piece in pieces
+        for first in range(0, piece.num_rows, block_rows)
+    ]
+    return blocks[::-1]
 
 
 def token_slots(batch: SequenceBatch, pieces: Sequence[Piece], page_size: int) -> Tensor:

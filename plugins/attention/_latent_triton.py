@@ -6,7 +6,6 @@ core.interfaces.latent_attention; M rows and N tokens of a tile, K splits of con
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +16,13 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
-from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots, upload
+from plugins.attention._latent_pieces import (
+    pieces_by_group,
+    row_blocks,
+    split_rows,
+    token_slots,
+    upload,
+)
 from plugins.attention._latent_triton_kernels import (
     absorbed_kernel,
     expanded_kernel,
@@ -266,48 +271,6 @@ class _Plan:
             state_THV,
             log_sums_TH,
         )
-
-
-def split_rows(
-    rows: Sequence[tuple[int, int]], split_tokens: int
-) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int, int]]]:
-    """Cut what rows see (sequence, tokens) into equal splits, and say which are to be summed.
-
-    Splits are (row, sequence, first token, token past the last, slot or -1); sums are (row, first
-    slot, slots)."""
-    splits: list[tuple[int, int, int, int, int]] = []
-    sums: list[tuple[int, int, int]] = []
-    num_slots = 0
-    for row, (sequence, num_tokens) in enumerate(rows):
-        if num_tokens <= split_tokens:
-            splits.append((row, sequence, 0, num_tokens, -1))
-            continue
-        first_slot = num_slots
-        for first in range(0, num_tokens, split_tokens):
-            end = min(first + split_tokens, num_tokens)
-            splits.append((row, sequence, first, end, num_slots))
-            num_slots += 1
-        sums.append((row, first_slot, num_slots - first_slot))
-    return splits, sums
-
-
-def row_blocks(
-    pieces: Sequence[Piece], block_rows: int
-) -> list[tuple[int, int, int, int, int, int]]:
-    """Blocks of rows (see expanded_kernel), those that see most tokens first."""
-    blocks = [
-        (
-            piece.first_row + first,
-            min(block_rows, piece.num_rows - first),
-            piece.first_position + first,
-            piece.offset,
-            piece.first_token,
-            piece.num_tokens,
-        )
-        for piece in pieces
-        for first in range(0, piece.num_rows, block_rows)
-    ]
-    return blocks[::-1]
 
 
 def _block(dim: int) -> int:

@@ -138,6 +138,6 @@ def attend(q_QHD: Tensor, k_XHD: Tensor, v_XHV: Tensor, scale: float) -> Tensor:
     out = []
     for row in range(num_rows):
         seen = num_tokens - num_rows + row + 1
-        scores_HX = (k_XHD[:seen] * q_QHD[row].double()).sum(2).T * scale
-        out.append((scores_HX.softmax(1).T.unsqueeze(2) * v_XHV[:seen]).sum(0))
+        scores_HX = torch.einsum("hd,xhd->hx", q_QHD[row].double(), k_XHD[:seen]) * scale
+        out.append(torch.einsum("hx,xhv->hv", scores_HX.softmax(1), v_XHV[:seen]))
     return torch.stack(out)

@@ -27,14 +27,14 @@ SMALL = [
     Case(rows=(5,), cached=(0,), page_size=1),
     Case(rows=(33, 2, 1), cached=(0, 0, 0)),
     Case(rows=(17, 1, 40), cached=(31, 64, 0), num_heads=4),
-    Case(rows=(9, 70), cached=(3, 128), page_size=64, num_heads=2),
+    Case(rows=(9, 50), cached=(3, 70), page_size=64, num_heads=2),
     Case(rows=(4, 2, 3), cached=(0, 100, 29), page_size=5, dims=ODD),
     Case(rows=(3, 1), cached=(40, 90), page_size=64, num_heads=2, dims=V3),
 ]
 LARGE = [
     Case(rows=(1,) * 24, cached=tuple(range(0, 2400, 100)), num_heads=8),
     Case(rows=(257, 1, 256), cached=(1, 900, 256), num_heads=2),
-    Case(rows=(130, 70), cached=(0, 513), page_size=64, num_heads=16, dims=V3),
+    Case(rows=(130, 70), cached=(0, 213), page_size=64, num_heads=8, dims=V3),
     Case(rows=(1, 1), cached=(500, 1000), page_size=1, num_heads=32, dims=V3),
 ]
 
@@ -143,7 +143,7 @@ def test_absorbed_equals_expanded(case: Case) -> None:
 
 
 # Empty lists make pytest skip a test once: Triton is either interpreted or compiled.
-INTERPRETED = [] if torch.cuda.is_available() else [*SMALL, *random_cases(6)]
+INTERPRETED = [] if torch.cuda.is_available() else [*SMALL, *random_cases(4)]
 COMPILED = EVERY if torch.cuda.is_available() else []
 
 
@@ -155,7 +155,7 @@ def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> No
     check("triton", make_step(case, dtype, torch.device("cpu")), tolerance)
 
 
-@pytest.mark.parametrize("tokens", [7, 64])
+@pytest.mark.parametrize("tokens", [21, 64])
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_triton_interpreted_expands_a_part_at_a_time(
     case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch

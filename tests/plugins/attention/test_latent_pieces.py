@@ -1,4 +1,4 @@
-"""How cached tokens are grouped for expansion, and where they lie in the cache."""
+"""How contexts are cut for either form of latent attention, and where tokens lie in the cache."""
 
 import random
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from core.interfaces.attention import SequenceBatch
-from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots
+from plugins.attention._latent_pieces import (
+    Piece,
+    pieces_by_group,
+    row_blocks,
+    split_rows,
+    token_slots,
+)
 
 
 def spans(groups: list[list[Piece]]) -> list[list[tuple[int, int, int]]]:
@@ -69,3 +75,28 @@ def test_slots_follow_the_page_table(page_size: int) -> None:
             for token in range(piece.first_token, piece.end)
         ]
         assert token_slots(batch, group, page_size).tolist() == expected
+
+
+def test_rows_are_split_by_what_they_really_see() -> None:
+    splits, sums = split_rows([(0, 5), (1, 70), (1, 32), (2, 65)], 32)
+    assert splits == [
+        (0, 0, 0, 5, -1),
+        (1, 1, 0, 32, 0),
+        (1, 1, 32, 64, 1),
+        (1, 1, 64, 70, 2),
+        (2, 1, 0, 32, -1),
+        (3, 2, 0, 32, 3),
+        (3, 2, 32, 64, 4),
+        (3, 2, 64, 65, 5),
+    ]
+    assert sums == [(1, 0, 3), (3, 3, 3)]
+
+
+def test_blocks_hold_each_row_of_a_piece_once_and_start_with_the_longest() -> None:
+    (pieces,) = pieces_by_group([20, 3], [25, 3], 100)
+    assert row_blocks(pieces, 8) == [
+        (20, 3, 0, 25, 0, 3),
+        (16, 4, 21, 0, 0, 25),
+        (8, 8, 13, 0, 0, 25),
+        (0, 8, 5, 0, 0, 25),
+    ]
