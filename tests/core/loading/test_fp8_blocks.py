@@ -55,6 +55,22 @@ def test_whole_matrices_are_the_exact_products_rounded(path: Path, dtype: torch.
     reader.finish()  # the scales are no surplus
 
 
+def test_every_value_there_is(tmp_path: Path) -> None:
+    """Zeros, denormals, the largest, both signs; and NaN stays what it is."""
+    scales = torch.tensor([[2.0**-130, 3.3e38, 0.7, -1.1e-5]])  # the products too may be denormal
+    bits = torch.arange(256, dtype=torch.uint8).repeat(512, 2)
+    for nan in (False, True):
+        kept = bits if nan else torch.where(bits & 127 == 127, 0, bits)
+        values = kept.T.contiguous().view(FP8)
+        all_scales = scales.expand(4, 4).contiguous()
+        save_file({"w": values, "w_scale_inv": all_scales}, tmp_path / "x.safetensors")
+        found = open_reader(tmp_path / "x.safetensors").take("w", (512, 512))
+        expected = exact(values, all_scales).float()
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert found.isnan().any() == nan
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dim=st.integers(0, 1), count=st.integers(1, 40), part=st.integers(0, 39), padded=st.booleans()
