@@ -25,6 +25,12 @@ CASES = [
     ("qwen3", 2),
     ("qwen3", 4),
     ("qwen3_tied", 1),
+    ("qwen3_moe", 1),
+    ("mixtral", 2),
+    ("deepseek_v3", 1),
+    ("deepseek_v2_lite", 2),
+    ("deepseek_v2", 1),
+    ("deepseek_v3_halves", 2),
 ]
 
 
