@@ -7,6 +7,7 @@ they found before any process is started.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from core.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
 
 FRONTEND = "frontend"
+LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 _MAX_WAITED_FOR = 3  # processes named in one line; of hundreds of ranks
 
 
@@ -115,6 +117,8 @@ def _supervise(
     if several:
         address = group.address
         environment = interface_environment(address)
+        if LOG_VARIABLE not in os.environ:  # torch warns, of every rank, that addresses lack names
+            environment[LOG_VARIABLE] = "ERROR"
         display.note(f"collectives use {interface_text(address)}")
 
     def on_ready(ready: Mapping[str, Ready]) -> None:
