@@ -190,7 +190,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             ops=ops,
             dtype=dtype,
             device=device,
-            form=select_format(device, spec.quantization),
+            form=select_format(device, spec.quantization, dtype),
             placements=placements,
             dispatchers=dispatchers,
         ),

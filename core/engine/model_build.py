@@ -91,7 +91,7 @@ def measure_model(
             ops=TorchOps(),
             dtype=dtype,
             device=META,
-            form=select_format(device, spec.quantization),
+            form=select_format(device, spec.quantization, dtype),
             placements=(
                 initial_placements(spec, plan, ExpertBalanceConfig())
                 if placements is None
