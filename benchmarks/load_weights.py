@@ -32,8 +32,9 @@ Build = Callable[[WeightReader], list[object]]
 def write(path: Path, num: int, fp8: bool) -> None:
     tensors = {}
     for index in range(num):
-        values = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16)
-        tensors[f"{index}.weight"] = values.to(torch.float8_e4m3fn) if fp8 else values
+        item_bytes = 1 if fp8 else 2
+        raw = torch.randint(0, 120, (ROWS, item_bytes * COLUMNS), dtype=torch.uint8)  # no NaN
+        tensors[f"{index}.weight"] = raw.view(torch.float8_e4m3fn if fp8 else torch.bfloat16)
         if fp8:
             tensors[f"{index}.weight_scale_inv"] = torch.rand(ROWS // 128, COLUMNS // 128)
     save_file(tensors, path)

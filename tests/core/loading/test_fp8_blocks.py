@@ -24,7 +24,7 @@ FP8 = torch.float8_e4m3fn
 
 def stored_blocks(shape: tuple[int, int] = SHAPE, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator) * 100
+    values = torch.randn(shape, generator=generator) * 50  # torch 2.11 makes NaN of more than 464
     scales = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128), generator=generator) * 1e-3
     return values.to(FP8), scales
 
