@@ -116,7 +116,7 @@ def _meet(world_size: int, rank: int, rendezvous: str | Path, timeout_s: float) 
         listener_fd = _listen(host, int(port)) if rank == 0 else None
         try:
             store = TCPStore(
-                host,
+                host.strip("[]"),
                 int(port),
                 world_size,
                 rank == 0,
