@@ -112,7 +112,7 @@ def _supervise(
 ) -> int:
     """Start this node's processes and stay until they ended."""
     site, resolved = group.site, node.resolved
-    several = site.nnodes > 1
+    several, leads = site.nnodes > 1, site.node_rank == 0
     environment: dict[str, str] = {}
     if several:
         address = group.address
@@ -122,7 +122,7 @@ def _supervise(
         display.note(f"collectives use {interface_text(address)}")
 
     def on_ready(ready: Mapping[str, Ready]) -> None:
-        if site.node_rank == 0:
+        if leads:
             total_s = time.monotonic() - begin_s
             display.summary(_summary(node, site.nnodes, ready, display.phases, total_s))
         else:
@@ -130,12 +130,12 @@ def _supervise(
             display.note(f"node {site.node_rank} is ready: ranks {ranks}; node 0 serves")
 
     def on_waiting(lines: Sequence[str]) -> None:
-        if several and site.node_rank == 0:
+        if several and leads:
             display.waiting(_waiting_text(lines))
 
     supervisor = Supervisor(
         [
-            *([_frontend(resolved, endpoints)] if site.node_rank == 0 else []),
+            *([_frontend(resolved, endpoints)] if leads else []),
             *(
                 _worker(
                     node, endpoints, placement, site.node_rank if several else None, environment
@@ -144,7 +144,7 @@ def _supervise(
             ),
         ],
         resolved.config.launch,
-        on_status=display.status,
+        on_status=display.status if leads else lambda name, status: None,  # one view, on node 0
         on_ready=on_ready,
         on_error=display.error,
         on_waiting=on_waiting,
