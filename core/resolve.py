@@ -11,6 +11,7 @@ from core.config import AppConfig, PluginChoice
 from core.errors import PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelFamily, ModelSpec
+from core.parallel.eplb import nodes_of_groups
 from core.parallel.experts import expert_problems
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
@@ -100,8 +101,20 @@ def settle_backends(
 
 def expert_plan_problems(config: AppConfig, spec: ModelSpec, plan: Plan) -> list[str]:
     """Why the model's experts can't be spread as the plan says, one sentence each."""
-    if spec.moe is not None:
-        return expert_problems(spec.moe.num_experts, plan.ep, plan.redundant_experts)
+    moe = spec.moe
+    if moe is not None:
+        problems = expert_problems(moe.num_experts, plan.ep, plan.redundant_experts)
+        try:
+            nodes_of_groups(
+                config.parallel.eplb.strategy,
+                num_experts=moe.num_experts,
+                num_groups=moe.num_groups,
+                ep=plan.ep,
+                nodes=config.launch.nnodes,
+            )
+        except PlanError as error:
+            problems += error.problems
+        return problems
     return [
         f"{key}={value}: {config.model.name} has no experts; set {key}={neutral}"
         for key, value, neutral in (
