@@ -61,11 +61,37 @@ def interface_environment(
     address: str, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """Variables that keep the collectives on the interface which has `address`. What the user set
-    stays."""
+    stays. Raises ConfigError where that is an interface no other node can reach."""
+    _check_chosen(address, environment)
     name = interface_of(address)
     if name is None:
         return {}
     return {variable: name for variable in INTERFACE_VARIABLES if variable not in environment}
+
+
+def _check_chosen(address: str, environment: Mapping[str, str]) -> None:
+    """Refuse interfaces over which ranks would wait for each other in vain. NCCL's variable may
+    hold patterns, so only gloo's is looked at."""
+    variable = INTERFACE_VARIABLES[0]
+    chosen = environment.get(variable)
+    if chosen is None:
+        return
+    own = psutil.net_if_addrs()
+    for name in chosen.split(","):
+        way_out = f"unset it, or set it to the interface of {address}"
+        if name not in own:
+            raise ConfigError(
+                f"the environment variable {variable}={chosen} names {name!r}, which is no "
+                f"interface of this machine ({', '.join(own)}); {way_out}"
+            )
+        families = (socket.AF_INET, socket.AF_INET6)
+        addresses = [entry.address for entry in own[name] if entry.family in families]
+        is_inner = bool(addresses) and all(_is_loopback(a.partition("%")[0]) for a in addresses)
+        if is_inner and not _is_loopback(address):
+            raise ConfigError(
+                f"the environment variable {variable}={chosen}: no other node can reach this one "
+                f"over {name}; {way_out}"
+            )
 
 
 def interface_text(address: str, environment: Mapping[str, str] = os.environ) -> str:

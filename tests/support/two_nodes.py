@@ -23,6 +23,8 @@ from typing import TypeVar
 
 import psutil
 
+from core.cluster.network import INTERFACE_VARIABLES
+
 ROOT = Path(__file__).parents[2]
 BASE_PORT = 20000
 ADDRESSES = ("10.98.0.1", "10.98.0.2")
@@ -105,6 +107,12 @@ def two_namespaces() -> Iterator[Network]:
             _ip("netns", "del", name)
 
 
+def _environment() -> dict[str, str]:
+    """This process's, without the interfaces that meshes opened in it were kept on."""
+    kept = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
 class Node:
     """One started node. `lines` grows while it runs; each has the time it came."""
 
@@ -118,7 +126,7 @@ class Node:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+            env=_environment() | env,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -113,3 +113,15 @@ def test_a_taken_port_is_named_with_who_has_it() -> None:
 def test_it_listens_on_that_address_alone() -> None:
     with listen("127.0.0.1", 0, "the other nodes") as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"), [("lo", "no other node can reach"), ("none0", "is no interface")]
+)
+def test_an_interface_that_would_only_hang_is_refused(chosen: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        interface_environment("192.0.2.1", {"GLOO_SOCKET_IFNAME": chosen})
+    assert f"GLOO_SOCKET_IFNAME={chosen}" in str(caught.value)
+    assert "GLOO_SOCKET_IFNAME" not in interface_environment(
+        "127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"}
+    )
