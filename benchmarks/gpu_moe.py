@@ -20,6 +20,7 @@ from torch import Tensor
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8, LinearWeight
+from core.kernels.torch_moe import matrix_of
 from core.kernels.triton_ops import TritonOps
 
 DEVICE = torch.device("cuda")
@@ -74,7 +75,8 @@ def time_experts(ops: TritonOps, bandwidth: float, speed: float) -> list[dict[st
     for name, (num_experts, hidden_size, size, fp8) in EXPERTS.items():
         gate_up = random_weight(fp8, num_experts, 2 * size, hidden_size)
         down = random_weight(fp8, num_experts, hidden_size, size)
-        kernel = ops.experts(gate_up, down, torch.bfloat16)
+        pairs = [(matrix_of(gate_up, i), matrix_of(down, i)) for i in range(num_experts)]
+        kernel = ops.experts(pairs, num_experts, torch.bfloat16)
         weight_bytes = 3 * num_experts * hidden_size * size * (1 if fp8 else 2)
         for rows in ROWS_OF_AN_EXPERT:
             counts_L = torch.full((num_experts,), rows, device=DEVICE)

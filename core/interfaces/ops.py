@@ -5,7 +5,7 @@ Shape legend: T rows, E hidden size, I intermediate size, H/G query and KV heads
 N pages, P tokens in a page.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -34,6 +34,10 @@ class ExpertKernel(Protocol):
     def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
         """Replace a local expert by matrices of the same form; copies them."""
         ...
+
+
+# (gate and up rows back to back (2I, E), down (E, I)) of one expert.
+ExpertWeights = tuple[LinearWeight, LinearWeight]
 
 
 class Ops(Protocol):
@@ -95,13 +99,13 @@ class Ops(Protocol):
         ...
 
     def experts(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
         """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert, in both
         layouts. `dtype` is that of results.
 
-        The weights are of L local experts; gate and up rows lie back to back. The kernel takes
-        them over: they must not be used afterwards."""
+        Takes in one expert after the other, of one shape and form, so that reading them needs
+        little more memory than they do. May keep what it is given."""
         ...
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:

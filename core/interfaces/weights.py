@@ -100,10 +100,6 @@ class WeightFormat(Protocol):
         """Matrices that read the same input, as one: outputs back to back."""
         ...
 
-    def stack(self, experts: Sequence[LinearWeight]) -> LinearWeight:
-        """Matrices of equal shape, one for each expert, along a new first dimension."""
-        ...
-
 
 class PlainFormat:
     """Matrices in the model's dtype, whatever the checkpoint holds."""
@@ -115,9 +111,6 @@ class PlainFormat:
 
     def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
         return parts[0] if len(parts) == 1 else torch.cat([plain(part) for part in parts])
-
-    def stack(self, experts: Sequence[LinearWeight]) -> LinearWeight:
-        return torch.stack([plain(expert) for expert in experts])
 
 
 def plain(weight: LinearWeight) -> Tensor:

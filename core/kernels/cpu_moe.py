@@ -4,12 +4,14 @@ The host knows the counts, so an expert without rows costs nothing. The oracle i
 core.kernels.torch_moe. Shape legend: see there.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import ExpertKernel
+from core.interfaces.ops import ExpertKernel, ExpertWeights
 from core.interfaces.weights import BlockFp8, LinearWeight, plain
 from core.kernels.block_fp8 import dequantize
 from core.kernels.cpu_linear import multiply_packed, pack, packs
@@ -51,11 +53,14 @@ class _Packed(_Dense):
 class CpuExperts:
     """core.interfaces.ops.ExpertKernel over two matrices for each expert."""
 
-    def __init__(self, gate_up_L2IE: Tensor, down_LEI: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Iterable[ExpertWeights], dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._form = _Packed() if packs(gate_up_L2IE.dtype) else _Dense()
-        self._gate_up_L = [self._form.keep(matrix) for matrix in gate_up_L2IE]
-        self._down_L = [self._form.keep(matrix) for matrix in down_LEI]
+        self._form = _Packed() if packs(dtype) else _Dense()
+        self._gate_up_L: list[Tensor] = []
+        self._down_L: list[Tensor] = []
+        for gate_up_2IE, down_EI in experts:
+            self._gate_up_L.append(self._form.keep(_in_dtype(gate_up_2IE, dtype)))
+            self._down_L.append(self._form.keep(_in_dtype(down_EI, dtype)))
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         hidden = plain_rows(dispatched, self._dtype)
@@ -84,10 +89,10 @@ class CpuMoeOps(TorchMoeOps):
     """The part of core.interfaces.ops.Ops that mixtures of experts need, on a CPU."""
 
     def experts(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
         """Packed matrices where the machine multiplies the dtype; fp8 blocks are dequantised."""
-        return CpuExperts(_in_dtype(gate_up_L2IE, dtype), _in_dtype(down_LEI, dtype), dtype)
+        return CpuExperts(experts, dtype)
 
 
 def _in_dtype(weight: LinearWeight, dtype: torch.dtype) -> Tensor:

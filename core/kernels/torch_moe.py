@@ -5,14 +5,15 @@ counts. Knows nothing of speed. Shape legend: T rows, E hidden size, I intermedi
 experts, K experts of a row, L local experts, M dispatched rows, G groups of experts.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import ExpertKernel, LinearKernel, Routing
+from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.block_fp8 import dequantize, dequantize_rows
 from core.kernels.precision import accurate
@@ -38,6 +39,28 @@ def plain_rows(dispatched: Dispatched, dtype: torch.dtype) -> Tensor:
     return dequantize_rows(dispatched.hidden, dispatched.scales, dtype)
 
 
+def stack_experts(experts: Iterable[ExpertWeights], num_experts: int) -> ExpertWeights:
+    """The matrices of all experts along a new first dimension, filled one expert at a time."""
+    found = iter(experts)
+    first = next(found)
+    gate_up_L2IE, down_LEI = (_room_for(matrix, num_experts) for matrix in first)
+    for index, (gate_up_2IE, down_EI) in enumerate(itertools.chain((first,), found)):
+        write_matrix(gate_up_L2IE, index, gate_up_2IE)
+        write_matrix(down_LEI, index, down_EI)
+    assert index == num_experts - 1, f"{index + 1} experts, {num_experts} promised"
+    return gate_up_L2IE, down_LEI
+
+
+def _room_for(matrix: LinearWeight, count: int) -> LinearWeight:
+    if isinstance(matrix, BlockFp8):
+        values, scales = matrix.values_OI, matrix.scales
+        return BlockFp8(
+            values.new_empty(count, *values.shape),
+            scales.new_empty(count, *scales.shape, dtype=torch.float32),
+        )
+    return matrix.new_empty(count, *matrix.shape)
+
+
 def matrix_of(stacked: LinearWeight, expert: int) -> LinearWeight:
     """A view of one expert's matrix."""
     if isinstance(stacked, BlockFp8):
@@ -60,9 +83,9 @@ class TorchExperts:
     """core.interfaces.ops.ExpertKernel, one expert after the other."""
 
     def __init__(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> None:
-        self._gate_up_L2IE, self._down_LEI = gate_up_L2IE, down_LEI
+        self._gate_up_L2IE, self._down_LEI = stack_experts(experts, num_experts)
         self._dtype = dtype
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
@@ -94,10 +117,10 @@ class TorchMoeOps:
     """The part of core.interfaces.ops.Ops that mixtures of experts need, in plain torch."""
 
     def experts(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
         """Computed in float32 or wider, rounded once."""
-        return TorchExperts(gate_up_L2IE, down_LEI, dtype)
+        return TorchExperts(experts, num_experts, dtype)
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:
         """Multiplied in float32 or wider."""

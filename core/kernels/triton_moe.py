@@ -4,6 +4,7 @@ Nothing here waits for the device: how many rows each expert has stays there. Th
 core.kernels.torch_moe. Shape legend: see there; C most rows of an expert in the batched layout.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,10 +14,10 @@ import triton
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import ExpertKernel, LinearKernel, Routing
+from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
-from core.kernels.torch_moe import matrix_of, plain_rows, write_matrix
+from core.kernels.torch_moe import matrix_of, plain_rows, stack_experts, write_matrix
 from core.kernels.triton_fp8 import quantize_rows
 from core.kernels.triton_moe_kernels import (
     expert_tiles_kernel,
@@ -54,12 +55,12 @@ class TritonExperts:
     """
 
     def __init__(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> None:
-        self._gate_up_L2IE, self._down_LEI = _contiguous(gate_up_L2IE), _contiguous(down_LEI)
+        self._gate_up_L2IE, self._down_LEI = gate_up, _ = stack_experts(experts, num_experts)
         self._dtype = dtype
         # The scales of up follow those of gate: a block of both would belong to neither.
-        assert isinstance(gate_up_L2IE, Tensor) or gate_up_L2IE.values_OI.shape[1] % 256 == 0
+        assert isinstance(gate_up, Tensor) or gate_up.values_OI.shape[1] % 256 == 0
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         hidden = dispatched.hidden
@@ -153,10 +154,10 @@ class TritonMoeOps:
     """The part of core.interfaces.ops.Ops that mixtures of experts need, on a GPU."""
 
     def experts(
-        self, gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+        self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
         """Grouped products with float32 sums; float32 ones are exact."""
-        return TritonExperts(gate_up_L2IE, down_LEI, dtype)
+        return TritonExperts(experts, num_experts, dtype)
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:
         """The vendor's GEMM, storing its float32 sums."""
@@ -232,12 +233,6 @@ def _tiles(dispatched: Dispatched) -> _Tiles:
 
 def _parts(weight: LinearWeight) -> tuple[Tensor, Tensor | None]:
     return (weight.values_OI, weight.scales) if isinstance(weight, BlockFp8) else (weight, None)
-
-
-def _contiguous(weight: LinearWeight) -> LinearWeight:
-    if isinstance(weight, BlockFp8):
-        return BlockFp8(weight.values_OI.contiguous(), weight.scales.float().contiguous())
-    return weight.contiguous()
 
 
 @lru_cache(maxsize=16)  # the driver's answer takes microseconds, and never changes

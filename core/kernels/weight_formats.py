@@ -51,16 +51,6 @@ class BlockFp8Format:
             )
         return torch.cat([self._plain(part) for part in parts])
 
-    def stack(self, experts: Sequence[LinearWeight]) -> LinearWeight:
-        """Along a new first dimension: (L, O, I), and (L, O blocks, I blocks) of scales."""
-        blocks = [expert for expert in experts if isinstance(expert, BlockFp8)]
-        if len(blocks) < len(experts):
-            return torch.stack([self._plain(expert) for expert in experts])
-        return BlockFp8(
-            torch.stack([expert.values_OI for expert in blocks]),
-            torch.stack([expert.scales for expert in blocks]),
-        )
-
     def _plain(self, weight: LinearWeight) -> Tensor:
         return dequantize(weight, self._dtype) if isinstance(weight, BlockFp8) else weight
 

@@ -6,13 +6,14 @@ Shape legend: T rows, E hidden size, I local intermediate size, K experts of a r
 expert.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from core.interfaces.model import BuildContext
 from core.interfaces.moe_a2a import Dispatched
+from core.interfaces.ops import ExpertWeights
 from core.interfaces.weights import BlockFp8, LinearWeight, WeightReader
 from core.layers.expert_moves import Move, expert_moves
 from core.layers.moe_spec import MoELayerSpec
@@ -33,13 +34,9 @@ class LocalExperts:
         self._comm = context.comms.axes["ep"]
         self._map = ExpertMap(context, self.placement)
         local = self.placement.local(self._comm.rank)
-        read = {
-            expert: _read_expert(context, weights.scope(f"{spec.experts_name}.{expert}"), spec)
-            for expert in dict.fromkeys(local)  # two copies may stand on one rank
-        }
         self._kernel = context.ops.experts(
-            context.format.stack([read[expert][0] for expert in local]),
-            context.format.stack([read[expert][1] for expert in local]),
+            _read_experts(context, weights.scope(spec.experts_name), spec, local),
+            len(local),
             context.dtype,
         )
 
@@ -99,9 +96,23 @@ class LocalExperts:
         self._kernel.write(slot, gate_up_2IE, down_EI)
 
 
-def _read_expert(
-    context: BuildContext, weights: WeightReader, spec: MoELayerSpec
-) -> tuple[LinearWeight, LinearWeight]:
+def _read_experts(
+    context: BuildContext, weights: WeightReader, spec: MoELayerSpec, local: Sequence[int]
+) -> Iterator[ExpertWeights]:
+    """The local experts in order, each read when it is asked for; no two share memory."""
+    repeated: dict[int, ExpertWeights] = {}  # of those that stand on this rank more than once
+    for expert in local:
+        if expert in repeated:
+            gate_up_2IE, down_EI = repeated[expert]
+            yield _copy(gate_up_2IE), _copy(down_EI)
+            continue
+        found = _read_expert(context, weights.scope(str(expert)), spec)
+        if local.count(expert) > 1:
+            repeated[expert] = found
+        yield found
+
+
+def _read_expert(context: BuildContext, weights: WeightReader, spec: MoELayerSpec) -> ExpertWeights:
     """(gate and up rows back to back, down) of one expert, this rank's part."""
     form, names = context.format, spec.names
     hidden_size, size = spec.hidden_size, spec.expert_intermediate_size
@@ -112,6 +123,12 @@ def _read_expert(
     )
     down = form.take(weights, f"{names.down}.weight", (hidden_size, size), sharding.equal(1))
     return form.join([gate, up]), down
+
+
+def _copy(matrix: LinearWeight) -> LinearWeight:
+    if isinstance(matrix, BlockFp8):
+        return BlockFp8(matrix.values_OI.clone(), matrix.scales.clone())
+    return matrix.clone()
 
 
 def _tensors(matrix: LinearWeight) -> tuple[Tensor, ...]:

@@ -4,16 +4,16 @@ Triton's kernels run in its interpreter where there is no GPU; with one, `-k cud
 Shape legend: see core.kernels.torch_moe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import Ops
+from core.interfaces.ops import ExpertWeights, Ops
 from core.interfaces.routing import Routing
-from core.interfaces.weights import BlockFp8, LinearWeight
+from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
@@ -175,6 +175,22 @@ def weights(num_experts: int, hidden_size: int, size: int, dtype: torch.dtype) -
     return [gate_up.to(dtype), down.to(dtype)]
 
 
+def pairs_of(
+    gate_up_L: Sequence[BlockFp8] | Tensor,
+    down_L: Sequence[BlockFp8] | Tensor,
+    device: torch.device,
+) -> Iterator[ExpertWeights]:
+    """One expert after the other, as `Ops.experts` takes them in."""
+
+    def there(matrix: BlockFp8 | Tensor) -> BlockFp8 | Tensor:
+        if isinstance(matrix, BlockFp8):
+            return BlockFp8(matrix.values_OI.to(device), matrix.scales.to(device))
+        return matrix.to(device)
+
+    for gate_up, down in zip(gate_up_L, down_L, strict=True):
+        yield there(gate_up), there(down)
+
+
 def expected_of(x_ME: Tensor, gate_up_2IE: Tensor, down_EI: Tensor) -> Tensor:
     """One expert in float64."""
     gate, up = (x_ME.double() @ gate_up_2IE.double().T).chunk(2, dim=-1)
@@ -221,7 +237,7 @@ def test_experts(
 ) -> None:
     gate_up, down = weights(len(counts), hidden_size, size, dtype)
     parts = [normal(3 + i, n, hidden_size, dtype=dtype) for i, n in enumerate(counts)]
-    kernel = ops.experts(gate_up.to(device), down.to(device), dtype)
+    kernel = ops.experts(pairs_of(gate_up, down, device), len(down), dtype)
     dispatched = arranged(parts, batched, device)
     out = kernel(dispatched)
     assert out.shape == dispatched.hidden.shape
@@ -236,7 +252,7 @@ def test_rows_past_the_counts_are_left_alone(ops: Ops, device: torch.device) -> 
     parts = [normal(3 + i, n, 64) for i, n in enumerate([2, 0, 4])]
     dispatched = arranged(parts, False, device)
     longer = torch.cat((dispatched.hidden, torch.full((20, 64), torch.nan, device=device)))
-    out = ops.experts(gate_up.to(device), down.to(device), torch.float32)(
+    out = ops.experts(pairs_of(gate_up, down, device), len(down), torch.float32)(
         Dispatched(longer, dispatched.counts_L, None)
     )
     assert out.shape == longer.shape
@@ -252,7 +268,7 @@ def test_an_expert_can_be_read_and_replaced(
     ops: Ops, device: torch.device, dtype: torch.dtype
 ) -> None:
     gate_up, down = weights(2, 96, 40, dtype)
-    kernel = ops.experts(gate_up.to(device), down.to(device), dtype)
+    kernel = ops.experts(pairs_of(gate_up, down, device), len(down), dtype)
     moved = [matrix.clone() for matrix in kernel.read(1) if isinstance(matrix, Tensor)]
     assert [torch.equal(a.cpu(), b[1]) for a, b in zip(moved, (gate_up, down), strict=True)]
     new_gate_up, new_down = (-matrix for matrix in moved)
@@ -267,13 +283,6 @@ def test_an_expert_can_be_read_and_replaced(
 
 
 # --- fp8 blocks ----------------------------------------------------------------------------------
-
-
-def stacked(matrices: Sequence[BlockFp8], device: torch.device) -> BlockFp8:
-    return BlockFp8(
-        torch.stack([m.values_OI for m in matrices]).to(device),
-        torch.stack([m.scales for m in matrices]).to(device),
-    )
 
 
 def uneven(seed: int, matrix: Tensor, rows: int = 128) -> Tensor:
@@ -313,7 +322,7 @@ def test_triton_experts_of_fp8_blocks(counts: list[int], batched: bool, given: s
         uneven(7 + i, normal(3 + i, n, hidden_size, dtype=dtype), rows=1)
         for i, n in enumerate(counts)
     ]
-    kernel = make().experts(stacked(gate_up_L, device), stacked(down_L, device), dtype)
+    kernel = make().experts(pairs_of(gate_up_L, down_L, device), len(down_L), dtype)
     if given == "rows":
         dispatched = arranged(parts, batched, device)
     else:
@@ -344,8 +353,7 @@ def test_every_set_takes_fp8_blocks_and_rows(ops: Ops, device: torch.device, bat
     gate_up_L, down_L = (quantized(w) for w in weights(3, 128, 128, torch.float32))
     parts = [quantize_rows(normal(3 + i, n, 128)) for i, n in enumerate(counts)]
     dispatched = arranged([p[0] for p in parts], batched, device, [p[1] for p in parts])
-    gate_up: LinearWeight = stacked(gate_up_L, device)
-    out = ops.experts(gate_up, stacked(down_L, device), dtype)(dispatched)
+    out = ops.experts(pairs_of(gate_up_L, down_L, device), len(down_L), dtype)(dispatched)
     for result, part, *matrices in zip(
         results_of(out, counts), parts, gate_up_L, down_L, strict=True
     ):

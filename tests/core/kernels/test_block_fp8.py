@@ -16,6 +16,7 @@ from core.kernels.block_fp8 import (
     quantize,
     quantize_rows,
 )
+from core.kernels.torch_moe import stack_experts
 from core.kernels.weight_formats import BlockFp8Format, select_format
 
 FP8 = torch.float8_e4m3fn
@@ -46,7 +47,7 @@ def test_dequantize_multiplies_each_value_by_its_blocks_scale(outputs: int, inpu
 
 def test_stacked_matrices_are_dequantised_alike() -> None:
     matrices = [random_blocks(seed, 130, 200) for seed in range(3)]
-    stacked = BlockFp8Format(torch.float32).stack(matrices)
+    stacked, _ = stack_experts(zip(matrices, matrices, strict=True), 3)
     assert isinstance(stacked, BlockFp8)
     assert stacked.values_OI.shape == (3, 130, 200)
     expected = torch.stack([dequantize(matrix, torch.float32) for matrix in matrices])
@@ -161,13 +162,6 @@ def test_joining_keeps_blocks_that_begin_where_others_end() -> None:
     assert isinstance(mixed, Tensor)
     assert mixed.shape == (260, 200)
     assert form.join([first]) is first
-
-
-def test_stacking_blocks_and_plain_matrices_gives_plain_ones() -> None:
-    form = BlockFp8Format(torch.bfloat16)
-    stacked = form.stack([random_blocks(1, 4, 4), torch.zeros(4, 4, dtype=torch.bfloat16)])
-    assert isinstance(stacked, Tensor)
-    assert stacked.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
