@@ -36,6 +36,8 @@ ep_is_world = mesh.group("ep") is dist.group.WORLD
 print(json.dumps({"sums": sums, "pp": mesh.group("pp") is None, "ep_is_world": ep_is_world,
                   "interface": os.environ.get("GLOO_SOCKET_IFNAME")}))
 mesh.close()
+sys.stdout.flush()
+os._exit(0)  # as workers end: threads of torch may abort an interpreter that takes itself apart
 """
 
 
