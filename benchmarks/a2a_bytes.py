@@ -40,7 +40,7 @@ class CountingCommunicator:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self.rank, self.size = comm.rank, comm.size
+        self.rank, self.size, self.capturable = comm.rank, comm.size, comm.capturable
         self.num_bytes = 0
         self.num_calls = 0
 

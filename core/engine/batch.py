@@ -57,6 +57,7 @@ class Batch:
     input_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
     kv_slots_T: Tensor  # int64: page * P + offset
+    num_real: Tensor  # int32 (1,): T without the padding
     num_decodes: int
     decode: SequenceBatch | None
     prefill: SequenceBatch | None
@@ -90,6 +91,7 @@ def stage(plan: StepPlan, state: SlotState, num_rows: int) -> Batch:
         input_ids_T=F.pad(state.tokens_SL[token_slots_T, positions_T].long(), padding),
         positions_T=F.pad(positions_T, padding),
         kv_slots_T=pages_T * page_size + positions_T % page_size,
+        num_real=torch.full((1,), total, dtype=torch.int32, device=device),
         num_decodes=num_decodes,
         decode=sequences.part(0, num_decodes) if num_decodes else None,
         prefill=sequences.part(num_decodes, num_sequences) if num_decodes < num_sequences else None,

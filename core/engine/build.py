@@ -32,7 +32,8 @@ from core.engine.model_build import (
 from core.engine.runner import AttentionOfRank, ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
-from core.engine.step_attention import LatentPagedAttention, PagedAttention
+from core.engine.step_attention import PagedAttention
+from core.engine.step_latent import LatentPagedAttention
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles

@@ -43,13 +43,21 @@ class SequenceBatch:
 
     query_lens: list[int]  # new rows, at least 1 each; all 1 in the decode phase
     context_lens: list[int]  # cached tokens including the new rows
+    # In a step captured as a CUDA graph (only `capturable` backends see one) the two lists above
+    # are upper bounds: what holds is on the device, where a sequence of padding has 0 tokens.
     query_starts_S1: Tensor  # int32 on the device: cumulative query_lens, S+1 values
     context_lens_S: Tensor  # int32 on the device
     page_table_SM: Tensor  # int32 on the device: page of each P tokens; 0 past the end
 
 
 class AttentionBackend(Protocol):
-    """Attention of one phase. `plan` runs once a step, `forward` once a layer."""
+    """Attention of one phase. `plan` runs once a step, `forward` once a layer.
+
+    Where `capturable`, both may be recorded as part of a CUDA graph: they launch kernels whose
+    grids follow from the bounds on the host alone, and read lengths and pages on the device.
+    """
+
+    capturable: bool
 
     def plan(self, batch: SequenceBatch) -> object:
         """Whatever `forward` needs beside q and the cache; valid for this step only."""

@@ -29,6 +29,11 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def capturable(self) -> bool:
+        """Whether its collectives may be recorded in a CUDA graph."""
+        ...
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks; may be written into `x`, which is returned then."""
         ...
@@ -59,6 +64,7 @@ class SoloCommunicator:
 
     rank: int = 0
     size: int = 1
+    capturable: bool = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -112,6 +118,7 @@ class AxisPlace:
 
     rank: int
     size: int
+    capturable: bool = False
 
     def _refuse(self) -> Tensor:
         raise AssertionError("this rank is only measured; it has no peers to talk to")

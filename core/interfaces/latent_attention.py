@@ -41,7 +41,12 @@ class LatentAttentionSpec:
 
 
 class LatentAttentionBackend(Protocol):
-    """Attention of one phase. `plan` runs once a step, the others once a layer."""
+    """Attention of one phase. `plan` runs once a step, the others once a layer.
+
+    `capturable`: as of core.interfaces.attention.AttentionBackend.
+    """
+
+    capturable: bool
 
     def plan(self, batch: SequenceBatch) -> object:
         """Whatever the layers' calls need beside q and the cache; valid for this step only."""

@@ -133,6 +133,9 @@ class ModelStep:
     latent_attention: LatentAttentionStep
     rows: StepRows  # T is `rows.num_padded` where the stream is cut, else `rows.num_real`
     phase: str  # "prefill" where any rank computes a prompt in this step, else "decode"
+    # int32 (1,) on the device: rows of this DP rank that are no padding. In a step captured as a
+    # CUDA graph `rows` counts those it was captured for, and this alone says how many are real.
+    num_real: Tensor
 
 
 class ExpertLayer(Protocol):

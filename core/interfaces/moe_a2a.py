@@ -65,6 +65,7 @@ class Dispatcher(Protocol):
     """
 
     layout: ExpertLayout
+    capturable: bool  # may be recorded in a CUDA graph: never waits for the device
 
     def dispatch(
         self, x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, counts: Sequence[int]

@@ -76,6 +76,11 @@ class Ops(Protocol):
         columns and sin in the rest, float32. May overwrite q and k."""
         ...
 
+    def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
+        """Prepare the first half of a gated MLP: (T, E) -> silu_and_mul of the linear layer, whose
+        first I outputs are the gate and the rest what it multiplies."""
+        ...
+
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """silu(first half) * second half of the last dimension."""
         ...

@@ -154,6 +154,11 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         self._rotations[id(cos_sin_CD)] = rotation
         return rotation
 
+    def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
+        """The linear layer, then the product of its halves."""
+        linear = self.linear(weight_2IE, bias_2I)
+        return lambda x_TE: self.silu_and_mul(linear(x_TE))
+
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """silu is rounded before the product, as in the models' reference code."""
         gate_TI, up_TI = gate_up_T2I.chunk(2, dim=-1)

@@ -64,6 +64,11 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
         cos_T1F, sin_T1F = cos_sin_CD[positions_T].unsqueeze(1).chunk(2, dim=-1)
         return _rotate(q_THD, cos_T1F, sin_T1F), _rotate(k_TGD, cos_T1F, sin_T1F)
 
+    def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
+        """The linear layer, then the product of its halves."""
+        linear = self.linear(weight_2IE, bias_2I)
+        return lambda x_TE: self.silu_and_mul(linear(x_TE))
+
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """Rounded once, at the end."""
         gate_TI, up_TI = accurate(gate_up_T2I).chunk(2, dim=-1)

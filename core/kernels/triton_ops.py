@@ -127,6 +127,11 @@ class TritonOps(TritonLatentOps, TritonMoeOps):
         )
         return q_THD, k_TGD
 
+    def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
+        """The linear layer, then the product of its halves."""
+        linear = self.linear(weight_2IE, bias_2I)
+        return lambda x_TE: self.silu_and_mul(linear(x_TE))
+
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """Rounded once, at the end."""
         rows = _rows(gate_up_T2I)

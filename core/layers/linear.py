@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from core.interfaces.model import BuildContext
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import WeightReader
+from core.interfaces.weights import LinearWeight, WeightReader
 from core.parallel.sharding import Shard, Sharding
 
 
@@ -33,6 +34,30 @@ def column_linear(
     bias: bool,
 ) -> LinearKernel:
     """(T, I) replicated -> (T, local outputs of every part, back to back)."""
+    return context.ops.linear(*_joined(context, weights, parts, num_inputs, bias=bias))
+
+
+def gated_linear(
+    context: BuildContext,
+    weights: WeightReader,
+    parts: Sequence[LinearPart],
+    num_inputs: int,
+    *,
+    bias: bool,
+) -> LinearKernel:
+    """(T, I) replicated -> (T, local outputs of one part): silu of the first times the second."""
+    return context.ops.gated_linear(*_joined(context, weights, parts, num_inputs, bias=bias))
+
+
+def _joined(
+    context: BuildContext,
+    weights: WeightReader,
+    parts: Sequence[LinearPart],
+    num_inputs: int,
+    *,
+    bias: bool,
+) -> tuple[LinearWeight, Tensor | None]:
+    """The weights of all parts back to back, and their biases."""
     form = context.format
     weight_OI = form.join(
         [
@@ -41,9 +66,9 @@ def column_linear(
         ]
     )
     if not bias:
-        return context.ops.linear(weight_OI, None)
+        return weight_OI, None
     biases = [weights.take(f"{part.name}.bias", (part.num_outputs,), part.shard) for part in parts]
-    return context.ops.linear(weight_OI, biases[0] if len(biases) == 1 else torch.cat(biases))
+    return weight_OI, biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 def row_linear(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.linear import LinearPart, column_linear, row_linear
+from core.layers.linear import LinearPart, gated_linear, row_linear
 from core.layers.row_exchange import row_exchange
 from core.parallel.sharding import Sharding
 
@@ -12,7 +12,7 @@ from core.parallel.sharding import Sharding
 class PartialMLP:
     """(T, E) -> (T, E), a part of the sum over the ranks of `axis`."""
 
-    __slots__ = ("_down", "_gate_up", "_ops")
+    __slots__ = ("_down", "_gated")
 
     def __init__(
         self,
@@ -26,14 +26,13 @@ class PartialMLP:
     ) -> None:
         shard = Sharding.over(context.comms.axes[axis]).equal(0)
         parts = [LinearPart(name, intermediate_size, shard) for name in ("gate_proj", "up_proj")]
-        self._gate_up = column_linear(context, weights, parts, hidden_size, bias=bias)
+        self._gated = gated_linear(context, weights, parts, hidden_size, bias=bias)
         self._down = row_linear(
             context, weights, "down_proj", hidden_size, intermediate_size, bias=bias, axis=axis
         )
-        self._ops = context.ops
 
     def __call__(self, x_TE: Tensor) -> Tensor:
-        return self._down(self._ops.silu_and_mul(self._gate_up(x_TE)))
+        return self._down(self._gated(x_TE))
 
 
 class GatedMLP:

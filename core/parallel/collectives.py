@@ -23,6 +23,8 @@ class GroupCommunicator:
     (DeepEP). A communicator without this attribute is not of torch.distributed.
     """
 
+    capturable = False  # what waits on the host can't be recorded
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self.rank = dist.get_rank(group)

@@ -66,6 +66,8 @@ def build(options: NoOptions, spec: AttentionSpec) -> "CpuBackend":
 class CpuBackend:
     """Both phases; a step may even mix them."""
 
+    capturable = False
+
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         token_bytes = spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize

@@ -32,6 +32,8 @@ def build(options: NoOptions, spec: LatentAttentionSpec) -> "CpuLatentBackend":
 class CpuLatentBackend:
     """Both forms, both phases."""
 
+    capturable = False
+
     def __init__(self, spec: LatentAttentionSpec) -> None:
         self._spec = spec
         self._cached_dim = spec.latent_dim + spec.rope_dim

@@ -22,6 +22,8 @@ def build(options: NoOptions, spec: LatentAttentionSpec) -> "TorchRefLatentBacke
 class TorchRefLatentBackend:
     """Softmax(q k^T * scale) v with every key, value and score in memory."""
 
+    capturable = False
+
     def __init__(self, spec: LatentAttentionSpec) -> None:
         self._spec = spec
 

@@ -84,6 +84,8 @@ def build(options: NoOptions, spec: LatentAttentionSpec) -> "TritonLatentBackend
 class TritonLatentBackend:
     """Both forms, both phases, any page size and dimensions."""
 
+    capturable = False
+
     def __init__(self, spec: LatentAttentionSpec) -> None:
         self.spec = spec
         device = describe(spec.device)

@@ -21,6 +21,8 @@ def build(options: NoOptions, spec: AttentionSpec) -> "TorchRefBackend":
 class TorchRefBackend:
     """Softmax(q k^T * scale) v with every score in memory."""
 
+    capturable = False
+
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
 

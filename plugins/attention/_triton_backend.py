@@ -57,6 +57,8 @@ def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
 class TritonBackend:
     """Both phases, any page size and head dimension."""
 
+    capturable = False
+
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
         self._group = spec.num_heads // spec.num_kv_heads

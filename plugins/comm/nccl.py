@@ -25,4 +25,10 @@ class NcclBackend:
     def communicator(self, group: object) -> Communicator:
         """Wrap an NCCL group that this rank belongs to; collectives return before they ran."""
         assert isinstance(group, ProcessGroup)
-        return GroupCommunicator(group)
+        return NcclCommunicator(group)
+
+
+class NcclCommunicator(GroupCommunicator):
+    """Ordered on the current stream, and never waited for by the host."""
+
+    capturable = True

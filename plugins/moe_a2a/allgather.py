@@ -29,6 +29,8 @@ class _Handle:
 class AllGatherDispatcher:
     """One gather of packed rows, one scatter of float32 sums."""
 
+    capturable = False
+
     def __init__(self, options: AllGatherOptions, spec: A2ASpec) -> None:
         self.layout = ExpertLayout(options.layout)
         self._spec = spec

@@ -87,6 +87,7 @@ class NormalDispatcher:
     """High throughput. The host waits for the number of rows that come."""
 
     layout = ExpertLayout.CONTIGUOUS
+    capturable = False
 
     def __init__(self, options: DeepEPOptions, spec: A2ASpec, library: ModuleType) -> None:
         self._spec = spec
@@ -165,6 +166,7 @@ class LowLatencyDispatcher:
     """Fixed places for each expert, no waiting by the host, one message for each row and expert."""
 
     layout = ExpertLayout.BATCHED
+    capturable = False
 
     def __init__(self, options: DeepEPOptions, spec: A2ASpec, library: ModuleType) -> None:
         self._spec = spec

@@ -37,6 +37,7 @@ class NcclDispatcher:
     """All-to-all over the ep axis' communicator, whatever that is."""
 
     layout = ExpertLayout.CONTIGUOUS
+    capturable = False
 
     def __init__(self, options: NcclOptions, spec: A2ASpec) -> None:
         self._spec = spec

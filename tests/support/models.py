@@ -335,7 +335,13 @@ def _run_steps(
         padding = (0, num_rows - rows.num_real)
         ids_T = torch.tensor(token_ids[start : start + rows.num_real], dtype=torch.int64)
         positions_T = torch.arange(start, start + rows.num_real)
-        step = ModelStep(attention, attention, rows, "prefill" if start == 0 else "decode")
+        step = ModelStep(
+            attention,
+            attention,
+            rows,
+            "prefill" if start == 0 else "decode",
+            torch.tensor([rows.num_real], dtype=torch.int32),
+        )
         hidden_TE = model.forward(
             torch.nn.functional.pad(ids_T, padding),
             torch.nn.functional.pad(positions_T, padding),

@@ -29,6 +29,7 @@ class ThreadCommunicator:
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
         self.size = len(meeting.slots)
+        self.capturable = False
         self._meeting = meeting
 
     def exchange(self, brought: Any) -> list[Any]:

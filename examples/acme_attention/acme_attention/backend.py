@@ -26,6 +26,8 @@ class SequencePlan:
 class AcmeAttention:
     """Fills core.interfaces.attention.AttentionBackend."""
 
+    capturable = False  # looks at lengths on the host
+
     def __init__(self, options: AcmeOptions, spec: AttentionSpec) -> None:
         self.query_block = options.query_block
         self.spec = spec

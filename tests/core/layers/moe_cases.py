@@ -280,4 +280,6 @@ class Setup:
 def step_of(rows: StepRows, phase: str = "prefill") -> ModelStep:
     """A step for a layer without attention."""
     nothing: Any = None
-    return ModelStep(nothing, nothing, rows, phase)
+    return ModelStep(
+        nothing, nothing, rows, phase, torch.tensor([rows.num_real], dtype=torch.int32)
+    )

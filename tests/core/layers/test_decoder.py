@@ -138,6 +138,10 @@ def test_zero_rows_pass_through(tiny_folder: Folder) -> None:
     model = build_model(folder_files(tiny_folder("qwen3")))
     none = torch.empty(0, dtype=torch.int64)
     attention = DenseAttention(model.kv.scale, num_real=0)
-    hidden = model.forward(none, none, ModelStep(attention, attention, solo_rows(0), "decode"))
+    hidden = model.forward(
+        none,
+        none,
+        ModelStep(attention, attention, solo_rows(0), "decode", torch.zeros(1, dtype=torch.int32)),
+    )
     assert hidden.shape == (0, 96)
     assert model.logits(hidden, solo_rows(0)).shape == (0, VOCAB_SIZE)
