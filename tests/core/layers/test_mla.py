@@ -212,6 +212,7 @@ def staged(positions_T: Tensor, num_real: int) -> Batch:
         input_ids_T=torch.zeros_like(positions_T),
         positions_T=positions_T,
         kv_slots_T=pages[real // PAGE_SIZE].long() * PAGE_SIZE + real % PAGE_SIZE,
+        num_real=torch.tensor([num_real], dtype=torch.int32),
         num_decodes=int(num_real == 1),
         decode=sequences if num_real == 1 else None,
         prefill=None if num_real == 1 else sequences,
