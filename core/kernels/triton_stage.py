@@ -1,0 +1,216 @@
+"""Staging of captured decode steps as Triton kernels: see core.kernels.stage.
+
+Knows nothing of models or plans. Shape legend: as there; X parts of a row of logits.
+"""
+
+# Kernels are written in Triton's language, which has no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.kernels.dependent_launch import (
+    let_successor_start,
+    options,
+    wait_for_predecessor,
+)
+from core.kernels.stage import HEADER, DecodeRows
+
+_BLOCK_COLUMNS = 256  # page-table entries copied at a time
+_BLOCK_ROWS = 128
+_BLOCK_V = 4096  # logits of one program
+_HEADER = tl.constexpr(HEADER)
+
+
+@triton.jit
+def enter_pages_kernel(packed_ptr, pages_ptr, size, pages_stride, BLOCK: tl.constexpr):
+    """Write the new page-table entries."""
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = entries < tl.load(packed_ptr + 1)
+    list_ptr = packed_ptr + _HEADER + entries
+    slots = tl.load(list_ptr + 2 * size, mask=inside, other=0).to(tl.int64)
+    columns = tl.load(list_ptr + 3 * size, mask=inside, other=0)
+    pages = tl.load(list_ptr + 4 * size, mask=inside, other=0)
+    tl.store(pages_ptr + slots * pages_stride + columns, pages, mask=inside)
+
+
+@triton.jit
+def stage_kernel(
+    packed_ptr,
+    tokens_ptr,
+    pages_ptr,
+    ids_ptr,
+    positions_ptr,
+    kv_slots_ptr,
+    contexts_ptr,
+    table_ptr,
+    tokens_stride,
+    pages_stride,
+    table_stride,
+    size,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """All buffers of one row."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    row = tl.program_id(0)
+    real = row < tl.load(packed_ptr)
+    slot = tl.load(packed_ptr + _HEADER + row, mask=real, other=0).to(tl.int64)
+    position = tl.load(packed_ptr + _HEADER + size + row, mask=real, other=0)
+    token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=real, other=0)
+    column = position // PAGE_SIZE
+    page = tl.load(pages_ptr + slot * pages_stride + column, mask=real, other=0).to(tl.int64)
+    tl.store(ids_ptr + row, token.to(tl.int64))
+    tl.store(positions_ptr + row, position.to(tl.int64))
+    tl.store(kv_slots_ptr + row, tl.where(real, page * PAGE_SIZE + position % PAGE_SIZE, -1))
+    tl.store(contexts_ptr + row, tl.where(real, position + 1, 0))
+    used = tl.where(real, column + 1, 0)
+    from_ptr = pages_ptr + slot * pages_stride
+    to_ptr = table_ptr + row.to(tl.int64) * table_stride
+    for first in range(0, used, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < used
+        tl.store(to_ptr + columns, tl.load(from_ptr + columns, mask=inside), mask=inside)
+
+
+@triton.jit
+def best_of_part_kernel(
+    logits_ptr,
+    best_ptr,
+    ids_ptr,
+    stride,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The largest of BLOCK logits of a row, and its first place."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = part * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + row * stride + columns, mask=columns < V, other=-float("inf"))
+    logits = tl.where(logits == logits, logits, -float("inf"))
+    best, place = tl.max(logits, axis=0, return_indices=True)
+    out = row * tl.num_programs(1) + part
+    tl.store(best_ptr + out, best)
+    tl.store(ids_ptr + out, part * BLOCK + place)
+
+
+@triton.jit
+def best_part_kernel(
+    best_ptr,
+    ids_ptr,
+    out_ptr,
+    NUM_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The first of a row's best parts."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    row = tl.program_id(0)
+    parts = tl.arange(0, BLOCK)
+    inside = parts < NUM_PARTS
+    best = tl.load(best_ptr + row * NUM_PARTS + parts, mask=inside, other=-float("inf"))
+    place = tl.argmax(best, axis=0)
+    tl.store(out_ptr + row, tl.load(ids_ptr + row * NUM_PARTS + place).to(tl.int64))
+
+
+@triton.jit
+def store_kernel(
+    ids_ptr,
+    packed_ptr,
+    tokens_ptr,
+    tokens_stride,
+    size,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Tokens of BLOCK rows, behind their positions."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = rows < tl.load(packed_ptr)
+    slots = tl.load(packed_ptr + _HEADER + rows, mask=real, other=0).to(tl.int64)
+    positions = tl.load(packed_ptr + _HEADER + size + rows, mask=real, other=0)
+    ids = tl.load(ids_ptr + rows, mask=real, other=0)
+    tl.store(tokens_ptr + slots * tokens_stride + positions + 1, ids.to(tl.int32), mask=real)
+
+
+class TritonStaging:
+    """core.kernels.stage.Staging on a GPU (or in Triton's interpreter)."""
+
+    def stage(self, rows: DecodeRows, tokens_ZL: Tensor, pages_ZM: Tensor, page_size: int) -> None:
+        """Two launches."""
+        size = rows.input_ids_S.shape[0]
+        enter_pages_kernel[(triton.cdiv(size, _BLOCK_ROWS),)](
+            rows.packed, pages_ZM, size, pages_ZM.stride(0), BLOCK=_BLOCK_ROWS, num_warps=1
+        )
+        stage_kernel[(size,)](
+            rows.packed,
+            tokens_ZL,
+            pages_ZM,
+            rows.input_ids_S,
+            rows.positions_S,
+            rows.kv_slots_S,
+            rows.context_lens_S,
+            rows.page_table_SM,
+            tokens_ZL.stride(0),
+            pages_ZM.stride(0),
+            rows.page_table_SM.stride(0),
+            size,
+            PAGE_SIZE=page_size,
+            BLOCK=_BLOCK_COLUMNS,
+            num_warps=2,
+            **options(pages_ZM.device),
+        )
+
+    def best(self, logits_SV: Tensor) -> Tensor:
+        """Two launches: the best of each part of a row, then the best part."""
+        num_rows, vocab_size = logits_SV.shape
+        num_parts = triton.cdiv(vocab_size, _BLOCK_V)
+        device = logits_SV.device
+        assert logits_SV.stride(1) == 1
+        best_SX = torch.empty((num_rows, num_parts), dtype=torch.float32, device=device)
+        ids_SX = torch.empty((num_rows, num_parts), dtype=torch.int32, device=device)
+        best_S = torch.empty(num_rows, dtype=torch.int64, device=device)
+        if num_rows == 0:
+            return best_S
+        best_of_part_kernel[(num_rows, num_parts)](
+            logits_SV,
+            best_SX,
+            ids_SX,
+            logits_SV.stride(0),
+            V=vocab_size,
+            BLOCK=_BLOCK_V,
+            num_warps=8,
+            **options(device),
+        )
+        best_part_kernel[(num_rows,)](
+            best_SX,
+            ids_SX,
+            best_S,
+            NUM_PARTS=num_parts,
+            BLOCK=triton.next_power_of_2(num_parts),
+            num_warps=1,
+            **options(device),
+        )
+        return best_S
+
+    def store(self, ids_S: Tensor, rows: DecodeRows, tokens_ZL: Tensor) -> None:
+        """One launch."""
+        size = rows.input_ids_S.shape[0]
+        store_kernel[(triton.cdiv(size, _BLOCK_ROWS),)](
+            ids_S,
+            rows.packed,
+            tokens_ZL,
+            tokens_ZL.stride(0),
+            size,
+            BLOCK=_BLOCK_ROWS,
+            num_warps=1,
+            **options(tokens_ZL.device),
+        )
