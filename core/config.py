@@ -15,6 +15,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
 DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
+CUDA_GRAPHS = ("auto", "off")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
 TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
@@ -172,13 +173,21 @@ class EngineConfig:
 
     device: str = "auto"
     page_size: int = 16  # tokens in a KV page
-    mem_fraction: float = 0.85  # share of the device's free memory given to weights and KV pool
+    # Share of a GPU's memory for all that this engine holds there; of a CPU's free memory, for
+    # the KV pool.
+    mem_fraction: float = 0.85
     kv_cache_tokens: int | None = None  # size of the KV pool; None: from mem_fraction
     max_running_requests: int = 256
     chunked_prefill_size: int = 2048  # most prompt tokens of one request in a step; -1: no chunks
     max_prefill_tokens: int = 8192  # most prompt tokens of all requests in a step
     disable_prefix_cache: bool = False
     seed: int = 0  # of requests that bring no seed of their own
+    # Where compiled kernels are kept between starts; None: $TRITON_CACHE_DIR, else a folder of the
+    # user's cache.
+    kernel_cache_dir: str | None = None
+    cuda_graphs: str = "auto"  # auto: decode steps are captured where everything in them can be
+    # Most requests of a captured step; None: max_running_requests, at most 512.
+    max_graph_batch: int | None = None
 
     def __post_init__(self) -> None:
         require_choice("engine.device", self.device, DEVICES)
@@ -189,6 +198,8 @@ class EngineConfig:
         if self.chunked_prefill_size != -1:
             require_range("engine.chunked_prefill_size", self.chunked_prefill_size, 1)
         require_range("engine.max_prefill_tokens", self.max_prefill_tokens, 1)
+        require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)
 
 
 @dataclass(slots=True, kw_only=True)

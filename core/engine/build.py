@@ -4,8 +4,7 @@ Used by the worker process and by the offline engine alike. Every rank of a grou
 collectives inside (agreeing on the pool size) happen on all of them.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,17 @@ import torch
 from core.config import AppConfig
 from core.engine.batch import SlotState
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
+from core.engine.forward import AttentionOfRank, RankParts
+from core.engine.graphs import make_steps
 from core.engine.launch import StepLauncher, select_launcher
 from core.engine.loop import warm_up
 from core.engine.memory import (
+    HeldMemory,
     PoolSize,
     allocate_latent_pool,
     allocate_pool,
     check_weights_fit,
+    page_bytes,
     plan_pool,
 )
 from core.engine.model_build import (
@@ -29,17 +32,19 @@ from core.engine.model_build import (
     model_context,
     stream_of,
 )
-from core.engine.runner import AttentionOfRank, ModelRunner
+from core.engine.runner import ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
 from core.engine.step_attention import PagedAttention
 from core.engine.step_latent import LatentPagedAttention
+from core.engine.trial import OnPhase, Phases, Trial, keep_kernels
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 from core.interfaces.model import LatentKVShape, Model, ModelSpec
+from core.interfaces.moe_a2a import Dispatcher
 from core.interfaces.ops import Ops
 from core.kernels.select import select_ops
 from core.kernels.weight_formats import select_format
@@ -51,8 +56,6 @@ from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
 
-OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEngine:
@@ -62,6 +65,7 @@ class RankEngine:
     launcher: StepLauncher
     balancer: Balancer
     pool: PoolSize
+    held: HeldMemory  # on a GPU, beside the pool
     kv_cache_tokens: int
     max_model_len: int
     weight_bytes: int  # of this rank
@@ -77,6 +81,9 @@ class RankEngine:
             "kv_pool_bytes": self.pool.total_bytes,
             "kv_cache_tokens": self.kv_cache_tokens,
             "max_model_len": self.max_model_len,
+            "state_bytes": self.held.state,
+            "activation_bytes": self.held.activations,
+            "graph_bytes": self.held.graphs,
         }
 
 
@@ -96,23 +103,28 @@ class RankContext:
 
 
 def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
-    """Load the weights, size and allocate the pool, warm the kernels up."""
-    phase = _Phases(context.on_phase)
+    """Load the weights, try the largest steps out, give the pool what is left, warm up."""
+    phases = Phases(context.on_phase)
     launcher = select_launcher(context.device)
+    if context.device.type == "cuda":
+        keep_kernels(config.engine.kernel_cache_dir)
     loaded = launcher.run(lambda: _load(config, context))
-    phase.end("load weights")
-    pool = _agree_pool(config, context, loaded)
+    phases.end("load weights")
+    held = HeldMemory()
+    if context.device.type == "cuda":
+        held = _try_out(config, context, loaded, phases)
+    pool = _agree_pool(config, context, loaded, held)
     kv_cache_tokens = (pool.num_pages - 1) * config.engine.page_size
     max_model_len = min(loaded.max_model_len, kv_cache_tokens)
     runner = launcher.run(lambda: _build_runner(config, context, loaded, pool, max_model_len))
-    phase.end("KV pool")
+    phases.end("KV pool")
     steps = StepLauncher(launcher, runner)
     warm_up(
         steps,
         _warm_up_plans(min(max_model_len - 1, 16, config.engine.page_size)),
         context.plan.axis_size("dp"),
     )
-    phase.end("warm up")
+    phases.end("warm up")
     return RankEngine(
         scheduler=Scheduler(
             config.engine,
@@ -124,6 +136,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         launcher=steps,
         balancer=runner.balancer,
         pool=pool,
+        held=held,
         kv_cache_tokens=kv_cache_tokens,
         max_model_len=max_model_len,
         weight_bytes=loaded.shapes.num_bytes,
@@ -132,11 +145,31 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     )
 
 
+def _try_out(
+    config: AppConfig, context: RankContext, loaded: "_Loaded", phases: Phases
+) -> HeldMemory:
+    """Compile what steps need and measure the memory that the largest take, on a scratch pool."""
+    device, max_model_len = context.device, loaded.max_model_len
+    scratch = PoolSize(2, page_bytes(config.engine, loaded.model.kv, loaded.dtype))
+    return Trial(
+        engine=config.engine,
+        max_model_len=max_model_len,
+        device=device,
+        num_dp=context.plan.axis_size("dp"),
+        # What a kernel did not compute must not decide how long exchanged rows are.
+        rehearses=all(dispatcher.capturable for dispatcher in loaded.dispatchers.values()),
+        build_runner=lambda: _build_runner(config, context, loaded, scratch, max_model_len),
+        phases=phases,
+        on_progress=context.on_progress,
+    ).run()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loaded:
     """A rank's part of the model, and what was found out on the way."""
 
     model: Model
+    dispatchers: Mapping[str, Dispatcher]  # by phase
     ops: Ops
     spec: ModelSpec
     dtype: torch.dtype
@@ -199,6 +232,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     reader.finish()
     return _Loaded(
         model=model,
+        dispatchers=dispatchers,
         ops=ops,
         spec=spec,
         dtype=dtype,
@@ -214,25 +248,36 @@ def _build_runner(
     """Allocate the pool and the slots, build the attention backends and the sampler."""
     engine, device = config.engine, context.device
     stream = stream_of(loaded.spec, context.plan)
-    return ModelRunner(
+    state = SlotState(
+        num_slots=engine.max_running_requests,
+        max_tokens=max_model_len,
+        page_size=engine.page_size,
+        device=device,
+    )
+    parts = RankParts(
         model=loaded.model,
         attention=_build_attention(config, context, loaded, pool, max_model_len),
+        state=state,
+        plan=context.plan,
+        rank=context.rank,
+        stream=stream,
+    )
+    return ModelRunner(
+        steps=make_steps(
+            engine,
+            parts,
+            max_model_len=max_model_len,
+            comms=context.comms,
+            dispatcher=loaded.dispatchers.get("decode"),
+        ),
         sampler=Sampler(
             max_slots=engine.max_running_requests,
             vocab_size=loaded.spec.vocab_size,
             device=device,
             eos_ids=context.files.eos_ids,
         ),
-        state=SlotState(
-            num_slots=engine.max_running_requests,
-            max_tokens=max_model_len,
-            page_size=engine.page_size,
-            device=device,
-        ),
+        state=state,
         comm=context.comms.axes["tp"],
-        plan=context.plan,
-        rank=context.rank,
-        stream=stream,
         balancer=make_balancer(
             loaded.model.expert_layers,
             context.comms.axes["world"],
@@ -299,7 +344,9 @@ def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
     return dtype
 
 
-def _agree_pool(config: AppConfig, context: RankContext, loaded: _Loaded) -> PoolSize:
+def _agree_pool(
+    config: AppConfig, context: RankContext, loaded: _Loaded, held: HeldMemory
+) -> PoolSize:
     """The smallest pool of any rank: page ids are the same in an attention group, and DP ranks take
     equally many requests."""
     pool = plan_pool(
@@ -309,6 +356,7 @@ def _agree_pool(config: AppConfig, context: RankContext, loaded: _Loaded) -> Poo
         device=context.device,
         max_model_len=loaded.max_model_len,
         local_ranks=context.local_ranks,
+        held=held,
     )
     mine = torch.tensor([pool.num_pages], dtype=torch.int64, device=context.device)
     everyone = context.comms.axes["world"].all_gather(mine, 0)
@@ -322,16 +370,3 @@ def _warm_up_plans(num_tokens: int) -> list[StepPlan]:
     prefill = StepPlan(0, [init], 0, [0], [0], [num_tokens], [True], [0], [0], [0])
     decode = StepPlan(0, [], 1, [0], [num_tokens - 1], [1], [True], [], [], [])
     return [prefill, decode]
-
-
-class _Phases:
-    """Seconds between the ends of phases."""
-
-    def __init__(self, on_phase: OnPhase) -> None:
-        self._on_phase = on_phase
-        self._start = time.monotonic()
-
-    def end(self, name: str) -> None:
-        now = time.monotonic()
-        self._on_phase(name, now - self._start)
-        self._start = now

@@ -1,0 +1,123 @@
+"""What happens on a GPU between loading weights and serving: kernels are compiled, and the largest
+steps run once, so that what they need is known before the KV pool takes the rest.
+
+Knows nothing of how runners are built or of what the pool is for.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from core.config import EngineConfig
+from core.engine.launch import StepLauncher, StreamLauncher
+from core.engine.lockstep import rank_facts, settle
+from core.engine.loop import warm_up
+from core.engine.memory import GIB, GRAPH_BYTES, HeldMemory
+from core.engine.runner import ModelRunner
+from core.engine.trial_steps import COSTLIEST, kernel_steps, largest_decode, largest_prefills
+from core.errors import ResourceError
+from core.interfaces.messages import AgreedStep, StepPlan
+from core.loading.cache import cache_dir
+from core.loading.progress import OnProgress
+
+OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
+COMPILE_TASK = "compile kernels"
+
+
+class Phases:
+    """Seconds between the ends of phases."""
+
+    def __init__(self, on_phase: OnPhase) -> None:
+        self._on_phase = on_phase
+        self._start = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """The phase that began when the last one ended is over."""
+        now = time.monotonic()
+        self._on_phase(name, now - self._start)
+        self._start = now
+
+
+def keep_kernels(chosen: str | None) -> None:
+    """Have compiled kernels kept between starts: in the folder that is chosen, else where Triton's
+    own variable says, else in the user's cache. Before the first kernel is compiled."""
+    from core.kernels import compile_ahead
+
+    if chosen is not None:
+        compile_ahead.keep_kernels_in(Path(chosen).expanduser())
+    elif compile_ahead.CACHE_VARIABLE not in os.environ:
+        compile_ahead.keep_kernels_in(cache_dir("kernels"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Steps of made-up requests on a runner whose pool is a scratch page.
+
+    `rehearses`: steps may be run with kernels left out. `build_runner` makes such a runner; it is
+    dropped at the end. Every rank runs the same trial.
+    """
+
+    engine: EngineConfig
+    max_model_len: int
+    device: torch.device
+    num_dp: int
+    rehearses: bool
+    build_runner: Callable[[], ModelRunner]
+    phases: Phases
+    on_progress: OnProgress
+
+    def run(self) -> HeldMemory:
+        """Compile, then run the largest steps. Leaves the memory that they took with torch, for
+        steps to come. Raises ResourceError where they need more than there is."""
+        torch.cuda.empty_cache()
+        weights = torch.cuda.memory_allocated(self.device)
+        runner = self.build_runner()
+        state = torch.cuda.memory_allocated(self.device) - weights
+        if self.rehearses:
+            self._compile(runner)
+        self.phases.end(COMPILE_TASK)
+        try:
+            graphs = self._decode(runner)
+            self._largest(runner)
+        except torch.OutOfMemoryError as error:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            raise ResourceError(
+                f"the largest steps don't fit in the memory of {self.device}: of "
+                f"{total / GIB:.2f} GiB weights take {weights / GIB:.2f}, slots and buffers "
+                f"{state / GIB:.2f}; lower engine.max_prefill_tokens or "
+                "engine.max_running_requests, or use more ranks (parallel.tp)"
+            ) from error
+        activations = torch.cuda.memory_reserved(self.device) - weights - state
+        self.phases.end("try largest steps")
+        return HeldMemory(weights=weights, state=state, activations=activations, graphs=graphs)
+
+    def _compile(self, runner: ModelRunner) -> None:
+        from core.kernels.compile_ahead import rehearsal
+
+        plans = kernel_steps(self.engine, self.max_model_len)
+        with rehearsal(lambda done, total: self.on_progress(COMPILE_TASK, done, total, "kernels")):
+            for plan in plans:
+                runner.launch(self._agreed(plan))
+        torch.cuda.synchronize(self.device)
+
+    def _decode(self, runner: ModelRunner) -> int:
+        """Run the largest decode step; about the bytes that capturing such steps will take."""
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._launch(runner, [largest_decode(self.engine, self.max_model_len)])
+        return torch.cuda.max_memory_allocated(self.device) - before + GRAPH_BYTES
+
+    def _largest(self, runner: ModelRunner) -> None:
+        engine, longest = self.engine, self.max_model_len
+        self._launch(runner, largest_prefills(engine, longest, COSTLIEST))
+        self._launch(runner, [largest_decode(engine, longest, COSTLIEST)])
+
+    def _launch(self, runner: ModelRunner, plans: Sequence[StepPlan]) -> None:
+        warm_up(StepLauncher(StreamLauncher(), runner), plans, self.num_dp)
+
+    def _agreed(self, plan: StepPlan) -> AgreedStep:
+        return AgreedStep(plan, settle([rank_facts(0, plan, busy=True)] * self.num_dp).facts)

@@ -1,0 +1,138 @@
+"""Steps of made-up requests, run before serving: the worst a rank may meet, and those that between
+them meet every kernel. All of their tokens lie on the scratch page; nobody reads their results.
+
+Pure: knows the limits of the scheduler, nothing of models or devices.
+"""
+
+from collections.abc import Sequence
+
+from core.config import EngineConfig
+from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+
+GREEDY = SamplingParams(max_tokens=2, temperature=0.0)
+# Everything that makes copies of the logits at once.
+COSTLIEST = SamplingParams(
+    max_tokens=2,
+    temperature=1.0,
+    top_p=0.9,
+    min_p=0.01,
+    presence_penalty=0.5,
+    frequency_penalty=0.5,
+    repetition_penalty=1.1,
+    logit_bias={0: 1.0},
+    logprobs=20,
+    prompt_logprobs=20,
+)
+# Longer contexts only take time: of several sequences together they fit no pool, and of one what
+# they need beside the cache does not grow with them.
+MOST_CONTEXT_TOKENS = 1 << 20  # of all decodes
+LONGEST_PREFILL_CONTEXT = 1 << 14
+
+
+def step(
+    *,
+    decodes: Sequence[int] = (),
+    prompts: Sequence[tuple[int, int]] = (),
+    sampling: SamplingParams = GREEDY,
+) -> StepPlan:
+    """One step that fills slots from 0 on: decodes by their context with the new token, prompts by
+    (tokens cached before, new tokens)."""
+    rows = [(context - 1, 1) for context in decodes] + list(prompts)
+    inits = [
+        SlotInit(slot, [0], start + length, sampling, 0)
+        for slot, (start, length) in enumerate(rows)
+    ]
+    num_logprob_rows = 0
+    if sampling.prompt_logprobs is not None:
+        num_logprob_rows = sum(length - 1 for _, length in prompts)
+    return StepPlan(
+        0,
+        inits,
+        len(decodes),
+        list(range(len(rows))),
+        [start for start, _ in rows],
+        [length for _, length in rows],
+        [True] * len(rows),
+        [],
+        [],
+        [],
+        num_logprob_rows,
+    )
+
+
+def largest_decode(
+    engine: EngineConfig, max_model_len: int, sampling: SamplingParams = GREEDY
+) -> StepPlan:
+    """A decode step of as many requests as may run; one has the longest context."""
+    count = engine.max_running_requests
+    context = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // count))
+    return step(decodes=[max_model_len, *[context] * (count - 1)], sampling=sampling)
+
+
+def largest_prefills(
+    engine: EngineConfig, max_model_len: int, sampling: SamplingParams = GREEDY
+) -> list[StepPlan]:
+    """Steps of as many new tokens as one may have, decodes among them: of few prompts with much
+    before them in the cache, and of many short ones."""
+    count = engine.max_running_requests
+    budget = most_prompt_tokens(engine, max_model_len)
+    longest = min(longest_chunk(engine, max_model_len), budget)
+    before = max(0, min(max_model_len, LONGEST_PREFILL_CONTEXT) - longest)
+    steps = []
+    for length in (longest, max(1, budget // count)):
+        length = min(length, longest)
+        num_prompts = min(count, max(1, budget // length))
+        lengths = [length] * num_prompts
+        if num_prompts < count and sum(lengths) < budget:
+            lengths.append(budget - sum(lengths))
+        decodes = [min(max_model_len, 2)] * (count - len(lengths))
+        prompts = [(before, length) for length in lengths]
+        steps.append(step(decodes=decodes, prompts=prompts, sampling=sampling))
+    return steps
+
+
+def longest_chunk(engine: EngineConfig, max_model_len: int) -> int:
+    """New tokens that one prompt may have in a step."""
+    chunk = engine.chunked_prefill_size
+    return max_model_len if chunk == -1 else min(chunk, max_model_len)
+
+
+def most_prompt_tokens(engine: EngineConfig, max_model_len: int) -> int:
+    """New prompt tokens that one step may have."""
+    budget = engine.max_prefill_tokens
+    if engine.chunked_prefill_size == -1:
+        budget = max(budget, max_model_len)  # one prompt may exceed the budget of a step
+    return min(budget, engine.max_running_requests * max_model_len)
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows that between them fall into every bucket kernels have by size: the powers of
+    two, and numbers between them that nothing divides. Up to `most`, which is among them."""
+    counts = {most}
+    power = 1
+    while power <= most:
+        counts |= {power, power + power // 2 + 1}
+        power *= 2
+    return sorted(count for count in counts if count <= most)
+
+
+def kernel_steps(engine: EngineConfig, max_model_len: int) -> list[StepPlan]:
+    """Steps of all row counts: decodes of short and long contexts, one prompt, several prompts with
+    decodes among them."""
+    steps = []
+    count = engine.max_running_requests
+    for rows in row_counts(count):
+        context = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // rows))
+        steps.append(step(decodes=[min(2, max_model_len)] * rows))
+        steps.append(step(decodes=[context] * rows))
+    budget = most_prompt_tokens(engine, max_model_len)
+    longest = longest_chunk(engine, max_model_len)
+    for rows in row_counts(min(budget, longest)):
+        steps.append(step(prompts=[(0, rows)]))
+        if rows > 1 and count > 1:
+            steps.append(step(decodes=[2], prompts=[(0, rows)]))
+    for rows in row_counts(budget):
+        lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
+        if 1 < len(lengths) < count:
+            steps.append(step(decodes=[2], prompts=[(0, length) for length in lengths]))
+    return steps

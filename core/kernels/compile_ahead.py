@@ -1,0 +1,119 @@
+"""Compiles the Triton kernels of steps in parallel, before the steps run, and keeps them on disk.
+
+A rehearsed step calls every layer as always, but its Triton launches only hand their kernels to
+compiling threads: compiling one after the other, as launches meet them, takes several times as
+long. Knows nothing of models or of which kernels there are.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.jit import JITFunction
+
+from core.errors import ResourceError
+
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+# Half of a compilation holds the interpreter's lock, the rest is LLVM and an assembler process.
+MAX_THREADS = 16
+
+
+OnCompiled = Callable[[int, int], None]  # kernels compiled, kernels known so far
+
+
+@contextmanager
+def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterator[None]:
+    """Within, Triton kernels are compiled instead of run; all are compiled at its end.
+
+    Whatever a kernel would have written is what `torch.empty` left there: zeros, so that sizes and
+    indices that follow from it are valid. Other operations run. For one thread of one process, on
+    a device that nothing else uses meanwhile. `on_compiled` is called on that thread, at the end
+    with equal numbers. Raises what a compilation raised.
+    """
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, "compile-kernels") as pool, AsyncCompileMode(pool) as mode:
+        JITFunction.run = compile_only
+        try:
+            with _ZerosForEmpty():  # type: ignore[no-untyped-call]
+                yield
+        finally:
+            JITFunction.run = run
+        futures = list(mode.raw_futures)
+        for done, _ in enumerate(as_completed(futures)):
+            on_compiled(done, len(futures))
+        on_compiled(len(futures), len(futures))
+
+
+class _ZerosForEmpty(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """New tensors hold zeros where torch would leave whatever was there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            made.zero_()
+        return made
+
+
+_ATEN = torch.ops.aten
+_EMPTY = frozenset(
+    {
+        _ATEN.empty.memory_format,
+        _ATEN.empty_like.default,
+        _ATEN.empty_strided.default,
+        _ATEN.new_empty.default,
+        _ATEN.new_empty_strided.default,
+    }
+)
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """A list that grows by the name of every kernel that is compiled within (none of those that
+    were found on disk)."""
+    names: list[str] = []
+    before = triton.knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **rest: Any) -> None:
+        if not cache_hit:
+            names.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **rest)
+
+    triton.knobs.compilation.listener = listen
+    try:
+        yield names
+    finally:
+        triton.knobs.compilation.listener = before
+
+
+def keep_kernels_in(folder: Path) -> None:
+    """Have compiled kernels stored in `folder`, which is made where it is missing, and found there
+    by later starts. Raises ResourceError where others may write to it: what is in it is run.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise ResourceError(
+            f"can't make the folder {folder} for compiled kernels ({error.strerror}); set "
+            "engine.kernel_cache_dir to a folder that can be written"
+        ) from error
+    if status.st_mode & stat.S_IWOTH or status.st_uid != os.getuid():
+        raise ResourceError(
+            f"engine.kernel_cache_dir={folder} is another user's or may be written by everyone, "
+            "and what is in it is run; choose a folder of your own"
+        )
+    os.environ[CACHE_VARIABLE] = str(folder)
