@@ -34,6 +34,7 @@ class Registration:
     `factory` is "package.module:attribute", or a callable; what it takes and returns is said by
     the hook. `config` is the dataclass of the plugin's options (`<group>.options.*`); the
     factory receives an instance of it first. `override` replaces a name registered before.
+    `for_serving=False`: its results mean nothing; it may be timed, and is refused for serving.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Registration:
     config: type = NoOptions
     summary: str = ""
     override: bool = False
+    for_serving: bool = True
 
 
 @hookspec

@@ -196,6 +196,18 @@ class PluginManager:
                     f"{family} plugin, so choose it: {', '.join(names)}"
                 )
 
+    def require_serving(self, config: AppConfig) -> None:
+        """Raise ConfigError where the config names a plugin whose results mean nothing."""
+        for family, key, choice in choices(config):
+            for member in ALIKE.get(family, (family,)):
+                table = self.table(member)
+                if choice.name in table and not table.get(choice.name).for_serving:
+                    raise ConfigError(
+                        f"{key}={choice.name} is for timing one rank alone: its answers would mean "
+                        f"nothing, so it can't serve; set {key}=auto, or use it with "
+                        "`python -m benchmarks.emulated_rank`"
+                    )
+
     def check_plan(self, config: AppConfig) -> list[str]:
         """What every plugin finds wrong with a resolved configuration, in one list."""
         found = self._call_each("check_plan", config=config)

@@ -88,6 +88,7 @@ def _run(words: list[str]) -> int:
     if flags.cfg is not None:
         print(to_yaml(config), end="")
         return 0
+    plugins.require_serving(config)
     launcher = plugins.table("launcher").create(
         PluginChoice(name=config.launch.name, options=config.launch.options), config
     )

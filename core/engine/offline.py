@@ -105,8 +105,14 @@ class OfflineLeader:
 class OfflineEngine:
     """One DP rank: generates for lists of prompts; `step` gives the control a test needs."""
 
-    def __init__(self, rank: RankEngine, followers: PlanSender | None = None) -> None:
-        self._leader = OfflineLeader(rank, followers or NoFollowers(), SoloLockstep())
+    def __init__(
+        self,
+        rank: RankEngine,
+        followers: PlanSender | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> None:
+        """`lockstep`: of the only DP rank there is, unless given."""
+        self._leader = OfflineLeader(rank, followers or NoFollowers(), lockstep or SoloLockstep())
         self.scheduler = rank.scheduler
         self._next_id = 0
 

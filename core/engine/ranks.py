@@ -3,9 +3,17 @@
 import torch
 
 from core.config import AppConfig, PluginChoice
-from core.interfaces.comm import CommBackend, Comms, connect
+from core.errors import ConfigError
+from core.interfaces.comm import (
+    CommBackend,
+    Comms,
+    Communicator,
+    SoloCommunicator,
+    StandInBackend,
+    connect,
+)
 from core.parallel.mesh import open_mesh
-from core.parallel.plan import Plan
+from core.parallel.plan import AXES, Plan
 from core.plugin_manager import PluginManager
 
 # The mesh axes that models and engine communicate over, by the config key that chooses how.
@@ -31,9 +39,7 @@ def join_ranks(
 
     An axis of one rank needs no plugin. Raises ResourceError naming ranks that did not come.
     """
-    choices: dict[str, tuple[str, PluginChoice]] = {
-        axis: (f"comm.{kind}", getattr(config.comm, kind)) for axis, kind in KIND_OF_AXIS.items()
-    }
+    choices = _choices(config)
     table = plugins.table("comm")
     backends: dict[str, CommBackend] = {
         axis: table.create(choice, key=key)
@@ -51,3 +57,33 @@ def join_ranks(
         device=device,
     )
     return connect(mesh.groups, backends)
+
+
+def stand_in_for_peers(config: AppConfig, plan: Plan, rank: int, plugins: PluginManager) -> Comms:
+    """Every axis of one rank whose peers are not there, and are not waited for.
+
+    Raises ConfigError for a comm plugin that can't do without them.
+    """
+    table = plugins.table("comm")
+    axes: dict[str, Communicator] = {}
+    for axis in AXES:
+        axes[axis] = SoloCommunicator()
+        size = plan.axis_size(axis)
+        if size == 1 or axis not in KIND_OF_AXIS:
+            continue
+        key, choice = _choices(config)[axis]
+        backend = table.create(choice, key=key)
+        if not isinstance(backend, StandInBackend):
+            raise ConfigError(
+                f"{key}={choice.name} needs all {plan.world_size} ranks of the plan; one of them "
+                f"can be run alone with comm=emulated"
+            )
+        axes[axis] = backend.stand_in(plan.axis_index(axis, rank), size)
+    return Comms(axes)
+
+
+def _choices(config: AppConfig) -> dict[str, tuple[str, PluginChoice]]:
+    """By axis: the config key that chooses its plugin, and the choice."""
+    return {
+        axis: (f"comm.{kind}", getattr(config.comm, kind)) for axis, kind in KIND_OF_AXIS.items()
+    }

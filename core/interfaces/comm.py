@@ -6,7 +6,7 @@ layout, and gets a function. On an axis of size 1 that function is the identity.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -155,6 +155,16 @@ class CommBackend(Protocol):
 
     def communicator(self, group: object) -> Communicator:
         """Wrap a torch.distributed process group that this rank belongs to."""
+        ...
+
+
+@runtime_checkable
+class StandInBackend(Protocol):
+    """A comm plugin whose communicators do without peers: what they return has the right shapes
+    and takes memory traffic of the right size, for timing one rank of a larger plan."""
+
+    def stand_in(self, rank: int, size: int) -> Communicator:
+        """Rank `rank` of an axis of `size` ranks, of which it is the only one there."""
         ...
 
 

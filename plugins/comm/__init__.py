@@ -1,4 +1,4 @@
-"""Communication backends over torch.distributed: `gloo` on CPU, `nccl` on CUDA."""
+"""Communication backends: `gloo` on CPU and `nccl` on CUDA, and `emulated` without any peers."""
 
 from collections.abc import Sequence
 
@@ -19,6 +19,12 @@ def register_comm() -> Sequence[Registration]:
             name="nccl",
             factory="plugins.comm.nccl:NcclBackend",
             summary="CUDA tensors over NVLink, PCIe, InfiniBand or sockets",
+        ),
+        Registration(
+            name="emulated",
+            factory="plugins.comm.emulated:EmulatedBackend",
+            summary="one rank without its peers, for timing: local copies of the right size",
+            for_serving=False,
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""What carries rows to experts: `local`, `allgather`, `nccl` and `deepep`. Imports no torch."""
+"""What carries rows to experts, and `emulated`, which carries none. Imports no torch."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from core.config import AppConfig
 from core.hookspecs import Registration, hookimpl
 from plugins.moe_a2a._deepep_limits import config_problems
-from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOptions
+from plugins.moe_a2a._options import (
+    AllGatherOptions,
+    DeepEPOptions,
+    EmulatedOptions,
+    NcclOptions,
+)
 
 
 @hookimpl
@@ -35,6 +40,13 @@ def register_moe_a2a() -> Sequence[Registration]:
             factory="plugins.moe_a2a.deepep:create",
             config=DeepEPOptions,
             summary="DeepEP's kernels over NVLink and RDMA; needs the extra deepep",
+        ),
+        Registration(
+            name="emulated",
+            factory="plugins.moe_a2a.emulated:EmulatedDispatcher",
+            config=EmulatedOptions,
+            summary="one rank without its peers, for timing: own rows stand in for theirs",
+            for_serving=False,
         ),
     ]
 

@@ -20,6 +20,18 @@ class AllGatherOptions:
 
 
 @dataclass(slots=True, kw_only=True)
+class EmulatedOptions:
+    """Of `emulated`."""
+
+    layout: str = "contiguous"  # batched: as DeepEP's low-latency mode leaves rows
+    fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
+    seed: int = 0  # of the experts that rows are taken to have come for
+
+    def __post_init__(self) -> None:
+        require_choice("moe_a2a.<phase>.options.layout", self.layout, LAYOUTS)
+
+
+@dataclass(slots=True, kw_only=True)
 class NcclOptions:
     """Of `nccl`."""
 
