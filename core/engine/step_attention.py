@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.engine.batch import Batch
-from core.interfaces.attention import AttentionBackend, LayerKV, SequenceBatch
+from core.interfaces.attention import (
+    AttentionBackend,
+    HeadTransform,
+    LayerKV,
+    NewKV,
+    SequenceBatch,
+)
 from core.interfaces.latent_attention import LatentProjections
 from core.interfaces.model import ModelStep
 from core.interfaces.ops import Ops
@@ -39,6 +45,11 @@ class PagedAttention:
         self._ops, self._caches = ops, caches
         self._prefill, self._decode = prefill, decode
 
+    @property
+    def capturable(self) -> bool:
+        """Whether steps without prompts may be recorded in a CUDA graph."""
+        return self._decode.capturable
+
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
         attend = _PagedStep(self._ops, self._caches, batch, self._prefill, self._decode)
@@ -60,13 +71,16 @@ class _PagedStep:
             for backend, sequences, rows in _phases(batch, prefill, decode)
         ]
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, qkv_TFD: Tensor, heads: HeadTransform, positions_T: Tensor
+    ) -> Tensor:
         cache, slots_T = self._caches[layer], self._slots_T
-        num_real = slots_T.shape[0]
-        self._ops.write_kv(k_TGD[:num_real], v_TGD[:num_real], cache.k_NPGD, cache.v_NPGD, slots_T)
-        out_THD = output_of(q_THD, num_real, q_THD.shape[-1])
+        q_THD, k_TGD, v_TGD = self._ops.prepare_heads(qkv_TFD, heads, positions_T, cache, slots_T)
+        out_THD = output_of(q_THD, slots_T.shape[0], q_THD.shape[-1])
         for backend, phase in self._phases:
-            backend.forward(phase.plan, cache, q_THD[phase.rows], out_THD[phase.rows])
+            rows = phase.rows
+            new = NewKV(k_TGD[rows], v_TGD[rows])
+            backend.forward(phase.plan, cache, q_THD[rows], out_THD[rows], new)
         return out_THD
 
 

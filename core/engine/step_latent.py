@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.engine.batch import Batch
 from core.engine.step_attention import Phase, output_of
+from core.interfaces.attention import HeadTransform
 from core.interfaces.latent_attention import LatentAttentionBackend, LatentProjections
 from core.interfaces.model import ModelStep
 from core.interfaces.ops import Ops
@@ -33,6 +34,11 @@ class LatentPagedAttention:
         self._ops, self._caches = ops, caches
         self._dims = value_dim, latent_dim
         self._prefill, self._decode = prefill, decode
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps without prompts may be recorded in a CUDA graph."""
+        return self._decode.capturable
 
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
@@ -89,5 +95,7 @@ class _LatentStep:
 class _NoHeads:
     """Attention over cached heads, of a model that has none."""
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, qkv_TFD: Tensor, heads: HeadTransform, positions_T: Tensor
+    ) -> Tensor:
         raise AssertionError("the engine was built for latent attention")

@@ -33,6 +33,27 @@ class LayerKV:
     v_NPGD: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What happens to a layer's projected query and key heads before they meet."""
+
+    num_kv_heads: int  # G of the H + 2G heads of a row: queries, keys, values
+    cos_sin_CD: Tensor  # float32: cos in the first D/2 columns, sin in the rest
+    # Weights of an RMS norm of each head before the rotation; both, or neither.
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewKV:
+    """k and v of a phase's new rows as attention sees them, contiguous in their heads. They are in
+    the cache too; a backend may read a sequence without a cached prefix from here."""
+
+    k_TGD: Tensor
+    v_TGD: Tensor
+
+
 @dataclass(slots=True)
 class SequenceBatch:
     """The sequences of one phase in one step; rows lie back to back in sequence order.
@@ -63,14 +84,24 @@ class AttentionBackend(Protocol):
         """Whatever `forward` needs beside q and the cache; valid for this step only."""
         ...
 
-    def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
-        """Causal attention of every row, written into `out_THD` (same dtype as q)."""
+    def forward(
+        self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
+    ) -> None:
+        """Causal attention of every row, written into `out_THD` (contiguous, same dtype as q).
+
+        Rows that a captured step has beyond those of its sequences, and those of sequences of
+        padding, become zero."""
         ...
 
 
 class AttentionStep(Protocol):
     """What a model sees of attention in one step (both phases, the cache and its pages)."""
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        """Write k and v of the new rows into the cache, return the attention output (T, H, D)."""
+    def attend(
+        self, layer: int, qkv_TFD: Tensor, heads: HeadTransform, positions_T: Tensor
+    ) -> Tensor:
+        """Attention output (T, H, D) of rows of H + 2G projected heads (contiguous, F of them).
+
+        Transforms the heads, in place perhaps, and stores k and v of the rows in the cache. The
+        output of rows of padding is zero."""
         ...

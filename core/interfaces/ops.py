@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing as Routing  # part of this contract
 from core.interfaces.weights import LinearWeight
@@ -89,6 +90,22 @@ class Ops(Protocol):
         self, k_TGD: Tensor, v_TGD: Tensor, k_NPGD: Tensor, v_NPGD: Tensor, slots_T: Tensor
     ) -> None:
         """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the caches."""
+        ...
+
+    def prepare_heads(
+        self,
+        qkv_TFD: Tensor,
+        heads: HeadTransform,
+        positions_T: Tensor,
+        cache: LayerKV,
+        slots_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norms of heads, `rope` and `write_kv` at once: (q_THD, k_TGD, v_TGD) of all rows.
+
+        `qkv_TFD` holds H query heads, G key heads and G value heads in each row; it may be
+        overwritten, and what is returned be views of it. Rows past `slots_T`, and those whose slot
+        is negative, are padding: they are not stored, and what they become is undefined, though no
+        worse than what they were. Only devices that capture steps get negative slots."""
         ...
 
     def rope_interleaved(

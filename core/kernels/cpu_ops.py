@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels import block_fp8
 from core.kernels.cpu_linear import packed_linear, packs
 from core.kernels.cpu_moe import CpuMoeOps
+from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import TorchLatentOps
 
 NUM_REFINED = 32  # best logits of a row that are computed again in float32
@@ -170,3 +172,17 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         """Store rows by token slot."""
         k_NPGD.flatten(0, 1).index_copy_(0, slots_T, k_TGD)
         v_NPGD.flatten(0, 1).index_copy_(0, slots_T, v_TGD)
+
+    def prepare_heads(
+        self,
+        qkv_TFD: Tensor,
+        heads: HeadTransform,
+        positions_T: Tensor,
+        cache: LayerKV,
+        slots_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One operation after the other. A CPU captures no steps: no slot is negative."""
+        q_THD, k_TGD, v_TGD = transform_heads(self, qkv_TFD, heads, positions_T)
+        rows = slice(0, slots_T.shape[0])
+        self.write_kv(k_TGD[rows], v_TGD[rows], cache.k_NPGD, cache.v_NPGD, slots_T)
+        return q_THD, k_TGD, v_TGD

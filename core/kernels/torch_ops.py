@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels import block_fp8
 from core.kernels.precision import accurate
+from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import TorchLatentOps
 from core.kernels.torch_moe import TorchMoeOps
 
@@ -80,3 +82,17 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
         """Store rows by token slot; where a slot occurs twice, either row may stay."""
         k_NPGD.flatten(0, 1)[slots_T] = k_TGD.to(k_NPGD.dtype)
         v_NPGD.flatten(0, 1)[slots_T] = v_TGD.to(v_NPGD.dtype)
+
+    def prepare_heads(
+        self,
+        qkv_TFD: Tensor,
+        heads: HeadTransform,
+        positions_T: Tensor,
+        cache: LayerKV,
+        slots_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One operation after the other."""
+        q_THD, k_TGD, v_TGD = transform_heads(self, qkv_TFD, heads, positions_T)
+        real_R = (slots_T >= 0).nonzero()[:, 0]
+        self.write_kv(k_TGD[real_R], v_TGD[real_R], cache.k_NPGD, cache.v_NPGD, slots_T[real_R])
+        return q_THD, k_TGD, v_TGD

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
-from core.kernels import triton_fp8
+from core.kernels import triton_fp8, triton_linear
+from core.kernels.dependent_launch import options
+from core.kernels.triton_heads import TritonHeadOps
 from core.kernels.triton_kernels import (
     rms_norm_kernel,
     rope_kernel,
@@ -40,21 +42,28 @@ def _num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-class TritonOps(TritonLatentOps, TritonMoeOps):
+def _vendor_logits(weight_VE: Tensor) -> LinearKernel:
+    if weight_VE.device.type == "cpu" or weight_VE.dtype is torch.float32:
+        return lambda x_RE: F.linear(x_RE.float(), weight_VE.float())
+    weight_EV = weight_VE.t()
+    return lambda x_RE: torch.mm(x_RE, weight_EV, out_dtype=torch.float32)
+
+
+class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
     """Operations on a GPU; float32 matrix products are exact, the rest is torch's own GEMM."""
 
     def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
-        """The vendor's GEMM, through torch; fp8 blocks are multiplied by a kernel of ours."""
+        """Few rows of 16-bit weights, and fp8 blocks, are multiplied by kernels of ours, the rest
+        by the vendor's GEMM, through torch."""
         if isinstance(weight_OI, BlockFp8):
             return triton_fp8.linear(weight_OI, bias_O)
-        return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
+        vendor: LinearKernel = lambda x_TI: F.linear(x_TI, weight_OI, bias_O)  # noqa: E731
+        return triton_linear.linear("linear", weight_OI, bias_O, vendor)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
-        """The vendor's GEMM, storing its float32 sums."""
-        if weight_VE.device.type == "cpu" or weight_VE.dtype is torch.float32:
-            return lambda x_RE: F.linear(x_RE.float(), weight_VE.float())
-        weight_EV = weight_VE.t()
-        return lambda x_RE: torch.mm(x_RE, weight_EV, out_dtype=torch.float32)
+        """As `linear`, storing the float32 sums."""
+        vendor = _vendor_logits(weight_VE)
+        return triton_linear.linear("logits", weight_VE, None, vendor, dtype=torch.float32)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension, of any shape before it."""
@@ -87,12 +96,13 @@ class TritonOps(TritonLatentOps, TritonMoeOps):
             num_rows,
             x_TE.stride(0),
             residual.stride(0),
-            size,
-            eps,
+            SIZE=size,
+            EPS=eps,
             ADD=residual_TE is not None,
             BLOCK_T=block_T,
             BLOCK_E=block_E,
             num_warps=_num_warps(block_T * block_E),
+            **options(x_TE.device),
         )
         return out_TE
 
@@ -128,9 +138,17 @@ class TritonOps(TritonLatentOps, TritonMoeOps):
         return q_THD, k_TGD
 
     def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
-        """The linear layer, then the product of its halves."""
-        linear = self.linear(weight_2IE, bias_2I)
-        return lambda x_TE: self.silu_and_mul(linear(x_TE))
+        """Few rows: one kernel; else the linear layer, then the product of its halves."""
+        if isinstance(weight_2IE, BlockFp8):
+            linear = triton_fp8.linear(weight_2IE, bias_2I)
+            return lambda x_TE: self.silu_and_mul(linear(x_TE))
+        return triton_linear.linear(
+            "gated_linear",
+            weight_2IE,
+            bias_2I,
+            lambda x_TE: self.silu_and_mul(F.linear(x_TE, weight_2IE, bias_2I)),
+            gated=True,
+        )
 
     def silu_and_mul(self, gate_up_T2I: Tensor) -> Tensor:
         """Rounded once, at the end."""
@@ -139,7 +157,13 @@ class TritonOps(TritonLatentOps, TritonMoeOps):
         out_TI = torch.empty((num_rows, size), dtype=rows.dtype, device=rows.device)
         if num_rows:
             silu_and_mul_kernel[(num_rows, triton.cdiv(size, _SILU_BLOCK))](
-                rows, out_TI, rows.stride(0), size, BLOCK_I=_SILU_BLOCK, num_warps=4
+                rows,
+                out_TI,
+                rows.stride(0),
+                SIZE=size,
+                BLOCK_I=_SILU_BLOCK,
+                num_warps=4,
+                **options(rows.device),
             )
         return out_TI.view(*gate_up_T2I.shape[:-1], size)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 
 # A bucket gathers at most this much of k (and as much of v), unless one sequence alone has more:
 # what two cores' caches hold. 16 sequences of 1,024 tokens take a fifth less time so.
@@ -101,7 +101,9 @@ class CpuBackend:
         longest = max(chunk.num_cached for chunk in chunks)
         return _Plan(buckets, chunks, self._chunk_mask(longest), longest)
 
-    def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
+    def forward(
+        self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
+    ) -> None:
         """Attend the buckets of single rows, then each longer chunk."""
         assert isinstance(plan, _Plan)
         k_slots = kv.k_NPGD.view(-1, self._width)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 
 
 def build(options: NoOptions, spec: AttentionSpec) -> "TorchRefBackend":
@@ -30,7 +30,9 @@ class TorchRefBackend:
         """The batch itself is all that is needed."""
         return batch
 
-    def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
+    def forward(
+        self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
+    ) -> None:
         """Attend each sequence to the pages its row of the table names."""
         assert isinstance(plan, SequenceBatch)
         for rows, pages, num_cached in each_sequence(plan, self._spec.page_size):

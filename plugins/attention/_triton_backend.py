@@ -1,8 +1,10 @@
-"""Launches the Triton kernels of paged attention: which kernel, tile sizes, and splits.
+"""Launches the Triton kernels of paged attention: which kernel, tile sizes, and workspaces.
 
-A step whose sequences all have one new row takes the decode kernel, every other one the prefill
-kernel. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
-Shape legend: see core.interfaces.attention; X splits of a context.
+A step whose sequences all have one new row takes the decode kernels, every other one the prefill
+kernel. Grids follow from bounds on the host alone; lengths are read on the device, so that a step
+can be captured as a CUDA graph, and eager steps run the same code. On CPU tensors the kernels run
+in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+Shape legend: see core.interfaces.attention; P programs of a launch.
 """
 
 import math
@@ -13,19 +15,23 @@ import triton
 from torch import Tensor
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
+from core.kernels import tuning
+from core.kernels.dependent_launch import options as launch_options
+from plugins.attention._triton_decode_kernels import (
+    SCHEDULE_COLUMNS,
+    decode_kernel,
+    reduce_kernel,
+    schedule_kernel,
+)
 from plugins.attention._triton_device import TritonDevice, describe
-from plugins.attention._triton_kernels import decode_kernel, prefill_kernel, reduce_kernel
+from plugins.attention._triton_kernels import prefill_kernel
 
-# A split shorter than this costs more to sum up than it saves.
-_LEAST_SPLIT_TOKENS = 256
-_MOST_SPLITS = 64  # a power of two
-_PROGRAMS_PER_MULTIPROCESSOR = 4  # that fill a GPU
-_INTERPRETED_LEAST_SPLIT_TOKENS = 32
+_REDUCED_PIECES = 16  # of a head, summed up at once
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
+class Tiles:
     """Tile sizes of one kernel: the most rows, tokens, and how it is compiled."""
 
     rows: int
@@ -44,9 +50,7 @@ class _PrefillPlan:
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
     batch: SequenceBatch
-    num_splits: int
-    partial_SHXD: Tensor  # float32; shared by all layers, which run one after the other
-    log_sums_SHX: Tensor  # float32
+    schedule_PX: Tensor  # int32: see plugins.attention._triton_decode_kernels
 
 
 def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
@@ -57,9 +61,15 @@ def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
 class TritonBackend:
     """Both phases, any page size and head dimension."""
 
-    capturable = False
+    capturable = True
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        decode_tiles: Tiles | None = None,
+        programs_per_multiprocessor: int | None = None,
+    ) -> None:
+        """Tiles and programs other than those measured are for measuring."""
         self._spec = spec
         self._group = spec.num_heads // spec.num_kv_heads
         device = describe(spec.device)
@@ -68,39 +78,64 @@ class TritonBackend:
         self._block_D = max(16, triton.next_power_of_2(spec.head_dim))
         self._least_rows = max(16, triton.next_power_of_2(self._group))
         self._scale_log2 = spec.scale * math.log2(math.e)
-        self._num_programs = _PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
-        self._least_split = _LEAST_SPLIT_TOKENS
-        if device.interpreted:
-            self._least_split = _INTERPRETED_LEAST_SPLIT_TOKENS
+        self._launch = launch_options(spec.device)
         self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device)
-        self._decode_tiles = _decode_tiles(self._block_D, self._wide, self._least_rows, device)
+        measured_tiles, measured_programs = self._measured_decode(device)
+        self._decode_tiles = decode_tiles or measured_tiles
+        programs_per_multiprocessor = programs_per_multiprocessor or measured_programs
+        self._num_programs = programs_per_multiprocessor * device.num_multiprocessors
+        # Shared by all layers and steps, which run one after the other.
+        num_values = self._num_programs * 2 * self._group * (spec.head_dim + 1)
+        self._workspace = torch.empty(num_values, dtype=torch.float32, device=spec.device)
+
+    def _measured_decode(self, device: TritonDevice) -> tuple[Tiles, int]:
+        """Tiles of decode and programs of a multiprocessor, as measured or as guessed."""
+        found = tuning.choices(
+            "attention_decode",
+            self._spec.device,
+            head_dim=self._spec.head_dim,
+            group=self._group,
+            value_bytes=4 if self._wide else 2,
+        )
+        if not found:
+            return _decode_tiles(self._block_D, self._wide, self._least_rows, device), 2
+        best = found[0]
+        tiles = Tiles(self._least_rows, best["tokens"], best["num_warps"], best["num_stages"])
+        return tiles, best["programs"]
 
     def plan(self, batch: SequenceBatch) -> _PrefillPlan | _DecodePlan:
-        """Grid and splits, from host numbers alone: the device is not waited for."""
+        """Grids from bounds; decode's schedule is made on the device. Nothing waits for it."""
         longest_rows = max(batch.query_lens)
         if longest_rows == 1:
             return self._plan_decode(batch)
         wanted = triton.next_power_of_2(longest_rows * self._group)
         block_rows = max(self._least_rows, min(wanted, self._prefill_tiles.rows))
         block_tokens = block_rows // self._group
-        num_blocks = sum(batch.query_lens) // block_tokens + len(batch.query_lens)
+        # One more than the sequences can need, for rows of padding.
+        num_blocks = sum(batch.query_lens) // block_tokens + len(batch.query_lens) + 1
         return _PrefillPlan(batch, block_rows, num_blocks)
 
     def _plan_decode(self, batch: SequenceBatch) -> _DecodePlan:
-        spec = self._spec
-        num_sequences = len(batch.query_lens)
-        wanted = self._num_programs // (num_sequences * spec.num_kv_heads)
-        useful = triton.cdiv(max(batch.context_lens), self._least_split)
-        num_splits = max(1, min(wanted, useful, _MOST_SPLITS))
-        shape = (num_sequences, spec.num_heads, num_splits) if num_splits > 1 else (0, 0, 0)
-        log_sums_SHX = torch.empty(shape, dtype=torch.float32, device=spec.device)
-        partial_SHXD = torch.empty((*shape, spec.head_dim), dtype=torch.float32, device=spec.device)
-        return _DecodePlan(batch, num_splits, partial_SHXD, log_sums_SHX)
+        shape = (self._num_programs, SCHEDULE_COLUMNS.value)
+        schedule_PX = torch.empty(shape, dtype=torch.int32, device=self._spec.device)
+        schedule_kernel[(self._num_programs,)](
+            batch.context_lens_S,
+            schedule_PX,
+            len(batch.query_lens),
+            G=self._spec.num_kv_heads,
+            BLOCK_N=self._decode_tiles.tokens,
+            num_warps=4,
+        )
+        return _DecodePlan(batch, schedule_PX)
 
-    def forward(self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
-        """Launch the kernels of the plan; q, out and the cache need contiguous heads."""
-        assert q_THD.stride(2) == out_THD.stride(2) == kv.k_NPGD.stride(3) == 1
-        assert kv.k_NPGD.stride() == kv.v_NPGD.stride()
+    def forward(
+        self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
+    ) -> None:
+        """Launch the kernels of the plan; q needs contiguous heads."""
+        assert q_THD.stride()[1:] == (self._spec.head_dim, 1)
+        assert out_THD.is_contiguous()
+        assert kv.k_NPGD.is_contiguous()
+        assert kv.v_NPGD.is_contiguous()
         if isinstance(plan, _PrefillPlan):
             self._prefill(plan, kv, q_THD, out_THD)
         else:
@@ -118,17 +153,13 @@ class TritonBackend:
             batch.context_lens_S,
             batch.page_table_SM,
             len(batch.query_lens),
+            q_THD.shape[0],
             q_THD.stride(0),
-            q_THD.stride(1),
-            out_THD.stride(0),
-            out_THD.stride(1),
-            kv.k_NPGD.stride(0),
-            kv.k_NPGD.stride(1),
-            kv.k_NPGD.stride(2),
             batch.page_table_SM.stride(0),
-            self._scale_log2,
+            SCALE_LOG2=self._scale_log2,
             WIDE=self._wide,
             GROUP=self._group,
+            G=spec.num_kv_heads,
             PAGE_SIZE=spec.page_size,
             HEAD_DIM=spec.head_dim,
             BLOCK_M=plan.block_rows,
@@ -140,29 +171,21 @@ class TritonBackend:
 
     def _decode(self, plan: _DecodePlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
         spec, batch, tiles = self._spec, plan.batch, self._decode_tiles
-        num_sequences = len(batch.query_lens)
-        decode_kernel[(num_sequences, spec.num_kv_heads, plan.num_splits)](
+        decode_kernel[(self._num_programs,)](
             q_THD,
             kv.k_NPGD,
             kv.v_NPGD,
             out_THD,
-            plan.partial_SHXD,
-            plan.log_sums_SHX,
+            self._workspace,
+            plan.schedule_PX,
             batch.context_lens_S,
             batch.page_table_SM,
             q_THD.stride(0),
-            q_THD.stride(1),
-            out_THD.stride(0),
-            out_THD.stride(1),
-            kv.k_NPGD.stride(0),
-            kv.k_NPGD.stride(1),
-            kv.k_NPGD.stride(2),
             batch.page_table_SM.stride(0),
-            self._scale_log2,
-            plan.num_splits,
-            SPLIT=plan.num_splits > 1,
+            SCALE_LOG2=self._scale_log2,
             WIDE=self._wide,
             GROUP=self._group,
+            G=spec.num_kv_heads,
             PAGE_SIZE=spec.page_size,
             HEAD_DIM=spec.head_dim,
             BLOCK_M=self._least_rows,
@@ -170,45 +193,49 @@ class TritonBackend:
             BLOCK_D=self._block_D,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            **self._launch,
         )
-        if plan.num_splits > 1:
-            reduce_kernel[(num_sequences, spec.num_heads)](
-                plan.partial_SHXD,
-                plan.log_sums_SHX,
-                out_THD,
-                out_THD.stride(0),
-                out_THD.stride(1),
-                plan.num_splits,
-                HEAD_DIM=spec.head_dim,
-                BLOCK_X=_MOST_SPLITS,
-                BLOCK_D=self._block_D,
-                num_warps=4,
-            )
+        reduce_kernel[(self._num_programs, self._group)](
+            out_THD,
+            self._workspace,
+            plan.schedule_PX,
+            batch.context_lens_S,
+            len(batch.query_lens),
+            GROUP=self._group,
+            G=spec.num_kv_heads,
+            HEAD_DIM=spec.head_dim,
+            BLOCK_X=_REDUCED_PIECES,
+            BLOCK_G=triton.next_power_of_2(spec.num_kv_heads),
+            BLOCK_D=self._block_D,
+            num_warps=4,
+            **self._launch,
+        )
 
 
-# Tile sizes are the fastest of a sweep on an H100 over the shapes of SmolLM2 (D 64) and Llama 3.1
-# 8B (D 128), contexts of 1,024 to 131,072 tokens; larger D and float32 are not tuned.
+# Tile sizes of prefill are the fastest of a sweep on an H100 over the shapes of SmolLM2 (D 64) and
+# Llama 3.1 8B (D 128); larger D and float32 are not tuned. Those of decode are in
+# core/kernels/tuned/attention_decode.json, and here where nothing was measured.
 
 
-def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> _Tiles:
+def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> Tiles:
     """float32 products run without tensor cores, from registers: small tiles."""
     if wide:
-        return _Tiles(rows=32, tokens=32, num_warps=4, num_stages=1)
+        return Tiles(rows=32, tokens=32, num_warps=4, num_stages=1)
     if block_D <= 64:
         rows, tokens, num_warps = 64, 128, 4
     elif block_D <= 128:
         rows, tokens, num_warps = 128, 128, 8
     else:
         rows, tokens, num_warps = 64, 32, 8
-    return _Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, device))
+    return Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, device))
 
 
-def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> _Tiles:
+def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> Tiles:
     """One tile of rows is enough; tokens are what is loaded at once."""
     if wide:
-        return _Tiles(rows, tokens=32, num_warps=4, num_stages=1)
+        return Tiles(rows, tokens=32, num_warps=4, num_stages=1)
     tokens = 128 if block_D <= 64 else 64 if block_D <= 128 else 32
-    return _Tiles(rows, tokens, 4, _num_stages(rows, tokens, block_D, device))
+    return Tiles(rows, tokens, 4, _num_stages(rows, tokens, block_D, device))
 
 
 def _num_stages(rows: int, tokens: int, block_D: int, device: TritonDevice) -> int:

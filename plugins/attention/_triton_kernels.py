@@ -1,11 +1,11 @@
-"""Triton kernels of paged attention: prefill, decode over splits of the context, and their sum.
+"""Triton kernel of paged prefill, and the step over one tile of tokens that decode shares.
 
-Every kernel works on one KV head and packs its query heads into the rows of a tile, so that k and
+A program works on one KV head and packs its query heads into the rows of a tile, so that k and
 v are loaded once a group. Slots past a sequence's own tokens are never read. Scores are kept in
 units of log2. Any page size: each token of a tile looks its page up.
 
 Shape legend: M rows of a tile (query tokens x query heads of the group), N tokens of a tile, D
-head dimension (padded to a power of two), X splits of a context.
+head dimension (padded to a power of two), G KV heads.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -22,7 +22,7 @@ from plugins.attention._triton_softmax import grow_softmax
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     q_MD,
     most_M,
     sum_M,
@@ -33,11 +33,10 @@ def _attend_tile(
     table_ptr,
     k_ptr,
     v_ptr,
-    page_stride,
-    token_stride,
-    scale_log2,
+    SCALE_LOG2: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
+    G: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,14 +50,14 @@ def _attend_tile(
     columns_D = tl.arange(0, BLOCK_D)
     inside_N = tokens_N < num_tokens
     pages_N = tl.load(table_ptr + tokens_N // PAGE_SIZE, mask=inside_N, other=0).to(tl.int64)
-    slots_N = pages_N * page_stride + (tokens_N % PAGE_SIZE) * token_stride
+    slots_N = (pages_N * PAGE_SIZE + tokens_N % PAGE_SIZE) * (G * HEAD_DIM)
     inside_ND = inside_N[:, None] & (columns_D[None, :] < HEAD_DIM)
     k_ND = tl.load(k_ptr + slots_N[:, None] + columns_D[None, :], mask=inside_ND, other=0.0)
     v_ND = tl.load(v_ptr + slots_N[:, None] + columns_D[None, :], mask=inside_ND, other=0.0)
     if WIDE:
         k_ND = k_ND.to(tl.float32)
         v_ND = v_ND.to(tl.float32)
-    scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale_log2
+    scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * SCALE_LOG2
     if MASKED:
         seen_MN = (tokens_N[None, :] <= positions_M[:, None]) & inside_N[None, :]
         scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
@@ -81,8 +80,33 @@ def _find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr):
     return left - 1
 
 
+@triton.jit
+def _zero_rows(
+    out_ptr,
+    first_row,
+    most_rows,
+    first_head,
+    GROUP: tl.constexpr,
+    G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Zeros for as many rows as a block has, in the query heads of one KV head."""
+    tile_M = tl.arange(0, BLOCK_M)
+    columns_D = tl.arange(0, BLOCK_D)
+    rows_M = first_row + tile_M // GROUP
+    places_M = (rows_M.to(tl.int64) * (G * GROUP) + first_head + tile_M % GROUP) * HEAD_DIM
+    inside_M = (tile_M < BLOCK_M // GROUP * GROUP) & (rows_M < most_rows)
+    tl.store(
+        out_ptr + places_M[:, None] + columns_D[None, :],
+        tl.zeros((BLOCK_M, BLOCK_D), dtype=out_ptr.dtype.element_ty),
+        mask=inside_M[:, None] & (columns_D[None, :] < HEAD_DIM),
+    )
+
+
 @triton.jit(
-    do_not_specialize=["num_sequences", "table_stride"],
+    do_not_specialize=["num_sequences", "most_rows", "table_stride"],
     do_not_specialize_on_alignment=["starts_ptr", "context_lens_ptr", "table_ptr"],
 )
 def prefill_kernel(
@@ -94,24 +118,23 @@ def prefill_kernel(
     context_lens_ptr,
     table_ptr,
     num_sequences,
+    most_rows,
     q_stride,
-    q_head_stride,
-    out_stride,
-    out_head_stride,
-    page_stride,
-    token_stride,
-    head_stride,
     table_stride,
-    scale_log2,
+    SCALE_LOG2: tl.constexpr,
     WIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    G: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_M // GROUP new tokens of one sequence against all tokens that they see."""
+    """BLOCK_M // GROUP new tokens of one sequence against all tokens that they see.
+
+    Blocks past those of the sequences write zeros to rows that no sequence has, of `most_rows`.
+    """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -120,6 +143,13 @@ def prefill_kernel(
     num_rows = tl.load(starts_ptr + sequence + 1) - start
     first_row = (block - start // BLOCK_Q - sequence) * BLOCK_Q
     if first_row >= num_rows:
+        num_used = tl.load(starts_ptr + num_sequences)
+        surplus = block - num_used // BLOCK_Q - num_sequences
+        if surplus >= 0:
+            _zero_rows(
+                out_ptr, num_used + surplus * BLOCK_Q, most_rows, kv_head * GROUP,
+                GROUP, G, HEAD_DIM, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
         return
     num_cached = tl.load(context_lens_ptr + sequence)
     first_position = num_cached - num_rows + first_row
@@ -131,7 +161,7 @@ def prefill_kernel(
     valid_M = (tile_M < BLOCK_Q * GROUP) & (rows_M < num_rows)
     valid_MD = valid_M[:, None] & (columns_D[None, :] < HEAD_DIM)
     places_M = (start + rows_M).to(tl.int64)
-    q_places_M = places_M * q_stride + heads_M * q_head_stride
+    q_places_M = places_M * q_stride + heads_M * HEAD_DIM
     q_MD = tl.load(q_ptr + q_places_M[:, None] + columns_D[None, :], mask=valid_MD, other=0.0)
     if WIDE:
         q_MD = q_MD.to(tl.float32)
@@ -141,150 +171,23 @@ def prefill_kernel(
     sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     table_ptr += sequence.to(tl.int64) * table_stride
-    k_ptr += kv_head * head_stride
-    v_ptr += kv_head * head_stride
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
     num_tokens = tl.minimum(first_position + BLOCK_Q, num_cached)
     num_unmasked = (first_position + 1) // BLOCK_N * BLOCK_N
     for first_token in range(0, num_unmasked, BLOCK_N):
-        most_M, sum_M, acc_MD = _attend_tile(
+        most_M, sum_M, acc_MD = attend_tile(
             q_MD, most_M, sum_M, acc_MD, first_token, num_tokens, positions_M, table_ptr,
-            k_ptr, v_ptr, page_stride, token_stride, scale_log2,
-            False, WIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, SCALE_LOG2, False, WIDE, G, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for first_token in range(num_unmasked, num_tokens, BLOCK_N):
-        most_M, sum_M, acc_MD = _attend_tile(
+        most_M, sum_M, acc_MD = attend_tile(
             q_MD, most_M, sum_M, acc_MD, first_token, num_tokens, positions_M, table_ptr,
-            k_ptr, v_ptr, page_stride, token_stride, scale_log2,
-            True, WIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            k_ptr, v_ptr, SCALE_LOG2, True, WIDE, G, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    out_places_M = places_M * out_stride + heads_M * out_head_stride
+    out_places_M = (places_M * (G * GROUP) + heads_M) * HEAD_DIM
     tl.store(
         out_ptr + out_places_M[:, None] + columns_D[None, :],
         (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty),
         mask=valid_MD,
-    )
-
-
-@triton.jit(
-    do_not_specialize=["num_splits", "table_stride"],
-    do_not_specialize_on_alignment=["context_lens_ptr", "table_ptr"],
-)
-def decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    partial_ptr,
-    log_sums_ptr,
-    context_lens_ptr,
-    table_ptr,
-    q_stride,
-    q_head_stride,
-    out_stride,
-    out_head_stride,
-    page_stride,
-    token_stride,
-    head_stride,
-    table_stride,
-    scale_log2,
-    num_splits,
-    SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The one new token of a sequence against one split of its context.
-
-    With one split this writes `out`; with several, the normalised result (S, H, X, D) and the
-    log2 of its sum (S, H, X), minus infinity for an empty split.
-    """
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    num_cached = tl.load(context_lens_ptr + sequence)
-    per_split = tl.cdiv(tl.cdiv(num_cached, num_splits), BLOCK_N) * BLOCK_N
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, num_cached)
-
-    rows_M = tl.arange(0, BLOCK_M)
-    columns_D = tl.arange(0, BLOCK_D)
-    valid_M = rows_M < GROUP
-    heads_M = kv_head * GROUP + rows_M
-    num_heads = tl.num_programs(1) * GROUP
-    splits_M = (sequence.to(tl.int64) * num_heads + heads_M) * num_splits + split
-    if begin >= end:
-        tl.store(
-            log_sums_ptr + splits_M, tl.full((BLOCK_M,), float("-inf"), tl.float32), mask=valid_M
-        )
-        return
-    valid_MD = valid_M[:, None] & (columns_D[None, :] < HEAD_DIM)
-    q_places_M = sequence.to(tl.int64) * q_stride + heads_M * q_head_stride
-    q_MD = tl.load(q_ptr + q_places_M[:, None] + columns_D[None, :], mask=valid_MD, other=0.0)
-    if WIDE:
-        q_MD = q_MD.to(tl.float32)
-
-    positions_M = tl.zeros((BLOCK_M,), dtype=tl.int32) + num_cached
-    most_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    acc_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    table_ptr += sequence.to(tl.int64) * table_stride
-    k_ptr += kv_head * head_stride
-    v_ptr += kv_head * head_stride
-    for first_token in range(begin, end, BLOCK_N):
-        most_M, sum_M, acc_MD = _attend_tile(
-            q_MD, most_M, sum_M, acc_MD, first_token, end, positions_M, table_ptr,
-            k_ptr, v_ptr, page_stride, token_stride, scale_log2,
-            True, WIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    result_MD = acc_MD / sum_M[:, None]
-    if not SPLIT:
-        out_places_M = sequence.to(tl.int64) * out_stride + heads_M * out_head_stride
-        tl.store(
-            out_ptr + out_places_M[:, None] + columns_D[None, :],
-            result_MD.to(out_ptr.dtype.element_ty),
-            mask=valid_MD,
-        )
-    else:
-        tl.store(
-            partial_ptr + splits_M[:, None] * HEAD_DIM + columns_D[None, :],
-            result_MD,
-            mask=valid_MD,
-        )
-        tl.store(log_sums_ptr + splits_M, most_M + tl.log2(sum_M), mask=valid_M)
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def reduce_kernel(
-    partial_ptr,
-    log_sums_ptr,
-    out_ptr,
-    out_stride,
-    out_head_stride,
-    num_splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The attention of one head of one sequence from its splits; the first is never empty."""
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    splits_X = tl.arange(0, BLOCK_X)
-    columns_D = tl.arange(0, BLOCK_D)
-    places_X = (sequence * tl.num_programs(1) + head) * num_splits + splits_X
-    log_sums_X = tl.load(log_sums_ptr + places_X, mask=splits_X < num_splits, other=float("-inf"))
-    weights_X = tl.exp2(log_sums_X - tl.max(log_sums_X, axis=0))
-    # An empty split's result was never written: it must not be read, were it only to weigh 0.
-    written_XD = (weights_X[:, None] > 0.0) & (columns_D[None, :] < HEAD_DIM)
-    partial_XD = tl.load(
-        partial_ptr + places_X[:, None] * HEAD_DIM + columns_D[None, :], mask=written_XD, other=0.0
-    )
-    out_D = tl.sum(partial_XD * weights_X[:, None], axis=0) / tl.sum(weights_X, axis=0)
-    tl.store(
-        out_ptr + sequence * out_stride + head * out_head_stride + columns_D,
-        out_D.to(out_ptr.dtype.element_ty),
-        mask=columns_D < HEAD_DIM,
     )

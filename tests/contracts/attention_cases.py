@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Step:
     spec: AttentionSpec
     batch: SequenceBatch
     kv: LayerKV
+    new: NewKV
     q_THD: Tensor
     expected_THD: Tensor  # float64, on the CPU
 
@@ -58,6 +59,7 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
 
     kv_shape = (num_pages, case.page_size, case.num_kv_heads, case.head_dim)
     k_NPGD, v_NPGD = (torch.full(kv_shape, torch.nan, dtype=dtype) for _ in range(2))
+    new = []
     page_table_SM = torch.zeros(len(case.rows), max(page_counts) + 2, dtype=torch.int32)
     q_THD = normal(sum(case.rows), case.num_heads, case.head_dim)
     expected = []
@@ -69,6 +71,7 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
         for token in range(length):
             place = pages[token // case.page_size], token % case.page_size
             k_NPGD[place], v_NPGD[place] = k_CGD[token], v_CGD[token]
+        new.append((k_CGD[length - rows :], v_CGD[length - rows :]))
         expected.append(attend(q_THD[start : start + rows], k_CGD, v_CGD))
         start += rows
     starts = list(accumulate(case.rows, initial=0))
@@ -90,7 +93,37 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
         page_table_SM.to(device),
     )
     kv = LayerKV(k_NPGD.to(device), v_NPGD.to(device))
-    return Step(spec, batch, kv, q_THD.to(device), torch.cat(expected))
+    k_TGD, v_TGD = (torch.cat(part).to(device) for part in zip(*new, strict=True))
+    return Step(spec, batch, kv, NewKV(k_TGD, v_TGD), q_THD.to(device), torch.cat(expected))
+
+
+def as_captured(step: Step, num_sequences: int, num_rows: int, num_tokens: int) -> Step:
+    """The same step as a CUDA graph sees it that was captured for bounds which it does not reach:
+    more sequences, which are padding, more rows (in prefill), longer contexts."""
+    batch, old = step.batch, len(step.batch.query_lens)
+    device = batch.query_starts_S1.device
+    more = num_sequences - old
+    decodes = max(batch.query_lens) == 1
+    num_rows = num_sequences if decodes else num_rows
+    last = batch.query_starts_S1[-1:].expand(more)
+    pages = batch.page_table_SM
+    columns = -(-num_tokens // step.spec.page_size) - pages.shape[1]
+    table_SM = torch.nn.functional.pad(pages, (0, max(columns, 0), 0, more))
+    captured = SequenceBatch(
+        [1] * num_sequences if decodes else [num_rows // num_sequences + 1] * num_sequences,
+        [num_tokens] * num_sequences,
+        torch.cat((batch.query_starts_S1, last)),
+        torch.cat((batch.context_lens_S, torch.zeros(more, dtype=torch.int32, device=device))),
+        table_SM,
+    )
+    rows = num_rows - step.q_THD.shape[0]
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat((x, x[:1].expand(rows, -1, -1)))
+
+    expected_THD = torch.nn.functional.pad(step.expected_THD, (0, 0, 0, 0, 0, rows))
+    new = NewKV(padded(step.new.k_TGD), padded(step.new.v_TGD))
+    return Step(step.spec, captured, step.kv, new, padded(step.q_THD), expected_THD)
 
 
 def attend(q_QHD: Tensor, k_CGD: Tensor, v_CGD: Tensor) -> Tensor:

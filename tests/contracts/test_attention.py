@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionBackend, AttentionSpec
-from tests.contracts.attention_cases import Case, Step, make_step
+from core.interfaces.attention import AttentionBackend, AttentionSpec, LayerKV, SequenceBatch
+from tests.contracts.attention_cases import Case, Step, as_captured, make_step
 
 PREFILL = [
     Case(rows=(1,), cached=(0,)),
@@ -77,10 +77,15 @@ def check(name: str, step: Step, tolerance: float) -> None:
     plan = backend.plan(step.batch)
     for _ in range(2):
         out_THD = torch.full_like(step.q_THD, torch.nan)
-        backend.forward(plan, step.kv, step.q_THD.clone(), out_THD)
-        error_TX = (out_THD.cpu().double() - step.expected_THD).flatten(1)
-        relative_T = error_TX.norm(dim=1) / step.expected_THD.flatten(1).norm(dim=1)
-        assert relative_T.max().item() <= tolerance, relative_T
+        backend.forward(plan, step.kv, step.q_THD.clone(), out_THD, step.new)
+        assert_close(out_THD, step.expected_THD, tolerance)
+
+
+def assert_close(out_THD: torch.Tensor, expected_THD: torch.Tensor, tolerance: float) -> None:
+    """By norm of each row; rows that are padding must be zero."""
+    error_T = (out_THD.cpu().double() - expected_THD).flatten(1).norm(dim=1)
+    size_T = expected_THD.flatten(1).norm(dim=1)
+    assert torch.all(error_T <= tolerance * size_T), error_T / size_T
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -112,3 +117,75 @@ def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", ["torch_ref", "triton"])
 def test_gpu_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -> None:
     check(name, make_step(case, dtype, torch.device("cuda")), TOLERANCE[dtype])
+
+
+# Bounds of a capture: (sequences, rows, tokens). The last case fills them exactly.
+CAPTURED = [
+    (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4), (5, 0, 260)),
+    (Case(rows=(1,) * 5, cached=(0, 9, 80, 3, 47), num_heads=6, num_kv_heads=2), (300, 0, 181)),
+    (Case(rows=(7, 40, 1), cached=(0, 31, 64), page_size=5, num_heads=6), (6, 100, 90)),
+    (Case(rows=(64, 1), cached=(0, 0), num_heads=8, head_dim=64), (9, 77, 400)),
+    (Case(rows=(30, 30), cached=(0, 5), num_heads=4), (2, 60, 35)),
+]
+
+
+@pytest.mark.parametrize(("case", "bounds"), CAPTURED, ids=str)
+def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = make_step(case, torch.float32, device)
+    check("triton", as_captured(step, *bounds), TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_replays_steps_of_other_lengths(dtype: torch.dtype) -> None:
+    """Captured with one decode step's lengths and pages, replayed with another's."""
+    steps = [
+        as_captured(
+            make_step(
+                Case(
+                    rows=(1,) * len(cached), cached=cached, num_heads=8, num_kv_heads=2, seed=seed
+                ),
+                dtype,
+                torch.device("cuda"),
+            ),
+            12,
+            0,
+            4096,
+        )
+        for seed, cached in enumerate(((900, 3, 0), tuple(range(0, 4000, 400)), (4095,)))
+    ]
+    most_pages = max(step.kv.k_NPGD.shape[0] for step in steps)
+
+    def inputs(step: Step) -> list[torch.Tensor]:
+        batch = step.batch
+        pages = most_pages - step.kv.k_NPGD.shape[0]
+        caches = [
+            torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, 0, 0, pages), value=torch.nan)
+            for cache in (step.kv.k_NPGD, step.kv.v_NPGD)
+        ]
+        return [batch.context_lens_S, batch.page_table_SM, step.q_THD, *caches]
+
+    static = [x.clone() for x in inputs(steps[0])]
+    lens_S, table_SM, q_THD, k_NPGD, v_NPGD = static
+    old = steps[0].batch
+    batch = SequenceBatch(old.query_lens, old.context_lens, old.query_starts_S1, lens_S, table_SM)
+    backend = build("triton", steps[0].spec)
+    out_THD = torch.empty_like(q_THD)
+
+    def run() -> None:
+        plan = backend.plan(batch)
+        for _ in range(2):
+            backend.forward(plan, LayerKV(k_NPGD, v_NPGD), q_THD, out_THD)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for step in (*steps, steps[0]):
+        for target, source in zip(static, inputs(step), strict=True):
+            target.copy_(source)
+        out_THD.fill_(torch.nan)
+        graph.replay()
+        assert_close(out_THD, step.expected_THD, TOLERANCE[dtype])

@@ -22,11 +22,13 @@ from core.engine.model_build import (
     model_context,
     stream_of,
 )
+from core.interfaces.attention import HeadTransform
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentProjections
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
+from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_ops import TorchOps
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.files import resolve_files
@@ -251,8 +253,11 @@ class DenseAttention:
     num_real: int
     caches: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def attend(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, qkv_TFD: Tensor, heads: HeadTransform, positions_T: Tensor
+    ) -> Tensor:
         """See core.interfaces.attention."""
+        q_THD, k_TGD, v_TGD = transform_heads(TorchOps(), qkv_TFD, heads, positions_T)
         k_TGD, v_TGD = self._cached(layer, k_TGD, v_TGD)
         group = q_THD.shape[1] // k_TGD.shape[1]
         return self._attend(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from acme_attention import AcmeOptions
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,15 @@ class AcmeAttention:
         return plans
 
     def forward(
-        self, plan: list[SequencePlan], kv: LayerKV, q_THD: Tensor, out_THD: Tensor
+        self,
+        plan: list[SequencePlan],
+        kv: LayerKV,
+        q_THD: Tensor,
+        out_THD: Tensor,
+        new: NewKV | None = None,
     ) -> None:
-        """Causal attention of every row, written into `out_THD`."""
+        """Causal attention of every row, written into `out_THD`. The new rows' k and v, `new`, are
+        in the cache as well."""
         for sequence in plan:
             k_GCD, v_GCD = (
                 cache_NPGD[sequence.pages].flatten(0, 1)[: sequence.num_context].transpose(0, 1)

@@ -1,0 +1,249 @@
+"""Triton kernels of paged decode: a step's schedule, attention by pieces, and the pieces' sum.
+
+The work of a step is a line of tiles: sequence after sequence, in each KV head after KV head, in
+each the tiles of the context; one head of one sequence is a *unit*. Every program takes an equal
+stretch of the line, so that all end at once whatever the lengths are. What it covers of a unit is a
+*piece*: a whole unit's result goes to `out`, others' to the workspace, where a program has place 0
+for the unit that it goes on with and place 1 for the one it begins. Lengths are read on the device
+alone. Any page size: each token of a tile looks its page up.
+
+Shape legend: P programs, S sequences, M rows of a tile (query heads of a KV head), N tokens of a
+tile, D head dimension (padded to a power of two), X pieces of a unit, G KV heads.
+"""
+
+# Kernels are written in Triton's language, which has no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+from plugins.attention._triton_kernels import attend_tile
+
+SCHEDULE_COLUMNS = tl.constexpr(8)  # of which 7 are used: see `schedule_kernel`
+
+
+@triton.jit
+def _find(context_lens_ptr, num_sequences, place, G: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(the sequence in which tile `place` of the line stands, tiles of one head before it)."""
+    BLOCK_S: tl.constexpr = 256
+    sequence = 0
+    num_before = 0
+    num_tiles = 0
+    for first in range(0, num_sequences, BLOCK_S):
+        sequences_S = first + tl.arange(0, BLOCK_S)
+        inside_S = sequences_S < num_sequences
+        tiles_S = tl.cdiv(tl.load(context_lens_ptr + sequences_S, mask=inside_S, other=0), BLOCK_N)
+        passed_S = inside_S & ((num_tiles + tl.cumsum(tiles_S, axis=0)) * G <= place)
+        sequence += tl.sum(passed_S.to(tl.int32), axis=0)
+        num_before += tl.sum(tl.where(passed_S, tiles_S, 0), axis=0)
+        num_tiles += tl.sum(tiles_S, axis=0)
+    return sequence, num_before
+
+
+@triton.jit
+def _count_tiles(context_lens_ptr, num_sequences, BLOCK_N: tl.constexpr):
+    BLOCK_S: tl.constexpr = 256
+    num_tiles = 0
+    for first in range(0, num_sequences, BLOCK_S):
+        sequences_S = first + tl.arange(0, BLOCK_S)
+        lens_S = tl.load(context_lens_ptr + sequences_S, mask=sequences_S < num_sequences, other=0)
+        num_tiles += tl.sum(tl.cdiv(lens_S, BLOCK_N), axis=0)
+    return num_tiles
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["context_lens_ptr"]
+)
+def schedule_kernel(
+    context_lens_ptr, schedule_ptr, num_sequences, G: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The stretch of one program, once a step. Columns: sequence, KV head and tile where it begins;
+    its number of tiles; sequence and KV head of the unit that it begins and others end; the number
+    of that unit's pieces, 0 where there is none."""
+    program = tl.program_id(0)
+    schedule_ptr += program * SCHEDULE_COLUMNS
+    num_tiles = _count_tiles(context_lens_ptr, num_sequences, BLOCK_N) * G
+    share = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(0)), 1)
+    begin = program * share
+    end = tl.minimum(begin + share, num_tiles)
+    if begin >= end:
+        tl.store(schedule_ptr + 3, 0)
+        tl.store(schedule_ptr + 6, 0)
+        return
+    sequence, num_before = _find(context_lens_ptr, num_sequences, begin, G, BLOCK_N)
+    length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
+    tl.store(schedule_ptr, sequence)
+    tl.store(schedule_ptr + 1, (begin - num_before * G) // length)
+    tl.store(schedule_ptr + 2, (begin - num_before * G) % length)
+    tl.store(schedule_ptr + 3, end - begin)
+    sequence, num_before = _find(context_lens_ptr, num_sequences, end - 1, G, BLOCK_N)
+    length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
+    kv_head = (end - 1 - num_before * G) // length
+    unit_begin = num_before * G + kv_head * length
+    unit_end = unit_begin + length
+    is_mine = (unit_begin >= begin) & (unit_end > end)
+    tl.store(schedule_ptr + 4, sequence)
+    tl.store(schedule_ptr + 5, kv_head)
+    tl.store(schedule_ptr + 6, tl.where(is_mine, (unit_end - 1) // share - program + 1, 0))
+
+
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["context_lens_ptr", "table_ptr"],
+)
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    workspace_ptr,
+    schedule_ptr,
+    context_lens_ptr,
+    table_ptr,
+    q_stride,
+    table_stride,
+    SCALE_LOG2: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    G: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One stretch of the line. The workspace holds, float32, the normalised results of pieces
+    (P, 2, GROUP, D), then the log2 of their sums (P, 2, GROUP)."""
+    program = tl.program_id(0)
+    # What a step's plan wrote was complete before the kernel before this one let this one start.
+    schedule_ptr += program * SCHEDULE_COLUMNS
+    sequence = tl.load(schedule_ptr, cache_modifier=".cg")
+    kv_head = tl.load(schedule_ptr + 1, cache_modifier=".cg")
+    tile = tl.load(schedule_ptr + 2, cache_modifier=".cg")
+    num_left = tl.load(schedule_ptr + 3, cache_modifier=".cg")
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+
+    rows_M = tl.arange(0, BLOCK_M)
+    columns_D = tl.arange(0, BLOCK_D)
+    valid_M = rows_M < GROUP
+    valid_MD = valid_M[:, None] & (columns_D[None, :] < HEAD_DIM)
+    log_sums_ptr = workspace_ptr + tl.num_programs(0) * (2 * GROUP * HEAD_DIM)
+    while num_left > 0:
+        num_cached = tl.load(context_lens_ptr + sequence)
+        num_tiles = tl.cdiv(num_cached, BLOCK_N)
+        num_mine = tl.minimum(num_tiles - tile, num_left)
+        if num_mine > 0:
+            heads_M = kv_head * GROUP + rows_M
+            q_places_M = sequence.to(tl.int64) * q_stride + heads_M * HEAD_DIM
+            q_MD = tl.load(
+                q_ptr + q_places_M[:, None] + columns_D[None, :], mask=valid_MD, other=0.0
+            )
+            if WIDE:
+                q_MD = q_MD.to(tl.float32)
+            positions_M = tl.zeros((BLOCK_M,), dtype=tl.int32) + num_cached
+            most_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+            sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            acc_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+            first_token = tile * BLOCK_N
+            end_token = tl.minimum(first_token + num_mine * BLOCK_N, num_cached)
+            for token in range(first_token, end_token, BLOCK_N):
+                most_M, sum_M, acc_MD = attend_tile(
+                    q_MD, most_M, sum_M, acc_MD, token, end_token, positions_M,
+                    table_ptr + sequence.to(tl.int64) * table_stride,
+                    k_ptr + kv_head * HEAD_DIM, v_ptr + kv_head * HEAD_DIM,
+                    SCALE_LOG2, True, WIDE, G, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+            result_MD = acc_MD / sum_M[:, None]
+            if num_mine == num_tiles:
+                out_places_M = (sequence.to(tl.int64) * (G * GROUP) + heads_M) * HEAD_DIM
+                tl.store(
+                    out_ptr + out_places_M[:, None] + columns_D[None, :],
+                    result_MD.to(out_ptr.dtype.element_ty),
+                    mask=valid_MD,
+                )
+            else:
+                begins = (tile == 0).to(tl.int32)
+                places_M = (program * 2 + begins) * GROUP + rows_M
+                tl.store(
+                    workspace_ptr + places_M[:, None] * HEAD_DIM + columns_D[None, :],
+                    result_MD,
+                    mask=valid_MD,
+                )
+                tl.store(log_sums_ptr + places_M, most_M + tl.log2(sum_M), mask=valid_M)
+        num_left -= num_mine
+        tile *= 0
+        kv_head += 1
+        if (kv_head == G) | (num_tiles == 0):
+            kv_head = 0
+            sequence += 1
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["context_lens_ptr"]
+)
+def reduce_kernel(
+    out_ptr,
+    workspace_ptr,
+    schedule_ptr,
+    context_lens_ptr,
+    num_sequences,
+    GROUP: tl.constexpr,
+    G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One query head of the unit that a program began and others ended; also zeros for sequences
+    without tokens, which are padding."""
+    program = tl.program_id(0)
+    row = tl.program_id(1)
+    num_programs = tl.num_programs(0)
+    schedule_ptr += program * SCHEDULE_COLUMNS
+    sequence = tl.load(schedule_ptr + 4, cache_modifier=".cg")
+    kv_head = tl.load(schedule_ptr + 5, cache_modifier=".cg")
+    num_pieces = tl.load(schedule_ptr + 6, cache_modifier=".cg")
+    columns_D = tl.arange(0, BLOCK_D)
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    if num_pieces > 0:
+        log_sums_ptr = workspace_ptr + num_programs * (2 * GROUP * HEAD_DIM)
+        most = float("-inf")
+        total = 0.0
+        acc_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for first in range(0, num_pieces, BLOCK_X):
+            pieces_X = first + tl.arange(0, BLOCK_X)
+            inside_X = pieces_X < num_pieces
+            begins_X = (pieces_X == 0).to(tl.int32)
+            places_X = ((program + pieces_X) * 2 + begins_X) * GROUP + row
+            log_sums_X = tl.load(log_sums_ptr + places_X, mask=inside_X, other=float("-inf"))
+            partial_XD = tl.load(
+                workspace_ptr + places_X[:, None] * HEAD_DIM + columns_D[None, :],
+                mask=inside_X[:, None] & (columns_D[None, :] < HEAD_DIM),
+                other=0.0,
+            )
+            new_most = tl.maximum(most, tl.max(log_sums_X, axis=0))
+            weights_X = tl.exp2(log_sums_X - new_most)
+            shrink = tl.exp2(most - new_most)
+            acc_D = acc_D * shrink + tl.sum(partial_XD * weights_X[:, None], axis=0)
+            total = total * shrink + tl.sum(weights_X, axis=0)
+            most = new_most
+        place = (sequence.to(tl.int64) * (G * GROUP) + kv_head * GROUP + row) * HEAD_DIM
+        tl.store(
+            out_ptr + place + columns_D,
+            (acc_D / total).to(out_ptr.dtype.element_ty),
+            mask=columns_D < HEAD_DIM,
+        )
+    for padding in range(program, num_sequences, num_programs):
+        if tl.load(context_lens_ptr + padding) == 0:
+            kv_heads_G = tl.arange(0, BLOCK_G)
+            heads_G = padding * (G * GROUP) + kv_heads_G * GROUP + row
+            tl.store(
+                out_ptr + heads_G[:, None] * HEAD_DIM + columns_D[None, :],
+                tl.zeros((BLOCK_G, BLOCK_D), dtype=out_ptr.dtype.element_ty),
+                mask=(kv_heads_G[:, None] < G) & (columns_D[None, :] < HEAD_DIM),
+            )
