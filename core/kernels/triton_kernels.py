@@ -10,6 +10,8 @@ lie apart (a row stride is passed); within a row elements are contiguous.
 import triton
 import triton.language as tl
 
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+
 
 # The number of rows differs from step to step; each variant that is specialised on it (1, or a
 # multiple of 16) would be compiled in the middle of serving.
@@ -22,16 +24,20 @@ def rms_norm_kernel(
     num_rows,
     x_stride,
     residual_stride,
-    size,
-    eps,
+    SIZE: tl.constexpr,
+    EPS: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """RMS norm of BLOCK_T rows; with ADD, of x + residual, which is stored in residual first."""
     rows_T = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     columns_E = tl.arange(0, BLOCK_E)
-    inside_TE = (rows_T[:, None] < num_rows) & (columns_E[None, :] < size)
+    inside_TE = (rows_T[:, None] < num_rows) & (columns_E[None, :] < SIZE)
+    weight_E = tl.load(weight_ptr + columns_E, mask=columns_E < SIZE, other=0.0)
+    let_successor_start(DEPENDENT)
+    wait_for_predecessor(DEPENDENT)
     x_TE = tl.load(
         x_ptr + rows_T[:, None] * x_stride + columns_E[None, :], mask=inside_TE, other=0.0
     ).to(tl.float32)
@@ -42,11 +48,10 @@ def rms_norm_kernel(
         rounded_TE = x_TE.to(residual_ptr.dtype.element_ty)
         tl.store(places_TE, rounded_TE, mask=inside_TE)
         x_TE = rounded_TE.to(tl.float32)
-    scale_T = tl.rsqrt(tl.sum(x_TE * x_TE, axis=1) / size + eps)
-    weight_E = tl.load(weight_ptr + columns_E, mask=columns_E < size, other=0.0).to(tl.float32)
-    out_TE = x_TE * scale_T[:, None] * weight_E[None, :]
+    scale_T = tl.rsqrt(tl.sum(x_TE * x_TE, axis=1) / SIZE + EPS)
+    out_TE = x_TE * scale_T[:, None] * weight_E.to(tl.float32)[None, :]
     tl.store(
-        out_ptr + rows_T[:, None] * size + columns_E[None, :],
+        out_ptr + rows_T[:, None] * SIZE + columns_E[None, :],
         out_TE.to(out_ptr.dtype.element_ty),
         mask=inside_TE,
     )
@@ -108,16 +113,25 @@ def rope_kernel(
 
 
 @triton.jit
-def silu_and_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, size, BLOCK_I: tl.constexpr):
+def silu_and_mul_kernel(
+    gate_up_ptr,
+    out_ptr,
+    gate_up_stride,
+    SIZE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     """One block of one row."""
+    let_successor_start(DEPENDENT)
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    inside_I = columns_I < size
+    inside_I = columns_I < SIZE
     places_I = gate_up_ptr + row * gate_up_stride + columns_I
     gate_I = tl.load(places_I, mask=inside_I, other=0.0).to(tl.float32)
-    up_I = tl.load(places_I + size, mask=inside_I, other=0.0).to(tl.float32)
+    up_I = tl.load(places_I + SIZE, mask=inside_I, other=0.0).to(tl.float32)
     out_I = gate_I / (1.0 + tl.exp(-gate_I)) * up_I
-    tl.store(out_ptr + row * size + columns_I, out_I.to(out_ptr.dtype.element_ty), mask=inside_I)
+    tl.store(out_ptr + row * SIZE + columns_I, out_I.to(out_ptr.dtype.element_ty), mask=inside_I)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])

@@ -1,0 +1,360 @@
+"""Times linear layers of bf16 weights on a GPU against the vendor's GEMM, and prints JSON.
+
+    python -m benchmarks.gpu_linear                                 # the tables' choices
+    python -m benchmarks.gpu_linear --sweep --rows 1 8 64 --write DIR # measures what goes in them
+
+A time is that of one kernel in one CUDA graph over copies of a layer, so that no weight is found
+in the cache and the start of a kernel overlaps the end of the one before, as in a model's step.
+The vendor's GEMM is torch's, with silu_and_mul after it where the layer is gated. `model` adds up
+the layers of Llama-3.1-8B. Candidates compile in as many processes as there are CPUs. Knows the
+kernels' parameters only as `core.kernels.triton_linear` does: rows of a table.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.interfaces.ops import LinearKernel
+from core.kernels import triton_linear
+from core.kernels.triton_ops import TritonOps
+
+Tile = dict[str, Any]
+# name: (operation, rows of the weight, inputs, how many of them a step of Llama-3.1-8B has)
+SHAPES = {
+    "8b_qkv": ("linear", 6144, 4096, 32),
+    "8b_out": ("linear", 4096, 4096, 32),
+    "8b_gate_up": ("gated_linear", 28672, 4096, 32),
+    "8b_down": ("linear", 4096, 14336, 32),
+    "8b_head": ("logits", 128256, 4096, 1),
+    "30b_qkv": ("linear", 5120, 2048, 0),
+    "30b_out": ("linear", 2048, 4096, 0),
+    "30b_head": ("logits", 151936, 2048, 0),
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BYTES_OF_COPIES = 500 << 20  # ten times the cache
+_DTYPES = {"logits": torch.float32}
+
+
+def vectors(size_I: int, rows: int) -> Iterator[Tile]:
+    """Tiles of 16 to 64 registers a thread."""
+    widths = [width for width in (1024, 2048, 4096, 16384) if width < 1.2 * size_I]
+    for block_I in widths if rows == 1 else widths[-2:]:
+        for block_O in (1, 2, 4, 8):
+            for num_warps in (2, 4, 8):
+                registers = block_O * block_I // (64 * num_warps)
+                if 16 <= registers <= (64 if rows == 1 else 32):
+                    yield {
+                        "path": "vector",
+                        "ROWS": rows,
+                        "BLOCK_O": block_O,
+                        "BLOCK_I": block_I,
+                        "num_warps": num_warps,
+                    }
+
+
+# (rows of a tile, outputs, inputs, warps, stages, programs that share a sum, prefetched inputs)
+_MATRICES = {
+    16: [
+        (16, 16, 256, 4, 6, 1, 1024),
+        (16, 16, 256, 4, 8, 1, 2048),
+        (16, 16, 512, 4, 4, 1, 1024),
+        (16, 16, 512, 4, 5, 1, 4096),
+        (16, 32, 128, 4, 8, 1, 1024),
+        (16, 32, 256, 4, 3, 1, 1024),
+        (16, 32, 256, 4, 5, 1, 0),
+        (16, 32, 256, 4, 5, 1, 1024),
+        (16, 32, 256, 4, 5, 1, 4096),
+        (16, 32, 256, 8, 5, 2, 1024),
+        (16, 32, 512, 8, 4, 1, 2048),
+        (16, 64, 128, 4, 5, 1, 1024),
+        (16, 64, 256, 4, 4, 1, 1024),
+        (16, 64, 256, 8, 5, 1, 1024),
+        (16, 64, 128, 4, 5, 2, 1024),
+        (16, 64, 256, 4, 4, 4, 1024),
+    ],
+    32: [
+        (32, 32, 256, 4, 5, 1, 1024),
+        (32, 32, 128, 4, 6, 1, 1024),
+        (32, 64, 128, 4, 5, 1, 1024),
+        (32, 64, 256, 4, 4, 1, 1024),
+        (32, 64, 128, 4, 5, 2, 1024),
+        (32, 64, 256, 4, 4, 2, 1024),
+        (32, 64, 128, 4, 4, 4, 1024),
+        (32, 128, 128, 8, 4, 2, 1024),
+        (32, 128, 128, 8, 4, 1, 1024),
+    ],
+    64: [
+        (64, 32, 256, 4, 4, 1, 1024),
+        (64, 64, 128, 4, 5, 1, 1024),
+        (64, 64, 128, 4, 3, 2, 1024),
+        (64, 64, 128, 4, 5, 2, 1024),
+        (64, 64, 128, 4, 5, 4, 1024),
+        (64, 128, 64, 4, 6, 1, 512),
+        (64, 128, 128, 4, 4, 1, 1024),
+        (64, 128, 128, 8, 4, 2, 1024),
+        (64, 128, 128, 4, 4, 4, 1024),
+        (64, 256, 64, 8, 4, 1, 512),
+        (64, 256, 64, 8, 4, 4, 512),
+    ],
+    128: [
+        (128, 64, 128, 8, 4, 1, 512),
+        (128, 64, 64, 4, 4, 2, 512),
+        (128, 128, 64, 8, 4, 1, 512),
+        (128, 128, 64, 8, 3, 1, 0),
+        (128, 128, 64, 8, 4, 2, 512),
+        (128, 128, 64, 8, 4, 4, 512),
+        (128, 256, 64, 8, 4, 1, 256),
+    ],
+    256: [
+        (128, 128, 64, 8, 3, 1, 0),
+        (128, 128, 64, 4, 3, 1, 0),
+        (128, 128, 64, 8, 4, 2, 0),
+        (128, 256, 64, 8, 3, 1, 0),
+        (128, 256, 64, 8, 4, 1, 0),
+        (256, 128, 64, 8, 4, 1, 0),
+        (256, 128, 64, 8, 3, 2, 0),
+    ],
+}
+
+
+def matrices(rows: int) -> Iterator[Tile]:
+    tile_rows = max(16, rows)
+    names = ("BLOCK_T", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages", "SPLIT", "PREFETCH_I")
+    for values in _MATRICES[tile_rows]:
+        yield {"path": "matrix", **dict(zip(names, values, strict=True))}
+
+
+def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
+    found = [] if rows > 4 else list(vectors(size_I, rows))
+    if rows > 1:
+        found += matrices(rows)
+    least = 2 if operation == "gated_linear" else 1
+    return [{**tile, "max_rows": rows} for tile in found if tile["BLOCK_O"] >= least]
+
+
+def kernel_of(operation: str, weight: Tensor, tile: Tile) -> LinearKernel:
+    return triton_linear.prepare(
+        weight,
+        None,
+        gated=operation == "gated_linear",
+        dtype=_DTYPES.get(operation),
+        tile=tile,
+    )
+
+
+def vendor_of(operation: str, weight: Tensor) -> LinearKernel:
+    if operation == "logits":
+        return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
+    if operation == "gated_linear":
+        return lambda x: TritonOps().silu_and_mul(F.linear(x, weight))
+    return lambda x: F.linear(x, weight)
+
+
+def copies_of(size_O: int, size_I: int) -> Tensor:
+    copies = max(2, _BYTES_OF_COPIES // (2 * size_O * size_I))
+    weights = torch.empty((copies, size_O, size_I), dtype=torch.bfloat16, device="cuda")
+    for weight in weights:
+        weight.normal_(std=size_I**-0.5)
+    return weights
+
+
+def microseconds(runs: list[Callable[[], object]]) -> float:
+    """Of one of them, in a graph of all."""
+    for run in runs[:2]:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    event = partial(torch.cuda.Event, enable_timing=True)
+    times: list[float] = []
+    for _ in range(7):
+        start, end = event(), event()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(runs))
+    return statistics.median(times)
+
+
+def compile_share(share: int, of: int, cells: list[tuple[str, int]]) -> None:
+    """Put this process's candidates in the compiler's cache on disk."""
+    jobs = [
+        (SHAPES[name], rows, tile)
+        for name, rows in cells
+        for tile in candidates(SHAPES[name][0], SHAPES[name][2], rows)
+    ]
+    for (operation, size_O, size_I, _), rows, tile in jobs[share::of]:
+        weight = torch.empty((size_O, size_I), dtype=torch.bfloat16, device="cuda")
+        x = torch.empty((rows, size_I), dtype=torch.bfloat16, device="cuda")
+        try:
+            kernel_of(operation, weight, tile)(x)
+        except Exception as error:  # too large for the device: the sweep says so
+            print("compiling", tile, repr(error)[:200], file=sys.stderr)
+
+
+def compile_all(cells: list[tuple[str, int]]) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    of = max(1, (os.cpu_count() or 2) - 1)
+    workers = [spawn.Process(target=compile_share, args=(share, of, cells)) for share in range(of)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def row_of(name: str, rows: int, us: float, vendor_us: float) -> dict[str, Any]:
+    _, size_O, size_I, _ = SHAPES[name]
+    return {
+        "shape": name,
+        "rows": rows,
+        "us": round(us, 2),
+        "tb_s": round(2 * size_O * size_I / us / 1e6, 3),
+        "tflop_s": round(2 * rows * size_O * size_I / us / 1e6, 1),
+        "vendor_us": round(vendor_us, 2),
+        "of_vendor": round(vendor_us / us, 3),
+    }
+
+
+def check(operation: str, weight: Tensor, x: Tensor, kernel: LinearKernel) -> None:
+    """Near the vendor's result, and the same twice."""
+    result, again, right = kernel(x), kernel(x), vendor_of(operation, weight)(x)
+    error = ((result.double() - right.double()).norm() / right.double().norm()).item()
+    assert error < 1e-2, f"error {error}"
+    assert torch.equal(result, again), "two runs differ"
+
+
+def sweep_cell(name: str, rows: int, weights: Tensor) -> list[dict[str, Any]]:
+    """Every candidate of a shape and a number of rows, the fastest first."""
+    operation, _, size_I, _ = SHAPES[name]
+    x = torch.randn((rows, size_I), dtype=torch.bfloat16, device="cuda")
+    vendor_us = microseconds([partial(vendor_of(operation, weight), x) for weight in weights])
+    results = [row_of(name, rows, vendor_us, vendor_us) | {"tile": {"path": "vendor"}}]
+    for tile in candidates(operation, size_I, rows):
+        try:
+            check(operation, weights[0], x, kernel_of(operation, weights[0], tile))
+            us = microseconds(
+                [partial(kernel_of(operation, weight, tile), x) for weight in weights]
+            )
+        except Exception as error:  # one candidate that doesn't fit must not end the sweep
+            print("FAILED", name, rows, tile, repr(error)[:300], flush=True)
+            continue
+        results.append(row_of(name, rows, us, vendor_us) | {"tile": tile})
+    return sorted(results, key=lambda result: float(result["us"]))
+
+
+def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
+    compile_all([(name, rows) for rows in all_rows for name in names])
+    gc.freeze()  # each capture of a graph collects garbage
+    everything: list[dict[str, Any]] = []
+    for name in names:
+        weights = copies_of(*SHAPES[name][1:3])
+        for rows in all_rows:
+            results = sweep_cell(name, rows, weights)
+            everything += results
+            best = [
+                f"{result['us']} {result['tb_s']} TB/s {list(result['tile'].values())}"
+                for result in results[:2]
+            ]
+            print(name, rows, "x vendor", results[0]["of_vendor"], *best, sep=" | ")
+            sys.stdout.flush()
+        del weights
+        if folder:
+            (folder / "sweep.json").write_text(json.dumps(everything))
+
+
+def tables(results: list[dict[str, Any]], device: str) -> dict[str, list[dict[str, Any]]]:
+    """The fastest of each cell of a sweep, as rows of core/kernels/tuned/<operation>_bf16.json."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for result in results:
+        cell = (result["shape"], result["rows"])
+        if cell not in best or result["us"] < best[cell]["us"]:
+            best[cell] = result
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (name, rows), result in sorted(best.items()):
+        operation, size_O, size_I, _ = SHAPES[name]
+        found.setdefault(f"{operation}_bf16", []).append(
+            {
+                "device": device,
+                "outputs": size_O,
+                "inputs": size_I,
+                **result["tile"],
+                "max_rows": rows,
+                "us": result["us"],
+                "vendor_us": result["vendor_us"],
+            }
+        )
+    return found
+
+
+def report(names: list[str], all_rows: list[int]) -> dict[str, object]:
+    """What the tables choose, and the sum over a model's layers."""
+    ops, results = TritonOps(), []
+    for name in names:
+        operation, size_O, size_I, _ = SHAPES[name]
+        weights = copies_of(size_O, size_I)
+        make = partial(ops.logits) if operation == "logits" else None
+        for rows in all_rows:
+            x = torch.randn((rows, size_I), dtype=torch.bfloat16, device="cuda")
+            ours = [
+                make(weight) if make else getattr(ops, operation)(weight, None)
+                for weight in weights
+            ]
+            us = microseconds([partial(kernel, x) for kernel in ours])
+            vendors = [vendor_of(operation, weight) for weight in weights]
+            vendor_us = microseconds([partial(kernel, x) for kernel in vendors])
+            results.append(row_of(name, rows, us, vendor_us))
+        del weights
+    return {
+        "device": torch.cuda.get_device_name(),
+        "results": results,
+        "model": [
+            {
+                "rows": rows,
+                **{
+                    key: round(
+                        sum(
+                            float(str(result[key])) * SHAPES[str(result["shape"])][3] / 1e3
+                            for result in results
+                            if result["rows"] == rows
+                        ),
+                        3,
+                    )
+                    for key in ("us", "vendor_us")
+                },
+            }
+            for rows in all_rows
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--write", type=Path, help="folder for sweep.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.sweep:
+        sweep(args.shapes, args.rows, args.write)
+    else:
+        print(json.dumps(report(args.shapes, args.rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()

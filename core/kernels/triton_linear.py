@@ -1,0 +1,114 @@
+"""Linear layers of 16-bit weights on a GPU: which kernel runs for how many rows.
+
+The choice is data (core/kernels/tuned/{linear,gated_linear,logits}_bf16.json, measured by
+benchmarks.gpu_linear), looked up when a layer is built: in a step it costs one list index. Knows
+nothing of what the kernels do inside. Shape legend: T rows, O rows of the weight, I inputs.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from core.interfaces.ops import LinearKernel
+from core.kernels import tuning
+from core.kernels.triton_skinny import matrix, vector
+
+MOST_ROWS = 256  # from here on the vendor's GEMM is faster or as fast
+_PATHS = {"vector": vector, "matrix": matrix}
+
+
+def prepare(
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    *,
+    gated: bool,
+    dtype: torch.dtype | None,
+    tile: tuning.Choice,
+) -> LinearKernel:
+    """One kernel, for up to `tile["max_rows"]` rows."""
+    make = _PATHS[tile["path"]]
+    return make(weight_OI, bias_O, gated=gated, dtype=dtype, tile=tile)
+
+
+def linear(
+    operation: str,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    vendor: LinearKernel,
+    *,
+    gated: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LinearKernel:
+    """The fastest kernel for each number of rows; `vendor` computes the same for any number."""
+    if not _streams(weight_OI):
+        return vendor
+    found = measured(f"{operation}_bf16", weight_OI.device, *weight_OI.shape)
+    prepared: dict[int, LinearKernel] = {}
+    by_rows = [vendor]
+    for num_rows in range(1, MOST_ROWS + 1):
+        choice = tuning.choose(found, num_rows)
+        if choice is None or choice["path"] == "vendor":
+            by_rows.append(vendor)
+            continue
+        most = choice["max_rows"]
+        if most not in prepared:
+            prepared[most] = prepare(weight_OI, bias_O, gated=gated, dtype=dtype, tile=choice)
+        by_rows.append(prepared[most])
+    if not prepared:
+        return vendor
+
+    def run(x_TI: Tensor) -> Tensor:
+        num_rows = x_TI.shape[0]
+        return (by_rows[num_rows] if num_rows <= MOST_ROWS else vendor)(x_TI)
+
+    return run
+
+
+def _streams(weight_OI: Tensor) -> bool:
+    """Whether the kernels here can read a weight 16 bytes at a time."""
+    return (
+        weight_OI.dtype in (torch.bfloat16, torch.float16)
+        and weight_OI.is_contiguous()
+        and weight_OI.shape[1] % 8 == 0
+        and weight_OI.data_ptr() % 16 == 0
+    )
+
+
+@lru_cache(maxsize=256)
+def measured(
+    operation: str, device: torch.device, size_O: int, size_I: int
+) -> tuple[tuning.Choice, ...]:
+    """What the tables say of a shape; where they are silent, what is good for most."""
+    found = tuning.choices(operation, device, outputs=size_O, inputs=size_I)
+    return found or (usual_vector(size_O, size_I), usual_matrix(size_O, size_I))
+
+
+def usual_vector(size_O: int, size_I: int) -> dict[str, Any]:
+    """Tiles of 8,192 weights, so that several programs share a processor."""
+    block_I = min(4096, triton.next_power_of_2(size_I))
+    return {
+        "path": "vector",
+        "max_rows": 1,
+        "ROWS": 1,
+        "BLOCK_O": max(2, min(8, 8192 // block_I)),
+        "BLOCK_I": block_I,
+        "num_warps": 4,
+    }
+
+
+def usual_matrix(size_O: int, size_I: int) -> dict[str, Any]:
+    """At most two programs for each processor, each a deep pipeline."""
+    return {
+        "path": "matrix",
+        "max_rows": 16,
+        "BLOCK_T": 16,
+        "BLOCK_O": 16 if size_O <= 4096 else 32,
+        "BLOCK_I": 256,
+        "SPLIT": 1,
+        "PREFETCH_I": 1024,
+        "num_warps": 4,
+        "num_stages": 6 if size_O <= 4096 else 5,
+    }
