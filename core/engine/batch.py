@@ -1,18 +1,28 @@
-"""Turns a StepPlan into the tensors one step needs. Knows nothing of models or sampling.
+"""Turns a StepPlan into the tensors one eager step needs. Knows nothing of models or sampling.
 
-Shape legend: S sequences (rows of the plan), T tokens computed in the step, L most tokens of a
-slot, M most pages of a slot, P tokens in a page.
+Shape legend: S sequences (rows of the plan), T tokens computed in the step, R rows of the plan that
+sample, L most tokens of a slot, M most pages of a slot, P tokens in a page.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.messages import SlotInit, StepPlan
+
+TORCH_DTYPES = {
+    np.dtype(np.int32).char: torch.int32,
+    np.dtype(np.int64).char: torch.int64,
+    np.dtype(np.float32).char: torch.float32,
+    np.dtype(np.float64).char: torch.float64,
+}
+Ints = npt.NDArray[np.int64]
 
 
 class SlotState:
@@ -33,14 +43,18 @@ class SlotState:
 
     def update(self, plan: StepPlan) -> None:
         """Take over new slots and page-table entries, before the step that needs them."""
-        for init in plan.inits:
-            self._init_slot(init)
+        self.enter(plan)
         if plan.table_slots:
             entries = np.array(
                 [plan.table_slots, plan.table_columns, plan.table_pages], dtype=np.int64
             )
             slots, columns, pages = to_device(entries, self.device)
             self.pages_SM[slots, columns] = pages.to(torch.int32)
+
+    def enter(self, plan: StepPlan) -> None:
+        """Take over new slots alone."""
+        for init in plan.inits:
+            self._init_slot(init)
 
     def _init_slot(self, init: SlotInit) -> None:
         ids = to_device(np.asarray(init.token_ids, dtype=np.int32), self.device)
@@ -61,10 +75,20 @@ class Batch:
     num_decodes: int
     decode: SequenceBatch | None
     prefill: SequenceBatch | None
-    row_ends: np.ndarray  # int64 (S): index after each row's last token
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+@dataclass(slots=True)
+class SamplingRows:
+    """The rows of a step that choose a token."""
+
+    slots: Ints  # on the host (R,)
+    positions: Ints  # of the tokens that are chosen, on the host (R,)
+    last_R: Tensor  # int64 on the device: index of each row's last token
+    slots_R: Tensor  # int64 on the device
+    positions_R: Tensor  # int64 on the device
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """Copy a numpy array to the device without waiting for it."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
@@ -72,56 +96,73 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def stage(plan: StepPlan, state: SlotState, num_rows: int) -> Batch:
+def send(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+    """Arrays of any length, copied to the device at once; each starts at a multiple of 8 bytes."""
+    ends = np.cumsum([-(-array.nbytes // 8) for array in arrays]).tolist()
+    places = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    packed = np.zeros(ends[-1], dtype=np.int64)
+    for array, place in zip(arrays, places, strict=True):
+        packed[place].view(array.dtype)[: len(array)] = array
+    on_device = to_device(packed, device)
+    return [
+        on_device[place].view(TORCH_DTYPES[array.dtype.char])[: len(array)]
+        for array, place in zip(arrays, places, strict=True)
+    ]
+
+
+def stage(plan: StepPlan, state: SlotState, num_rows: int) -> tuple[Batch, SamplingRows]:
     """Stage a step, padded to `num_rows`: `state.update(plan)` must have been called."""
     device, page_size = state.device, state.page_size
     slots_S, starts_S, lengths_S = np.array([plan.slots, plan.starts, plan.lengths], dtype=np.int64)
-    row_ends = np.cumsum(lengths_S)
+    contexts_S = starts_S + lengths_S
+    row_ends_S = np.cumsum(lengths_S)
     total = int(lengths_S.sum())
-    offsets_T = np.arange(total) - np.repeat(row_ends - lengths_S, lengths_S)
-    per_token = np.stack(
-        (np.repeat(slots_S, lengths_S), np.repeat(starts_S, lengths_S) + offsets_T)
+    offsets_T = np.arange(total) - np.repeat(row_ends_S - lengths_S, lengths_S)
+    sampling = np.array(plan.samples, dtype=bool)
+    split = plan.num_decodes
+    parts = [part for part in (slice(0, split), slice(split, None)) if len(slots_S[part])]
+    token_slots_T, positions_T, last_R, slots_R, next_R, num_real, *sequences = send(
+        device,
+        np.repeat(slots_S, lengths_S),
+        np.repeat(starts_S, lengths_S) + offsets_T,
+        row_ends_S[sampling] - 1,
+        slots_S[sampling],
+        contexts_S[sampling],
+        np.array([total], dtype=np.int32),
+        *(array for part in parts for array in _sequences(lengths_S[part], contexts_S[part])),
+        *(slots_S[part].astype(np.int32) for part in parts),
     )
-    token_slots_T, positions_T = to_device(per_token, device)
     pages_T = state.pages_SM[token_slots_T, positions_T // page_size].long()
-    sequences = _Sequences(state, slots_S, starts_S + lengths_S, lengths_S)
-    num_decodes, num_sequences = plan.num_decodes, len(plan.slots)
     padding = (0, num_rows - total)
-    return Batch(
+    batches = []
+    for index, part in enumerate(parts):
+        longest = int(contexts_S[part].max())
+        slot_ids = sequences[2 * len(parts) + index]
+        batches.append(
+            SequenceBatch(
+                query_lens=lengths_S[part].tolist(),
+                context_lens=contexts_S[part].tolist(),
+                query_starts_S1=sequences[2 * index],
+                context_lens_S=sequences[2 * index + 1],
+                page_table_SM=state.pages_SM[:, : -(-longest // page_size)].index_select(
+                    0, slot_ids
+                ),
+            )
+        )
+    batch = Batch(
         input_ids_T=F.pad(state.tokens_SL[token_slots_T, positions_T].long(), padding),
         positions_T=F.pad(positions_T, padding),
         kv_slots_T=pages_T * page_size + positions_T % page_size,
-        num_real=torch.full((1,), total, dtype=torch.int32, device=device),
-        num_decodes=num_decodes,
-        decode=sequences.part(0, num_decodes) if num_decodes else None,
-        prefill=sequences.part(num_decodes, num_sequences) if num_decodes < num_sequences else None,
-        row_ends=row_ends,
+        num_real=num_real,
+        num_decodes=split,
+        decode=batches[0] if split else None,
+        prefill=batches[-1] if split < len(slots_S) else None,
     )
+    return batch, SamplingRows(slots_S[sampling], contexts_S[sampling], last_R, slots_R, next_R)
 
 
-class _Sequences:
-    """The sequences of a step on the host; `part` makes the SequenceBatch of one phase."""
-
-    def __init__(
-        self, state: SlotState, slots: np.ndarray, contexts: np.ndarray, queries: np.ndarray
-    ) -> None:
-        self.state, self.slots, self.contexts, self.queries = state, slots, contexts, queries
-
-    def part(self, first: int, stop: int) -> SequenceBatch:
-        state = self.state
-        slots, contexts, queries = (
-            array[first:stop] for array in (self.slots, self.contexts, self.queries)
-        )
-        packed = np.zeros((3, stop - first + 1), dtype=np.int32)
-        np.cumsum(queries, out=packed[0, 1:])
-        packed[1, :-1] = contexts
-        packed[2, :-1] = slots
-        query_starts, context_lens, slot_ids = to_device(packed, state.device)
-        num_columns = -(-int(contexts.max()) // state.page_size)
-        return SequenceBatch(
-            query_lens=queries.tolist(),
-            context_lens=contexts.tolist(),
-            query_starts_S1=query_starts,
-            context_lens_S=context_lens[:-1],
-            page_table_SM=state.pages_SM[:, :num_columns].index_select(0, slot_ids[:-1]),
-        )
+def _sequences(lengths: Ints, contexts: Ints) -> tuple[npt.NDArray[np.int32], ...]:
+    """Cumulative query lengths and contexts of one phase."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return starts, contexts.astype(np.int32)

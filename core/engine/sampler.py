@@ -15,14 +15,13 @@ edits, P rows with penalties, D rows that draw (not greedy), F rows of D with a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from core.engine.batch import to_device
+from core.engine.batch import Ints, send
 from core.interfaces.messages import SamplingParams, SlotInit
 from core.kernels import sampling
 
@@ -34,12 +33,6 @@ LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
 # What a slot needs beyond an argmax.
 DRAWS, BIASED, PENALISED, HAS_MIN_TOKENS = 1, 2, 4, 8
 
-TORCH_DTYPES = {
-    np.dtype(np.int64).char: torch.int64,
-    np.dtype(np.float32).char: torch.float32,
-    np.dtype(np.float64).char: torch.float64,
-}
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
@@ -154,7 +147,11 @@ class Sampler:
         """Ids outside can't be chosen anyway; on a GPU, indexing with one ends the process."""
         return 0 <= token_id < self.vocab_size
 
-    def plan(self, slots: list[int], next_positions: list[int]) -> SamplePlan:
+    def is_greedy(self, slots: Ints) -> bool:
+        """Whether these slots never need more than the best of the logits as they are."""
+        return not self._needs[slots].any()
+
+    def plan(self, slots: Sequence[int] | Ints, next_positions: Sequence[int] | Ints) -> SamplePlan:
         """Decide what one step needs and start copying it to the device. Never waits for it.
 
         Row i of the logits belongs to `slots[i]`, whose token at `next_positions[i]` (counted
@@ -204,7 +201,7 @@ class Sampler:
         each = [(row, *self._bias[slots_R[row]]) for row in rows]
         indices_N = np.concatenate([row * self.vocab_size + ids for row, ids, _ in each])
         values_N = np.concatenate([values for _, _, values in each])
-        return Edits(*_send(self.device, indices_N, values_N))
+        return Edits(*send(self.device, indices_N, values_N))
 
     def _forbidden_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
         if not len(rows):
@@ -213,14 +210,14 @@ class Sampler:
             [row * self.vocab_size + self._forbidden[slots_R[row]] for row in rows]
         )
         values_N = np.full(len(indices_N), -np.inf, dtype=np.float32)
-        return Edits(*_send(self.device, indices_N, values_N))
+        return Edits(*send(self.device, indices_N, values_N))
 
     def _penalties(self, slots_R: Ints, positions_R: Ints, rows: Ints) -> Penalties | None:
         if not len(rows):
             return None
         slots_P, positions_P = slots_R[rows], positions_R[rows]
         host = (self._repetition[slots_P], self._presence[slots_P], self._frequency[slots_P])
-        row_ids, slot_ids, num_tokens, num_prompt, *device = _send(
+        row_ids, slot_ids, num_tokens, num_prompt, *device = send(
             self.device, rows, slots_P, positions_P, self._num_prompt[slots_P], *host
         )
         repetition, presence, frequency = (
@@ -250,7 +247,7 @@ class Sampler:
             members for members in (short_D.nonzero()[0], long_D.nonzero()[0]) if len(members)
         ]
         columns = [(part, top_k_D[part], top_p_D[part], min_p_D[part]) for part in groups]
-        row_ids, temperature, uniform, min_p, *rest = _send(
+        row_ids, temperature, uniform, min_p, *rest = send(
             self.device,
             rows,
             self._temperature[slots_D],
@@ -286,20 +283,6 @@ def _has_penalty(params: SamplingParams) -> bool:
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
     )
-
-
-def _send(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:
-    """Arrays of any length, copied to the device at once; each starts at a multiple of 8 bytes."""
-    ends = np.cumsum([-(-array.nbytes // 8) for array in arrays]).tolist()
-    places = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    packed = np.zeros(ends[-1], dtype=np.int64)
-    for array, place in zip(arrays, places, strict=True):
-        packed[place].view(array.dtype)[: len(array)] = array
-    on_device = to_device(packed, device)
-    return [
-        on_device[place].view(TORCH_DTYPES[array.dtype.char])[: len(array)]
-        for array, place in zip(arrays, places, strict=True)
-    ]
 
 
 def _edited(plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which set of operations a device gets. The only place that decides it.
+"""Which kernels a device gets. The only place that decides it.
 
 Each set is imported only when it is chosen: Triton need not be installed to serve on a CPU.
 """
@@ -6,6 +6,7 @@ Each set is imported only when it is chosen: Triton need not be installed to ser
 import torch
 
 from core.interfaces.ops import Ops
+from core.kernels.stage import Staging, TorchStaging
 
 
 def select_ops(device: torch.device) -> Ops:
@@ -22,3 +23,12 @@ def select_ops(device: torch.device) -> Ops:
     from core.kernels.triton_ops import TritonOps
 
     return TritonOps()
+
+
+def select_staging(device: torch.device) -> Staging:
+    """What stages captured decode steps."""
+    if device.type == "cpu":
+        return TorchStaging()
+    from core.kernels.triton_stage import TritonStaging
+
+    return TritonStaging()

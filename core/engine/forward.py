@@ -1,0 +1,112 @@
+"""Computes a step of one rank up to its logits: stage, forward, output head; launched eagerly.
+
+`Steps` is what the runner calls; core.engine.graphs replays captured steps behind the same
+interface. Knows nothing of sampling. Shape legend: T tokens of the step, R rows that sample,
+V vocabulary, E hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from core.engine.batch import Batch, Ints, SlotState, stage
+from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.model import Model, ModelStep
+from core.parallel.layout import Layout
+from core.parallel.plan import Plan
+from core.parallel.rows import StepRows
+
+
+class AttentionOfRank(Protocol):
+    """The caches and attention backends of a rank (core.engine.step_attention)."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps without prompts may be recorded in a CUDA graph."""
+        ...
+
+    def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep: ...
+
+
+@dataclass(slots=True)
+class ComputedStep:
+    """A step whose logits are under way. Its tensors hold until the next step is computed."""
+
+    hidden_TE: Tensor | None  # None where nobody can want prompt logprobs
+    logits_RV: Tensor  # float32, of the plan's rows that sample
+    best_R: Tensor | None  # int64: greedy tokens, stored already; None: nothing was chosen
+    slots: Ints  # of those rows, on the host
+    positions: Ints  # of the tokens to choose, on the host
+    store: Callable[[Tensor], None]  # writes ids (R,) where the next step reads them
+
+
+class Steps(Protocol):
+    """Computes steps. Every rank of all DP ranks calls this for the same steps."""
+
+    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep: ...
+
+    def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
+        """Logits of any rows, of which DP ranks have `by_dp`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankParts:
+    """What the steps of a rank are computed with."""
+
+    model: Model
+    attention: AttentionOfRank
+    state: SlotState
+    plan: Plan
+    rank: int
+    stream: Layout  # as the model was built with
+
+    def rows(self, by_dp: Sequence[int]) -> StepRows:
+        """Rows of one step as this rank sees them."""
+        return StepRows(self.plan, self.rank, tuple(by_dp))
+
+
+class EagerSteps:
+    """Launches every kernel of every step."""
+
+    def __init__(self, parts: RankParts) -> None:
+        self._parts = parts
+
+    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
+        """Any step."""
+        parts = self._parts
+        parts.state.update(plan)
+        rows = parts.rows(facts.rows)
+        cut = parts.stream is Layout.ROWS
+        batch, sampling = stage(plan, parts.state, rows.num_padded if cut else rows.num_real)
+        hidden_TE = parts.model.forward(
+            batch.input_ids_T,
+            batch.positions_T,
+            parts.attention.step(batch, rows, "prefill" if facts.has_prefill else "decode"),
+        )
+        chosen_RE = hidden_TE
+        if len(sampling.slots) != hidden_TE.shape[0]:
+            chosen_RE = hidden_TE[sampling.last_R]
+        if any(facts.samples):
+            logits_RV = self.logits(chosen_RE, facts.samples)
+        else:
+            logits_RV = chosen_RE.new_empty((0, 0))
+
+        def store(ids_R: Tensor) -> None:
+            tokens_SL = parts.state.tokens_SL
+            tokens_SL[sampling.slots_R, sampling.positions_R] = ids_R.to(tokens_SL.dtype)
+
+        return ComputedStep(hidden_TE, logits_RV, None, sampling.slots, sampling.positions, store)
+
+    def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
+        """Eagerly."""
+        return self._parts.model.logits(hidden_RE, self._parts.rows(by_dp))
+
+
+def row_starts(plan: StepPlan) -> list[int]:
+    """The first token of each row of a plan among the step's tokens."""
+    ends = np.cumsum(np.array(plan.lengths, dtype=np.int64))
+    return [end - length for end, length in zip(ends.tolist(), plan.lengths, strict=True)]

@@ -1,0 +1,256 @@
+"""Replays decode steps that were recorded once as CUDA graphs, one for each of some batch sizes.
+
+A recorded step of S rows is staging, the model, its output head, and the choice of greedy tokens,
+in buffers that keep their addresses; all that changes is one packed input (core.kernels.stage). A
+step of fewer rows is padded. Steps that were not recorded run eagerly. Knows nothing of
+scheduling, and of CUDA only in core.engine.recorder.
+
+With several DP ranks all replay the same size at the same time, also those without rows.
+Shape legend: see core.kernels.stage.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.config import EngineConfig
+from core.engine.batch import Batch, Ints
+from core.engine.decode_input import DecodeInput
+from core.engine.forward import ComputedStep, EagerSteps, RankParts, Steps
+from core.engine.recorder import Recorder, Replay
+from core.interfaces.attention import SequenceBatch
+from core.interfaces.comm import Comms, Communicator
+from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.moe_a2a import Dispatcher
+from core.kernels.stage import DecodeRows, Staging, packed_length
+from core.parallel.layout import Layout
+
+DEFAULT_MOST_ROWS = 512
+
+OnCaptured = Callable[[int, int], None]  # sizes captured so far, and of all
+
+
+def graph_sizes(most_rows: int, multiple: int = 1) -> list[int]:
+    """Numbers of rows to capture, rising: few rows are padded little. `multiple`: of ranks that
+    share out the rows of a step."""
+    steps = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most_rows + 1, 32)]
+    sizes = [size for size in steps if size < most_rows] + [most_rows]
+    return sorted({-(-size // multiple) * multiple for size in sizes})
+
+
+def most_graph_rows(engine: EngineConfig) -> int:
+    """The largest size to capture."""
+    most = DEFAULT_MOST_ROWS if engine.max_graph_batch is None else engine.max_graph_batch
+    return min(most, engine.max_running_requests)
+
+
+def reason_for_eager(
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    attention: bool,
+    dispatcher: Dispatcher | None,
+    comms: Comms,
+) -> str | None:
+    """Why no step is captured, for people; None: decode steps are. `attention`: whether that of
+    decode steps can be."""
+    if engine.cuda_graphs == "off":
+        return "engine.cuda_graphs=off"
+    if device.type != "cuda":
+        return f"there are no CUDA graphs on {device.type}"
+    if not attention:
+        return "the attention backend of decode steps can't be captured (attention.decode)"
+    if dispatcher is not None and not dispatcher.capturable:
+        return "what carries rows to experts can't be captured (moe_a2a.decode)"
+    waiting = [name for name, comm in comms.axes.items() if not comm.capturable]
+    if waiting:
+        return f"communication can't be captured (comm; axes {', '.join(waiting)})"
+    return None
+
+
+class NoGraphs(EagerSteps):
+    """Eager steps with the interface of GraphedSteps."""
+
+    graph_bytes = 0
+    sizes: tuple[int, ...] = ()
+
+    def __init__(self, parts: RankParts, reason: str) -> None:
+        super().__init__(parts)
+        self.reason = reason
+
+    def capture(self, on_captured: OnCaptured) -> None:
+        """Nothing to capture."""
+
+    def describe(self) -> str:
+        """For the start-up summary."""
+        return f"off: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A size that can be replayed: to logits (S, V) and best ids (S,)."""
+
+    rows: DecodeRows
+    replay: Replay
+
+
+class GraphedSteps:
+    """Replays what `capture` recorded; everything before, and everything else, runs eagerly."""
+
+    def __init__(
+        self,
+        parts: RankParts,
+        *,
+        sizes: Sequence[int],
+        max_model_len: int,
+        comm: Communicator,
+        staging: Staging,
+        recorder: Recorder,
+    ) -> None:
+        """`comm` is that of the tp axis."""
+        self._parts, self._comm = parts, comm
+        self._eager: Steps = EagerSteps(parts)
+        self._staging, self._recorder = staging, recorder
+        self._max_model_len = max_model_len
+        self.sizes = tuple(sizes)
+        self.graph_bytes = 0
+        state, most = parts.state, self.sizes[-1]
+        device = state.device
+        self._input = DecodeInput(most, device)
+        self._ids_S, self._positions_S, self._kv_slots_S = torch.zeros(
+            (3, most), dtype=torch.int64, device=device
+        )
+        self._contexts_S = torch.zeros(most, dtype=torch.int32, device=device)
+        self._table_SM = torch.zeros(
+            (most, state.pages_SM.shape[1]), dtype=torch.int32, device=device
+        )
+        self._starts_S1 = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._captured: dict[int, _Captured] = {}
+
+    @torch.inference_mode()
+    def capture(self, on_captured: OnCaptured) -> None:
+        """Record every size, the largest first, so that the others fit into its memory. Leaves
+        tokens, pages and caches as they are: no row of what runs meanwhile is real."""
+        before = self._recorder.held_bytes()
+        self._input.clear()
+        for done, size in enumerate(reversed(self.sizes), start=1):
+            rows = self._rows(size)
+            replay = self._recorder.record(partial(self._run, rows))
+            self._captured[size] = _Captured(rows, replay)
+            on_captured(done, len(self.sizes))
+        self.graph_bytes = self._recorder.held_bytes() - before
+
+    def describe(self) -> str:
+        """For the start-up summary."""
+        return f"{len(self.sizes)} decode steps of up to {self.sizes[-1]} requests"
+
+    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
+        """Any step; replayed where its size was captured, and every row decodes."""
+        captured = self._captured_for(facts)
+        if captured is None:
+            return self._eager.compute(plan, facts)
+        rows, state = captured.rows, self._parts.state
+        state.enter(plan)
+        if len(plan.table_slots) > rows.input_ids_S.shape[0]:
+            state.update(plan)
+        slots, positions = self._input.send(plan, rows)
+        logits_SV, best_S = captured.replay()
+        return self._computed(rows, slots, positions, logits_SV, best_S)
+
+    def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
+        """Eagerly."""
+        return self._eager.logits(hidden_RE, by_dp)
+
+    def _captured_for(self, facts: StepFacts) -> _Captured | None:
+        most = max(facts.rows)
+        if facts.has_prefill or facts.samples != facts.rows or most > self.sizes[-1]:
+            return None
+        return self._captured.get(self.sizes[bisect_left(self.sizes, most)])
+
+    def _computed(
+        self, rows: DecodeRows, slots: Ints, positions: Ints, logits_SV: Tensor, best_S: Tensor
+    ) -> ComputedStep:
+        count = len(slots)
+
+        def store(ids_R: Tensor) -> None:
+            self._staging.store(ids_R, rows, self._parts.state.tokens_SL)
+
+        return ComputedStep(None, logits_SV[:count], best_S[:count], slots, positions + 1, store)
+
+    def _rows(self, size: int) -> DecodeRows:
+        return DecodeRows(
+            self._input.packed[: packed_length(size)],
+            self._ids_S[:size],
+            self._positions_S[:size],
+            self._kv_slots_S[:size],
+            self._contexts_S[:size],
+            self._table_SM[:size],
+        )
+
+    def _run(self, rows: DecodeRows) -> tuple[Tensor, Tensor]:
+        """What a graph holds. Returns the logits and each row's best token."""
+        parts, size = self._parts, rows.input_ids_S.shape[0]
+        state = parts.state
+        self._staging.stage(rows, state.tokens_SL, state.pages_SM, state.page_size)
+        sequences = SequenceBatch(
+            query_lens=[1] * size,
+            context_lens=[self._max_model_len] * size,
+            query_starts_S1=self._starts_S1[: size + 1],
+            context_lens_S=rows.context_lens_S,
+            page_table_SM=rows.page_table_SM,
+        )
+        batch = Batch(
+            input_ids_T=rows.input_ids_S,
+            positions_T=rows.positions_S,
+            kv_slots_T=rows.kv_slots_S,
+            num_real=rows.num_real,
+            num_decodes=size,
+            decode=sequences,
+            prefill=None,
+        )
+        step_rows = parts.rows([size] * parts.plan.dp)
+        hidden_SE = parts.model.forward(
+            batch.input_ids_T, batch.positions_T, parts.attention.step(batch, step_rows, "decode")
+        )
+        logits_SV = parts.model.logits(hidden_SE, step_rows)
+        best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
+        self._staging.store(best_S, rows, state.tokens_SL)
+        return logits_SV, best_S
+
+
+def make_steps(
+    engine: EngineConfig,
+    parts: RankParts,
+    *,
+    max_model_len: int,
+    comms: Comms,
+    dispatcher: Dispatcher | None,
+) -> GraphedSteps | NoGraphs:
+    """What computes the steps of a rank. Every rank decides alike. `dispatcher`: that of decode
+    steps; None: the model has no experts."""
+    device = parts.state.device
+    reason = reason_for_eager(
+        engine,
+        device,
+        attention=parts.attention.capturable,
+        dispatcher=dispatcher,
+        comms=comms,
+    )
+    if reason is not None:
+        return NoGraphs(parts, reason)
+    from core.engine.recorder import select_recorder
+    from core.kernels.select import select_staging
+
+    cut = parts.stream is Layout.ROWS
+    return GraphedSteps(
+        parts,
+        sizes=graph_sizes(most_graph_rows(engine), parts.plan.tp_attn if cut else 1),
+        max_model_len=max_model_len,
+        comm=comms.axes["tp"],
+        staging=select_staging(device),
+        recorder=select_recorder(device),
+    )
