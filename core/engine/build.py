@@ -191,7 +191,9 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         family, spec, plan, context.rank, dtype=dtype, device=device, placements=placements
     )
     check_weights_fit(shapes.num_bytes, device, context.local_ranks)
-    whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
+    whole = shapes  # of the model: one rank's that is alone, each expert once
+    if plan.world_size > 1 or plan.redundant_experts > 0:
+        whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     # Compares the files with the model before any collective, and reads no weight yet.
     reader = open_weights(

@@ -110,10 +110,19 @@ class PlainFormat:
         return weights.take(name, shape, shard)
 
     def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
-        return parts[0] if len(parts) == 1 else torch.cat([plain(part) for part in parts])
+        return parts[0] if len(parts) == 1 else join_rows([plain(part) for part in parts])
 
 
 def plain(weight: LinearWeight) -> Tensor:
     """A weight that is known to be a plain tensor."""
     assert isinstance(weight, Tensor)
     return weight
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors back to back along dimension 0. Of models that only are measured without computing:
+    on the meta device torch.cat imports torch's compiler, which takes a second or more."""
+    if not parts[0].is_meta:
+        return torch.cat(list(parts))
+    num_rows = sum(part.shape[0] for part in parts)
+    return torch.empty((num_rows, *parts[0].shape[1:]), dtype=parts[0].dtype, device="meta")

@@ -16,6 +16,7 @@ from core.interfaces.weights import (
     Shard,
     WeightFormat,
     WeightReader,
+    join_rows,
 )
 from core.kernels.block_fp8 import BLOCK, dequantize
 
@@ -46,10 +47,10 @@ class BlockFp8Format:
             part.values_OI.shape[0] % BLOCK == 0 for part in blocks[:-1]
         ):
             return BlockFp8(
-                torch.cat([part.values_OI for part in blocks]),
-                torch.cat([part.scales for part in blocks]),
+                join_rows([part.values_OI for part in blocks]),
+                join_rows([part.scales for part in blocks]),
             )
-        return torch.cat([self._plain(part) for part in parts])
+        return join_rows([self._plain(part) for part in parts])
 
     def _plain(self, weight: LinearWeight) -> Tensor:
         return dequantize(weight, self._dtype) if isinstance(weight, BlockFp8) else weight

@@ -7,12 +7,11 @@ Shape legend: T rows, O outputs, I inputs; sizes are logical unless a name says 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from core.interfaces.model import BuildContext
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import LinearWeight, WeightReader
+from core.interfaces.weights import LinearWeight, WeightReader, join_rows
 from core.parallel.sharding import Shard, Sharding
 
 
@@ -68,7 +67,7 @@ def _joined(
     if not bias:
         return weight_OI, None
     biases = [weights.take(f"{part.name}.bias", (part.num_outputs,), part.shard) for part in parts]
-    return weight_OI, biases[0] if len(biases) == 1 else torch.cat(biases)
+    return weight_OI, biases[0] if len(biases) == 1 else join_rows(biases)
 
 
 def row_linear(

@@ -14,6 +14,8 @@ from core.layers.rope_spec import RopeSpec
 
 def rope_table(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
     """cos in the first D/2 columns, sin in the rest: (C, D) float32 on `device`."""
+    if device.type == "meta":  # computing there makes torch import its compiler: a second or more
+        return torch.empty((num_positions, head_dim), dtype=torch.float32, device=device)
     inv_freq_F, scale = _frequencies(spec, head_dim)
     positions_C = torch.arange(num_positions, dtype=torch.float32, device=device)
     angles_CF = torch.outer(positions_C, inv_freq_F.to(device))
