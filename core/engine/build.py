@@ -5,7 +5,7 @@ collectives inside (agreeing on the pool size) happen on all of them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from core.config import AppConfig
 from core.engine.batch import SlotState
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
-from core.engine.forward import AttentionOfRank, RankParts
+from core.engine.forward import AttentionOfRank, OnCaptured, RankParts
 from core.engine.graphs import make_steps
 from core.engine.launch import StepLauncher, select_launcher
 from core.engine.loop import warm_up
@@ -56,6 +56,8 @@ from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
 
+CAPTURE_TASK = "capture steps"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEngine:
@@ -66,6 +68,7 @@ class RankEngine:
     balancer: Balancer
     pool: PoolSize
     held: HeldMemory  # on a GPU, beside the pool
+    cuda_graphs: str  # which steps are captured, or why none is
     kv_cache_tokens: int
     max_model_len: int
     weight_bytes: int  # of this rank
@@ -84,6 +87,7 @@ class RankEngine:
             "state_bytes": self.held.state,
             "activation_bytes": self.held.activations,
             "graph_bytes": self.held.graphs,
+            "cuda_graphs": self.cuda_graphs,
         }
 
 
@@ -125,6 +129,8 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         context.plan.axis_size("dp"),
     )
     phases.end("warm up")
+    launcher.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
+    phases.end(CAPTURE_TASK)
     return RankEngine(
         scheduler=Scheduler(
             config.engine,
@@ -136,13 +142,18 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         launcher=steps,
         balancer=runner.balancer,
         pool=pool,
-        held=held,
+        held=replace(held, graphs=runner.steps.graph_bytes),
+        cuda_graphs=runner.steps.describe(),
         kv_cache_tokens=kv_cache_tokens,
         max_model_len=max_model_len,
         weight_bytes=loaded.shapes.num_bytes,
         num_parameters=loaded.num_parameters,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
+
+
+def _on_captured(on_progress: OnProgress) -> OnCaptured:
+    return lambda done, total: on_progress(CAPTURE_TASK, done, total, "steps")
 
 
 def _try_out(

@@ -19,6 +19,8 @@ from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
 
+OnCaptured = Callable[[int, int], None]  # steps captured so far, and of all
+
 
 class AttentionOfRank(Protocol):
     """The caches and attention backends of a rank (core.engine.step_attention)."""
@@ -46,6 +48,20 @@ class ComputedStep:
 class Steps(Protocol):
     """Computes steps. Every rank of all DP ranks calls this for the same steps."""
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that captured steps hold on the device."""
+        ...
+
+    def capture(self, on_captured: OnCaptured) -> None:
+        """Record what can be, before the first request; every rank calls this. Leaves tokens,
+        pages and caches as they are."""
+        ...
+
+    def describe(self) -> str:
+        """Which steps are captured, for the start-up summary."""
+        ...
+
     def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep: ...
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
@@ -70,10 +86,20 @@ class RankParts:
 
 
 class EagerSteps:
-    """Launches every kernel of every step."""
+    """Launches every kernel of every step; `reason` says to people why."""
 
-    def __init__(self, parts: RankParts) -> None:
+    graph_bytes = 0
+
+    def __init__(self, parts: RankParts, reason: str) -> None:
         self._parts = parts
+        self._reason = reason
+
+    def capture(self, on_captured: OnCaptured) -> None:
+        """Nothing to record."""
+
+    def describe(self) -> str:
+        """The reason."""
+        return f"off: {self._reason}"
 
     def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
         """Any step."""

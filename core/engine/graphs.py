@@ -10,7 +10,7 @@ Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from core.config import EngineConfig
 from core.engine.batch import Batch, Ints
 from core.engine.decode_input import DecodeInput
-from core.engine.forward import ComputedStep, EagerSteps, RankParts, Steps
+from core.engine.forward import ComputedStep, EagerSteps, OnCaptured, RankParts, Steps
 from core.engine.recorder import Recorder, Replay
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import Comms, Communicator
@@ -30,8 +30,6 @@ from core.kernels.stage import DecodeRows, Staging, packed_length
 from core.parallel.layout import Layout
 
 DEFAULT_MOST_ROWS = 512
-
-OnCaptured = Callable[[int, int], None]  # sizes captured so far, and of all
 
 
 def graph_sizes(most_rows: int, multiple: int = 1) -> list[int]:
@@ -72,24 +70,6 @@ def reason_for_eager(
     return None
 
 
-class NoGraphs(EagerSteps):
-    """Eager steps with the interface of GraphedSteps."""
-
-    graph_bytes = 0
-    sizes: tuple[int, ...] = ()
-
-    def __init__(self, parts: RankParts, reason: str) -> None:
-        super().__init__(parts)
-        self.reason = reason
-
-    def capture(self, on_captured: OnCaptured) -> None:
-        """Nothing to capture."""
-
-    def describe(self) -> str:
-        """For the start-up summary."""
-        return f"off: {self.reason}"
-
-
 @dataclass(frozen=True, slots=True)
 class _Captured:
     """A size that can be replayed: to logits (S, V) and best ids (S,)."""
@@ -113,7 +93,7 @@ class GraphedSteps:
     ) -> None:
         """`comm` is that of the tp axis."""
         self._parts, self._comm = parts, comm
-        self._eager: Steps = EagerSteps(parts)
+        self._eager = EagerSteps(parts, "prompts among its rows, or too many")
         self._staging, self._recorder = staging, recorder
         self._max_model_len = max_model_len
         self.sizes = tuple(sizes)
@@ -229,7 +209,7 @@ def make_steps(
     max_model_len: int,
     comms: Comms,
     dispatcher: Dispatcher | None,
-) -> GraphedSteps | NoGraphs:
+) -> Steps:
     """What computes the steps of a rank. Every rank decides alike. `dispatcher`: that of decode
     steps; None: the model has no experts."""
     device = parts.state.device
@@ -241,7 +221,7 @@ def make_steps(
         comms=comms,
     )
     if reason is not None:
-        return NoGraphs(parts, reason)
+        return EagerSteps(parts, reason)
     from core.engine.recorder import select_recorder
     from core.kernels.select import select_staging
 
