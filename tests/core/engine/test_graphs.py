@@ -1,0 +1,322 @@
+"""Captured decode steps: which sizes, when, and that they give the tokens of eager ones.
+
+On a CPU a recorder that runs the work again stands for CUDA graphs: everything but the recording
+itself is what runs on a GPU, static buffers and bounds on the host included. On a GPU the same
+tests replay real graphs.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import core.engine.graphs as graphs
+import core.engine.recorder as recorder
+from core.config import EngineConfig, PluginChoice
+from core.engine.build import RankContext, build_rank
+from core.engine.decode_input import NUM_BLOCKS, DecodeInput
+from core.engine.graphs import graph_sizes, most_graph_rows, reason_for_eager
+from core.engine.offline import OfflineEngine
+from core.errors import ConfigError
+from core.interfaces.comm import SOLO, Comms, SoloCommunicator
+from core.interfaces.messages import Abort, StepPlan
+from core.kernels.stage import DecodeRows, packed_length
+from core.kernels.torch_ops import TorchOps
+from core.loading.files import resolve_files
+from core.plugin_manager import PluginManager
+from core.resolve import resolve
+from plugins.attention._latent_torch_ref import TorchRefLatentBackend
+from plugins.attention._torch_ref_backend import TorchRefBackend
+from tests.support.engine import app_config, folder_model, greedy, spread_engine
+from tests.support.models import VOCAB_SIZE
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+# Small pools: requests are preempted. Not all sizes of batches are captured: 12 takes 16.
+ENGINE = {
+    "device": DEVICE.type,
+    "page_size": 4,
+    "chunked_prefill_size": 16,
+    "max_prefill_tokens": 32,
+    "max_running_requests": 12,
+    "kv_cache_tokens": 240,
+}
+
+
+class RunAgain:
+    """Records nothing: runs the work whenever it is replayed."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def record(self, work):
+        work()
+
+        def replay():
+            self.replays += 1
+            return work()
+
+        return replay
+
+    def held_bytes(self):
+        return 0
+
+
+def from_device(batch):
+    """A batch whose bounds on the host were replaced by what the device says."""
+    contexts = batch.context_lens_S.tolist()
+    assert all(held <= most for held, most in zip(contexts, batch.context_lens, strict=True))
+    return replace(batch, context_lens=contexts)
+
+
+def write_latent(self, cached_TZ, cache_BPZ, slots_T):
+    """The oracle's, without padding rows."""
+    real_R = (slots_T >= 0).nonzero()[:, 0]
+    cache_BPZ.flatten(0, 1)[slots_T[real_R]] = cached_TZ[real_R].to(cache_BPZ.dtype)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Engines built from now on capture; the recorders they use."""
+    made = []
+
+    def made_recorder(device):
+        made.append(recorder.CudaRecorder(device) if CUDA else RunAgain())
+        return made[-1]
+
+    monkeypatch.setattr(recorder, "select_recorder", made_recorder)
+    if not CUDA:
+        monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
+        monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
+        monkeypatch.setattr(TorchOps, "write_latent", write_latent)
+        monkeypatch.setattr(TorchRefBackend, "plan", lambda _, batch: from_device(batch))
+        monkeypatch.setattr(TorchRefLatentBackend, "plan", lambda _, batch: from_device(batch))
+    return made
+
+
+@contextmanager
+def engine_of(folder, **changes):
+    """An engine with one rank, and that rank."""
+    attention = {} if CUDA else {"prefill": choice("torch_ref"), "decode": choice("torch_ref")}
+    config = app_config(
+        folder_model(folder, max_model_len=256), engine=ENGINE | changes, attention=attention
+    )
+    plugins = PluginManager.load([])
+    files = resolve_files(config.model, lambda *_: None)
+    resolved = resolve(config, plugins, files, DEVICE.type)
+    rank = build_rank(
+        resolved.config,
+        RankContext(
+            plugins=plugins,
+            files=files,
+            plan=resolved.plan,
+            rank=0,
+            comms=SOLO,
+            device=DEVICE,
+            local_ranks=1,
+            on_phase=lambda *_: None,
+            on_progress=lambda *_: None,
+        ),
+    )
+    yield OfflineEngine(rank), rank
+
+
+def choice(name):
+    return PluginChoice(name=name)
+
+
+def prompts_of(seed, count):
+    chance = random.Random(seed)
+    return [
+        [chance.randrange(VOCAB_SIZE - 10) for _ in range(chance.choice((1, 2, 3, 9, 20)))]
+        for _ in range(count)
+    ]
+
+
+def mixed_sampling(seed, count):
+    """Greedy rows and others: some draw, some want logprobs, some are forbidden to end."""
+    chance = random.Random(seed)
+    kinds = [
+        {},
+        {},
+        {},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 3},
+        {"logprobs": 2},
+        {"repetition_penalty": 1.3, "min_tokens": 4},
+    ]
+    return [greedy(chance.choice((2, 30, 60, 60)), **chance.choice(kinds)) for _ in range(count)]
+
+
+def test_sizes_rise_and_end_with_the_largest():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    assert graph_sizes(100) == [1, 2, 4, *range(8, 65, 8), 80, 96, 100]
+    assert graph_sizes(256)[-3:] == [224, 240, 256]
+    assert graph_sizes(400)[-4:] == [320, 352, 384, 400]
+    assert graph_sizes(10, multiple=4) == [4, 8, 12]
+    assert most_graph_rows(EngineConfig()) == 256
+    assert most_graph_rows(EngineConfig(max_running_requests=4096)) == 512
+    assert most_graph_rows(EngineConfig(max_graph_batch=1000, max_running_requests=700)) == 700
+
+
+def test_what_is_configured_wrongly_is_said():
+    with pytest.raises(ConfigError, match=r"engine\.cuda_graphs='on'.*auto, off"):
+        EngineConfig(cuda_graphs="on")
+    with pytest.raises(ConfigError, match=r"engine\.max_graph_batch=0"):
+        EngineConfig(max_graph_batch=0)
+
+
+class Dispatches:
+    capturable = False
+
+
+def test_why_steps_are_not_captured():
+    gpu = torch.device("cuda", 0)
+    good = {"attention": True, "dispatcher": None, "comms": SOLO}
+
+    def reason(device=gpu, engine=None, **changes):
+        return reason_for_eager(engine or EngineConfig(), device, **(good | changes))
+
+    assert reason() is None
+    assert "engine.cuda_graphs=off" in reason(engine=EngineConfig(cuda_graphs="off"))
+    assert "cpu" in reason(torch.device("cpu"))
+    assert "attention.decode" in reason(attention=False)
+    assert "moe_a2a.decode" in reason(dispatcher=Dispatches())
+    waiting = Comms(dict(SOLO.axes) | {"tp": SoloCommunicator(capturable=False)})
+    assert "axes tp" in reason(comms=waiting)
+
+
+def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
+    """Blocks are used in turn, and one is written only when the device has read it."""
+    waited = []
+    source = DecodeInput(4, torch.device("cpu"))
+
+    def when_read():
+        number = len(order)
+        order.append(number)
+        return lambda: waited.append(number)
+
+    order = []
+    monkeypatch.setattr(source, "_when_read", when_read)
+    empty = torch.zeros(4, dtype=torch.int64)
+    rows = DecodeRows(
+        source.packed[: packed_length(4)], empty, empty, empty, empty, torch.zeros(4, 2)
+    )
+    for step in range(NUM_BLOCKS + 2):
+        plan = StepPlan(step, [], 2, [step, 3], [7, step], [1, 1], [True] * 2, [step], [1], [9])
+        slots, positions = source.send(plan, rows)
+        assert slots.tolist() == [step, 3]
+        assert positions.tolist() == [7, step]
+        packed = rows.packed.tolist()
+        assert packed[:4] == [2, 1, step, 3]
+        assert packed[6:8] == [7, step]
+        assert [packed[10], packed[14], packed[18]] == [step, 1, 9]
+        assert waited == order[: max(0, step + 1 - NUM_BLOCKS)]
+    arrays = {block.tensor.data_ptr() for block in source._blocks}
+    assert len(arrays) == NUM_BLOCKS
+    crowded = StepPlan(0, [], 1, [1], [2], [1], [True], [1] * 5, list(range(5)), [3] * 5)
+    source.send(crowded, rows)
+    assert np.array_equal(rows.packed[:2], [1, 0])  # whoever calls has entered the pages
+
+
+MODELS = ["llama", "qwen3_moe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replayed_steps_give_the_tokens_of_eager_ones(tiny_folder, replayed, name):
+    folder = tiny_folder(name)
+    prompts, sampling = prompts_of(name, 25), mixed_sampling(name, 25)
+    with engine_of(folder, cuda_graphs="off" if CUDA else "auto", max_graph_batch=1) as (
+        engine,
+        rank,
+    ):
+        if not CUDA:
+            rank.launcher._runner.steps._captured.clear()
+        expected = engine.generate(prompts, sampling)
+    with engine_of(folder) as (engine, rank):
+        if rank.cuda_graphs.startswith("off"):
+            pytest.skip(rank.cuda_graphs)
+        found = engine.generate(prompts, sampling)
+        engine.scheduler.check()
+        assert engine.scheduler.stats().num_preemptions > 0
+    if not CUDA:
+        assert replayed[-1].replays > 10
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.token_ids == other.token_ids
+        assert mine.finish_reason == other.finish_reason
+        assert [entry.token_id for entry in mine.logprobs] == [
+            entry.token_id for entry in other.logprobs
+        ]
+
+
+def test_requests_that_come_and_go_between_steps(tiny_folder, replayed):
+    """Joins and leaves at random, one step at a time; each answer is that of the request alone."""
+    chance = random.Random(5)
+    prompts = prompts_of(6, 30)
+    with engine_of(tiny_folder("llama"), kv_cache_tokens=640) as (engine, rank):
+        if rank.cuda_graphs.startswith("off"):
+            pytest.skip(rank.cuda_graphs)
+        alone = [engine.generate([prompt], greedy(12))[0].token_ids for prompt in prompts]
+        answers, aborted, waiting = {}, set(), list(enumerate(prompts))
+        while waiting or engine.has_work:
+            for _ in range(chance.randrange(3)):
+                if waiting:
+                    index, prompt = waiting.pop()
+                    answers[engine.submit(prompt, greedy(12))] = (index, [])
+            if answers and chance.random() < 0.1:
+                gone = chance.choice(list(answers))
+                aborted.add(gone)
+                engine.send(Abort(request_ids=[gone]))
+            for output in engine.step():
+                answers[output.request_id][1].extend(output.token_ids)
+        for request_id, (index, token_ids) in answers.items():
+            whole = alone[index]
+            if request_id in aborted:
+                whole = whole[: len(token_ids)]
+            assert token_ids == whole
+
+
+@pytest.mark.skipif(CUDA, reason="ranks in threads share one device's streams")
+def test_dp_ranks_replay_the_same_sizes(tiny_folder, replayed):
+    """Two DP ranks of two ranks each, whose rows are shared out; some are idle at times."""
+    prompts = prompts_of(9, 9)
+    sampling = mixed_sampling(9, 9)
+
+    def answers():
+        config = app_config(
+            folder_model(tiny_folder("qwen3_moe"), max_model_len=256),
+            engine=ENGINE,
+            attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+            parallel={"plan": "dp_attention", "tp": 4, "ep": 2, "dp_attention": 2},
+            moe_a2a={"prefill": choice("allgather"), "decode": choice("allgather")},
+        )
+        with spread_engine(config) as engine:
+            return [answer.token_ids for answer in engine.generate(prompts, sampling)]
+
+    found = answers()
+    assert all(made.replays > 5 for made in replayed)
+    assert len({made.replays for made in replayed}) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "reason_for_eager", lambda *_, **__: "test")
+        assert answers() == found
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_memory_does_not_grow(tiny_folder, replayed):
+    prompts = prompts_of(4, 12)
+    with engine_of(tiny_folder("llama"), kv_cache_tokens=4096) as (engine, rank):
+        if rank.cuda_graphs.startswith("off"):
+            pytest.skip(rank.cuda_graphs)
+
+        def held():
+            torch.cuda.synchronize()
+            return torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[0]
+
+        engine.generate(prompts, greedy(190))
+        before = held()
+        for _ in range(11):
+            engine.generate(prompts, greedy(190))
+        assert held() == before
