@@ -75,6 +75,33 @@ def test_linear(
         close(kernel(wide_TX.to(device)[:, inputs:]), expected(part_TI.double()), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where interpreted
+@each_set
+@each_dtype
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
+@pytest.mark.parametrize(("size", "inputs"), [(70, 8), (63, 5), (45, 576), (96, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gated_linear(
+    ops: Ops,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    size: int,
+    inputs: int,
+    biased: bool,
+) -> None:
+    weight_2IE = normal(1, 2 * size, inputs, dtype=dtype)
+    bias_2I = normal(2, 2 * size, dtype=dtype) if biased else None
+    x_TE = normal(3, rows, inputs, dtype=dtype)
+    expected = ORACLE.gated_linear(
+        weight_2IE.double(), None if bias_2I is None else bias_2I.double()
+    )
+    kernel = ops.gated_linear(
+        weight_2IE.to(device), None if bias_2I is None else bias_2I.to(device)
+    )
+    close(kernel(x_TE.to(device)), expected(x_TE.double()), dtype)
+
+
 @each_set
 @each_dtype
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (1, 576), (3, 5, 80), (17, 96), (2, 1537)])

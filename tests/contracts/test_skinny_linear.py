@@ -1,0 +1,158 @@
+"""Kernels for linear layers of few rows, against float64, whatever their tiles.
+
+In Triton's interpreter where there is no GPU. Shape legend: see core.kernels.triton_skinny.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.kernels.torch_ops import TorchOps
+from core.kernels.triton_linear import (
+    linear,
+    measured,
+    prepare,
+    usual_matrix,
+    usual_vector,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ORACLE = TorchOps()
+TILES: list[dict[str, Any]] = [
+    {"path": "vector", "ROWS": 1, "BLOCK_O": 2, "BLOCK_I": 64, "num_warps": 1},
+    {"path": "vector", "ROWS": 4, "BLOCK_O": 8, "BLOCK_I": 256, "num_warps": 4},
+    {"path": "matrix", "BLOCK_T": 16, "BLOCK_O": 16, "BLOCK_I": 64, "SPLIT": 1, "PREFETCH_I": 64},
+    {"path": "matrix", "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_I": 16, "SPLIT": 3, "PREFETCH_I": 1024},
+    {"path": "matrix", "BLOCK_T": 32, "BLOCK_O": 16, "BLOCK_I": 32, "SPLIT": 2, "PREFETCH_I": 0},
+]
+each_tile = pytest.mark.parametrize(
+    "tile", TILES, ids=lambda tile: "-".join(map(str, tile.values()))
+)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+    kernel = ORACLE.gated_linear if gated else ORACLE.linear
+    return kernel(weight.double(), None if bias is None else bias.double())(x.double())
+
+
+@each_tile
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(2, 7), (34, 136), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_agrees_with_float64(
+    tile: dict[str, Any], gated: bool, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    most = tile.get("ROWS", 40)
+    tile = {"max_rows": most, "num_warps": 4, "num_stages": 3, **tile}
+    weight = normal(1, outputs, inputs, dtype=dtype)
+    for rows in (row for row in (1, 3, 40) if row <= most):
+        for bias in (None, normal(2, outputs, dtype=dtype)):
+            wide_TX = normal(3, rows, inputs + 8, dtype=dtype)  # rows lie apart
+            right = expected(wide_TX[:, 8:], weight, bias, gated)
+            x = wide_TX.to(DEVICE)[:, 8:]
+            kernel = prepare(
+                weight.to(DEVICE),
+                None if bias is None else bias.to(DEVICE),
+                gated=gated,
+                dtype=torch.float32,
+                tile=tile,
+            )
+            result = kernel(x)
+            assert result.dtype == torch.float32
+            assert ((result.cpu().double() - right).norm() / right.norm()).item() <= 1e-5
+            assert torch.equal(kernel(x), result)  # whoever adds the parts of a sum
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (1280, 8192), (2048, 768)], ids=str)
+def test_chosen_kernels_agree_with_float64(gated: bool, shape: tuple[int, int]) -> None:
+    weight = normal(1, *shape, dtype=torch.bfloat16).to(DEVICE)
+    bias = normal(2, shape[0], dtype=torch.bfloat16).to(DEVICE)
+    kernel = linear(
+        "gated_linear" if gated else "linear",
+        weight,
+        bias,
+        lambda x: expected(x, weight, bias, gated).to(x.dtype),
+        gated=gated,
+    )
+    for rows in (0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 100, 256, 257):
+        x = normal(rows, rows, shape[1], dtype=torch.bfloat16).to(DEVICE)
+        result, right = kernel(x), expected(x, weight, bias, gated)
+        assert result.shape == right.shape
+        assert result.dtype == x.dtype
+        if rows:
+            assert ((result.double() - right).norm() / right.norm()).item() <= 6e-3
+            assert torch.equal(kernel(x), result)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs need a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+def test_replays_in_a_graph(rows: int) -> None:
+    weights = [normal(seed, 512, 512, dtype=torch.bfloat16).to(DEVICE) for seed in range(6)]
+    kernels = [linear("linear", weight / 20, None, _never) for weight in weights]
+    x = normal(9, rows, 512, dtype=torch.bfloat16).to(DEVICE)
+
+    def chain(x: Tensor) -> Tensor:
+        for kernel in kernels:
+            x = kernel(x)
+        return x
+
+    if measured("linear_bf16", DEVICE, 512, 512)[-1]["max_rows"] < rows:
+        pytest.skip("the vendor's")
+    eager = chain(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = chain(x)
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, eager)
+
+
+def _never(x: Tensor) -> Tensor:
+    raise AssertionError("not for so few rows")
+
+
+def _recorder(calls: list[int]) -> Callable[[Tensor], Tensor]:
+    def vendor(x: Tensor) -> Tensor:
+        calls.append(x.shape[0])
+        return x.new_empty((x.shape[0], 32))
+
+    return vendor
+
+
+def test_leaves_what_it_cannot_read_in_wide_steps_to_the_vendor() -> None:
+    calls: list[int] = []
+    for weight in (
+        torch.ones(32, 64),  # float32
+        torch.ones(32, 65, dtype=torch.bfloat16),  # rows not of 16 bytes
+        torch.ones(64, 32, dtype=torch.bfloat16).t(),  # transposed
+    ):
+        kernel = linear("linear", weight.to(DEVICE), None, _recorder(calls))
+        kernel(torch.ones(1, weight.shape[1], dtype=weight.dtype, device=DEVICE))
+    assert calls == [1, 1, 1]
+
+
+def test_leaves_no_rows_and_many_rows_to_the_vendor() -> None:
+    calls: list[int] = []
+    weight = torch.ones(32, 64, dtype=torch.bfloat16, device=DEVICE)
+    kernel = linear("linear", weight, None, _recorder(calls))
+    for rows in (0, 1, 300, 257):
+        kernel(torch.ones(rows, 64, dtype=weight.dtype, device=DEVICE))
+    assert calls == [0, 300, 257]
+
+
+def test_usual_tiles_hold_for_any_shape() -> None:
+    for size_O, size_I in ((8, 8), (256, 128), (5120, 2048), (128256, 16384), (2304, 53248)):
+        vector, matrix = usual_vector(size_O, size_I), usual_matrix(size_O, size_I)
+        assert vector["BLOCK_O"] * vector["BLOCK_I"] <= 16384  # registers
+        assert vector["max_rows"] < matrix["max_rows"]
