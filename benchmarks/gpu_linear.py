@@ -1,11 +1,12 @@
 """Times linear layers of bf16 weights on a GPU against the vendor's GEMM, and prints JSON.
 
     python -m benchmarks.gpu_linear                                 # the tables' choices
-    python -m benchmarks.gpu_linear --sweep --rows 1 8 64 --write DIR # measures what goes in them
+    python -m benchmarks.gpu_linear --stack                         # a whole model's at once
+    python -m benchmarks.gpu_linear --sweep --rows 1 8 --write DIR  # measures what goes in them
 
 A time is that of one kernel in one CUDA graph over copies of a layer, so that no weight is found
 in the cache and the start of a kernel overlaps the end of the one before, as in a model's step.
-The vendor's GEMM is torch's, with silu_and_mul after it where the layer is gated. `model` adds up
+The vendor's GEMM is torch's, with silu_and_mul after it where the layer is gated. `sum_8b` adds up
 the layers of Llama-3.1-8B. Candidates compile in as many processes as there are CPUs. Knows the
 kernels' parameters only as `core.kernels.triton_linear` does: rows of a table.
 """
@@ -165,9 +166,7 @@ def vendor_of(operation: str, weight: Tensor) -> LinearKernel:
 def copies_of(size_O: int, size_I: int) -> Tensor:
     copies = max(2, _BYTES_OF_COPIES // (2 * size_O * size_I))
     weights = torch.empty((copies, size_O, size_I), dtype=torch.bfloat16, device="cuda")
-    for weight in weights:
-        weight.normal_(std=size_I**-0.5)
-    return weights
+    return weights.normal_(std=size_I**-0.5)
 
 
 def microseconds(runs: list[Callable[[], object]]) -> float:
@@ -301,56 +300,114 @@ def tables(results: list[dict[str, Any]], device: str) -> dict[str, list[dict[st
     return found
 
 
+def time_shape(name: str, all_rows: list[int]) -> list[dict[str, Any]]:
+    """What the tables choose for one shape."""
+    operation, size_O, size_I, _ = SHAPES[name]
+    ops, weights = TritonOps(), copies_of(size_O, size_I)
+    if operation == "logits":
+        kernels = [ops.logits(weight) for weight in weights]
+    else:
+        kernels = [getattr(ops, operation)(weight, None) for weight in weights]
+    vendors = [vendor_of(operation, weight) for weight in weights]
+    results = []
+    for rows in all_rows:
+        x = torch.randn((rows, size_I), dtype=torch.bfloat16, device="cuda")
+        us = microseconds([partial(kernel, x) for kernel in kernels])
+        vendor_us = microseconds([partial(kernel, x) for kernel in vendors])
+        results.append(row_of(name, rows, us, vendor_us))
+    return results
+
+
+def sums(results: list[dict[str, Any]], all_rows: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds of a model's linear layers, for each number of rows."""
+    return [
+        {
+            "rows": rows,
+            **{
+                f"{key[:-2]}ms": round(
+                    sum(
+                        result[key] * SHAPES[result["shape"]][3] / 1e3
+                        for result in results
+                        if result["rows"] == rows
+                    ),
+                    3,
+                )
+                for key in ("us", "vendor_us")
+            },
+        }
+        for rows in all_rows
+    ]
+
+
+def time_stack(all_rows: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds of all of Llama-3.1-8B but attention and embedding, norms included."""
+    ops, names = TritonOps(), ("8b_qkv", "8b_out", "8b_gate_up", "8b_down")
+    weights = [[copy_of(*SHAPES[name][1:3]) for name in names] for _ in range(32)]
+    head, norm_E = copy_of(*SHAPES["8b_head"][1:3]), torch.ones_like(weights[0][1][0])
+    makers = {
+        "ms": (ops.linear, ops.gated_linear, ops.logits),
+        "vendor_ms": (
+            lambda weight, _: vendor_of("linear", weight),
+            lambda weight, _: vendor_of("gated_linear", weight),
+            lambda weight: vendor_of("logits", weight),
+        ),
+    }
+    results: list[dict[str, Any]] = [{"rows": rows} for rows in all_rows]
+    for key, (linear, gated_linear, logits) in makers.items():
+        layers = [
+            (linear(qkv, None), linear(out, None), gated_linear(up, None), linear(down, None))
+            for qkv, out, up, down in weights
+        ]
+        for result in results:
+            x_TE = torch.randn((result["rows"], 4096), dtype=torch.bfloat16, device="cuda")
+            run = partial(forward, ops, layers, logits(head), norm_E, x_TE)
+            result[key] = round(microseconds([run]) / 1e3, 3)
+    return results
+
+
+def copy_of(size_O: int, size_I: int) -> Tensor:
+    weight = torch.empty((size_O, size_I), dtype=torch.bfloat16, device="cuda")
+    return weight.normal_(std=size_I**-0.5)
+
+
+def forward(
+    ops: TritonOps,
+    layers: list[tuple[LinearKernel, LinearKernel, LinearKernel, LinearKernel]],
+    head: LinearKernel,
+    norm_E: Tensor,
+    x_TE: Tensor,
+) -> Tensor:
+    residual_TE = x_TE.clone()
+    for qkv, out, gate_up, down in layers:
+        x_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, norm_E, 1e-5)
+        x_TE = out(qkv(x_TE)[:, : x_TE.shape[1]])  # as large as attention's result
+        x_TE, residual_TE = ops.add_rms_norm(x_TE, residual_TE, norm_E, 1e-5)
+        x_TE = down(gate_up(x_TE))
+    return head(ops.add_rms_norm(x_TE, residual_TE, norm_E, 1e-5)[0])
+
+
 def report(names: list[str], all_rows: list[int]) -> dict[str, object]:
-    """What the tables choose, and the sum over a model's layers."""
-    ops, results = TritonOps(), []
-    for name in names:
-        operation, size_O, size_I, _ = SHAPES[name]
-        weights = copies_of(size_O, size_I)
-        make = partial(ops.logits) if operation == "logits" else None
-        for rows in all_rows:
-            x = torch.randn((rows, size_I), dtype=torch.bfloat16, device="cuda")
-            ours = [
-                make(weight) if make else getattr(ops, operation)(weight, None)
-                for weight in weights
-            ]
-            us = microseconds([partial(kernel, x) for kernel in ours])
-            vendors = [vendor_of(operation, weight) for weight in weights]
-            vendor_us = microseconds([partial(kernel, x) for kernel in vendors])
-            results.append(row_of(name, rows, us, vendor_us))
-        del weights
+    results = [result for name in names for result in time_shape(name, all_rows)]
     return {
         "device": torch.cuda.get_device_name(),
+        "stack_8b": time_stack(all_rows),
+        "sum_8b": sums(results, all_rows),
         "results": results,
-        "model": [
-            {
-                "rows": rows,
-                **{
-                    key: round(
-                        sum(
-                            float(str(result[key])) * SHAPES[str(result["shape"])][3] / 1e3
-                            for result in results
-                            if result["rows"] == rows
-                        ),
-                        3,
-                    )
-                    for key in ("us", "vendor_us")
-                },
-            }
-            for rows in all_rows
-        ],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--stack", action="store_true")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--write", type=Path, help="folder for sweep.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.sweep:
+    if args.stack:
+        print(json.dumps(time_stack(args.rows)))
+    elif args.sweep:
         sweep(args.shapes, args.rows, args.write)
     else:
         print(json.dumps(report(args.shapes, args.rows), indent=1))
