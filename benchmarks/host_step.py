@@ -1,8 +1,8 @@
 """Host time of a decode step, with a model that computes nothing: python -m benchmarks.host_step
 
-Prints one JSON line: milliseconds a step of scheduling, of launching (packing, copying, replaying,
-sampling, reading back), and of both and all around them; medians (scheduling: means). On a GPU the staging and the
-choice of tokens are captured and replayed as always; on a CPU replays do nothing.
+Prints one JSON line: milliseconds a step of scheduling (mean), of launching (packing, copying,
+replaying, sampling, reading back; median), and of both and all around them (median). On a GPU the
+staging and the choice of tokens are captured and replayed as always; on a CPU replays do nothing.
 """
 
 import argparse
