@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from core.config import AppConfig
-from core.engine.build import OnPhase, RankContext, RankEngine, build_rank
+from core.engine.build import RankContext, RankEngine, build_rank
 from core.engine.device import open_device
 from core.engine.lockstep import Agreement, rank_facts, settle
 from core.engine.offline import OfflineEngine
 from core.engine.ranks import stand_in_for_peers
+from core.engine.trial import OnPhase
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.messages import StepPlan
 from core.loading.files import resolve_files

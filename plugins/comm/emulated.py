@@ -55,8 +55,9 @@ class EmulatedCommunicator:
         return x.chunk(self.size)[self.rank].clone() if x.shape[0] else x
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """`x` as it is."""
-        return x
+        """`x` as it is, or zeros where it would come from another rank: what callers hand over
+        then may be no values at all."""
+        return x if source == self.rank else x.zero_()
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]

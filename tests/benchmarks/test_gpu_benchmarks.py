@@ -1,0 +1,159 @@
+"""The arithmetic of the GPU benchmarks: floors, profiles, ratios, cells. Times nothing."""
+
+import argparse
+
+import pytest
+
+from benchmarks import gpu_cells as cells
+from benchmarks import gpu_engine, gpu_profile
+from benchmarks.emulated_rank import DEEPSEEK_V3, first_plan, later_plan, layer_bytes
+from benchmarks.gpu_floor import Device, sizes_of
+
+H100 = Device(name="H100", bytes_per_s=3.0e12, bf16_flops=795e12, fp8_flops=1290e12)
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+}
+QWEN3_24 = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "floor_ms"),
+    [
+        (LLAMA_8B, 1, 5.1),
+        (LLAMA_8B, 8, 5.4),
+        (LLAMA_8B, 64, 7.9),
+        (LLAMA_8B, 256, 16.4),
+        (QWEN3_24, 1, 1.1),
+        (QWEN3_24, 8, 4.3),
+        (QWEN3_24, 256, 14.7),
+    ],
+)
+def test_floors_agree_with_the_known_ones(shape, batch, floor_ms) -> None:
+    found = sizes_of(shape).decode_s(batch, batch * 1088, H100) * 1e3
+    assert found == pytest.approx(floor_ms, rel=0.06)
+
+
+def test_sizes_of_llama_are_those_of_its_files() -> None:
+    sizes = sizes_of(LLAMA_8B)
+    assert sizes.weight_bytes == pytest.approx(15.0e9, rel=0.01)
+    assert sizes.kv_token_bytes == 131072
+    assert sizes.distinct_experts(100) == 0
+
+
+@pytest.mark.parametrize(("batch", "context", "floor_us"), [(32, 1024, 292), (128, 4096, 461)])
+def test_floors_of_a_deepseek_layer(batch: int, context: int, floor_us: float) -> None:
+    moe_bytes, _ = layer_bytes(DEEPSEEK_V3, 16, batch, context)
+    assert moe_bytes / 3.35e12 * 1e6 == pytest.approx(floor_us, rel=0.01)
+
+
+def test_made_up_contexts_have_pages_of_their_own() -> None:
+    first = first_plan(3, 40, 16)
+    assert len(set(first.table_pages)) == len(first.table_pages)
+    assert 0 not in first.table_pages
+    assert first.starts == [39] * 3
+    third = later_plan(first, 2)
+    assert third.starts == [41] * 3
+    assert not third.table_pages
+    assert not third.inits
+
+
+def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict:
+    return {"name": name, "ts": ts, "dur": dur, "cat": cat}
+
+
+def test_a_profile_counts_overlaps_once_and_gaps_between() -> None:
+    summary = gpu_profile.summarise(
+        [
+            event("b", 30, 10),
+            event("a", 0, 10),
+            event("a", 8, 12),  # overlaps the first
+            event("copy", 22, 2, "gpu_memcpy"),
+            event("host", 0, 1000, "cpu_op"),
+        ],
+        num_steps=2,
+    )
+    assert summary["kernels_a_step"] == 2
+    assert summary["busy_us"] == (20 + 2 + 10) / 2
+    assert summary["gap_us"] == (2 + 6) / 2
+    assert summary["gaps"] == 1
+    assert [row["kernel"] for row in summary["top"]] == ["a", "b", "copy"]
+    assert summary["top"][0] == {"kernel": "a", "count": 1, "us": 11, "mean_us": 11}
+    assert "busy" in gpu_profile.table(summary)
+    assert gpu_profile.summarise([], 1)["top"] == []
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cells.add_arguments(parser)
+    return parser.parse_args(["model", *words])
+
+
+def test_limits_hold_every_cell() -> None:
+    assert cells.limits(arguments("1,8")) == (4096, 8)
+    assert cells.limits(arguments("1", "8000", "100")) == (8101, 4)
+    assert cells.limits(arguments("-", "--prefill", "16x2048")) == (4096, 16)
+    assert cells.limits(arguments("1", "--mixed")) == (16384 + 129, 64)
+
+
+def test_mixed_lengths_are_the_same_everywhere() -> None:
+    lengths = cells.mixed_lengths()
+    assert lengths == cells.mixed_lengths()
+    assert (len(lengths), min(lengths), max(lengths)) == (64, 256, 16384)
+
+
+def test_every_cell_is_measured() -> None:
+    asked = []
+
+    def generate(prompts: list[list[int]], new_tokens: int) -> None:
+        asked.append((len(prompts), len(prompts[0]), new_tokens))
+
+    words = ("2", "16", "4", "--prefill", "3x32", "--ttft", "--mixed", "--repeats", "1")
+    rows = list(cells.measure(generate, arguments(*words)))
+    assert [row["cell"] for row in rows] == ["decode", "prefill", "ttft", "mixed"]
+    assert {(2, 16, 1), (2, 16, 5), (3, 32, 1), (1, 1024, 1)} <= set(asked)
+
+
+def test_ratios_are_to_the_fastest_peer() -> None:
+    key = {"cell": "decode", "batch": 8, "isl": 1024, "osl": 128}
+    found = {
+        "nodeweave": [{"startup_s": 10.0}, key | {"decode_tok_s": 200, "tpot_ms": 5.0}],
+        "vllm": [{"startup_s": 50.0}, key | {"decode_tok_s": 100, "tpot_ms": 10.0}],
+        "sglang": [{"startup_s": 30.0}, key | {"decode_tok_s": 160, "tpot_ms": 6.25}],
+    }
+    start, decode = gpu_engine.ratios(found)
+    assert start["to_fastest"] == {"startup_s": 3.0}
+    assert decode["vllm"] == {"decode_tok_s": 2.0, "tpot_ms": 2.0}
+    assert decode["to_fastest"] == {"decode_tok_s": 1.25, "tpot_ms": 1.25}
+
+
+def test_the_better_of_two_runs() -> None:
+    first = [{"cell": "decode", "batch": 1, "decode_tok_s": 10, "tpot_ms": 2.0}]
+    second = [{"cell": "decode", "batch": 1, "decode_tok_s": 9, "tpot_ms": 1.9}, {"cell": "ttft"}]
+    merged = gpu_engine.better(first, second)
+    assert merged == [
+        {"cell": "decode", "batch": 1, "decode_tok_s": 10, "tpot_ms": 1.9},
+        {"cell": "ttft"},
+    ]
+    assert gpu_engine.better(None, second) == second
+
+
+def test_our_child_gets_no_peers() -> None:
+    words = ["m", "1", "--peer", "vllm=x y", "--ttft", "--rounds=2", "--peer-python", "p"]
+    assert gpu_engine.without_peer_options(words) == ["m", "1", "--ttft"]
