@@ -58,6 +58,15 @@ class Steps(Protocol):
         pages and caches as they are."""
         ...
 
+    @property
+    def num_captures(self) -> int:
+        """How many steps `capture` records."""
+        ...
+
+    def rehearse(self) -> None:
+        """Launch what `capture` would record, without recording it."""
+        ...
+
     def describe(self) -> str:
         """Which steps are captured, for the start-up summary."""
         ...
@@ -89,6 +98,7 @@ class EagerSteps:
     """Launches every kernel of every step; `reason` says to people why."""
 
     graph_bytes = 0
+    num_captures = 0
 
     def __init__(self, parts: RankParts, reason: str) -> None:
         self._parts = parts
@@ -96,6 +106,9 @@ class EagerSteps:
 
     def capture(self, on_captured: OnCaptured) -> None:
         """Nothing to record."""
+
+    def rehearse(self) -> None:
+        """Nothing to launch."""
 
     def describe(self) -> str:
         """The reason."""

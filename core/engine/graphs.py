@@ -124,6 +124,17 @@ class GraphedSteps:
             on_captured(done, len(self.sizes))
         self.graph_bytes = self._recorder.held_bytes() - before
 
+    @property
+    def num_captures(self) -> int:
+        return len(self.sizes)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Every size, the largest first. Leaves what `capture` leaves."""
+        self._input.clear()
+        for size in reversed(self.sizes):
+            self._run(self._rows(size))
+
     def describe(self) -> str:
         """For the start-up summary."""
         return f"{len(self.sizes)} decode steps of up to {self.sizes[-1]} requests"

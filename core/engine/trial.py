@@ -98,18 +98,23 @@ class Trial:
     def _compile(self, runner: ModelRunner) -> None:
         from core.kernels.compile_ahead import rehearsal
 
-        plans = kernel_steps(self.engine, self.max_model_len)
+        steps = runner.steps
+        plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
         with rehearsal(lambda done, total: self.on_progress(COMPILE_TASK, done, total, "kernels")):
+            steps.rehearse()
             for plan in plans:
                 runner.launch(self._agreed(plan))
         torch.cuda.synchronize(self.device)
 
     def _decode(self, runner: ModelRunner) -> int:
-        """Run the largest decode step; about the bytes that capturing such steps will take."""
+        """Run the largest decode step; about the bytes that capturing such steps will take: all
+        share the memory of the largest."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         self._launch(runner, [largest_decode(self.engine, self.max_model_len)])
-        return torch.cuda.max_memory_allocated(self.device) - before + GRAPH_BYTES
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        num_captures = runner.steps.num_captures
+        return peak + num_captures * GRAPH_BYTES if num_captures else 0
 
     def _largest(self, runner: ModelRunner) -> None:
         engine, longest = self.engine, self.max_model_len

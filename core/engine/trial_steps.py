@@ -116,23 +116,27 @@ def row_counts(most: int) -> list[int]:
     return sorted(count for count in counts if count <= most)
 
 
-def kernel_steps(engine: EngineConfig, max_model_len: int) -> list[StepPlan]:
-    """Steps of all row counts: decodes of short and long contexts, one prompt, several prompts with
-    decodes among them."""
+def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> list[StepPlan]:
+    """Steps of all row counts, none that a captured step is made for unless `decodes`: decodes of
+    short and long contexts beside a prompt, one prompt alone, and several."""
     steps = []
     count = engine.max_running_requests
-    for rows in row_counts(count):
-        context = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // rows))
-        steps.append(step(decodes=[min(2, max_model_len)] * rows))
-        steps.append(step(decodes=[context] * rows))
     budget = most_prompt_tokens(engine, max_model_len)
-    longest = longest_chunk(engine, max_model_len)
-    for rows in row_counts(min(budget, longest)):
+    chunk = min(longest_chunk(engine, max_model_len), budget)
+    prompt = (0, min(16, chunk))
+    for rows in row_counts(count):
+        longest = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // rows))
+        for context in sorted({min(2, max_model_len), longest}):
+            if decodes:
+                steps.append(step(decodes=[context] * rows))
+            if rows < count:
+                steps.append(step(decodes=[context] * rows, prompts=[prompt]))
+    for rows in row_counts(chunk):
         steps.append(step(prompts=[(0, rows)]))
-        if rows > 1 and count > 1:
-            steps.append(step(decodes=[2], prompts=[(0, rows)]))
+    if chunk < max_model_len:  # the rest of a prompt, with its beginning in the cache
+        steps.append(step(prompts=[(max_model_len - chunk, chunk)]))
     for rows in row_counts(budget):
-        lengths = [longest] * (rows // longest) + [rows % longest] * (rows % longest > 0)
+        lengths = [chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0)
         if 1 < len(lengths) < count:
             steps.append(step(decodes=[2], prompts=[(0, length) for length in lengths]))
     return steps
