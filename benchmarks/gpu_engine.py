@@ -6,8 +6,8 @@
 
 MODEL_DIR holds a config.json (or is one). Random prompts, greedy, no prefix cache; each engine in a
 process of its own, one at a time. Prints a JSON line for each cell (see `benchmarks.gpu_cells`),
-with the floor and the share of it that was reached; with peers, ours is run before and after
-them and the better one counts, and a line with the ratios follows. `--profile` instead names the
+with the floor and the share of it that was reached; with peers, ours and they take turns and the
+best of an engine's `--rounds` counts, and lines with the ratios follow. `--profile` instead names the
 ten most expensive kernels of a decode step and of a prefill, and the gaps between kernels.
 """
 
@@ -176,23 +176,18 @@ def decode_events(engine: Any, batch: int, isl: int) -> list[Row]:
 
 
 def compare(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Ours, then each peer, in turns; at the end ours once more where there are peers."""
+    """Ours, then each peer, in turns."""
     peers = dict(text.split("=", 1) for text in arguments.peer)
     words = without_peer_options(words)
     cell_words = cells_only(arguments)
     found: dict[str, list[Row]] = {}
-
-    def ours() -> None:
+    for _ in range(arguments.rounds):
         rows = child_rows([sys.executable, "-m", "benchmarks.gpu_engine", *words, "--ours"])
         found["nodeweave"] = better(found.get("nodeweave"), rows)
-
-    for _ in range(arguments.rounds):
-        ours()
         for name, command in peers.items():
             rows = child_rows(f"{command} {' '.join(cell_words)}")
             found[name] = better(found.get(name), rows)
     if peers:
-        ours()
         for row in ratios(found):
             cells.put(row)
 

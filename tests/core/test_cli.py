@@ -134,7 +134,7 @@ def test_help_lists_groups_with_their_choices_and_examples(capsys):
     for fragment in (
         "model      custom, ",
         "parallel   tp1, tp2, tp2_ep2, ",
-        "moe_a2a    allgather, auto, deepep, local, nccl",
+        "moe_a2a    allgather, auto, deepep, emulated, local, nccl",
         "launch     kubernetes, local, ray, slurm, static",
         "nodeweave +model=smollm2",
         "--cfg job",
