@@ -2,9 +2,11 @@
 
     python -m benchmarks.gpu_attention
 
-Decode is compared with the bytes of k and v over the memory bandwidth of a large copy; prefill
-with torch's own fused attention over contiguous k and v (no pages). Ratios above 1 are faster
-than that. Knows nothing of models: shapes are those of one layer.
+A cell is what a layer does between two projections: heads prepared and stored, then attention. It
+is compared with its floor: in decode the bytes of k and v over the bandwidth of a large copy, in
+prefill the multiplications over those a second of a large matrix product. `share` is floor over
+time. CUDA graphs, so that launches from Python don't count; caches of several layers where one
+layer's would stay in the L2 cache. Knows nothing of models: shapes are those of one layer.
 """
 
 import json
@@ -16,22 +18,55 @@ import torch.nn.functional as F
 import triton
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
-from plugins.attention._triton_backend import TritonBackend, build
+from core.interfaces.attention import (
+    AttentionSpec,
+    HeadTransform,
+    LayerKV,
+    NewKV,
+    SequenceBatch,
+)
+from core.kernels.triton_ops import TritonOps
+from plugins.attention._triton_backend import build
 
 DEVICE = torch.device("cuda")
 PAGE_SIZE = 16
-SHAPES = {"smollm2": (9, 3, 64), "llama31_8b": (32, 8, 128)}
+# Query heads, KV heads, head dimension, norms of heads.
+Shape = tuple[int, int, int, bool]
+SHAPES: dict[str, Shape] = {
+    "llama31_8b": (32, 8, 128, False),
+    "qwen3_30b": (32, 4, 128, True),
+    "smollm2": (9, 3, 64, False),
+}
+MIXED = [256 + (16384 - 256) * index // 63 for index in range(64)]
+DECODE = {
+    "1x1k": [1024],
+    "8x1k": [1024] * 8,
+    "64x1k": [1024] * 64,
+    "256x1k": [1024] * 256,
+    "64 of 256..16k": MIXED,
+    "1x16k": [16384],
+}
+PREFILL = {
+    "1x1k": ([1024], [1024]),
+    "16x2k": ([2048] * 16, [2048] * 16),
+    "4x8k": ([8192] * 4, [8192] * 4),
+    "30 of 100..2k": ([100 + 64 * index for index in range(30)],) * 2,
+    "512 after 7680": ([512], [8192]),
+}
+CACHE_BYTES = 160_000_000  # three times the L2 cache
+MOST_LAYERS = 24
 
 
 def microseconds(run: Callable[[], object]) -> float:
-    """Median over replays of a CUDA graph, so that launches from Python don't count."""
+    """Median over replays of a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return 1e3 * float(triton.testing.do_bench(graph.replay, return_mode="median"))
+    return 1e3 * float(
+        triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median")
+    )
 
 
 def copy_bandwidth() -> float:
@@ -41,11 +76,15 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (microseconds(lambda: target.copy_(source)) * 1e-6)
 
 
-def make(
-    shape: tuple[int, int, int], rows: list[int], contexts: list[int]
-) -> tuple[TritonBackend, SequenceBatch, LayerKV, torch.Tensor]:
-    """A backend, a batch over permuted pages, a cache of random values, and queries."""
-    num_heads, num_kv_heads, head_dim = shape
+def matrix_rate() -> float:
+    """Floating-point operations a second of a large matrix product."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    return 2 * 8192**3 / (microseconds(lambda: F.linear(a, b)) * 1e-6)
+
+
+def layer(shape: Shape, rows: list[int], contexts: list[int]) -> tuple[Callable[[], None], int]:
+    """What runs a step's attention in several layers, over permuted pages; and how many."""
+    num_heads, num_kv_heads, head_dim, normed = shape
     spec = AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -56,30 +95,60 @@ def make(
         device=DEVICE,
         max_context_tokens=max(contexts),
     )
-    pages = max(contexts) // PAGE_SIZE + 1
-    table = (torch.randperm(len(rows) * pages, device=DEVICE) + 1).view(len(rows), pages).int()
-    kv_shape = (len(rows) * pages + 1, PAGE_SIZE, num_kv_heads, head_dim)
-    k, v = (torch.randn(kv_shape, dtype=spec.dtype, device=DEVICE) for _ in range(2))
+    counts = [-(-context // PAGE_SIZE) for context in contexts]
+    order = torch.randperm(sum(counts), dtype=torch.int32) + 1
+    table_SM = torch.zeros(len(rows), max(counts), dtype=torch.int32)
+    for own_M, pages, count in zip(table_SM, order.split(counts), counts, strict=True):
+        own_M[:count] = pages
+    starts = torch.tensor(list(accumulate(rows, initial=0)), dtype=torch.int32)
     batch = SequenceBatch(
         rows,
         contexts,
-        torch.tensor(list(accumulate(rows, initial=0)), dtype=torch.int32, device=DEVICE),
+        starts.to(DEVICE),
         torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
-        table,
+        table_SM.to(DEVICE),
     )
-    q = torch.randn(sum(rows), num_heads, head_dim, dtype=spec.dtype, device=DEVICE)
-    return build(NoOptions(), spec), batch, LayerKV(k, v), q
+    positions = [torch.arange(end - count, end) for count, end in zip(rows, contexts, strict=True)]
+    slots_T = torch.cat(
+        [
+            table_SM[index, own // PAGE_SIZE].long() * PAGE_SIZE + own % PAGE_SIZE
+            for index, own in enumerate(positions)
+        ]
+    ).to(DEVICE)
+    positions_T = torch.cat(positions).to(DEVICE)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=spec.dtype, device=DEVICE).normal_()
+
+    kv_bytes = 2 * 2 * sum(contexts) * num_kv_heads * head_dim
+    num_layers = max(1, min(MOST_LAYERS, CACHE_BYTES // kv_bytes))
+    pool = (sum(counts) + 1, PAGE_SIZE, num_kv_heads, head_dim)
+    caches = [LayerKV(normal(*pool), normal(*pool)) for _ in range(num_layers)]
+    qkv_TFD = normal(sum(rows), num_heads + 2 * num_kv_heads, head_dim)
+    angles_CF = torch.randn(max(contexts), head_dim // 2, device=DEVICE)
+    norms = [normal(head_dim) if normed else None for _ in range(2)]
+    table_CD = torch.cat((angles_CF.cos(), angles_CF.sin()), 1)
+    heads = HeadTransform(num_kv_heads, table_CD, norms[0], norms[1], 1e-6)
+    out_THD = torch.empty_like(qkv_TFD[:, :num_heads].contiguous())
+    ops, backend = TritonOps(), build(NoOptions(), spec)
+    plan = backend.plan(batch)
+
+    def run() -> None:
+        for kv in caches:
+            q_THD, *new = ops.prepare_heads(qkv_TFD, heads, positions_T, kv, slots_T)
+            backend.forward(plan, kv, q_THD, out_THD, NewKV(*new))
+
+    return run, num_layers
 
 
-def time_step(shape: tuple[int, int, int], rows: list[int], contexts: list[int]) -> float:
-    backend, batch, kv, q = make(shape, rows, contexts)
-    plan, out = backend.plan(batch), torch.empty_like(q)
-    return microseconds(lambda: backend.forward(plan, kv, q, out))
+def time_layer(shape: Shape, rows: list[int], contexts: list[int]) -> float:
+    run, num_layers = layer(shape, rows, contexts)
+    return microseconds(run) / num_layers
 
 
-def time_fused(shape: tuple[int, int, int], sequences: int, rows: int) -> float:
+def time_fused(shape: Shape, sequences: int, rows: int) -> float:
     """torch's fused attention over the same sizes, without a cached prefix."""
-    num_heads, num_kv_heads, head_dim = shape
+    num_heads, num_kv_heads, head_dim, _ = shape
 
     def normal(heads: int) -> torch.Tensor:
         size = (sequences, heads, rows, head_dim)
@@ -92,27 +161,35 @@ def time_fused(shape: tuple[int, int, int], sequences: int, rows: int) -> float:
 
 
 def main() -> None:
-    bandwidth = copy_bandwidth()
+    bandwidth, rate = copy_bandwidth(), matrix_rate()
     report: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_s": round(bandwidth),
+        "matrix_flops": round(rate),
     }
     for name, shape in SHAPES.items():
-        for sequences, context in ((1, 160), (1, 8192), (1, 131072), (16, 1024), (64, 4096)):
-            us = time_step(shape, [1] * sequences, [context] * sequences)
-            kv_bytes = 2 * 2 * sequences * context * shape[1] * shape[2]
-            report[f"{name}.decode.{sequences}x{context}"] = {
+        num_heads, num_kv_heads, head_dim, _ = shape
+        for cell, contexts in DECODE.items():
+            us = time_layer(shape, [1] * len(contexts), contexts)
+            floor_us = 1e6 * 2 * 2 * sum(contexts) * num_kv_heads * head_dim / bandwidth
+            report[f"{name}.decode.{cell}"] = {
                 "us": round(us, 1),
-                "ratio_to_bandwidth": round(kv_bytes / bandwidth / (us * 1e-6), 3),
+                "share": round(floor_us / us, 3),
             }
-        for sequences, rows in ((1, 128), (1, 2048), (1, 8192), (4, 2048)):
-            us = time_step(shape, [rows] * sequences, [rows] * sequences)
-            report[f"{name}.prefill.{sequences}x{rows}"] = {
+            torch.cuda.empty_cache()
+        for cell, (rows, contexts) in PREFILL.items():
+            us = time_layer(shape, rows, contexts)
+            pairs = sum(r * (c - (r - 1) / 2) for r, c in zip(rows, contexts, strict=True))
+            flops = 4 * pairs * num_heads * head_dim
+            entry = {
                 "us": round(us, 1),
-                "ratio_to_torch": round(time_fused(shape, sequences, rows) / us, 3),
+                "tflops": round(flops / us * 1e-6, 1),
+                "share": round(flops / rate * 1e6 / us, 3),
             }
-        us = time_step(shape, [512], [8192])
-        report[f"{name}.prefill.512 after 7680"] = {"us": round(us, 1)}
+            if rows == contexts and len(set(rows)) == 1:
+                entry["ratio_to_torch"] = round(time_fused(shape, len(rows), rows[0]) / us, 3)
+            report[f"{name}.prefill.{cell}"] = entry
+            torch.cuda.empty_cache()
     print(json.dumps(report, indent=2))
 
 

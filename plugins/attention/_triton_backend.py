@@ -1,7 +1,8 @@
 """Launches the Triton kernels of paged attention: which kernel, tile sizes, and workspaces.
 
-A step whose sequences all have one new row takes the decode kernels, every other one the prefill
-kernel. Grids follow from bounds on the host alone; lengths are read on the device, so that a step
+A step whose sequences all have one new row takes the decode kernels; one with long prompts the
+prompt kernel, which reads new rows where they were projected; any other the paged prefill kernel.
+Grids follow from bounds on the host alone; lengths are read on the device, so that a step
 can be captured as a CUDA graph, and eager steps run the same code. On CPU tensors the kernels run
 in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 Shape legend: see core.interfaces.attention; P programs of a launch.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
@@ -26,6 +28,7 @@ from plugins.attention._triton_decode_kernels import (
 )
 from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import prefill_kernel
+from plugins.attention._triton_prompt_kernels import prompt_kernel
 
 _REDUCED_PIECES = 16  # of a head, summed up at once
 
@@ -45,6 +48,7 @@ class _PrefillPlan:
     batch: SequenceBatch
     block_rows: int
     num_blocks: int
+    num_prompt_blocks: int  # 0: the prompt kernel would idle, or can't
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,10 @@ class TritonBackend:
         self._scale_log2 = spec.scale * math.log2(math.e)
         self._launch = launch_options(spec.device)
         self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device)
+        self._prompt_tiles = _prompt_tiles(self._block_D, device)
+        # Tensor descriptors need a power of two, and tiles of float32 don't fit.
+        narrow = spec.dtype.itemsize == 2 or device.interpreted
+        self._takes_prompts = narrow and spec.head_dim in (16, 32, 64, 128)
         measured_tiles, measured_programs = self._measured_decode(device)
         self._decode_tiles = decode_tiles or measured_tiles
         programs_per_multiprocessor = programs_per_multiprocessor or measured_programs
@@ -113,7 +121,11 @@ class TritonBackend:
         block_tokens = block_rows // self._group
         # One more than the sequences can need, for rows of padding.
         num_blocks = sum(batch.query_lens) // block_tokens + len(batch.query_lens) + 1
-        return _PrefillPlan(batch, block_rows, num_blocks)
+        prompt_rows = self._prompt_tiles.rows
+        num_prompt_blocks = 0
+        if self._takes_prompts and 2 * longest_rows > prompt_rows:
+            num_prompt_blocks = sum(batch.query_lens) // prompt_rows + len(batch.query_lens) + 1
+        return _PrefillPlan(batch, block_rows, num_blocks, num_prompt_blocks)
 
     def _plan_decode(self, batch: SequenceBatch) -> _DecodePlan:
         shape = (self._num_programs, SCHEDULE_COLUMNS.value)
@@ -137,10 +149,45 @@ class TritonBackend:
         assert kv.k_NPGD.is_contiguous()
         assert kv.v_NPGD.is_contiguous()
         if isinstance(plan, _PrefillPlan):
-            self._prefill(plan, kv, q_THD, out_THD)
+            if new is not None and plan.num_prompt_blocks:
+                self._prompt(plan, kv, q_THD, out_THD, new)
+            else:
+                self._prefill(plan, kv, q_THD, out_THD)
         else:
             assert isinstance(plan, _DecodePlan)
             self._decode(plan, kv, q_THD, out_THD)
+
+    def _prompt(
+        self, plan: _PrefillPlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV
+    ) -> None:
+        spec, batch, tiles = self._spec, plan.batch, self._prompt_tiles
+        prompt_kernel[(spec.num_heads, plan.num_prompt_blocks)](
+            _rows_of_heads(q_THD, tiles.rows),
+            _rows_of_heads(new.k_TGD, tiles.tokens),
+            _rows_of_heads(new.v_TGD, tiles.tokens),
+            kv.k_NPGD,
+            kv.v_NPGD,
+            out_THD,
+            batch.query_starts_S1,
+            batch.context_lens_S,
+            batch.page_table_SM,
+            len(batch.query_lens),
+            plan.num_prompt_blocks,
+            q_THD.shape[0],
+            batch.page_table_SM.stride(0),
+            SCALE_LOG2=self._scale_log2,
+            PREFIX=True,
+            WIDE=self._wide,
+            H=spec.num_heads,
+            G=spec.num_kv_heads,
+            PAGE_SIZE=spec.page_size,
+            HEAD_DIM=spec.head_dim,
+            BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.tokens,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            maxnreg=128,
+        )
 
     def _prefill(self, plan: _PrefillPlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
         spec, batch, tiles = self._spec, plan.batch, self._prefill_tiles
@@ -212,6 +259,15 @@ class TritonBackend:
         )
 
 
+def _rows_of_heads(x_TFD: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` rows and one head; rows may lie apart, heads are contiguous."""
+    num_rows, num_heads, head_dim = x_TFD.shape
+    assert x_TFD.stride()[1:] == (head_dim, 1)
+    return TensorDescriptor(
+        x_TFD, [num_rows, num_heads * head_dim], [x_TFD.stride(0), 1], [rows, head_dim]
+    )
+
+
 # Tile sizes of prefill are the fastest of a sweep on an H100 over the shapes of SmolLM2 (D 64) and
 # Llama 3.1 8B (D 128); larger D and float32 are not tuned. Those of decode are in
 # core/kernels/tuned/attention_decode.json, and here where nothing was measured.
@@ -228,6 +284,13 @@ def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> Tiles:
     else:
         rows, tokens, num_warps = 64, 32, 8
     return Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, device))
+
+
+def _prompt_tiles(block_D: int, device: TritonDevice) -> Tiles:
+    """Two programs of 8 warps fit a multiprocessor with at most 128 registers a thread."""
+    if device.interpreted:
+        return Tiles(rows=16, tokens=16, num_warps=4, num_stages=1)
+    return Tiles(rows=128, tokens=64, num_warps=8, num_stages=2)
 
 
 def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> Tiles:

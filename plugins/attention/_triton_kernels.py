@@ -67,7 +67,7 @@ def attend_tile(
 
 
 @triton.jit
-def _find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr):
+def find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr):
     """The sequence that `block` belongs to; the blocks of s begin at starts[s] // BLOCK_Q + s."""
     left = 0
     right = num_sequences
@@ -138,7 +138,7 @@ def prefill_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = _find_sequence(starts_ptr, num_sequences, block, BLOCK_Q)
+    sequence = find_sequence(starts_ptr, num_sequences, block, BLOCK_Q)
     start = tl.load(starts_ptr + sequence)
     num_rows = tl.load(starts_ptr + sequence + 1) - start
     first_row = (block - start // BLOCK_Q - sequence) * BLOCK_Q
