@@ -6,9 +6,9 @@
 
 MODEL_DIR holds a config.json (or is one). Random prompts, greedy, no prefix cache; each engine in a
 process of its own, one at a time. Prints a JSON line for each cell (see `benchmarks.gpu_cells`),
-with the floor and the share of it that was reached; with peers, ours and they take turns and the
-best of an engine's `--rounds` counts, and lines with the ratios follow. `--profile` instead names the
-ten most expensive kernels of a decode step and of a prefill, and the gaps between kernels.
+with the floor and the share of it that was reached; with peers, ours and they take turns, the best
+of an engine's `--rounds` counts, and lines with the ratios follow. `--profile` names the ten most
+expensive kernels of a decode step and of a prefill instead, and the gaps between kernels.
 """
 
 import argparse
