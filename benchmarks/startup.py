@@ -46,7 +46,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     end("import")
     compiled = watch_compilations() if arguments.device == "cuda" else []
-    device = open_device(arguments.device, os.cpu_count() or 1)
+    name = "cuda:0" if arguments.device == "cuda" else arguments.device
+    device = open_device(name, os.cpu_count() or 1)
     end("device")
     config = configuration(arguments)
     plugins = PluginManager.load([])

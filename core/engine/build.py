@@ -162,6 +162,11 @@ def _try_out(
     """Compile what steps need and measure the memory that the largest take, on a scratch pool."""
     device, max_model_len = context.device, loaded.max_model_len
     scratch = PoolSize(2, page_bytes(config.engine, loaded.model.kv, loaded.dtype))
+
+    def build_runner(shortened: bool) -> ModelRunner:
+        model = loaded.model.shortened() if shortened else loaded.model
+        return _build_runner(config, context, replace(loaded, model=model), scratch, max_model_len)
+
     return Trial(
         engine=config.engine,
         max_model_len=max_model_len,
@@ -169,7 +174,7 @@ def _try_out(
         num_dp=context.plan.axis_size("dp"),
         # What a kernel did not compute must not decide how long exchanged rows are.
         rehearses=all(dispatcher.capturable for dispatcher in loaded.dispatchers.values()),
-        build_runner=lambda: _build_runner(config, context, loaded, scratch, max_model_len),
+        build_runner=build_runner,
         phases=phases,
         on_progress=context.on_progress,
     ).run()

@@ -57,8 +57,9 @@ def keep_kernels(chosen: str | None) -> None:
 class Trial:
     """Steps of made-up requests on a runner whose pool is a scratch page.
 
-    `rehearses`: steps may be run with kernels left out. `build_runner` makes such a runner; it is
-    dropped at the end. Every rank runs the same trial.
+    `rehearses`: steps may be run with kernels left out. `build_runner` makes such a runner, of the
+    whole model or of one that is shortened; it is dropped at the end. Every rank runs the same
+    trial.
     """
 
     engine: EngineConfig
@@ -66,7 +67,7 @@ class Trial:
     device: torch.device
     num_dp: int
     rehearses: bool
-    build_runner: Callable[[], ModelRunner]
+    build_runner: Callable[[bool], ModelRunner]  # whether shortened
     phases: Phases
     on_progress: OnProgress
 
@@ -75,10 +76,10 @@ class Trial:
         steps to come. Raises ResourceError where they need more than there is."""
         torch.cuda.empty_cache()
         weights = torch.cuda.memory_allocated(self.device)
-        runner = self.build_runner()
-        state = torch.cuda.memory_allocated(self.device) - weights
         if self.rehearses:
-            self._compile(runner)
+            self._compile(self.build_runner(True))
+        runner = self.build_runner(False)
+        state = torch.cuda.memory_allocated(self.device) - weights
         self.phases.end(COMPILE_TASK)
         try:
             graphs = self._decode(runner)

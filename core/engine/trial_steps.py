@@ -6,6 +6,8 @@ Pure: knows the limits of the scheduler, nothing of models or devices.
 
 from collections.abc import Sequence
 
+from msgspec import structs
+
 from core.config import EngineConfig
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 
@@ -21,8 +23,8 @@ COSTLIEST = SamplingParams(
     repetition_penalty=1.1,
     logit_bias={0: 1.0},
     logprobs=20,
-    prompt_logprobs=20,
 )
+PROMPT_LOGPROBS = 20
 # Longer contexts only take time: of several sequences together they fit no pool, and of one what
 # they need beside the cache does not grow with them.
 MOST_CONTEXT_TOKENS = 1 << 20  # of all decodes
@@ -36,15 +38,19 @@ def step(
     sampling: SamplingParams = GREEDY,
 ) -> StepPlan:
     """One step that fills slots from 0 on: decodes by their context with the new token, prompts by
-    (tokens cached before, new tokens)."""
+    (tokens cached before, new tokens). Where `sampling` wants logprobs, the first prompt's are
+    wanted too."""
     rows = [(context - 1, 1) for context in decodes] + list(prompts)
     inits = [
         SlotInit(slot, [0], start + length, sampling, 0)
         for slot, (start, length) in enumerate(rows)
     ]
     num_logprob_rows = 0
-    if sampling.prompt_logprobs is not None:
-        num_logprob_rows = sum(length - 1 for _, length in prompts)
+    if sampling.logprobs is not None and prompts:
+        first = inits[len(decodes)]
+        wanted = structs.replace(sampling, prompt_logprobs=PROMPT_LOGPROBS)
+        inits[len(decodes)] = structs.replace(first, sampling=wanted)
+        num_logprob_rows = prompts[0][1] - 1
     return StepPlan(
         0,
         inits,

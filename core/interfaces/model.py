@@ -172,6 +172,11 @@ class Model(Protocol):
         `rows` counts R of every DP rank; those without rows call this too."""
         ...
 
+    def shortened(self) -> Model:
+        """As few layers as launch every kernel of the whole, with the same weights: its answers
+        mean nothing, and its steps take little time."""
+        ...
+
 
 class ModelFamily(Protocol):
     """What a model plugin's factory returns. Only `build` may import torch."""

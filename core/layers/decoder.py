@@ -6,6 +6,7 @@ requests or of caches.
 Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -89,12 +90,23 @@ class Decoder:
             DecoderLayer(context, spec, index, cos_sin_CD) for index in range(spec.num_layers)
         ]
         self._norm = RMSNorm(context, context.weights, "model.norm", hidden_size, spec.norm_eps)
-        # The norm that ends each layer: the next one's first, and the final one.
-        self._closing_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        self._closing_norms = self._norms_after(self._layers)
         self._exchange = row_exchange(context, "tp")
         self.expert_layers: Sequence[ExpertLayer] = [
             experts for layer in self._layers for experts in layer.experts
         ]
+
+    def _norms_after(self, layers: Sequence[DecoderLayer]) -> list[RMSNorm]:
+        """The norm that ends each layer: the next one's first, and the final one."""
+        return [layer.input_norm for layer in layers[1:]] + [self._norm]
+
+    def shortened(self) -> "Decoder":
+        """The same weights with the first layer and one of each kind alone."""
+        of_kind = {type(layer.mlp): layer for layer in self._layers}
+        short = copy.copy(self)
+        short._layers = list(dict.fromkeys((self._layers[0], *of_kind.values())))
+        short._closing_norms = self._norms_after(short._layers)
+        return short
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         """Final hidden states (T, E), normalised, replicated over tp."""

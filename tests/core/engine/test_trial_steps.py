@@ -79,7 +79,7 @@ def test_default_limits_give_as_many_rows_as_a_step_may_have() -> None:
 
 def test_prompt_logprobs_are_counted_as_wanted() -> None:
     plan = largest_prefills(EngineConfig(), 4096, COSTLIEST)[0]
-    assert rank_facts(0, plan, busy=True).logprob_rows == 8192 - 4
+    assert rank_facts(0, plan, busy=True).logprob_rows == 2048 - 1
     wanted = sum(
         min(length, init.num_prompt - 1 - start)
         for init, start, length in zip(
@@ -88,6 +88,7 @@ def test_prompt_logprobs_are_counted_as_wanted() -> None:
             plan.lengths[plan.num_decodes :],
             strict=True,
         )
+        if init.sampling.prompt_logprobs is not None
     )
     assert wanted == plan.num_logprob_rows
 
