@@ -41,6 +41,7 @@ class Tiles:
     tokens: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,14 @@ class _PrefillPlan:
     batch: SequenceBatch
     block_rows: int
     num_blocks: int
-    num_prompt_blocks: int  # 0: the prompt kernel would idle, or can't
+    prompt_tiles: Tiles | None  # None: the prompt kernel would idle, or can't
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
     batch: SequenceBatch
-    schedule_PX: Tensor  # int32: see plugins.attention._triton_decode_kernels
+    schedule_RX: Tensor  # int32: see plugins.attention._triton_decode_kernels
+    by_unit: bool  # it has a row for each unit after those of programs
 
 
 def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
@@ -72,6 +74,7 @@ class TritonBackend:
         spec: AttentionSpec,
         decode_tiles: Tiles | None = None,
         programs_per_multiprocessor: int | None = None,
+        prompt_tiles: Tiles | None = None,
     ) -> None:
         """Tiles and programs other than those measured are for measuring."""
         self._spec = spec
@@ -84,7 +87,10 @@ class TritonBackend:
         self._scale_log2 = spec.scale * math.log2(math.e)
         self._launch = launch_options(spec.device)
         self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device)
-        self._prompt_tiles = _prompt_tiles(self._block_D, device)
+        small_tiles, large_tiles = _prompt_tiles(device)
+        self._small_prompt_tiles = prompt_tiles or small_tiles
+        self._large_prompt_tiles = prompt_tiles or large_tiles
+        self._many_programs = 8 * device.num_multiprocessors
         # Tensor descriptors need a power of two, and tiles of float32 don't fit.
         narrow = spec.dtype.itemsize == 2 or device.interpreted
         self._takes_prompts = narrow and spec.head_dim in (16, 32, 64, 128)
@@ -108,7 +114,13 @@ class TritonBackend:
         if not found:
             return _decode_tiles(self._block_D, self._wide, self._least_rows, device), 2
         best = found[0]
-        tiles = Tiles(self._least_rows, best["tokens"], best["num_warps"], best["num_stages"])
+        tiles = Tiles(
+            self._least_rows,
+            best["tokens"],
+            best["num_warps"],
+            best["num_stages"],
+            best["max_registers"],
+        )
         return tiles, best["programs"]
 
     def plan(self, batch: SequenceBatch) -> _PrefillPlan | _DecodePlan:
@@ -121,24 +133,34 @@ class TritonBackend:
         block_tokens = block_rows // self._group
         # One more than the sequences can need, for rows of padding.
         num_blocks = sum(batch.query_lens) // block_tokens + len(batch.query_lens) + 1
-        prompt_rows = self._prompt_tiles.rows
-        num_prompt_blocks = 0
-        if self._takes_prompts and 2 * longest_rows > prompt_rows:
-            num_prompt_blocks = sum(batch.query_lens) // prompt_rows + len(batch.query_lens) + 1
-        return _PrefillPlan(batch, block_rows, num_blocks, num_prompt_blocks)
+        return _PrefillPlan(batch, block_rows, num_blocks, self._tiles_of_prompts(batch))
+
+    def _tiles_of_prompts(self, batch: SequenceBatch) -> Tiles | None:
+        """Large tiles where there are enough of them for every multiprocessor."""
+        if not self._takes_prompts:
+            return None
+        large = self._large_prompt_tiles
+        programs = sum(batch.query_lens) // large.rows * self._spec.num_heads
+        tiles = large if programs >= self._many_programs else self._small_prompt_tiles
+        return tiles if 2 * max(batch.query_lens) > tiles.rows else None
 
     def _plan_decode(self, batch: SequenceBatch) -> _DecodePlan:
-        shape = (self._num_programs, SCHEDULE_COLUMNS.value)
-        schedule_PX = torch.empty(shape, dtype=torch.int32, device=self._spec.device)
-        schedule_kernel[(self._num_programs,)](
+        # Pieces are summed up for each unit, or for each program that begins one: the fewer.
+        num_units = len(batch.query_lens) * self._spec.num_kv_heads
+        by_unit = num_units < self._num_programs
+        num_rows = self._num_programs + (num_units if by_unit else 0)
+        shape = (num_rows, SCHEDULE_COLUMNS.value)
+        schedule_RX = torch.empty(shape, dtype=torch.int32, device=self._spec.device)
+        schedule_kernel[(num_rows,)](
             batch.context_lens_S,
-            schedule_PX,
+            schedule_RX,
             len(batch.query_lens),
+            P=self._num_programs,
             G=self._spec.num_kv_heads,
             BLOCK_N=self._decode_tiles.tokens,
             num_warps=4,
         )
-        return _DecodePlan(batch, schedule_PX)
+        return _DecodePlan(batch, schedule_RX, by_unit)
 
     def forward(
         self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
@@ -149,8 +171,8 @@ class TritonBackend:
         assert kv.k_NPGD.is_contiguous()
         assert kv.v_NPGD.is_contiguous()
         if isinstance(plan, _PrefillPlan):
-            if new is not None and plan.num_prompt_blocks:
-                self._prompt(plan, kv, q_THD, out_THD, new)
+            if new is not None and plan.prompt_tiles is not None:
+                self._prompt(plan.batch, plan.prompt_tiles, kv, q_THD, out_THD, new)
             else:
                 self._prefill(plan, kv, q_THD, out_THD)
         else:
@@ -158,10 +180,17 @@ class TritonBackend:
             self._decode(plan, kv, q_THD, out_THD)
 
     def _prompt(
-        self, plan: _PrefillPlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV
+        self,
+        batch: SequenceBatch,
+        tiles: Tiles,
+        kv: LayerKV,
+        q_THD: Tensor,
+        out_THD: Tensor,
+        new: NewKV,
     ) -> None:
-        spec, batch, tiles = self._spec, plan.batch, self._prompt_tiles
-        prompt_kernel[(spec.num_heads, plan.num_prompt_blocks)](
+        spec = self._spec
+        num_blocks = sum(batch.query_lens) // tiles.rows + len(batch.query_lens) + 1
+        prompt_kernel[(spec.num_heads, num_blocks)](
             _rows_of_heads(q_THD, tiles.rows),
             _rows_of_heads(new.k_TGD, tiles.tokens),
             _rows_of_heads(new.v_TGD, tiles.tokens),
@@ -172,7 +201,7 @@ class TritonBackend:
             batch.context_lens_S,
             batch.page_table_SM,
             len(batch.query_lens),
-            plan.num_prompt_blocks,
+            num_blocks,
             q_THD.shape[0],
             batch.page_table_SM.stride(0),
             SCALE_LOG2=self._scale_log2,
@@ -186,7 +215,7 @@ class TritonBackend:
             BLOCK_N=tiles.tokens,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
-            maxnreg=128,
+            maxnreg=tiles.max_registers,
         )
 
     def _prefill(self, plan: _PrefillPlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
@@ -224,7 +253,7 @@ class TritonBackend:
             kv.v_NPGD,
             out_THD,
             self._workspace,
-            plan.schedule_PX,
+            plan.schedule_RX,
             batch.context_lens_S,
             batch.page_table_SM,
             q_THD.stride(0),
@@ -240,14 +269,19 @@ class TritonBackend:
             BLOCK_D=self._block_D,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            maxnreg=tiles.max_registers,
             **self._launch,
         )
-        reduce_kernel[(self._num_programs, self._group)](
+        num_programs = self._num_programs
+        num_reduced = plan.schedule_RX.shape[0] - num_programs if plan.by_unit else num_programs
+        reduce_kernel[(num_reduced, self._group)](
             out_THD,
             self._workspace,
-            plan.schedule_PX,
+            plan.schedule_RX,
             batch.context_lens_S,
             len(batch.query_lens),
+            P=num_programs,
+            FIRST_ROW=num_programs if plan.by_unit else 0,
             GROUP=self._group,
             G=spec.num_kv_heads,
             HEAD_DIM=spec.head_dim,
@@ -286,11 +320,12 @@ def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> Tiles:
     return Tiles(rows, tokens, num_warps, _num_stages(rows, tokens, block_D, device))
 
 
-def _prompt_tiles(block_D: int, device: TritonDevice) -> Tiles:
-    """Two programs of 8 warps fit a multiprocessor with at most 128 registers a thread."""
+def _prompt_tiles(device: TritonDevice) -> tuple[Tiles, Tiles]:
+    """For few programs and for many: two of the large ones fit a multiprocessor, if each thread
+    has at most 128 registers."""
     if device.interpreted:
-        return Tiles(rows=16, tokens=16, num_warps=4, num_stages=1)
-    return Tiles(rows=128, tokens=64, num_warps=8, num_stages=2)
+        return Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1)
+    return Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2, max_registers=128)
 
 
 def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> Tiles:

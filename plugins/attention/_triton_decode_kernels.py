@@ -20,7 +20,7 @@ import triton.language as tl
 from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
 from plugins.attention._triton_kernels import attend_tile
 
-SCHEDULE_COLUMNS = tl.constexpr(8)  # of which 7 are used: see `schedule_kernel`
+SCHEDULE_COLUMNS = tl.constexpr(8)  # see `schedule_kernel`
 
 
 @triton.jit
@@ -56,36 +56,100 @@ def _count_tiles(context_lens_ptr, num_sequences, BLOCK_N: tl.constexpr):
     do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["context_lens_ptr"]
 )
 def schedule_kernel(
-    context_lens_ptr, schedule_ptr, num_sequences, G: tl.constexpr, BLOCK_N: tl.constexpr
+    context_lens_ptr,
+    schedule_ptr,
+    num_sequences,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The stretch of one program, once a step. Columns: sequence, KV head and tile where it begins;
-    its number of tiles; sequence and KV head of the unit that it begins and others end; the number
-    of that unit's pieces, 0 where there is none."""
-    program = tl.program_id(0)
-    schedule_ptr += program * SCHEDULE_COLUMNS
+    """One row of a step's schedule: of the P programs, then of units (where there are fewer).
+
+    Columns of a program: sequence, KV head and tile where it begins; its number of tiles. Of
+    programs and units: sequence and KV head of a unit, the number of its pieces (0: not in pieces,
+    or begun by another program), and the program that begins it."""
+    row = tl.program_id(0)
+    schedule_ptr += row * SCHEDULE_COLUMNS
     num_tiles = _count_tiles(context_lens_ptr, num_sequences, BLOCK_N) * G
-    share = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(0)), 1)
-    begin = program * share
-    end = tl.minimum(begin + share, num_tiles)
-    if begin >= end:
-        tl.store(schedule_ptr + 3, 0)
+    share = tl.maximum(tl.cdiv(num_tiles, P), 1)
+    if row < P:
+        begin = row * share
+        end = tl.minimum(begin + share, num_tiles)
+        tl.store(schedule_ptr + 3, tl.maximum(end - begin, 0))
         tl.store(schedule_ptr + 6, 0)
-        return
-    sequence, num_before = _find(context_lens_ptr, num_sequences, begin, G, BLOCK_N)
-    length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
-    tl.store(schedule_ptr, sequence)
-    tl.store(schedule_ptr + 1, (begin - num_before * G) // length)
-    tl.store(schedule_ptr + 2, (begin - num_before * G) % length)
-    tl.store(schedule_ptr + 3, end - begin)
-    sequence, num_before = _find(context_lens_ptr, num_sequences, end - 1, G, BLOCK_N)
-    length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
-    kv_head = (end - 1 - num_before * G) // length
-    unit_begin = num_before * G + kv_head * length
-    unit_end = unit_begin + length
-    is_mine = (unit_begin >= begin) & (unit_end > end)
+        if begin < end:
+            sequence, num_before = _find(context_lens_ptr, num_sequences, begin, G, BLOCK_N)
+            length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
+            tl.store(schedule_ptr, sequence)
+            tl.store(schedule_ptr + 1, (begin - num_before * G) // length)
+            tl.store(schedule_ptr + 2, (begin - num_before * G) % length)
+            sequence, num_before = _find(context_lens_ptr, num_sequences, end - 1, G, BLOCK_N)
+            length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
+            kv_head = (end - 1 - num_before * G) // length
+            unit_begin = num_before * G + kv_head * length
+            if unit_begin >= begin:
+                _store_unit(schedule_ptr, sequence, kv_head, unit_begin, length, share)
+    else:
+        sequence = (row - P) // G
+        kv_head = (row - P) % G
+        length = tl.cdiv(tl.load(context_lens_ptr + sequence), BLOCK_N)
+        unit_begin = _count_tiles(context_lens_ptr, sequence, BLOCK_N) * G + kv_head * length
+        _store_unit(schedule_ptr, sequence, kv_head, unit_begin, length, share)
+
+
+@triton.jit
+def _store_unit(schedule_ptr, sequence, kv_head, unit_begin, length, share):
+    first = unit_begin // share
+    num_pieces = (unit_begin + length - 1) // share - first + 1
     tl.store(schedule_ptr + 4, sequence)
     tl.store(schedule_ptr + 5, kv_head)
-    tl.store(schedule_ptr + 6, tl.where(is_mine, (unit_end - 1) // share - program + 1, 0))
+    tl.store(schedule_ptr + 6, tl.where((length > 0) & (num_pieces > 1), num_pieces, 0))
+    tl.store(schedule_ptr + 7, first)
+
+
+@triton.jit
+def _fetch_lines(addresses, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [addresses],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _fetch_tile(
+    k_ptr,
+    v_ptr,
+    context_lens_ptr,
+    table_ptr,
+    sequence,
+    kv_head,
+    tile,
+    table_stride,
+    G: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Ask for a tile of keys and values to be in the L2 cache. What it holds may still be written:
+    the cache is one for all multiprocessors."""
+    LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    BLOCK_L: tl.constexpr = triton.next_power_of_2(triton.cdiv(HEAD_DIM, LINE))
+    tokens_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    last = tl.load(context_lens_ptr + sequence) - 1
+    tokens_N = tl.minimum(tokens_N, last)
+    table_ptr += sequence.to(tl.int64) * table_stride
+    pages_N = tl.load(table_ptr + tokens_N // PAGE_SIZE).to(tl.int64)
+    slots_N = (pages_N * PAGE_SIZE + tokens_N % PAGE_SIZE) * G + kv_head
+    lines_L = tl.minimum(tl.arange(0, BLOCK_L) * LINE, HEAD_DIM - 1)
+    places_NL = slots_N[:, None] * HEAD_DIM + lines_L[None, :]
+    _fetch_lines(k_ptr + places_NL, DEPENDENT)
+    _fetch_lines(v_ptr + places_NL, DEPENDENT)
 
 
 @triton.jit(
@@ -123,6 +187,11 @@ def decode_kernel(
     kv_head = tl.load(schedule_ptr + 1, cache_modifier=".cg")
     tile = tl.load(schedule_ptr + 2, cache_modifier=".cg")
     num_left = tl.load(schedule_ptr + 3, cache_modifier=".cg")
+    if num_left > 0:
+        _fetch_tile(
+            k_ptr, v_ptr, context_lens_ptr, table_ptr, sequence, kv_head, tile, table_stride,
+            G, PAGE_SIZE, HEAD_DIM, BLOCK_N, DEPENDENT,
+        )  # fmt: skip
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
 
@@ -190,6 +259,8 @@ def reduce_kernel(
     schedule_ptr,
     context_lens_ptr,
     num_sequences,
+    P: tl.constexpr,
+    FIRST_ROW: tl.constexpr,
     GROUP: tl.constexpr,
     G: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -198,20 +269,20 @@ def reduce_kernel(
     BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One query head of the unit that a program began and others ended; also zeros for sequences
-    without tokens, which are padding."""
-    program = tl.program_id(0)
+    """One query head of one unit in pieces, from the rows of the schedule that start at FIRST_ROW;
+    also zeros for sequences without tokens, which are padding."""
+    index = tl.program_id(0)
     row = tl.program_id(1)
-    num_programs = tl.num_programs(0)
-    schedule_ptr += program * SCHEDULE_COLUMNS
+    schedule_ptr += (FIRST_ROW + index) * SCHEDULE_COLUMNS
     sequence = tl.load(schedule_ptr + 4, cache_modifier=".cg")
     kv_head = tl.load(schedule_ptr + 5, cache_modifier=".cg")
     num_pieces = tl.load(schedule_ptr + 6, cache_modifier=".cg")
+    program = tl.load(schedule_ptr + 7, cache_modifier=".cg")
     columns_D = tl.arange(0, BLOCK_D)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     if num_pieces > 0:
-        log_sums_ptr = workspace_ptr + num_programs * (2 * GROUP * HEAD_DIM)
+        log_sums_ptr = workspace_ptr + P * (2 * GROUP * HEAD_DIM)
         most = float("-inf")
         total = 0.0
         acc_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -238,7 +309,7 @@ def reduce_kernel(
             (acc_D / total).to(out_ptr.dtype.element_ty),
             mask=columns_D < HEAD_DIM,
         )
-    for padding in range(program, num_sequences, num_programs):
+    for padding in range(index, num_sequences, tl.num_programs(0)):
         if tl.load(context_lens_ptr + padding) == 0:
             kv_heads_G = tl.arange(0, BLOCK_G)
             heads_G = padding * (G * GROUP) + kv_heads_G * GROUP + row
