@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -263,11 +264,27 @@ def _summary(
         num_ranks=plan.world_size,
         kv_tokens=leader["kv_cache_tokens"] * plan.dp,
         kv_bytes=sum(info["kv_pool_bytes"] for info in workers.values()),
+        memory=_memory(leader),
+        graphs=leader["cuda_graphs"] if leader["activation_bytes"] else "",
         phases=phases,
         total_s=total_s,
         url=frontend["url"],
         needs_key=frontend["needs_key"],
     )
+
+
+def _memory(leader: Mapping[str, Any]) -> dict[str, int]:
+    """What a rank holds on its GPU; empty where nothing was measured."""
+    if not leader["activation_bytes"]:
+        return {}
+    shares = {
+        "weights": "weight",
+        "KV pool": "kv_pool",
+        "activations": "activation",
+        "CUDA graphs": "graph",
+        "slots and buffers": "state",
+    }
+    return {share: leader[f"{name}_bytes"] for share, name in shares.items()}
 
 
 def _plan_text(plan: Plan) -> str:

@@ -36,6 +36,8 @@ class SummaryInfo:
     num_ranks: int
     kv_tokens: int  # that fit in the KV pool
     kv_bytes: int  # of the KV pool, over all ranks
+    memory: Mapping[str, int]  # bytes of what rank 0 holds on its GPU, by share; empty on a CPU
+    graphs: str  # which steps are captured, or why none is; "" on a CPU
     phases: Mapping[str, float]  # seconds, the slowest rank's, in order
     total_s: float  # from the start of the command
     url: str  # of the server, without a path
@@ -162,6 +164,7 @@ def summary(info: SummaryInfo) -> str:
     files = f", {_bytes(info.file_bytes)} of files" if info.file_bytes else ", random weights"
     ranks = f"{info.num_ranks} {'rank' if info.num_ranks == 1 else 'ranks'} on {info.devices}"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.phases.items())
+    memory = ", ".join(f"{share} {_bytes(number)}" for share, number in info.memory.items())
     body = {
         "model": info.served_name,
         "messages": [{"role": "user", "content": _CURL_QUESTION}],
@@ -175,6 +178,8 @@ def summary(info: SummaryInfo) -> str:
             f"{_count(info.num_parameters)} parameters, {info.dtype}{files}",
             f"  plan      {info.plan}: {ranks}",
             f"  KV cache  {info.kv_tokens:,} tokens, {_bytes(info.kv_bytes)}",
+            *([f"  memory    {memory} on each rank"] if memory else []),
+            *([f"  graphs    {info.graphs}"] if info.graphs else []),
             f"  start-up  {info.total_s:.1f} s" + (f" ({phases})" if phases else ""),
             f"  URL       {info.url}",
             "",

@@ -30,6 +30,8 @@ INFO = SummaryInfo(
     num_ranks=3,
     kv_tokens=65_536,
     kv_bytes=1_610_612_736,
+    memory={},
+    graphs="",
     phases={"import": 3.14, "load weights": 2.0},
     total_s=9.84,
     url="http://127.0.0.1:30000",
@@ -60,7 +62,18 @@ def test_the_summary_of_a_dummy_model_on_one_rank_with_a_key() -> None:
     assert "134.5 M parameters, bfloat16, random weights\n" in text
     assert "  plan      tp=1: 1 rank on cuda:0\n" in text
     assert "  start-up  9.8 s\n" in text
+    assert "memory" not in text
+    assert "graphs" not in text
     assert ' -H "Authorization: Bearer $NODEWEAVE_API_KEY" -d ' in text
+
+
+def test_the_summary_tells_what_a_gpu_holds() -> None:
+    memory = {"weights": 16_060_522_496, "KV pool": 34_361_835_520, "activations": 2_217_264_640}
+    text = summary(replace(INFO, memory=memory, graphs="11 decode steps of up to 64 requests"))
+    assert (
+        "  memory    weights 15.0 GiB, KV pool 32.0 GiB, activations 2.1 GiB on each rank\n"
+        "  graphs    11 decode steps of up to 64 requests\n"
+    ) in text
 
 
 def test_the_curl_line_survives_a_shell() -> None:
