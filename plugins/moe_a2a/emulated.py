@@ -3,7 +3,8 @@
 With routing in balance a rank receives as many pairs of row and expert as it sends. So its own
 pairs stand in for those that would come, spread over its own experts at random: rows are quantised
 and laid out as they would arrive, computed, and summed. What it returns means nothing. The links'
-time is not in it. Nothing waits for the device.
+time is not in it, nor that of finding out where rows go, which the links' kernels do. Decode steps
+don't wait for the device.
 Shape legend: T own rows, K experts of a row, L local experts, C most rows of one of them, M pairs,
 E hidden size.
 """
@@ -29,7 +30,8 @@ class _Handle:
 
 
 class EmulatedDispatcher:
-    """Every pair comes to this rank, for one of its experts drawn when this was made."""
+    """Every pair comes to this rank, for one of its experts drawn when this was made. Rows of
+    padding come as others do."""
 
     capturable = True
 
@@ -38,29 +40,45 @@ class EmulatedDispatcher:
         self._spec = spec
         self._fp8 = options.fp8 and spec.fp8
         generator = torch.Generator().manual_seed(options.seed)
-        local_TK = torch.randint(
+        self._local_TK = torch.randint(
             0, spec.num_local_experts, (spec.max_rows, spec.top_k), generator=generator
         )
-        self._local_TK = local_TK.to(spec.device)
+        # By T. Captured steps keep their addresses, so that none is ever dropped.
+        self._groupings: dict[int, Grouping] = {}
 
     def dispatch(
         self, x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, counts: Sequence[int]
     ) -> Dispatched:
-        """T * K rows, fewer where some have no expert."""
-        num_rows, num_local = x_TE.shape[0], self._spec.num_local_experts
-        assert num_rows <= self._spec.max_rows, f"{num_rows} rows, of {self._spec.max_rows} at most"
-        local_TK = torch.where(experts_TK < 0, -1, self._local_TK[:num_rows])
-        grouping = group_rows(local_TK, num_local)
+        """T * K rows."""
+        grouping = self._grouping(x_TE.shape[0])
         sent, scales = quantize_rows(x_TE) if self._fp8 else (x_TE, None)
-        if self.layout is ExpertLayout.BATCHED:
-            # Two pairs of one row may have the same expert here: places for all of them.
-            grouping = pad_groups(grouping, local_TK, capacity=local_TK.numel())
         return Dispatched(
             _take(sent, grouping),
             grouping.counts_L,
             _Handle(grouping.positions_TK, weights_TK),
             None if scales is None else _take(scales, grouping),
         )
+
+    def _grouping(self, num_rows: int) -> Grouping:
+        """Made on the CPU, and kept for decode steps, of which there are few sizes."""
+        found = self._groupings.get(num_rows)
+        if found is not None:
+            return found
+        spec = self._spec
+        assert num_rows <= spec.max_rows, f"{num_rows} rows, of {spec.max_rows} at most"
+        local_TK = self._local_TK[:num_rows]
+        grouping = group_rows(local_TK, spec.num_local_experts)
+        if self.layout is ExpertLayout.BATCHED:
+            grouping = pad_groups(grouping, local_TK, capacity=int(grouping.counts_L.max()))
+        found = Grouping(
+            *(
+                x.to(spec.device)
+                for x in (grouping.source, grouping.counts_L, grouping.positions_TK)
+            )
+        )
+        if spec.phase == "decode":
+            self._groupings[num_rows] = found
+        return found
 
     def combine(self, output: Tensor, dispatched: Dispatched) -> Tensor:
         """The weighted sum of each row's results."""
