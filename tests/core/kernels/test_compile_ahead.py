@@ -1,0 +1,103 @@
+"""Kernels compiled in a rehearsal are those that steps meet, and are kept where nobody else writes.
+
+Compiling needs no GPU: a driver that only names its target stands in for one, in a process of its
+own, because Triton has one driver, and chooses between interpreter and compiler when imported.
+"""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.errors import ResourceError
+
+pytest.importorskip("triton")
+
+from core.kernels.compile_ahead import CACHE_VARIABLE, keep_kernels_in
+
+SCRIPT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Named:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Named())
+from core.kernels.compile_ahead import counted_compilations, rehearsal
+from core.kernels.triton_ops import TritonOps
+
+ops, told = TritonOps(), []
+x_TE = torch.randn(32, 256, dtype=torch.bfloat16)
+
+def steps():
+    for num_rows in (1, 7, 32):
+        normed = ops.rms_norm(x_TE[:num_rows], x_TE[0], 1e-5)
+        assert not normed.any(), "what no kernel wrote is zeros"
+        ops.silu_and_mul(x_TE[:num_rows])
+
+with counted_compilations() as names:
+    with rehearsal(lambda *progress: told.append(progress), 2):
+        steps()
+    first = len(names)
+    with rehearsal(lambda *progress: told.append(progress), 2):
+        steps()
+assert {"rms_norm_kernel", "silu_and_mul_kernel"} <= set(names), names
+assert len(names) == first, names
+assert (first, first) in told, told
+try:
+    with rehearsal(lambda *_: None):
+        raise KeyError("step")
+except KeyError:
+    pass
+from triton.runtime.jit import JITFunction
+assert JITFunction.run.__name__ == "run"
+print("compiled", first)
+"""
+
+
+def run_script(cache: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env=environment | {CACHE_VARIABLE: str(cache), "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_rehearsal_compiles_what_is_launched_once(tmp_path: Path) -> None:
+    assert run_script(tmp_path).startswith("compiled ")
+    assert any(tmp_path.rglob("*.cubin"))
+
+
+def test_kernels_are_kept_in_a_folder_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    folder = tmp_path / "new" / "kernels"
+    keep_kernels_in(folder)
+    assert os.environ[CACHE_VARIABLE] == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+
+
+def test_a_folder_that_everyone_may_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "as it was")
+    tmp_path.chmod(0o777)
+    with pytest.raises(ResourceError, match=r"engine\.kernel_cache_dir=.*written by everyone"):
+        keep_kernels_in(tmp_path)
+    assert os.environ[CACHE_VARIABLE] == "as it was"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"set engine\.kernel_cache_dir"):
+        keep_kernels_in(tmp_path / "file")
