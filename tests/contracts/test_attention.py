@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from core.hookspecs import NoOptions
-from core.interfaces.attention import AttentionBackend, AttentionSpec, LayerKV, SequenceBatch
+from core.interfaces.attention import (
+    AttentionBackend,
+    AttentionSpec,
+    LayerKV,
+    NewKV,
+    SequenceBatch,
+)
 from tests.contracts.attention_cases import Case, Step, as_captured, make_step
 
 PREFILL = [
@@ -39,6 +45,7 @@ LARGE = [
     Case(rows=(40, 60), cached=(100, 0), num_heads=8, num_kv_heads=2, head_dim=128, page_size=128),
     Case(rows=(1, 1), cached=(500, 1000), num_heads=4, num_kv_heads=1, head_dim=256),
     Case(rows=(50,), cached=(77,), num_heads=4, num_kv_heads=4, head_dim=96),
+    Case(rows=(200, 65, 129), cached=(0, 130, 0), num_heads=8, num_kv_heads=2, head_dim=128),
 ]
 
 
@@ -136,25 +143,28 @@ def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) ->
     check("triton", as_captured(step, *bounds), TOLERANCE[torch.float32])
 
 
+DECODES = [
+    Case(rows=(1,) * len(cached), cached=cached, num_heads=8, num_kv_heads=2, seed=seed)
+    for seed, cached in enumerate(((900, 3, 0), tuple(range(0, 4000, 400)), (4095,)))
+]
+PROMPTS = [
+    Case(rows=rows, cached=cached, num_heads=8, num_kv_heads=2, head_dim=64, seed=seed)
+    for seed, (rows, cached) in enumerate(
+        (((300, 1, 100), (0, 700, 40)), ((1, 2, 1, 1), (0, 9, 500, 80)), ((700,), (300,)))
+    )
+]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_graph_replays_steps_of_other_lengths(dtype: torch.dtype) -> None:
-    """Captured with one decode step's lengths and pages, replayed with another's."""
-    steps = [
-        as_captured(
-            make_step(
-                Case(
-                    rows=(1,) * len(cached), cached=cached, num_heads=8, num_kv_heads=2, seed=seed
-                ),
-                dtype,
-                torch.device("cuda"),
-            ),
-            12,
-            0,
-            4096,
-        )
-        for seed, cached in enumerate(((900, 3, 0), tuple(range(0, 4000, 400)), (4095,)))
-    ]
+@pytest.mark.parametrize(
+    ("cases", "bounds"), [(DECODES, (12, 0, 4200)), (PROMPTS, (6, 720, 1100))], ids=["1", "many"]
+)
+def test_a_graph_replays_steps_of_other_lengths(
+    dtype: torch.dtype, cases: list[Case], bounds: tuple[int, int, int]
+) -> None:
+    """Captured with one step's lengths and pages, replayed with others'."""
+    steps = [as_captured(make_step(case, dtype, torch.device("cuda")), *bounds) for case in cases]
     most_pages = max(step.kv.k_NPGD.shape[0] for step in steps)
 
     def inputs(step: Step) -> list[torch.Tensor]:
@@ -164,19 +174,20 @@ def test_a_graph_replays_steps_of_other_lengths(dtype: torch.dtype) -> None:
             torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, 0, 0, pages), value=torch.nan)
             for cache in (step.kv.k_NPGD, step.kv.v_NPGD)
         ]
-        return [batch.context_lens_S, batch.page_table_SM, step.q_THD, *caches]
+        on_device = (batch.query_starts_S1, batch.context_lens_S, batch.page_table_SM)
+        return [*on_device, step.q_THD, step.new.k_TGD, step.new.v_TGD, *caches]
 
     static = [x.clone() for x in inputs(steps[0])]
-    lens_S, table_SM, q_THD, k_NPGD, v_NPGD = static
+    starts_S1, lens_S, table_SM, q_THD, k_TGD, v_TGD, k_NPGD, v_NPGD = static
     old = steps[0].batch
-    batch = SequenceBatch(old.query_lens, old.context_lens, old.query_starts_S1, lens_S, table_SM)
+    batch = SequenceBatch(old.query_lens, old.context_lens, starts_S1, lens_S, table_SM)
     backend = build("triton", steps[0].spec)
     out_THD = torch.empty_like(q_THD)
 
     def run() -> None:
         plan = backend.plan(batch)
         for _ in range(2):
-            backend.forward(plan, LayerKV(k_NPGD, v_NPGD), q_THD, out_THD)
+            backend.forward(plan, LayerKV(k_NPGD, v_NPGD), q_THD, out_THD, NewKV(k_TGD, v_TGD))
 
     run()
     torch.cuda.synchronize()
