@@ -69,9 +69,11 @@ def rope_interleaved_kernel(
 def write_latent_kernel(
     cached_ptr, cache_ptr, slots_ptr, cached_stride, size, BLOCK_Z: tl.constexpr
 ):
-    """Copy one row to its token slot."""
+    """Copy one row to its token slot; a row of padding has none."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
     columns_Z = tl.arange(0, BLOCK_Z)
     inside_Z = columns_Z < size
     values_Z = tl.load(cached_ptr + row * cached_stride + columns_Z, mask=inside_Z)

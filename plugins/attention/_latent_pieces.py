@@ -1,4 +1,4 @@
-"""How contexts are cut: pieces that are expanded together, splits that absorbed rows see.
+"""How contexts are cut for expanded attention: pieces, and groups that are expanded together.
 
 Of a long context a part at a time is expanded, to bound memory. A group is what one call of
 `expand` makes: pieces of one or more sequences, so that many short prompts cost one call, too.
@@ -73,30 +73,6 @@ def pieces_by_group(
             room -= size
         start_row += num_new
     return groups
-
-
-def split_rows(
-    rows: Sequence[tuple[int, int]], split_tokens: int
-) -> tuple[list[tuple[int, int, int, int, int]], list[tuple[int, int, int]]]:
-    """Cut what rows see (sequence, tokens) into splits, and say which are to be summed.
-
-    Splits are (row, sequence, first token, token past the last, slot), without a slot (-1) where
-    a row has only one; sums are (row, first slot, slots), of the other rows.
-    """
-    splits: list[tuple[int, int, int, int, int]] = []
-    sums: list[tuple[int, int, int]] = []
-    num_slots = 0
-    for row, (sequence, num_tokens) in enumerate(rows):
-        if num_tokens <= split_tokens:
-            splits.append((row, sequence, 0, num_tokens, -1))
-            continue
-        first_slot = num_slots
-        for first in range(0, num_tokens, split_tokens):
-            end = min(first + split_tokens, num_tokens)
-            splits.append((row, sequence, first, end, num_slots))
-            num_slots += 1
-        sums.append((row, first_slot, num_slots - first_slot))
-    return splits, sums
 
 
 def row_blocks(

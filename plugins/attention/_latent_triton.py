@@ -1,63 +1,59 @@
 """Launches the Triton kernels of latent attention: tiles, splits of contexts, what is expanded.
 
-Grids come from host numbers alone: the device is not waited for. On CPU tensors the kernels run in
-Triton's interpreter (TRITON_INTERPRET=1), for tests. Shape legend: see
-core.interfaces.latent_attention; M rows and N tokens of a tile, K splits of contexts.
+Absorbed attention follows a schedule that the device makes from the lengths it finds there, and
+grids that follow from bounds: a decode step can be captured as a CUDA graph, and eager steps run
+the same code. Expanded attention is cut up on the host. On CPU tensors the kernels run in Triton's
+interpreter (TRITON_INTERPRET=1), for tests. Shape legend: see core.interfaces.latent_attention; P
+programs, M pages of a sequence.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
-from plugins.attention._latent_pieces import (
-    pieces_by_group,
-    row_blocks,
-    split_rows,
-    token_slots,
-    upload,
-)
-from plugins.attention._latent_triton_kernels import (
-    absorbed_kernel,
-    expanded_kernel,
-    sum_splits_kernel,
+from core.kernels import tuning
+from core.kernels.dependent_launch import options as launch_options
+from plugins.attention._latent_decode_kernels import latent_decode_kernel
+from plugins.attention._latent_pieces import pieces_by_group, row_blocks, token_slots, upload
+from plugins.attention._latent_triton_kernels import expanded_kernel
+from plugins.attention._triton_decode_kernels import (
+    SCHEDULE_COLUMNS,
+    reduce_kernel,
+    schedule_kernel,
 )
 from plugins.attention._triton_device import TritonDevice, describe
 
 # Keys and values of a group take at most this much, unless one token has more.
 _EXPANDED_BYTES = 256 * 1024 * 1024
-# A split shorter than this costs more to sum up than it saves.
-_LEAST_SPLIT_TOKENS = 256
-_INTERPRETED_LEAST_SPLIT_TOKENS = 32
-_MOST_SPLITS = 128  # of one row; a power of two
-_PROGRAMS_PER_MULTIPROCESSOR = 2  # of absorbed attention: what shared memory has room for
-_SUM_BLOCK = 64  # dimensions that one program sums over splits
+_REDUCED_PIECES = 16  # of a head, summed up at once
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
+class Tiles:
     """Tile sizes of one kernel, and how it is compiled."""
 
     rows: int
     tokens: int
     num_warps: int
     num_stages: int
+    programs: int = 1  # of a multiprocessor at once; of absorbed attention
 
 
 @dataclass(frozen=True, slots=True)
 class _Absorbed:
-    """Splits of every row's context, and what they come to."""
+    """One row a sequence, and what every program does for them."""
 
-    splits_K5: Tensor  # int32, see absorbed_kernel
-    sums_3: Tensor  # int32 (rows that have several splits, 3), see sum_splits_kernel
-    partial_KHC: Tensor  # float32; shared by all layers, which run one after the other
-    log_sums_KH: Tensor  # float32
+    batch: SequenceBatch
+    schedule_RX: Tensor  # int32: see plugins.attention._triton_decode_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +80,33 @@ def build(options: NoOptions, spec: LatentAttentionSpec) -> "TritonLatentBackend
 class TritonLatentBackend:
     """Both forms, both phases, any page size and dimensions."""
 
-    capturable = False
+    capturable = True  # the absorbed form, of one row a sequence
 
-    def __init__(self, spec: LatentAttentionSpec) -> None:
+    def __init__(
+        self,
+        spec: LatentAttentionSpec,
+        absorbed_tiles: Tiles | None = None,
+        use_blocks: bool = True,
+    ) -> None:
+        """Tiles other than those measured are for measuring. `use_blocks`: whether tiles of the
+        cache that lie in one page are copied as blocks of memory."""
         self.spec = spec
         device = describe(spec.device)
         # The tensor cores take no float32 without losing bits, and the interpreter's dot no bf16.
         self._wide = device.interpreted or spec.dtype is torch.float32
         self._scale_log2 = spec.scale * math.log2(math.e)
+        self._launch = launch_options(spec.device)
         self._cached_dim = spec.latent_dim + spec.rope_dim
-        self.absorbed_tiles = _absorbed_tiles(spec, self._wide, device)
+        tiles = absorbed_tiles or _absorbed_tiles(spec, self._wide, device)
+        self.absorbed_tiles = tiles
         self.expanded_tiles = _expanded_tiles(spec, self._wide, device)
-        self.head_blocks = triton.cdiv(spec.num_heads, self.absorbed_tiles.rows)
-        self.num_programs = _PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
-        self.least_split = _LEAST_SPLIT_TOKENS
-        if device.interpreted:
-            self.least_split = _INTERPRETED_LEAST_SPLIT_TOKENS
+        self._use_blocks = use_blocks and _lie_in_blocks(spec, tiles.tokens)
+        self._head_blocks = triton.cdiv(spec.num_heads, tiles.rows)
+        programs = tiles.programs * device.num_multiprocessors
+        self._num_programs = max(1, programs // self._head_blocks)
+        # Shared by all layers and steps, which run one after the other.
+        num_values = self._num_programs * 2 * spec.num_heads * (spec.latent_dim + 1)
+        self._workspace = torch.empty(num_values, dtype=torch.float32, device=spec.device)
         token_values = spec.num_heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
         self.group_tokens = max(1, _EXPANDED_BYTES // (token_values * spec.dtype.itemsize))
 
@@ -107,29 +114,47 @@ class TritonLatentBackend:
         """Nothing yet: a phase needs only one of the two forms."""
         return _Plan(self, batch)
 
+    def schedule(self, batch: SequenceBatch) -> Tensor:
+        """What every program does for sequences of one row, made on the device; then the sums of
+        sequences, where they are fewer."""
+        num_programs, num_sequences = self._num_programs, len(batch.query_lens)
+        num_rows = num_programs + (num_sequences if num_sequences < num_programs else 0)
+        shape = (num_rows, SCHEDULE_COLUMNS.value)
+        schedule_RX = torch.empty(shape, dtype=torch.int32, device=self.spec.device)
+        schedule_kernel[(num_rows,)](
+            batch.context_lens_S,
+            schedule_RX,
+            num_sequences,
+            P=num_programs,
+            G=1,
+            BLOCK_N=self.absorbed_tiles.tokens,
+            num_warps=4,
+        )
+        return schedule_RX
+
     def absorbed(self, plan: object, cache_BPZ: Tensor, q_THZ: Tensor, out_THC: Tensor) -> None:
-        """Every split of every row at once, then the sums; q, out and the cache need contiguous
-        vectors."""
+        """Every program's stretch, then the sums of what several had a part in."""
         assert isinstance(plan, _Plan)
-        assert q_THZ.stride(2) == out_THC.stride(2) == cache_BPZ.stride(2) == 1
-        spec, tiles, splits = self.spec, self.absorbed_tiles, plan.absorbed
-        absorbed_kernel[(splits.splits_K5.shape[0] * self.head_blocks,)](
+        assert q_THZ.is_contiguous()
+        assert out_THC.is_contiguous()
+        assert cache_BPZ.is_contiguous()
+        spec, tiles = self.spec, self.absorbed_tiles
+        batch, schedule_RX = plan.absorbed.batch, plan.absorbed.schedule_RX
+        latent_blocks, rope_blocks = self._blocks(cache_BPZ)
+        latent_decode_kernel[(self._num_programs * self._head_blocks,)](
             q_THZ,
             cache_BPZ,
+            latent_blocks,
+            rope_blocks,
             out_THC,
-            splits.partial_KHC,
-            splits.log_sums_KH,
-            splits.splits_K5,
-            plan.batch.page_table_SM,
-            q_THZ.stride(0),
-            q_THZ.stride(1),
-            out_THC.stride(0),
-            out_THC.stride(1),
-            cache_BPZ.stride(0),
-            cache_BPZ.stride(1),
-            plan.batch.page_table_SM.stride(0),
-            self._scale_log2,
+            self._workspace,
+            schedule_RX,
+            batch.context_lens_S,
+            batch.page_table_SM,
+            batch.page_table_SM.stride(0),
+            SCALE_LOG2=self._scale_log2,
             WIDE=self._wide,
+            BLOCKS=self._use_blocks,
             PAGE_SIZE=spec.page_size,
             NUM_HEADS=spec.num_heads,
             LATENT_DIM=spec.latent_dim,
@@ -140,23 +165,38 @@ class TritonLatentBackend:
             BLOCK_R=_block(spec.rope_dim),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            **self._launch,
         )
-        if splits.sums_3.shape[0] == 0:
-            return
-        block_C = min(_SUM_BLOCK, _block(spec.latent_dim))
-        grid = (splits.sums_3.shape[0] * spec.num_heads, triton.cdiv(spec.latent_dim, block_C))
-        sum_splits_kernel[grid](
-            splits.partial_KHC,
-            splits.log_sums_KH,
+        num_programs, num_rows = self._num_programs, schedule_RX.shape[0]
+        by_sequence = num_rows > num_programs
+        num_sums = num_rows - num_programs if by_sequence else num_programs
+        reduce_kernel[(num_sums, spec.num_heads)](
             out_THC,
-            splits.sums_3,
-            out_THC.stride(0),
-            out_THC.stride(1),
-            NUM_HEADS=spec.num_heads,
-            LATENT_DIM=spec.latent_dim,
-            BLOCK_K=_MOST_SPLITS,
-            BLOCK_C=block_C,
+            self._workspace,
+            schedule_RX,
+            batch.context_lens_S,
+            len(batch.query_lens),
+            P=num_programs,
+            FIRST_ROW=num_programs if by_sequence else 0,
+            GROUP=spec.num_heads,
+            G=1,
+            HEAD_DIM=spec.latent_dim,
+            BLOCK_X=_REDUCED_PIECES,
+            BLOCK_G=1,
+            BLOCK_D=_block(spec.latent_dim),
             num_warps=4,
+            **self._launch,
+        )
+
+    def _blocks(self, cache_BPZ: Tensor) -> tuple[Any, Any]:
+        """Descriptors of a tile of latents and of rotary parts."""
+        if not self._use_blocks:
+            return None, None
+        spec, tokens = self.spec, self.absorbed_tiles.tokens
+        slots_YZ = cache_BPZ.view(-1, self._cached_dim)
+        return (
+            TensorDescriptor.from_tensor(slots_YZ, [tokens, spec.latent_dim]),
+            TensorDescriptor.from_tensor(slots_YZ, [tokens, spec.rope_dim]),
         )
 
     def expanded(
@@ -221,33 +261,11 @@ class _Plan:
 
     @cached_property
     def absorbed(self) -> _Absorbed:
-        """As many splits as fill the device, by the tokens that each row really sees."""
-        backend, batch, spec = self._backend, self.batch, self._backend.spec
-        rows = [
-            (sequence, num_cached - num_rows + row + 1)
-            for sequence, (num_rows, num_cached) in enumerate(
-                zip(batch.query_lens, batch.context_lens, strict=True)
-            )
-            for row in range(num_rows)
-        ]
-        wanted = max(1, backend.num_programs // backend.head_blocks)
-        split_tokens = max(
-            backend.least_split,
-            triton.cdiv(sum(tokens for _, tokens in rows), wanted),
-            triton.cdiv(max(tokens for _, tokens in rows), _MOST_SPLITS),
-        )
-        block_tokens = backend.absorbed_tiles.tokens
-        splits, sums = split_rows(rows, triton.cdiv(split_tokens, block_tokens) * block_tokens)
-        packed = upload([[n for item in (*splits, *sums) for n in item]], torch.int32, spec.device)
-        num_slots = sum(count for _, _, count in sums)
-        shape = (num_slots, spec.num_heads)
-        splits_5, sums_3 = packed[0].split_with_sizes((5 * len(splits), 3 * len(sums)))
-        return _Absorbed(
-            splits_5.view(-1, 5),
-            sums_3.view(-1, 3),
-            torch.empty((*shape, spec.latent_dim), dtype=torch.float32, device=spec.device),
-            torch.empty(shape, dtype=torch.float32, device=spec.device),
-        )
+        """Sequences of one row, and their schedule."""
+        batch = self.batch
+        if max(batch.query_lens) > 1:
+            batch = _one_row_each(batch)
+        return _Absorbed(batch, self._backend.schedule(batch))
 
     @cached_property
     def expanded(self) -> _Expanded:
@@ -275,32 +293,60 @@ class _Plan:
         )
 
 
+def _one_row_each(batch: SequenceBatch) -> SequenceBatch:
+    """The same rows, each as the last one of a sequence of its own."""
+    rows, starts_S1 = sum(batch.query_lens), batch.query_starts_S1
+    sequence_T = torch.repeat_interleave(starts_S1.diff(), output_size=rows)
+    row_T = torch.arange(rows, dtype=torch.int32, device=starts_S1.device)
+    hidden_T = starts_S1[sequence_T + 1] - row_T - 1  # rows of its sequence that come after it
+    lengths = zip(batch.query_lens, batch.context_lens, strict=True)
+    return SequenceBatch(
+        [1] * rows,
+        [cached - new + row + 1 for new, cached in lengths for row in range(new)],
+        torch.arange(rows + 1, dtype=torch.int32, device=starts_S1.device),
+        batch.context_lens_S[sequence_T] - hidden_T,
+        batch.page_table_SM[sequence_T],
+    )
+
+
+def _lie_in_blocks(spec: LatentAttentionSpec, tokens: int) -> bool:
+    """Whether a tile of tokens lies in one page, and its dimensions are tiles without padding."""
+    exact = all(_block(dim) == dim for dim in (spec.latent_dim, spec.rope_dim))
+    return exact and spec.page_size % tokens == 0 and spec.latent_dim % spec.rope_dim == 0
+
+
 def _block(dim: int) -> int:
     """The tile of a dimension: a power of two that tl.dot takes."""
     return max(16, int(triton.next_power_of_2(dim)))
 
 
-# Tile sizes are the fastest of a sweep on an H100 over 16 and 128 heads of DeepSeek-V3's sizes,
-# contexts of 4,096 to 131,072 tokens; float32 is not tuned.
+# Tile sizes of expanded attention are the fastest of a sweep on an H100 over 16 and 128 heads of
+# DeepSeek-V3's sizes, contexts of 4,096 to 131,072 tokens; float32 is not tuned. Those of absorbed
+# attention are in core/kernels/tuned/latent_decode.json, and here where nothing was measured.
 
 
-def _absorbed_tiles(spec: LatentAttentionSpec, wide: bool, device: TritonDevice) -> _Tiles:
+def _absorbed_tiles(spec: LatentAttentionSpec, wide: bool, device: TritonDevice) -> Tiles:
     """float32 products run without tensor cores, from registers: small tiles."""
     if wide:
-        return _Tiles(rows=16, tokens=16, num_warps=4, num_stages=1)
+        return Tiles(rows=16, tokens=16, num_warps=4, num_stages=1)
+    sizes = {"num_heads": spec.num_heads, "latent_dim": spec.latent_dim}
+    found = tuning.choices("latent_decode", spec.device, **sizes, page_size=spec.page_size)
+    if found:
+        best = found[0]
+        return Tiles(*(best[key] for key in ("rows", "tokens", "num_warps", "num_stages")))
     rows = min(64, _block(spec.num_heads))
-    tokens = 128 if rows == 16 else 64
+    tokens = 64
     vector_bytes = 2 * (_block(spec.latent_dim) + _block(spec.rope_dim))
-    while tokens > 16 and (rows + tokens) * vector_bytes + 2 * rows * tokens > device.shared_bytes:
+    while tokens > 16 and (rows + 2 * tokens) * vector_bytes > device.shared_bytes - 4096:
         tokens //= 2
-    return _Tiles(rows, tokens, num_warps=4 if rows == 16 else 8, num_stages=2)
+    return Tiles(rows, tokens, num_warps=8, num_stages=2)
 
 
-def _expanded_tiles(spec: LatentAttentionSpec, wide: bool, device: TritonDevice) -> _Tiles:
+def _expanded_tiles(spec: LatentAttentionSpec, wide: bool, device: TritonDevice) -> Tiles:
     """The same for expanded attention."""
     if wide:
-        return _Tiles(rows=32, tokens=32, num_warps=4, num_stages=1)
+        return Tiles(rows=32, tokens=32, num_warps=4, num_stages=1)
     rows, tokens = 128, 64
     key_bytes = 2 * (_block(spec.nope_dim) + _block(spec.rope_dim))
     tile_bytes = tokens * (key_bytes + 2 * _block(spec.value_dim))
-    return _Tiles(rows, tokens, 8, device.num_stages(rows * key_bytes, tile_bytes))
+    return Tiles(rows, tokens, 8, device.num_stages(rows * key_bytes, tile_bytes))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.hookspecs import NoOptions
+from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionBackend, LatentAttentionSpec
 from tests.contracts.latent_attention_cases import Case, Step, make_step
 
@@ -105,6 +106,27 @@ def check_parts(
     assert max(step.expanded_tokens) <= 2 * tokens
 
 
+def check_padded(name: str, step: Step, tolerance: float, padding: int) -> None:
+    """As in a captured step: the host knows bounds, and the last sequences are padding."""
+    batch, device = step.batch, step.spec.device
+    rows, columns = batch.page_table_SM.shape
+    num_rows = rows + padding
+    padded = SequenceBatch(
+        [1] * num_rows,
+        [step.spec.max_context_tokens] * num_rows,
+        torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+        torch.cat((batch.context_lens_S, batch.context_lens_S.new_zeros(padding))),
+        torch.cat((batch.page_table_SM, batch.page_table_SM.new_zeros(padding, columns))),
+    )
+    q_THZ = torch.cat((step.q_THZ, step.q_THZ.new_full((padding, *step.q_THZ.shape[1:]), 3.0)))
+    out_THC = q_THZ.new_full((num_rows, *step.expected_THC.shape[1:]), torch.nan)
+    backend = build(name, step.spec)
+    assert backend.capturable
+    backend.absorbed(backend.plan(padded), step.cache_BPZ, q_THZ, out_THC)
+    compare(out_THC[:rows], step.expected_THC, tolerance)
+    assert not out_THC[rows:].any()
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 DTYPES = list(TOLERANCE)
 EVERY = [*SMALL, *LARGE, *random_cases(16)]
@@ -140,6 +162,17 @@ def test_absorbed_equals_expanded(case: Case) -> None:
     backend.absorbed(plan, step.cache_BPZ, torch.cat((q_THC, q_rope_THR), dim=2), out_THC)
     restored_THV = torch.einsum("thc,hvc->thv", out_THC, step.value_HVC)
     torch.testing.assert_close(restored_THV, step.expected_THV, rtol=1e-10, atol=1e-12)
+
+
+DECODES = [case for case in [*SMALL, *random_cases(8)] if set(case.rows) == {1}]
+
+
+@pytest.mark.parametrize("padding", [1, 37])
+@pytest.mark.parametrize("case", DECODES, ids=str)
+def test_padding_becomes_zero_and_bounds_do_not_matter(case: Case, padding: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    check_padded("triton", make_step(case, dtype, device), TOLERANCE[dtype], padding)
 
 
 # Empty lists make pytest skip a test once: Triton is either interpreted or compiled.

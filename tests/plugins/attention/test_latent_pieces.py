@@ -10,7 +10,6 @@ from plugins.attention._latent_pieces import (
     Piece,
     pieces_by_group,
     row_blocks,
-    split_rows,
     token_slots,
 )
 
@@ -75,21 +74,6 @@ def test_slots_follow_the_page_table(page_size: int) -> None:
             for token in range(piece.first_token, piece.end)
         ]
         assert token_slots(batch, group, page_size).tolist() == expected
-
-
-def test_rows_are_split_by_what_they_really_see() -> None:
-    splits, sums = split_rows([(0, 5), (1, 70), (1, 32), (2, 65)], 32)
-    assert splits == [
-        (0, 0, 0, 5, -1),
-        (1, 1, 0, 32, 0),
-        (1, 1, 32, 64, 1),
-        (1, 1, 64, 70, 2),
-        (2, 1, 0, 32, -1),
-        (3, 2, 0, 32, 3),
-        (3, 2, 32, 64, 4),
-        (3, 2, 64, 65, 5),
-    ]
-    assert sums == [(1, 0, 3), (3, 3, 3)]
 
 
 def test_blocks_hold_each_row_of_a_piece_once_and_start_with_the_longest() -> None:
