@@ -19,7 +19,7 @@ from torch import Tensor
 from core.config import EngineConfig
 from core.engine.batch import SlotState
 from core.engine.expert_balance import NoBalancer
-from core.engine.forward import RankParts
+from core.engine.forward import EagerSteps, RankParts
 from core.engine.graphs import GraphedSteps, graph_sizes
 from core.engine.launch import StepLauncher, StreamLauncher
 from core.engine.lockstep import SoloLockstep
@@ -143,6 +143,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
     )
     steps = GraphedSteps(
         parts,
+        EagerSteps(parts, "prompts"),
         sizes=graph_sizes(batch),
         max_model_len=MAX_MODEL_LEN,
         comm=SOLO.axes["tp"],

@@ -188,6 +188,7 @@ class EngineConfig:
     cuda_graphs: str = "auto"  # auto: decode steps are captured where everything in them can be
     # Most requests of a captured step; None: max_running_requests, at most 512.
     max_graph_batch: int | None = None
+    max_graph_tokens: int = 1024  # most rows of a captured step with prompts; 0: none is captured
 
     def __post_init__(self) -> None:
         require_choice("engine.device", self.device, DEVICES)
@@ -200,6 +201,7 @@ class EngineConfig:
         require_range("engine.max_prefill_tokens", self.max_prefill_tokens, 1)
         require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)
+        require_range("engine.max_graph_tokens", self.max_graph_tokens, 0, 16384)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -286,7 +286,7 @@ def _build_runner(
             parts,
             max_model_len=max_model_len,
             comms=context.comms,
-            dispatcher=loaded.dispatchers.get("decode"),
+            dispatchers=loaded.dispatchers,
         ),
         sampler=Sampler(
             max_slots=engine.max_running_requests,

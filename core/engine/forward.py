@@ -30,6 +30,11 @@ class AttentionOfRank(Protocol):
         """Whether steps without prompts may be recorded in a CUDA graph."""
         ...
 
+    @property
+    def prompts_capturable(self) -> bool:
+        """Whether steps with prompts may be."""
+        ...
+
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep: ...
 
 

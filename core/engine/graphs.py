@@ -10,18 +10,20 @@ Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.config import EngineConfig
 from core.engine.batch import Batch, Ints
-from core.engine.decode_input import DecodeInput
 from core.engine.forward import ComputedStep, EagerSteps, OnCaptured, RankParts, Steps
+from core.engine.prompt_graphs import MOST_SEQUENCES, PromptGraphs, prompt_sizes
 from core.engine.recorder import Recorder, Replay
+from core.engine.step_input import StepInput, send_decodes
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.messages import StepFacts, StepPlan
@@ -79,11 +81,12 @@ class _Captured:
 
 
 class GraphedSteps:
-    """Replays what `capture` recorded; everything before, and everything else, runs eagerly."""
+    """Replays the decode steps that `capture` recorded, and has `rest` compute all others."""
 
     def __init__(
         self,
         parts: RankParts,
+        rest: Steps,
         *,
         sizes: Sequence[int],
         max_model_len: int,
@@ -93,14 +96,14 @@ class GraphedSteps:
     ) -> None:
         """`comm` is that of the tp axis."""
         self._parts, self._comm = parts, comm
-        self._eager = EagerSteps(parts, "prompts among its rows, or too many")
+        self._rest = rest
         self._staging, self._recorder = staging, recorder
         self._max_model_len = max_model_len
         self.sizes = tuple(sizes)
         self.graph_bytes = 0
         state, most = parts.state, self.sizes[-1]
         device = state.device
-        self._input = DecodeInput(most, device)
+        self._input = StepInput(packed_length(most), device)
         self._ids_S, self._positions_S, self._kv_slots_S = torch.zeros(
             (3, most), dtype=torch.int64, device=device
         )
@@ -116,45 +119,49 @@ class GraphedSteps:
         """Record every size, the largest first, so that the others fit into its memory. Leaves
         tokens, pages and caches as they are: no row of what runs meanwhile is real."""
         before = self._recorder.held_bytes()
+        total = self.num_captures
+        self._rest.capture(lambda done, _: on_captured(done, total))
         self._input.clear()
-        for done, size in enumerate(reversed(self.sizes), start=1):
+        for done, size in enumerate(reversed(self.sizes), start=self._rest.num_captures + 1):
             rows = self._rows(size)
             replay = self._recorder.record(partial(self._run, rows))
             self._captured[size] = _Captured(rows, replay)
-            on_captured(done, len(self.sizes))
+            on_captured(done, total)
         self.graph_bytes = self._recorder.held_bytes() - before
 
     @property
     def num_captures(self) -> int:
-        return len(self.sizes)
+        return self._rest.num_captures + len(self.sizes)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Every size, the largest first. Leaves what `capture` leaves."""
+        self._rest.rehearse()
         self._input.clear()
         for size in reversed(self.sizes):
             self._run(self._rows(size))
 
     def describe(self) -> str:
         """For the start-up summary."""
-        return f"{len(self.sizes)} decode steps of up to {self.sizes[-1]} requests"
+        decodes = f"{len(self.sizes)} decode steps of up to {self.sizes[-1]} requests"
+        return f"{decodes}; others: {self._rest.describe()}"
 
     def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
         """Any step; replayed where its size was captured, and every row decodes."""
         captured = self._captured_for(facts)
         if captured is None:
-            return self._eager.compute(plan, facts)
+            return self._rest.compute(plan, facts)
         rows, state = captured.rows, self._parts.state
         state.enter(plan)
         if len(plan.table_slots) > rows.input_ids_S.shape[0]:
             state.update(plan)
-        slots, positions = self._input.send(plan, rows)
+        slots, positions = send_decodes(self._input, plan, rows)
         logits_SV, best_S = captured.replay()
         return self._computed(rows, slots, positions, logits_SV, best_S)
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
-        return self._eager.logits(hidden_RE, by_dp)
+        return self._rest.logits(hidden_RE, by_dp)
 
     def _captured_for(self, facts: StepFacts) -> _Captured | None:
         most = max(facts.rows)
@@ -168,7 +175,7 @@ class GraphedSteps:
         count = len(slots)
 
         def store(ids_R: Tensor) -> None:
-            self._staging.store(ids_R, rows, self._parts.state.tokens_SL)
+            self._staging.store(ids_R, rows.places, self._parts.state.tokens_SL)
 
         return ComputedStep(None, logits_SV[:count], best_S[:count], slots, positions + 1, store)
 
@@ -209,7 +216,7 @@ class GraphedSteps:
         )
         logits_SV = parts.model.logits(hidden_SE, step_rows)
         best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
-        self._staging.store(best_S, rows, state.tokens_SL)
+        self._staging.store(best_S, rows.places, state.tokens_SL)
         return logits_SV, best_S
 
 
@@ -219,16 +226,16 @@ def make_steps(
     *,
     max_model_len: int,
     comms: Comms,
-    dispatcher: Dispatcher | None,
+    dispatchers: Mapping[str, Dispatcher],
 ) -> Steps:
-    """What computes the steps of a rank. Every rank decides alike. `dispatcher`: that of decode
-    steps; None: the model has no experts."""
+    """What computes the steps of a rank. Every rank decides alike. `dispatchers` by phase, empty
+    where the model has no experts."""
     device = parts.state.device
     reason = reason_for_eager(
         engine,
         device,
         attention=parts.attention.capturable,
-        dispatcher=dispatcher,
+        dispatcher=dispatchers.get("decode"),
         comms=comms,
     )
     if reason is not None:
@@ -236,12 +243,21 @@ def make_steps(
     from core.engine.recorder import select_recorder
     from core.kernels.select import select_staging
 
-    cut = parts.stream is Layout.ROWS
-    return GraphedSteps(
-        parts,
-        sizes=graph_sizes(most_graph_rows(engine), parts.plan.tp_attn if cut else 1),
-        max_model_len=max_model_len,
-        comm=comms.axes["tp"],
-        staging=select_staging(device),
-        recorder=select_recorder(device),
-    )
+    multiple = parts.plan.tp_attn if parts.stream is Layout.ROWS else 1
+    common: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "comm": comms.axes["tp"],
+        "staging": select_staging(device),
+        "recorder": select_recorder(device),
+    }
+    rest: Steps = EagerSteps(parts, "none is captured")
+    most_rows = engine.max_prefill_tokens + engine.max_running_requests
+    sizes = prompt_sizes(min(engine.max_graph_tokens, most_rows), multiple)
+    captures_prompts = parts.plan.dp == 1 and parts.attention.prompts_capturable
+    for dispatcher in dispatchers.values():
+        captures_prompts &= dispatcher.capturable
+    if captures_prompts and sizes:
+        num_sequences = min(MOST_SEQUENCES, engine.max_running_requests)
+        rest = PromptGraphs(parts, rest, sizes=sizes, num_sequences=num_sequences, **common)
+    sizes = graph_sizes(most_graph_rows(engine), multiple)
+    return GraphedSteps(parts, rest, sizes=sizes, **common)

@@ -50,6 +50,11 @@ class PagedAttention:
         """Whether steps without prompts may be recorded in a CUDA graph."""
         return self._decode.capturable
 
+    @property
+    def prompts_capturable(self) -> bool:
+        """Whether steps with prompts may be."""
+        return self._prefill.capturable
+
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
         attend = _PagedStep(self._ops, self._caches, batch, self._prefill, self._decode)

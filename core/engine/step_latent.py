@@ -40,6 +40,11 @@ class LatentPagedAttention:
         """Whether steps without prompts may be recorded in a CUDA graph."""
         return self._decode.capturable
 
+    @property
+    def prompts_capturable(self) -> bool:
+        """Expanding keys and values takes contexts that the host knows."""
+        return False
+
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
         attend = _LatentStep(

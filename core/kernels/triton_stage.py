@@ -1,4 +1,4 @@
-"""Staging of captured decode steps as Triton kernels: see core.kernels.stage.
+"""Staging of captured steps as Triton kernels: see core.kernels.stage.
 
 Knows nothing of models or plans. Shape legend: as there; X parts of a row of logits.
 """
@@ -16,7 +16,7 @@ from core.kernels.dependent_launch import (
     options,
     wait_for_predecessor,
 )
-from core.kernels.stage import HEADER, DecodeRows
+from core.kernels.stage import HEADER, DecodeRows, PromptRows, TokenPlaces
 
 _BLOCK_COLUMNS = 256  # page-table entries copied at a time
 _BLOCK_ROWS = 128
@@ -121,24 +121,98 @@ def best_part_kernel(
 
 
 @triton.jit
-def store_kernel(
-    ids_ptr,
+def stage_prompt_rows_kernel(
     packed_ptr,
     tokens_ptr,
+    pages_ptr,
+    ids_ptr,
+    positions_ptr,
+    kv_slots_ptr,
     tokens_stride,
-    size,
+    pages_stride,
+    num_rows,
+    S: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Tokens of BLOCK rows, behind their positions."""
+    """Ids, positions and KV slots of BLOCK rows."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
     real = rows < tl.load(packed_ptr)
-    slots = tl.load(packed_ptr + _HEADER + rows, mask=real, other=0).to(tl.int64)
-    positions = tl.load(packed_ptr + _HEADER + size + rows, mask=real, other=0)
-    ids = tl.load(ids_ptr + rows, mask=real, other=0)
-    tl.store(tokens_ptr + slots * tokens_stride + positions + 1, ids.to(tl.int32), mask=real)
+    ends_ptr = packed_ptr + _HEADER + 1
+    columns_S = tl.arange(0, BLOCK_S)
+    ends_S = tl.load(ends_ptr + columns_S, mask=columns_S < S, other=2147483647)
+    sequences = tl.sum((ends_S[None, :] <= rows[:, None]).to(tl.int32), axis=1)
+    ends = tl.load(ends_ptr + sequences, mask=real, other=0)
+    slots = tl.load(ends_ptr + S + sequences, mask=real, other=0).to(tl.int64)
+    contexts = tl.load(ends_ptr + 2 * S + sequences, mask=real, other=0)
+    positions = tl.where(real, contexts - (ends - rows), 0)
+    tokens = tl.load(tokens_ptr + slots * tokens_stride + positions, mask=real, other=0)
+    page_ptr = pages_ptr + slots * pages_stride + positions // PAGE_SIZE
+    pages = tl.load(page_ptr, mask=real, other=0).to(tl.int64)
+    kv_slots = tl.where(real, pages * PAGE_SIZE + positions % PAGE_SIZE, -1)
+    tl.store(ids_ptr + rows, tokens.to(tl.int64), mask=inside)
+    tl.store(positions_ptr + rows, positions.to(tl.int64), mask=inside)
+    tl.store(kv_slots_ptr + rows, kv_slots, mask=inside)
+
+
+@triton.jit
+def stage_sequences_kernel(
+    packed_ptr,
+    pages_ptr,
+    last_ptr,
+    table_ptr,
+    pages_stride,
+    table_stride,
+    S: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The last row and the page table of one sequence."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    sequence = tl.program_id(0)
+    ends_ptr = packed_ptr + _HEADER + 1
+    last = tl.load(ends_ptr + sequence).to(tl.int64) - 1
+    tl.store(last_ptr + sequence, tl.where(last < 0, 0, last))
+    slot = tl.load(ends_ptr + S + sequence).to(tl.int64)
+    used = tl.cdiv(tl.load(ends_ptr + 2 * S + sequence), PAGE_SIZE)
+    from_ptr = pages_ptr + slot * pages_stride
+    to_ptr = table_ptr + sequence.to(tl.int64) * table_stride
+    for first in range(0, used, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        inside = columns < used
+        tl.store(to_ptr + columns, tl.load(from_ptr + columns, mask=inside), mask=inside)
+
+
+@triton.jit
+def store_kernel(
+    ids_ptr,
+    count_ptr,
+    slots_ptr,
+    positions_ptr,
+    tokens_ptr,
+    tokens_stride,
+    OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Tokens of BLOCK rows, at their places."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = rows < tl.load(count_ptr)
+    slots = tl.load(slots_ptr + rows, mask=real, other=0).to(tl.int64)
+    positions = tl.load(positions_ptr + rows, mask=real, other=-1)
+    stored = real & (positions >= 0)
+    ids = tl.load(ids_ptr + rows, mask=stored, other=0)
+    token_ptr = tokens_ptr + slots * tokens_stride + positions + OFFSET
+    tl.store(token_ptr, ids.to(tl.int32), mask=stored)
 
 
 class TritonStaging:
@@ -201,15 +275,53 @@ class TritonStaging:
         )
         return best_S
 
-    def store(self, ids_S: Tensor, rows: DecodeRows, tokens_ZL: Tensor) -> None:
-        """One launch."""
-        size = rows.input_ids_S.shape[0]
-        store_kernel[(triton.cdiv(size, _BLOCK_ROWS),)](
-            ids_S,
+    def stage_prompts(
+        self, rows: PromptRows, tokens_ZL: Tensor, pages_ZM: Tensor, page_size: int
+    ) -> None:
+        """Two launches: what belongs to rows, and what to sequences."""
+        num_rows, size = rows.input_ids_T.shape[0], rows.num_sequences
+        launch = options(pages_ZM.device)
+        stage_prompt_rows_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS),)](
             rows.packed,
             tokens_ZL,
+            pages_ZM,
+            rows.input_ids_T,
+            rows.positions_T,
+            rows.kv_slots_T,
             tokens_ZL.stride(0),
-            size,
+            pages_ZM.stride(0),
+            num_rows,
+            S=size,
+            BLOCK_S=triton.next_power_of_2(size),
+            PAGE_SIZE=page_size,
+            BLOCK=_BLOCK_ROWS,
+            num_warps=4,
+            **launch,
+        )
+        stage_sequences_kernel[(size,)](
+            rows.packed,
+            pages_ZM,
+            rows.last_S,
+            rows.page_table_SM,
+            pages_ZM.stride(0),
+            rows.page_table_SM.stride(0),
+            S=size,
+            PAGE_SIZE=page_size,
+            BLOCK=_BLOCK_COLUMNS,
+            num_warps=2,
+            **launch,
+        )
+
+    def store(self, ids_S: Tensor, places: TokenPlaces, tokens_ZL: Tensor) -> None:
+        """One launch."""
+        store_kernel[(triton.cdiv(places.slots_S.shape[0], _BLOCK_ROWS),)](
+            ids_S,
+            places.count,
+            places.slots_S,
+            places.positions_S,
+            tokens_ZL,
+            tokens_ZL.stride(0),
+            OFFSET=places.offset,
             BLOCK=_BLOCK_ROWS,
             num_warps=1,
             **options(tokens_ZL.device),

@@ -5,6 +5,7 @@ itself is what runs on a GPU, static buffers and bounds on the host included. On
 tests replay real graphs.
 """
 
+import itertools
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +18,10 @@ import core.engine.graphs as graphs
 import core.engine.recorder as recorder
 from core.config import EngineConfig, PluginChoice
 from core.engine.build import RankContext, build_rank
-from core.engine.decode_input import NUM_BLOCKS, DecodeInput
 from core.engine.graphs import graph_sizes, most_graph_rows, reason_for_eager
 from core.engine.offline import OfflineEngine
+from core.engine.prompt_graphs import prompt_sizes
+from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, StepPlan
@@ -67,9 +69,17 @@ class RunAgain:
 
 def from_device(batch):
     """A batch whose bounds on the host were replaced by what the device says."""
-    contexts = batch.context_lens_S.tolist()
+    contexts, starts = batch.context_lens_S.tolist(), batch.query_starts_S1.tolist()
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
     assert all(held <= most for held, most in zip(contexts, batch.context_lens, strict=True))
-    return replace(batch, context_lens=contexts)
+    assert sum(lengths) <= sum(batch.query_lens)
+    real = [index for index, length in enumerate(lengths) if length]
+    return replace(
+        batch,
+        query_lens=[lengths[index] for index in real],
+        context_lens=[contexts[index] for index in real],
+        page_table_SM=batch.page_table_SM[real],
+    )
 
 
 def write_latent(self, cached_TZ, cache_BPZ, slots_T):
@@ -90,6 +100,7 @@ def replayed(monkeypatch):
     monkeypatch.setattr(recorder, "select_recorder", made_recorder)
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
+        monkeypatch.setattr(TorchRefBackend, "capturable", True)
         monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
         monkeypatch.setattr(TorchOps, "write_latent", write_latent)
         monkeypatch.setattr(TorchRefBackend, "plan", lambda _, batch: from_device(batch))
@@ -162,6 +173,13 @@ def test_sizes_rise_and_end_with_the_largest():
     assert most_graph_rows(EngineConfig(max_graph_batch=1000, max_running_requests=700)) == 700
 
 
+def test_sizes_of_steps_with_prompts():
+    assert prompt_sizes(63) == []
+    assert prompt_sizes(300) == [64, 128, 192, 256]
+    assert prompt_sizes(1300)[-3:] == [896, 1024, 1280]
+    assert prompt_sizes(128, multiple=48) == [96, 144]
+
+
 def test_what_is_configured_wrongly_is_said():
     with pytest.raises(ConfigError, match=r"engine\.cuda_graphs='on'.*auto, off"):
         EngineConfig(cuda_graphs="on")
@@ -192,7 +210,7 @@ def test_why_steps_are_not_captured():
 def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
     """Blocks are used in turn, and one is written only when the device has read it."""
     waited = []
-    source = DecodeInput(4, torch.device("cpu"))
+    source = StepInput(packed_length(4), torch.device("cpu"))
 
     def when_read():
         number = len(order)
@@ -207,7 +225,7 @@ def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
     )
     for step in range(NUM_BLOCKS + 2):
         plan = StepPlan(step, [], 2, [step, 3], [7, step], [1, 1], [True] * 2, [step], [1], [9])
-        slots, positions = source.send(plan, rows)
+        slots, positions = send_decodes(source, plan, rows)
         assert slots.tolist() == [step, 3]
         assert positions.tolist() == [7, step]
         packed = rows.packed.tolist()
@@ -218,8 +236,48 @@ def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
     arrays = {block.tensor.data_ptr() for block in source._blocks}
     assert len(arrays) == NUM_BLOCKS
     crowded = StepPlan(0, [], 1, [1], [2], [1], [True], [1] * 5, list(range(5)), [3] * 5)
-    source.send(crowded, rows)
+    send_decodes(source, crowded, rows)
     assert np.array_equal(rows.packed[:2], [1, 0])  # whoever calls has entered the pages
+
+
+def test_steps_with_prompts_are_replayed_too(tiny_folder, replayed, monkeypatch):
+    """More prompts than sequences of a captured step, longer ones than its rows, parts of prompts
+    (which sample nothing), prompts beside decodes, and some whose logprobs are wanted."""
+    monkeypatch.setattr(graphs, "MOST_SEQUENCES", 30)
+    prompts = [*prompts_of(3, 40), *([index % 250 for index in range(n)] for n in (70, 150, 99))]
+    chance = random.Random(2)
+    kinds = [{}, {}, {}, {"temperature": 0.8, "seed": 3}, {"logprobs": 1}]
+    sampling = [
+        greedy(
+            chance.choice((1, 4, 9)),
+            **chance.choice(kinds),
+            prompt_logprobs=1 if index == 5 else None,
+        )
+        for index in range(len(prompts))
+    ]
+    sizes = {
+        "kv_cache_tokens": 4096,
+        "chunked_prefill_size": 60,
+        "max_prefill_tokens": 155,
+        "max_running_requests": 40,
+    }
+    folder = tiny_folder("llama")
+    with engine_of(folder, max_graph_tokens=0, **sizes) as (engine, rank):
+        if rank.cuda_graphs.startswith("off"):
+            pytest.skip(rank.cuda_graphs)
+        assert "with prompts" not in rank.cuda_graphs
+        expected = engine.generate(prompts, sampling)
+    before = replayed[-1].replays if not CUDA else 0  # of decodes alone
+    with engine_of(folder, max_graph_tokens=192, **sizes) as (engine, rank):
+        assert "3 steps with prompts, of up to 192 tokens" in rank.cuda_graphs
+        found = engine.generate(prompts, sampling)
+    if not CUDA:
+        assert replayed[-1].replays >= before + 2
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.token_ids == other.token_ids
+        assert [entry.token_id for entry in mine.prompt_logprobs] == [
+            entry.token_id for entry in other.prompt_logprobs
+        ]
 
 
 MODELS = ["llama", "qwen3_moe", "deepseek_v3"]

@@ -5,7 +5,14 @@ import os
 import pytest
 import torch
 
-from core.kernels.stage import HEADER, DecodeRows, TorchStaging, packed_length
+from core.kernels.stage import (
+    HEADER,
+    DecodeRows,
+    PromptRows,
+    TorchStaging,
+    packed_length,
+    packed_prompts_length,
+)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -87,8 +94,8 @@ def test_rows_are_staged_as_the_oracle_does(staging, size, num_real, page_size, 
 
     ids_S = torch.randint(1000, (size,), generator=generator).to(DEVICE)
     tokens_too_ZL = tokens_ZL.clone()
-    TorchStaging().store(ids_S, expected, tokens_too_ZL)
-    staging.store(ids_S, found, tokens_ZL)
+    TorchStaging().store(ids_S, expected.places, tokens_too_ZL)
+    staging.store(ids_S, found.places, tokens_ZL)
     assert torch.equal(tokens_ZL, tokens_too_ZL)
 
 
@@ -104,9 +111,60 @@ def test_staging_of_one_step_by_hand(staging):
     assert rows.kv_slots_S.tolist() == [8 * 4 + 1, -1]
     assert rows.context_lens_S.tolist() == [10, 0]
     assert rows.page_table_SM[0].tolist() == [0, 0, 8]
-    staging.store(torch.tensor([3, 4], device=DEVICE), rows, tokens_ZL)
+    staging.store(torch.tensor([3, 4], device=DEVICE), rows.places, tokens_ZL)
     assert tokens_ZL[5, 10] == 3
     assert tokens_ZL[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "before", "num_rows", "size", "page_size"),
+    [
+        ([5], [0], 8, 1, 4),
+        ([], [], 4, 3, 4),
+        ([1, 40, 1, 7], [30, 0, 0, 9], 200, 4, 16),
+        ([1] * 9 + [130], [7] * 10, 139, 32, 1),
+        ([300], [700], 300, 2, 2),
+    ],
+)
+def test_prompts_are_staged_as_the_oracle_does(staging, lengths, before, num_rows, size, page_size):
+    generator = torch.Generator().manual_seed(len(lengths))
+    num_slots, num_columns = size + 2, 1000 // page_size + 1
+    tokens_ZL = torch.randint(
+        1000, (num_slots, num_columns * page_size + 1), generator=generator, dtype=torch.int32
+    ).to(DEVICE)
+    pages_ZM = torch.randint(
+        5000, (num_slots, num_columns), generator=generator, dtype=torch.int32
+    ).to(DEVICE)
+    count, total = len(lengths), sum(lengths)
+    packed = torch.zeros(packed_prompts_length(size), dtype=torch.int32)
+    packed[0], packed[1] = total, count
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    packed[HEADER : HEADER + size + 1] = total
+    packed[HEADER : HEADER + count + 1] = ends
+    lists = packed[HEADER + size + 1 :].view(3, size)
+    lists[0, :count] = torch.randperm(num_slots, generator=generator)[:count]
+    lists[1, :count] = torch.tensor(lengths) + torch.tensor(before)
+    lists[2, :count] = torch.where(torch.arange(count) % 3 == 1, -1, lists[1, :count])
+
+    def made():
+        return PromptRows(
+            packed.to(DEVICE),
+            *(torch.full((num_rows,), 77, device=DEVICE) for _ in range(3)),
+            torch.full((size,), 77, device=DEVICE),
+            torch.full((size, num_columns), 77, dtype=torch.int32, device=DEVICE),
+        )
+
+    found, expected = made(), made()
+    TorchStaging().stage_prompts(expected, tokens_ZL, pages_ZM, page_size)
+    staging.stage_prompts(found, tokens_ZL, pages_ZM, page_size)
+    for name in ("input_ids_T", "positions_T", "kv_slots_T", "last_S", "page_table_SM"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    ids_S = torch.arange(size, device=DEVICE) + 5
+    tokens_too_ZL = tokens_ZL.clone()
+    TorchStaging().store(ids_S, expected.places, tokens_too_ZL)
+    staging.store(ids_S, found.places, tokens_ZL)
+    assert torch.equal(tokens_ZL, tokens_too_ZL)
+    assert int((tokens_ZL[:, 0] != tokens_too_ZL[:, 0]).sum()) == 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 17])
