@@ -1,6 +1,7 @@
 """Times linear layers of bf16 weights on a GPU against the vendor's GEMM, and prints JSON.
 
     python -m benchmarks.gpu_linear                                 # the tables' choices
+    python -m benchmarks.gpu_linear --tables DIR/sweep.json         # puts it there
     python -m benchmarks.gpu_linear --stack                         # a whole model's at once
     python -m benchmarks.gpu_linear --sweep --rows 1 8 --write DIR  # measures what goes in them
 
@@ -65,80 +66,59 @@ def vectors(size_I: int, rows: int) -> Iterator[Tile]:
                     }
 
 
-# (rows of a tile, outputs, inputs, warps, stages, programs that share a sum, prefetched inputs)
-_MATRICES = {
+# (rows of a tile, outputs, inputs, warps, stages, programs that share a sum)
+_MATRICES: dict[int, list[tuple[int, ...]]] = {
     16: [
-        (16, 16, 256, 4, 6, 1, 1024),
-        (16, 16, 256, 4, 8, 1, 2048),
-        (16, 16, 512, 4, 4, 1, 1024),
-        (16, 16, 512, 4, 5, 1, 4096),
-        (16, 32, 128, 4, 8, 1, 1024),
-        (16, 32, 256, 4, 3, 1, 1024),
-        (16, 32, 256, 4, 5, 1, 0),
-        (16, 32, 256, 4, 5, 1, 1024),
-        (16, 32, 256, 4, 5, 1, 4096),
-        (16, 32, 256, 8, 5, 2, 1024),
-        (16, 32, 512, 8, 4, 1, 2048),
-        (16, 64, 128, 4, 5, 1, 1024),
-        (16, 64, 256, 4, 4, 1, 1024),
-        (16, 64, 256, 8, 5, 1, 1024),
-        (16, 64, 128, 4, 5, 2, 1024),
-        (16, 64, 256, 4, 4, 4, 1024),
+        (16, 16, 256, 4, 6, 1),
+        (16, 32, 128, 4, 8, 1),
+        (16, 32, 256, 4, 5, 1),
+        (16, 32, 512, 8, 4, 1),
+        (16, 64, 128, 4, 6, 1),
+        (16, 64, 256, 4, 4, 1),
+        (16, 64, 256, 8, 5, 1),
+        (16, 64, 256, 4, 4, 2),
     ],
     32: [
-        (32, 32, 256, 4, 5, 1, 1024),
-        (32, 32, 128, 4, 6, 1, 1024),
-        (32, 64, 128, 4, 5, 1, 1024),
-        (32, 64, 256, 4, 4, 1, 1024),
-        (32, 64, 128, 4, 5, 2, 1024),
-        (32, 64, 256, 4, 4, 2, 1024),
-        (32, 64, 128, 4, 4, 4, 1024),
-        (32, 128, 128, 8, 4, 2, 1024),
-        (32, 128, 128, 8, 4, 1, 1024),
+        (32, 32, 256, 4, 5, 1),
+        (32, 32, 128, 4, 6, 1),
+        (32, 64, 128, 4, 5, 1),
+        (32, 64, 256, 4, 4, 1),
+        (32, 64, 256, 4, 4, 2),
+        (32, 128, 128, 8, 4, 1),
     ],
     64: [
-        (64, 32, 256, 4, 4, 1, 1024),
-        (64, 64, 128, 4, 5, 1, 1024),
-        (64, 64, 128, 4, 3, 2, 1024),
-        (64, 64, 128, 4, 5, 2, 1024),
-        (64, 64, 128, 4, 5, 4, 1024),
-        (64, 128, 64, 4, 6, 1, 512),
-        (64, 128, 128, 4, 4, 1, 1024),
-        (64, 128, 128, 8, 4, 2, 1024),
-        (64, 128, 128, 4, 4, 4, 1024),
-        (64, 256, 64, 8, 4, 1, 512),
-        (64, 256, 64, 8, 4, 4, 512),
+        (64, 32, 256, 4, 4, 1),
+        (64, 32, 128, 4, 6, 1),
+        (64, 64, 128, 4, 5, 1),
+        (64, 64, 128, 4, 5, 2),
+        (64, 64, 256, 4, 3, 1),
+        (64, 128, 64, 4, 6, 1),
+        (64, 128, 128, 4, 4, 1),
     ],
-    128: [
-        (128, 64, 128, 8, 4, 1, 512),
-        (128, 64, 64, 4, 4, 2, 512),
-        (128, 128, 64, 8, 4, 1, 512),
-        (128, 128, 64, 8, 3, 1, 0),
-        (128, 128, 64, 8, 4, 2, 512),
-        (128, 128, 64, 8, 4, 4, 512),
-        (128, 256, 64, 8, 4, 1, 256),
-    ],
-    256: [
-        (128, 128, 64, 8, 3, 1, 0),
-        (128, 128, 64, 4, 3, 1, 0),
-        (128, 128, 64, 8, 4, 2, 0),
-        (128, 256, 64, 8, 3, 1, 0),
-        (128, 256, 64, 8, 4, 1, 0),
-        (256, 128, 64, 8, 4, 1, 0),
-        (256, 128, 64, 8, 3, 2, 0),
-    ],
+    128: [(128, 64, 128, 8, 4, 1), (128, 128, 64, 8, 4, 1), (128, 128, 64, 8, 4, 2)],
+    256: [(128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1)],
+}
+# (rows of a tile, outputs of each half, inputs, warps, stages)
+_STREAMS: dict[int, list[tuple[int, ...]]] = {
+    32: [(64, 64, 128, 4, 4)],
+    64: [(64, 64, 128, 4, 4), (64, 32, 128, 4, 6), (64, 128, 64, 4, 5), (64, 128, 64, 8, 5)],
+    128: [(128, 64, 64, 8, 6), (128, 128, 64, 8, 4), (128, 64, 128, 8, 3), (64, 128, 64, 8, 4)],
+    256: [(128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (256, 64, 64, 8, 4), (128, 64, 64, 8, 4)],
 }
 
 
 def matrices(rows: int) -> Iterator[Tile]:
-    tile_rows = max(16, rows)
-    names = ("BLOCK_T", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages", "SPLIT", "PREFETCH_I")
-    for values in _MATRICES[tile_rows]:
-        yield {"path": "matrix", **dict(zip(names, values, strict=True))}
+    names = ("BLOCK_T", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages", "SPLIT")
+    for values in _MATRICES.get(max(16, rows), ()):
+        for prefetched in (0, 512, 1024) if rows <= 64 else (0,):
+            tile = dict(zip(names, values, strict=True))
+            yield {"path": "matrix", **tile, "PREFETCH_I": prefetched}
+    for values in _STREAMS.get(min(rows, 256), ()):
+        yield {"path": "stream", **dict(zip(names[:-1], values, strict=True))}
 
 
 def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
-    found = [] if rows > 4 else list(vectors(size_I, rows))
+    found = [] if rows > 8 else list(vectors(size_I, rows))
     if rows > 1:
         found += matrices(rows)
     least = 2 if operation == "gated_linear" else 1
@@ -266,38 +246,42 @@ def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
             results = sweep_cell(name, rows, weights)
             everything += results
             best = [
-                f"{result['us']} {result['tb_s']} TB/s {list(result['tile'].values())}"
-                for result in results[:2]
+                f"{result['us']} {list(result['tile'].values())[1:]}"
+                for path in ("vector", "matrix", "stream")
+                for result in [each for each in results if each["tile"]["path"] == path][:1]
             ]
-            print(name, rows, "x vendor", results[0]["of_vendor"], *best, sep=" | ")
+            print(name, rows, "vendor", results[0]["vendor_us"], *best, sep=" | ")
             sys.stdout.flush()
         del weights
         if folder:
             (folder / "sweep.json").write_text(json.dumps(everything))
 
 
-def tables(results: list[dict[str, Any]], device: str) -> dict[str, list[dict[str, Any]]]:
-    """The fastest of each cell of a sweep, as rows of core/kernels/tuned/<operation>_bf16.json."""
+def write_tables(sweeps: list[Path], device: str) -> None:
+    """Put the fastest of each shape and number of rows in core/kernels/tuned; rows of the tables
+    that no sweep speaks of stay."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    for result in results:
+    for result in (each for sweep in sweeps for each in json.loads(sweep.read_text())):
         cell = (result["shape"], result["rows"])
         if cell not in best or result["us"] < best[cell]["us"]:
             best[cell] = result
-    found: dict[str, list[dict[str, Any]]] = {}
-    for (name, rows), result in sorted(best.items()):
-        operation, size_O, size_I, _ = SHAPES[name]
-        found.setdefault(f"{operation}_bf16", []).append(
-            {
-                "device": device,
-                "outputs": size_O,
-                "inputs": size_I,
-                **result["tile"],
-                "max_rows": rows,
-                "us": result["us"],
-                "vendor_us": result["vendor_us"],
-            }
-        )
-    return found
+    for operation in sorted({shape[0] for shape in SHAPES.values()}):
+        file = Path(triton_linear.__file__).parent / "tuned" / f"{operation}_bf16.json"
+        rows = {_cell(row): row for row in json.loads(file.read_text())} if file.exists() else {}
+        for (name, num_rows), result in best.items():
+            its_operation, size_O, size_I, _ = SHAPES[name]
+            if its_operation == operation:
+                shape = {"device": device, "outputs": size_O, "inputs": size_I}
+                times = {"us": result["us"], "vendor_us": result["vendor_us"]}
+                row = {**shape, "max_rows": num_rows, **result["tile"], **times}
+                row["max_rows"] = num_rows
+                rows[_cell(row)] = row
+        lines = ",\n".join("  " + json.dumps(rows[cell]) for cell in sorted(rows))
+        file.write_text(f"[\n{lines}\n]\n")
+
+
+def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("device", "outputs", "inputs", "max_rows"))
 
 
 def time_shape(name: str, all_rows: list[int]) -> list[dict[str, Any]]:
@@ -399,13 +383,17 @@ def report(names: list[str], all_rows: list[int]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tables", type=Path, nargs="+", help="sweep.json files to take in")
+    parser.add_argument("--device", default="H100", help="part of its name, for --tables")
     parser.add_argument("--stack", action="store_true")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--write", type=Path, help="folder for sweep.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.stack:
+    if args.tables:
+        write_tables(args.tables, args.device)
+    elif args.stack:
         print(json.dumps(time_stack(args.rows)))
     elif args.sweep:
         sweep(args.shapes, args.rows, args.write)

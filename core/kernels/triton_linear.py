@@ -14,10 +14,11 @@ from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
 from core.kernels import tuning
+from core.kernels.triton_matmul import stream
 from core.kernels.triton_skinny import matrix, vector
 
 MOST_ROWS = 256  # from here on the vendor's GEMM is faster or as fast
-_PATHS = {"vector": vector, "matrix": matrix}
+_PATHS = {"vector": vector, "matrix": matrix, "stream": stream}
 
 
 def prepare(

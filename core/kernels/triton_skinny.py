@@ -165,23 +165,14 @@ def vector_kernel(
 
 
 @triton.jit
-def _prefetch(
-    weight_ptr,
-    rows_O,
-    first_I,
-    SIZE_I: tl.constexpr,
-    PREFETCH_I: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """Ask the second-level cache for PREFETCH_I values of each row; every thread for one piece."""
-    PIECE_I: tl.constexpr = PREFETCH_I // PIECES
-    pieces = first_I + tl.arange(0, PIECES) * PIECE_I
-    places = weight_ptr + rows_O[:, None] * SIZE_I + tl.minimum(pieces, SIZE_I - PIECE_I)[None, :]
-    sizes = tl.full(places.shape, PIECE_I * 2, tl.int32)
+def _prefetch(weight_ptr, rows_O, first_I, SIZE_I: tl.constexpr, PREFETCH_I: tl.constexpr):
+    """Ask the second-level cache for PREFETCH_I values of each row, 256 bytes for each thread."""
+    pieces = first_I + tl.arange(0, PREFETCH_I // 128) * 128
+    places = weight_ptr + rows_O[:, None] * SIZE_I + tl.minimum(pieces, SIZE_I - 8)[None, :]
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [places, sizes],
+        "ld.volatile.global.L2::256B.b32 $0, [$1];",
+        "=r,l",
+        [places],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -234,7 +225,6 @@ def matrix_kernel(
     BLOCK_I: tl.constexpr,
     SPLIT: tl.constexpr,
     PREFETCH_I: tl.constexpr,
-    PIECES: tl.constexpr,
     WIDE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -251,7 +241,7 @@ def matrix_kernel(
     rows_O = _weight_rows(first_O, SIZE_O, GATED, BLOCK_O)
     first_I = tl.program_id(1) * PART_I
     if DEPENDENT and PREFETCH_I > 0:
-        _prefetch(weight_ptr, rows_O, first_I, SIZE_I, PREFETCH_I, PIECES)
+        _prefetch(weight_ptr, rows_O, first_I, SIZE_I, PREFETCH_I)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     columns_I = first_I + tl.arange(0, BLOCK_I)
@@ -346,7 +336,6 @@ def matrix(
     block_T, block_O, split = tile["BLOCK_T"], tile["BLOCK_O"], tile["SPLIT"]
     tiles_O = triton.cdiv(size_O, block_O)
     num_outputs = size_O // 2 if gated else size_O
-    pieces = max(1, 32 * tile["num_warps"] // block_O)
     constants = dict(
         SIZE_I=size_I,
         SIZE_O=size_O,
@@ -356,8 +345,7 @@ def matrix(
         BLOCK_O=block_O,
         BLOCK_I=tile["BLOCK_I"],
         SPLIT=split,
-        PREFETCH_I=_prefetched(tile["PREFETCH_I"], size_I, pieces),
-        PIECES=pieces,
+        PREFETCH_I=tile["PREFETCH_I"] if size_I % 128 == 0 else 0,
         WIDE=weight_OI.device.type == "cpu",
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
@@ -381,9 +369,3 @@ def matrix(
         return out
 
     return run
-
-
-def _prefetched(wanted_I: int, size_I: int, pieces: int) -> int:
-    """As many values of a row as can be asked for: pieces and rows are multiples of 16 bytes."""
-    smallest = 8 * pieces
-    return min(wanted_I, size_I) // smallest * smallest if size_I % 8 == 0 else 0
