@@ -98,13 +98,6 @@ _MATRICES: dict[int, list[tuple[int, ...]]] = {
     128: [(128, 64, 128, 8, 4, 1), (128, 128, 64, 8, 4, 1), (128, 128, 64, 8, 4, 2)],
     256: [(128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1)],
 }
-# (rows of a tile, outputs of each half, inputs, warps, stages)
-_STREAMS: dict[int, list[tuple[int, ...]]] = {
-    32: [(64, 64, 128, 4, 4)],
-    64: [(64, 64, 128, 4, 4), (64, 32, 128, 4, 6), (64, 128, 64, 4, 5), (64, 128, 64, 8, 5)],
-    128: [(128, 64, 64, 8, 6), (128, 128, 64, 8, 4), (128, 64, 128, 8, 3), (64, 128, 64, 8, 4)],
-    256: [(128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (256, 64, 64, 8, 4), (128, 64, 64, 8, 4)],
-}
 
 
 def matrices(rows: int) -> Iterator[Tile]:
@@ -113,8 +106,6 @@ def matrices(rows: int) -> Iterator[Tile]:
         for prefetched in (0, 512, 1024) if rows <= 64 else (0,):
             tile = dict(zip(names, values, strict=True))
             yield {"path": "matrix", **tile, "PREFETCH_I": prefetched}
-    for values in _STREAMS.get(min(rows, 256), ()):
-        yield {"path": "stream", **dict(zip(names[:-1], values, strict=True))}
 
 
 def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
@@ -247,7 +238,7 @@ def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
             everything += results
             best = [
                 f"{result['us']} {list(result['tile'].values())[1:]}"
-                for path in ("vector", "matrix", "stream")
+                for path in ("vector", "matrix")
                 for result in [each for each in results if each["tile"]["path"] == path][:1]
             ]
             print(name, rows, "vendor", results[0]["vendor_us"], *best, sep=" | ")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
 from core.kernels import tuning
-from core.kernels.triton_matmul import stream
 from core.kernels.triton_skinny import matrix, vector
 
 MOST_ROWS = 256  # from here on the vendor's GEMM is faster or as fast
-_PATHS = {"vector": vector, "matrix": matrix, "stream": stream}
+_BUSY_PROGRAMS = 128  # about one for each processor of a large GPU
+_PATHS = {"vector": vector, "matrix": matrix}
 
 
 def prepare(
@@ -88,28 +88,28 @@ def measured(
 
 
 def usual_vector(size_O: int, size_I: int) -> dict[str, Any]:
-    """Tiles of 8,192 weights, so that several programs share a processor."""
-    block_I = min(4096, triton.next_power_of_2(size_I))
+    """Tiles of 4,096 weights, so that many programs share a processor."""
+    block_I = min(2048, triton.next_power_of_2(size_I))
     return {
         "path": "vector",
         "max_rows": 1,
         "ROWS": 1,
-        "BLOCK_O": max(2, min(8, 8192 // block_I)),
+        "BLOCK_O": min(8, 4096 // block_I),
         "BLOCK_I": block_I,
         "num_warps": 4,
     }
 
 
 def usual_matrix(size_O: int, size_I: int) -> dict[str, Any]:
-    """At most two programs for each processor, each a deep pipeline."""
+    """Deep pipelines; sums are shared where there would be too few of them."""
     return {
         "path": "matrix",
         "max_rows": 16,
         "BLOCK_T": 16,
-        "BLOCK_O": 16 if size_O <= 4096 else 32,
+        "BLOCK_O": 64,
         "BLOCK_I": 256,
-        "SPLIT": 1,
-        "PREFETCH_I": 1024,
+        "SPLIT": max(1, min(4, size_I // 256, _BUSY_PROGRAMS // triton.cdiv(size_O, 64))),
+        "PREFETCH_I": 512,
         "num_warps": 4,
-        "num_stages": 6 if size_O <= 4096 else 5,
+        "num_stages": 4,
     }
