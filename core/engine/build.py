@@ -173,7 +173,8 @@ def _try_out(
         device=device,
         num_dp=context.plan.axis_size("dp"),
         # What a kernel did not compute must not decide how long exchanged rows are.
-        rehearses=all(dispatcher.capturable for dispatcher in loaded.dispatchers.values()),
+        rehearses=context.plan.world_size == 1
+        or all(dispatcher.capturable for dispatcher in loaded.dispatchers.values()),
         build_runner=build_runner,
         phases=phases,
         on_progress=context.on_progress,

@@ -77,7 +77,7 @@ class Trial:
         torch.cuda.empty_cache()
         weights = torch.cuda.memory_allocated(self.device)
         if self.rehearses:
-            self._compile(self.build_runner(True))
+            self._compile()
         runner = self.build_runner(False)
         state = torch.cuda.memory_allocated(self.device) - weights
         self.phases.end(COMPILE_TASK)
@@ -96,12 +96,13 @@ class Trial:
         self.phases.end("try largest steps")
         return HeldMemory(weights=weights, state=state, activations=activations, graphs=graphs)
 
-    def _compile(self, runner: ModelRunner) -> None:
+    def _compile(self) -> None:
         from core.kernels.compile_ahead import rehearsal
 
-        steps = runner.steps
-        plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
         with rehearsal(lambda done, total: self.on_progress(COMPILE_TASK, done, total, "kernels")):
+            runner = self.build_runner(True)
+            steps = runner.steps
+            plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
             steps.rehearse()
             for plan in plans:
                 runner.launch(self._agreed(plan))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
@@ -33,10 +33,10 @@ OnCompiled = Callable[[int, int], None]  # kernels compiled, kernels known so fa
 def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterator[None]:
     """Within, Triton kernels are compiled instead of run; all are compiled at its end.
 
-    Whatever a kernel would have written is what `torch.empty` left there: zeros, so that sizes and
-    indices that follow from it are valid. Other operations run. For one thread of one process, on
-    a device that nothing else uses meanwhile. `on_compiled` is called on that thread, at the end
-    with equal numbers. Raises what a compilation raised.
+    Whatever a kernel would have written is what `torch.empty` left there: zeros (in tensors made
+    within), so that sizes and indices that follow from it are valid. Other operations run. For one
+    thread of one process, on a device that nothing else uses meanwhile. `on_compiled` is called on
+    that thread, at the end with equal numbers. Raises what a compilation raised.
     """
     run = JITFunction.run
 
@@ -47,7 +47,7 @@ def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterat
     with ThreadPoolExecutor(threads, "compile-kernels") as pool, AsyncCompileMode(pool) as mode:
         JITFunction.run = compile_only
         try:
-            with _ZerosForEmpty():  # type: ignore[no-untyped-call]
+            with _zeros_for_empty():
                 yield
         finally:
             JITFunction.run = run
@@ -57,26 +57,32 @@ def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterat
         on_compiled(len(futures), len(futures))
 
 
-class _ZerosForEmpty(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """New tensors hold zeros where torch would leave whatever was there."""
+@contextmanager
+def _zeros_for_empty() -> Iterator[None]:
+    """New tensors hold zeros where torch would leave whatever was there. Not a dispatch mode, for
+    which torch imports its compiler: several seconds on a slow disk."""
+    owners: list[tuple[Any, str]] = [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ]
+    made = [getattr(owner, name) for owner, name in owners]
+    for (owner, name), make in zip(owners, made, strict=True):
+        setattr(owner, name, _zeroed(make))
+    try:
+        yield
+    finally:
+        for (owner, name), make in zip(owners, made, strict=True):
+            setattr(owner, name, make)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in _EMPTY:
-            made.zero_()
-        return made
 
+def _zeroed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        return make(*args, **kwargs).zero_()
 
-_ATEN = torch.ops.aten
-_EMPTY = frozenset(
-    {
-        _ATEN.empty.memory_format,
-        _ATEN.empty_like.default,
-        _ATEN.empty_strided.default,
-        _ATEN.new_empty.default,
-        _ATEN.new_empty_strided.default,
-    }
-)
+    return zeros
 
 
 @contextmanager
