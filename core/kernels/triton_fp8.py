@@ -1,13 +1,16 @@
-"""fp8 blocks on a GPU: quantising rows, and linear layers over block-quantised weights.
+"""fp8 blocks on a GPU: quantising rows, and which kernel multiplies how many of them.
 
-Each step of 128 inputs is one fp8 product, scaled and summed in float32: fp8 tensor cores keep too
-few bits of longer sums (DeepSeek-V3, arXiv 2412.19437, 3.3.2). The oracle is
-core.kernels.block_fp8. Shape legend: T rows, O outputs, I inputs, C blocks of 128 columns.
+The choice is data (core/kernels/tuned/linear_fp8.json, measured by benchmarks.gpu_fp8_linear),
+looked up when a layer is built. The oracle is core.kernels.block_fp8. Knows nothing of what the
+kernels do inside. Shape legend: T rows, O rows of the weight, I inputs, C blocks of 128 columns.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
 
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,10 +20,15 @@ from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8
+from core.kernels import tuning
 from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
+from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
+from core.kernels.triton_fp8_tiles import quantize_tile, tiles
 
 _BLOCKS_OF_A_PROGRAM = 8
 _BUSY_PROGRAMS = 132  # enough to keep a large GPU's processors reading weights
+_VENDOR_ROWS = 4  # cuBLASLt takes scales of rows in columns aligned to 16 bytes
+ANY_ROWS = 1 << 30
 
 
 @triton.jit(do_not_specialize_on_alignment=["x_ptr"])
@@ -29,130 +37,177 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     values_ptr,
     scales_ptr,
     x_stride,
+    scales_stride_T,
+    scales_stride_C,
     SIZE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK_C blocks of 128 columns of one row."""
+    let_successor_start(DEPENDENT)
+    wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     blocks_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = blocks_C[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = columns < SIZE
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    largest_C = tl.max(tl.abs(x), axis=1)
-    scale_C = tl.where(largest_C > 0.0, largest_C / 448.0, 1.0)
-    values = (x / scale_C[:, None]).to(values_ptr.dtype.element_ty)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    values, scale_C = quantize_tile(x)
     tl.store(values_ptr + row * SIZE + columns, values, mask=inside)
     num_blocks = (SIZE + 127) // 128
-    tl.store(scales_ptr + row * num_blocks + blocks_C, scale_C, mask=blocks_C < num_blocks)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    x_scales_ptr,
-    weight_ptr,
-    weight_scales_ptr,
-    bias_ptr,
-    out_ptr,
-    num_rows,
-    SIZE_I: tl.constexpr,
-    SIZE_O: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    """BLOCK_T rows by BLOCK_O outputs, which lie in one block of the weight."""
-    SCALES_I: tl.constexpr = (SIZE_I + 127) // 128
-    EVEN: tl.constexpr = SIZE_I % 128 == 0
-    # Neighbouring programs share the weight's rows.
-    num_row_blocks = tl.cdiv(num_rows, BLOCK_T)
-    first_O = tl.program_id(0) // num_row_blocks * BLOCK_O
-    rows_T = (tl.program_id(0) % num_row_blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns_O = first_O + tl.arange(0, BLOCK_O)
-    columns_I = tl.arange(0, 128)
-    inside_T = rows_T < num_rows
-    x_ptrs = x_ptr + rows_T[:, None] * SIZE_I + columns_I[None, :]
-    outputs_O = (columns_O % SIZE_O).to(tl.int64)
-    weight_ptrs = weight_ptr + outputs_O[None, :] * SIZE_I + columns_I[:, None]
-    total_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
-    for block in range(SCALES_I):
-        step = block * 128
-        inside_I = columns_I < SIZE_I - step
-        if EVEN:
-            x_TI = tl.load(x_ptrs + step, mask=inside_T[:, None], other=0.0)
-            weight_IO = tl.load(weight_ptrs + step)
-        else:
-            x_TI = tl.load(x_ptrs + step, mask=inside_T[:, None] & inside_I[None, :], other=0.0)
-            weight_IO = tl.load(weight_ptrs + step, mask=inside_I[:, None], other=0.0)
-        scale_T = tl.load(x_scales_ptr + rows_T * SCALES_I + block, mask=inside_T, other=0.0)
-        scale = tl.load(weight_scales_ptr + first_O // 128 * SCALES_I + block)
-        total_TO += tl.dot(x_TI, weight_IO) * (scale_T * scale)[:, None]
-    if HAS_BIAS:
-        total_TO += tl.load(bias_ptr + outputs_O).to(tl.float32)[None, :]
-    tl.store(
-        out_ptr + rows_T[:, None] * SIZE_O + columns_O[None, :],
-        total_TO.to(out_ptr.dtype.element_ty),
-        mask=inside_T[:, None] & (columns_O[None, :] < SIZE_O),
-    )
+    places_C = scales_ptr + row * scales_stride_T + blocks_C * scales_stride_C
+    tl.store(places_C, scale_C, mask=blocks_C < num_blocks)
 
 
 def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
     """(fp8 values (T, E), float32 scales (T, C)) of rows whose elements are contiguous."""
     num_rows, size = x_TE.shape
-    values_TE = torch.empty((num_rows, size), dtype=FP8, device=x_TE.device)
-    blocks = num_blocks(size)
-    scales_TC = torch.empty((num_rows, blocks), dtype=torch.float32, device=x_TE.device)
+    scales_TC = torch.empty((num_rows, num_blocks(size)), dtype=torch.float32, device=x_TE.device)
+    return _quantize(x_TE, num_rows, scales_TC), scales_TC
+
+
+def _quantize(x_TE: Tensor, stored_rows: int, scales_TC: Tensor) -> Tensor:
+    """Values of all rows, in a tensor of `stored_rows`; writes their scales."""
+    num_rows, size = x_TE.shape
+    values_TE = torch.empty((stored_rows, size), dtype=FP8, device=x_TE.device)
+    blocks = scales_TC.shape[1]
     if num_rows:
         block_C = min(_BLOCKS_OF_A_PROGRAM, triton.next_power_of_2(blocks))
         quantize_rows_kernel[(num_rows, triton.cdiv(blocks, block_C))](
-            x_TE, values_TE, scales_TC, x_TE.stride(0), SIZE=size, BLOCK_C=block_C, num_warps=4
+            x_TE,
+            values_TE,
+            scales_TC,
+            x_TE.stride(0),
+            scales_TC.stride(0),
+            scales_TC.stride(1),
+            SIZE=size,
+            BLOCK_C=block_C,
+            num_warps=4,
+            **options(x_TE.device),
         )
-    return values_TE, scales_TC
+    return values_TE
 
 
-def linear(weight: BlockFp8, bias_O: Tensor | None) -> LinearKernel:
-    """x @ W.T + b; rows are quantised by 128 columns, results have their dtype."""
-    values_OI, scales = weight.values_OI.contiguous(), weight.scales.float().contiguous()
-    num_outputs, num_inputs = values_OI.shape
+def vendor(weight: BlockFp8, bias_O: Tensor | None) -> LinearKernel:
+    """cuBLASLt, through torch; rows and results are bfloat16. See `_vendor_multiplies`."""
+    weight_IO, scales_CB = weight.values_OI.t(), weight.scales.t()
 
     def run(x_TI: Tensor) -> Tensor:
-        num_rows = x_TI.shape[0]
-        out_TO = torch.empty((num_rows, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
-        if num_rows == 0:
-            return out_TO
-        x, x_scales = quantize_rows(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
-        tile = _tile(num_rows, num_outputs)
-        grid = triton.cdiv(num_rows, tile["BLOCK_T"]) * triton.cdiv(num_outputs, tile["BLOCK_O"])
-        linear_kernel[(grid,)](
-            x,
-            x_scales,
-            values_OI,
-            scales,
-            scales if bias_O is None else bias_O,
-            out_TO,
-            num_rows,
-            SIZE_I=num_inputs,
-            SIZE_O=num_outputs,
-            HAS_BIAS=bias_O is not None,
-            **tile,
+        x = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+        num_rows = x.shape[0]
+        stored_rows = triton.cdiv(num_rows, _VENDOR_ROWS) * _VENDOR_ROWS
+        shape = (num_blocks(x.shape[1]), stored_rows)
+        scales_TC = torch.empty(shape, dtype=torch.float32, device=x.device).t()
+        values_TI = _quantize(x, stored_rows, scales_TC)
+        # What stands in rows past the last stays in theirs.
+        out_TO = torch._scaled_mm(
+            values_TI, weight_IO, scales_TC, scales_CB, bias_O, out_dtype=torch.bfloat16
         )
-        return out_TO
+        return out_TO[:num_rows]
 
     return run
 
 
-def _tile(num_rows: int, num_outputs: int) -> dict[str, Any]:
-    """Sizes of one program's tile. Few rows: narrow ones, so that enough programs read weights."""
-    block_T = 16
-    while block_T < min(num_rows, 128):
-        block_T *= 2
-    block_O = BLOCK
-    row_blocks = triton.cdiv(num_rows, block_T)
-    while block_O > 16 and row_blocks * triton.cdiv(num_outputs, block_O) < _BUSY_PROGRAMS:
-        block_O //= 2
+def _vendor_multiplies(weight: BlockFp8) -> bool:
+    size_O, size_I = weight.values_OI.shape
+    return (
+        weight.values_OI.device.type == "cuda"
+        and torch.cuda.get_device_capability(weight.values_OI.device) == (9, 0)
+        and size_O % 16 == 0
+        and size_I % (4 * BLOCK) == 0  # later versions want scales' rows aligned to 16 bytes
+    )
+
+
+def linear(weight: BlockFp8, bias_O: Tensor | None) -> LinearKernel:
+    """x @ W.T + b; rows are quantised by 128 columns, results have their dtype."""
+    return _chosen(_contiguous(weight), bias_O, None)
+
+
+def gated_linear(
+    weight: BlockFp8, bias_O: Tensor | None, silu_and_mul: Callable[[Tensor], Tensor]
+) -> LinearKernel:
+    """silu(first half) * second half of `linear`'s outputs. `silu_and_mul` is for kernels that
+    can't do so themselves."""
+    return _chosen(_contiguous(weight), bias_O, silu_and_mul)
+
+
+def prepare(
+    weight: BlockFp8,
+    bias_O: Tensor | None,
+    silu_and_mul: Callable[[Tensor], Tensor] | None,
+    tile: tuning.Choice,
+) -> LinearKernel:
+    """One kernel, for up to `tile["max_rows"]` rows; gated where there is `silu_and_mul`."""
+    if tile["path"] == "tiles":
+        gated = silu_and_mul is not None and not tile.get("APART", False)
+        kernel = tiles(weight, bias_O, gated=gated, quantize_rows=quantize_rows, tile=tile)
+    else:
+        gated, kernel = False, vendor(weight, bias_O)
+    if silu_and_mul is None or gated:
+        return kernel
+    return lambda x_TI: silu_and_mul(kernel(x_TI))
+
+
+def _chosen(
+    weight: BlockFp8, bias_O: Tensor | None, silu_and_mul: Callable[[Tensor], Tensor] | None
+) -> LinearKernel:
+    """The fastest kernel for each number of rows."""
+    size_O, size_I = weight.values_OI.shape
+    num_outputs = size_O if silu_and_mul is None else size_O // 2
+    found = measured(weight.values_OI.device, size_O, size_I, silu_and_mul is not None)
+    vendor_multiplies = _vendor_multiplies(weight)
+    prepare_one = lambda tile: prepare(weight, bias_O, silu_and_mul, tile)  # noqa: E731
+    ours = [tile for tile in found if tile["path"] == "tiles"]
+    plain = _limits_and_kernels(ours, prepare_one)
+    mixed = _limits_and_kernels(found, prepare_one) if vendor_multiplies else plain
+
+    def run(x_TI: Tensor) -> Tensor:
+        num_rows = x_TI.shape[0]
+        if num_rows == 0:
+            return torch.empty((0, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
+        limits, kernels = mixed if x_TI.dtype is torch.bfloat16 else plain
+        return kernels[bisect_left(limits, num_rows)](x_TI)
+
+    return run
+
+
+def _limits_and_kernels(
+    found: list[tuning.Choice], prepare_one: Callable[[tuning.Choice], LinearKernel]
+) -> tuple[list[int], list[LinearKernel]]:
+    return [tile["max_rows"] for tile in found], [prepare_one(tile) for tile in found]
+
+
+def _contiguous(weight: BlockFp8) -> BlockFp8:
+    return BlockFp8(weight.values_OI.contiguous(), weight.scales.float().contiguous())
+
+
+@lru_cache(maxsize=256)
+def measured(device: torch.device, size_O: int, size_I: int, gated: bool) -> list[tuning.Choice]:
+    """By rising `max_rows`, the last for any number: what the table says of a shape, and where it
+    is silent, what is good for most. There always is one of ours for any number."""
+    found = tuning.choices("linear_fp8", device, outputs=size_O, inputs=size_I, gated=int(gated))
+    measured_rows = found[-1]["max_rows"] if found else 0
+    usual = [usual_tile(size_O, size_I, rows) for rows in (16, 32, 64, 128, ANY_ROWS)]
+    return [*found, *(tile for tile in usual if tile["max_rows"] > measured_rows)]
+
+
+def usual_tile(size_O: int, size_I: int, max_rows: int) -> dict[str, Any]:
+    """Few rows: parts of the inputs, so that enough programs read weights."""
+    block_T = min(128, max_rows)
+    block_O = 64 if block_T <= 32 else BLOCK
+    split = 1
+    if max_rows <= 128:
+        tiles_O = triton.cdiv(size_O, block_O)
+        while split < 8 and tiles_O * split < _BUSY_PROGRAMS and num_blocks(size_I) >= 8 * split:
+            split *= 2
     return {
+        "path": "tiles",
+        "max_rows": max_rows,
         "BLOCK_T": block_T,
         "BLOCK_O": block_O,
-        "num_warps": 8 if block_T == 128 and block_O == BLOCK else 4,
+        "SPLIT": split,
+        "QUANTIZED": max_rows > 16,
+        "TURNED": block_T < 64,
+        "PREFETCH_I": 1024 if max_rows <= 16 else 0,
+        "num_warps": 8 if block_T == 128 else 4,
         "num_stages": 4 if block_T <= 64 else 3,
     }

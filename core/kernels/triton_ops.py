@@ -140,8 +140,7 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
     def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
         """Few rows: one kernel; else the linear layer, then the product of its halves."""
         if isinstance(weight_2IE, BlockFp8):
-            linear = triton_fp8.linear(weight_2IE, bias_2I)
-            return lambda x_TE: self.silu_and_mul(linear(x_TE))
+            return triton_fp8.gated_linear(weight_2IE, bias_2I, self.silu_and_mul)
         return triton_linear.linear(
             "gated_linear",
             weight_2IE,
