@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.kernels import tuning
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_linear import (
     linear,
@@ -163,3 +164,19 @@ def test_usual_tiles_hold_for_any_shape() -> None:
         vector, matrix = usual_vector(size_O, size_I), usual_matrix(size_O, size_I)
         assert vector["BLOCK_O"] * vector["BLOCK_I"] <= 16384  # registers
         assert vector["max_rows"] < matrix["max_rows"]
+
+
+@pytest.mark.parametrize("operation", ["linear_bf16", "gated_linear_bf16", "logits_bf16"])
+def test_tables_name_what_kernels_take(operation: str) -> None:
+    rows = tuning.rows_of(operation, "NVIDIA H100 80GB HBM3")
+    assert rows
+    for row in rows:
+        if row["path"] == "vector":
+            assert row["ROWS"] == row["max_rows"]
+        elif row["path"] == "matrix":
+            assert row["BLOCK_T"] >= min(16, row["max_rows"])
+            assert row["BLOCK_I"] * row["SPLIT"] <= row["inputs"]
+        else:
+            assert row["path"] == "vendor"
+        if row["path"] != "vendor" and operation == "gated_linear_bf16":
+            assert row["BLOCK_O"] % 2 == 0
