@@ -40,9 +40,12 @@ class LocalExperts:
             context.dtype,
         )
 
-    def physical(self, logical_TK: Tensor, num_real: int) -> Tensor:
-        """The physical experts of each row, -1 for the padding from `num_real` on; counts them."""
-        return self._map(logical_TK, num_real)
+    def physical(
+        self, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first_row: int
+    ) -> Tensor:
+        """The physical experts of each row, -1 and weight 0 for padding; counts them. See
+        `core.layers.router.ExpertMap`."""
+        return self._map(logical_TK, weights_TK, num_real, first_row)
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         """Results of the received rows, partial sums over tp_expert."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import WeightReader
+from core.kernels.expert_map import Copies, map_experts
 from core.layers.moe_spec import MoELayerSpec
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
@@ -40,49 +41,47 @@ class ExpertMap:
 
     The copies of an expert are taken in turn by a row's position. Where ranks have rows of their
     own each starts at another copy, so that steps of few rows are spread too; where they all
-    route the same rows, they choose the same copies. Never waits for the device.
+    route the same rows, they choose the same copies. Never waits for the device, and keeps its
+    tensors where they are: a CUDA graph knows their addresses.
     """
 
     def __init__(self, context: BuildContext, placement: LayerPlacement) -> None:
         alone = context.stream is Layout.REPLICATED
-        self._first_position = 0 if alone else context.comms.axes["world"].rank
-        self._device = context.device
-        self._one = torch.ones(1, dtype=torch.int64, device=self._device)
-        self._num_experts = placement.num_logical
-        self._counts_X = self._no_counts()
+        self._first_copy = 0 if alone else context.comms.axes["world"].rank
+        num_logical, device = placement.num_logical, context.device
+        most_copies = len(placement.logical_of) - num_logical + 1
+        self._copies = Copies(
+            torch.empty((num_logical, most_copies), dtype=torch.int64, device=device),
+            torch.empty(num_logical, dtype=torch.int64, device=device),
+        )
+        self._counts_X = torch.zeros(num_logical, dtype=torch.int64, device=device)
         self.follow(placement)
 
     def follow(self, placement: LayerPlacement) -> None:
-        """Route by this placement from now on."""
+        """Route by this placement from now on; it has as many physical experts as the first."""
         copies = [placement.copies(expert) for expert in range(placement.num_logical)]
-        self._most_copies = most = max(map(len, copies))
+        most = self._copies.physical_XC.shape[1]
         padded = [[*of_expert, *[-1] * (most - len(of_expert))] for of_expert in copies]
-        self._physical_XC = torch.tensor(padded, dtype=torch.int64, device=self._device)
-        self._num_copies_X = torch.tensor(
-            [len(of_expert) for of_expert in copies], dtype=torch.int64, device=self._device
-        )
+        self._copies.physical_XC.copy_(torch.tensor(padded))
+        self._copies.num_copies_X.copy_(torch.tensor([len(of_expert) for of_expert in copies]))
 
-    def __call__(self, logical_TK: Tensor, num_real: int) -> Tensor:
-        """Physical ids (T, K), -1 from row `num_real` on."""
-        real = logical_TK[:num_real].flatten()
-        self._counts_X.scatter_add_(0, real, self._one.expand(real.shape[0]))
-        physical_TK = self._physical_of(logical_TK)
-        if num_real < physical_TK.shape[0]:
-            physical_TK[num_real:] = -1
-        return physical_TK
+    def __call__(
+        self, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first_row: int = 0
+    ) -> Tensor:
+        """Physical ids (T, K), -1 for padding, whose weights become 0: the rows from `num_real`
+        (int32 (1,), on the device) on, where row 0 is number `first_row`."""
+        return map_experts(
+            logical_TK,
+            weights_TK,
+            self._copies,
+            self._counts_X,
+            num_real,
+            first_row,
+            self._first_copy,
+        )
 
     def take_counts(self) -> Tensor:
         """Real rows of each logical expert since the last call, int64 on the device."""
-        counts_X, self._counts_X = self._counts_X, self._no_counts()
+        counts_X = self._counts_X.clone()
+        self._counts_X.zero_()
         return counts_X
-
-    def _physical_of(self, logical_TK: Tensor) -> Tensor:
-        if self._most_copies == 1:
-            return self._physical_XC.view(-1)[logical_TK]
-        first, num_rows = self._first_position, logical_TK.shape[0]
-        positions_T = torch.arange(first, first + num_rows, device=self._device)
-        copies_TK = positions_T.unsqueeze(1) % self._num_copies_X[logical_TK]
-        return self._physical_XC.view(-1)[logical_TK * self._most_copies + copies_TK]
-
-    def _no_counts(self) -> Tensor:
-        return torch.zeros(self._num_experts, dtype=torch.int64, device=self._device)

@@ -36,8 +36,12 @@ class StepRows:
     @property
     def real_part(self) -> int:
         """How many of `part` are real; padding comes last."""
-        first = self.plan.axis_index("tp", self.rank) * self.part
-        return min(max(self.num_real - first, 0), self.part)
+        return min(max(self.num_real - self.first_of_part, 0), self.part)
+
+    @property
+    def first_of_part(self) -> int:
+        """Which of its DP rank's rows the first of `part` is."""
+        return self.plan.axis_index("tp", self.rank) * self.part
 
     def part_of(self, rank: int) -> int:
         """`part` of any rank."""

@@ -23,7 +23,7 @@ class LocalDispatcher:
     """Groups rows by expert, and sums what comes back."""
 
     layout = ExpertLayout.CONTIGUOUS
-    capturable = False
+    capturable = True
 
     def __init__(self, options: NoOptions, spec: A2ASpec) -> None:
         """Raises ConfigError where experts are spread over ranks."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from core.config import AppConfig, ExpertBalanceConfig, PluginChoice
 from core.layers.experts import LocalExperts
@@ -113,12 +114,15 @@ def test_loads_of_one_run_place_the_experts_of_the_next(
     lock = threading.Lock()
     physical = LocalExperts.physical
 
-    def counting(layer: LocalExperts, logical_TK: object, num_real: int) -> object:
+    def counting(
+        layer: LocalExperts, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first: int
+    ) -> Tensor:
         with lock:
             rows = counted.setdefault(layer.layer, Counter())
-            rows.update(logical_TK[:num_real].flatten().tolist())  # type: ignore[index]
+            real = max(int(num_real) - first, 0)
+            rows.update(logical_TK[:real].flatten().tolist())
         placements[layer.layer] = layer.placement
-        return physical(layer, logical_TK, num_real)  # type: ignore[arg-type]
+        return physical(layer, logical_TK, weights_TK, num_real, first)
 
     placements: dict[int, LayerPlacement] = {}
     monkeypatch.setattr(LocalExperts, "physical", counting)

@@ -277,9 +277,13 @@ class Setup:
         return x_TE[:num]
 
 
-def step_of(rows: StepRows, phase: str = "prefill") -> ModelStep:
+def step_of(rows: StepRows, phase: str = "prefill", device: torch.device = CPU) -> ModelStep:
     """A step for a layer without attention."""
     nothing: Any = None
     return ModelStep(
-        nothing, nothing, rows, phase, torch.tensor([rows.num_real], dtype=torch.int32)
+        nothing,
+        nothing,
+        rows,
+        phase,
+        torch.tensor([rows.num_real], device=device, dtype=torch.int32),
     )

@@ -216,7 +216,6 @@ def staged(positions_T: Tensor, num_real: int) -> Batch:
         num_decodes=int(num_real == 1),
         decode=sequences if num_real == 1 else None,
         prefill=None if num_real == 1 else sequences,
-        row_ends=torch.tensor([num_real]).numpy(),
     )
 
 

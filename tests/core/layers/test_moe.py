@@ -85,7 +85,7 @@ def test_a_gpu_agrees_and_is_not_waited_for(family: str) -> None:
     setup = replace(ALONE, ops=lambda: select_ops(GPU), device=GPU)
     layer = setup.layer(spec, checkpoint(block, spec), SOLO)
     for num_rows in (1, 19):
-        x_TE, step = rows_of(num_rows).to(GPU), step_of(solo_rows(num_rows))
+        x_TE, step = rows_of(num_rows).to(GPU), step_of(solo_rows(num_rows), device=GPU)
         layer(x_TE, step)  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -94,7 +94,7 @@ def test_a_gpu_agrees_and_is_not_waited_for(family: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         close(out_TE.cpu(), block(rows_of(num_rows)[None])[0])
-    assert layer(rows_of(0).to(GPU), step_of(solo_rows(0))).shape == (0, HIDDEN)
+    assert layer(rows_of(0).to(GPU), step_of(solo_rows(0), device=GPU)).shape == (0, HIDDEN)
 
 
 @pytest.mark.parametrize("redundant", [0, 4])
@@ -309,6 +309,15 @@ def context_of(comms: Comms, stream: Layout, placement: LayerPlacement) -> Build
     )
 
 
+def mapped(experts: ExpertMap, logical_TK: torch.Tensor, num_real: int) -> torch.Tensor:
+    """Physical ids; padding must have lost its weight, and only padding."""
+    weights_TK = torch.ones(logical_TK.shape)
+    num_real_1 = torch.tensor([num_real], dtype=torch.int32)
+    physical_TK = experts(logical_TK, weights_TK, num_real_1)
+    assert (weights_TK == (physical_TK >= 0)).all()
+    return physical_TK
+
+
 def test_copies_are_taken_in_turn() -> None:
     placement = LayerPlacement(3, 2, (0, 1, 0, 2, 0, 1))
     plan = Plan(dp=2, ep=2)
@@ -316,7 +325,7 @@ def test_copies_are_taken_in_turn() -> None:
     taken = []
     for rank in range(2):
         context = context_of(places(plan, rank), Layout.ROWS, placement)
-        physical_TK = ExpertMap(context, placement)(logical_TK, 12)
+        physical_TK = mapped(ExpertMap(context, placement), logical_TK, 12)
         owners = torch.tensor(placement.logical_of)[physical_TK]
         assert torch.equal(owners, logical_TK)
         taken.append(physical_TK)
@@ -330,7 +339,7 @@ def test_copies_are_taken_in_turn() -> None:
         for rank in range(2)
         for whole in [LayerPlacement(3, 1, placement.logical_of)]
     ]
-    first, second = (of_rank(logical_TK, 12) for of_rank in replicated)
+    first, second = (mapped(of_rank, logical_TK, 12) for of_rank in replicated)
     assert torch.equal(first, second)  # they compute parts of the same sums
 
 
@@ -338,9 +347,9 @@ def test_padding_goes_nowhere_and_counts_start_anew() -> None:
     placement = default_placement(4, 1, 0)
     experts = ExpertMap(context_of(SOLO, Layout.REPLICATED, placement), placement)
     logical_TK = torch.tensor([[0, 1], [0, 3], [2, 3]])
-    assert experts(logical_TK, 2).tolist() == [[0, 1], [0, 3], [-1, -1]]
-    assert experts(logical_TK, 3).tolist() == logical_TK.tolist()
-    assert experts(logical_TK[:0], 0).shape == (0, 2)
+    assert mapped(experts, logical_TK, 2).tolist() == [[0, 1], [0, 3], [-1, -1]]
+    assert mapped(experts, logical_TK, 3).tolist() == logical_TK.tolist()
+    assert mapped(experts, logical_TK[:0], 0).shape == (0, 2)
     assert experts.take_counts().tolist() == [4, 2, 1, 3]
     assert experts.take_counts().tolist() == [0, 0, 0, 0]
 
