@@ -99,7 +99,10 @@ class Trial:
     def _compile(self) -> None:
         from core.kernels.compile_ahead import rehearsal
 
-        with rehearsal(lambda done, total: self.on_progress(COMPILE_TASK, done, total, "kernels")):
+        def on_compiled(done: int, total: int) -> None:
+            self.on_progress(COMPILE_TASK, done, total, "kernels")
+
+        with rehearsal(self.device, on_compiled):
             runner = self.build_runner(True)
             steps = runner.steps
             plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
