@@ -103,7 +103,8 @@ def shape_of(path: Path) -> tuple[Row, str]:
 
 def configuration(arguments: argparse.Namespace, shape: Row, name: str) -> Any:
     """As a server of these cells would be configured."""
-    from core.config import AppConfig, EngineConfig, ModelConfig
+    from core.config import AppConfig
+    from core.schema import build
 
     longest, requests = cells.limits(arguments)
     engine: Row = {
@@ -117,18 +118,16 @@ def configuration(arguments: argparse.Namespace, shape: Row, name: str) -> Any:
     for word in arguments.set:
         key, _, value = word.partition("=")
         engine[key] = json.loads(value)
-    model: Row = {"expert_routing": "uniform_random"} if arguments.uniform_routing else {}
-    return AppConfig(
-        model=ModelConfig(
-            name=name,
-            shape=shape,
-            load_format="dummy",
-            dtype="bfloat16",
-            max_model_len=min(longest, shape["max_position_embeddings"]),
-            **model,
-        ),
-        engine=EngineConfig(**engine),
-    )
+    model: Row = {
+        "name": name,
+        "shape": shape,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": min(longest, shape["max_position_embeddings"]),
+    }
+    if arguments.uniform_routing:
+        model["expert_routing"] = "uniform_random"
+    return build(AppConfig, {"model": model, "engine": engine})
 
 
 def floors(row: Row, sizes: gpu_floor.Sizes, device: gpu_floor.Device) -> Row:
