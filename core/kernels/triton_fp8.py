@@ -186,28 +186,25 @@ def measured(device: torch.device, size_O: int, size_I: int, gated: bool) -> lis
     is silent, what is good for most. There always is one of ours for any number."""
     found = tuning.choices("linear_fp8", device, outputs=size_O, inputs=size_I, gated=int(gated))
     measured_rows = found[-1]["max_rows"] if found else 0
-    usual = [usual_tile(size_O, size_I, rows) for rows in (16, 32, 64, 128, ANY_ROWS)]
+    usual = [usual_tile(size_O, rows) for rows in (16, 32, 64, 128, ANY_ROWS)]
     return [*found, *(tile for tile in usual if tile["max_rows"] > measured_rows)]
 
 
-def usual_tile(size_O: int, size_I: int, max_rows: int) -> dict[str, Any]:
-    """Few rows: parts of the inputs, so that enough programs read weights."""
-    block_T = min(128, max_rows)
-    block_O = 64 if block_T <= 32 else BLOCK
-    split = 1
-    if max_rows <= 128:
-        tiles_O = triton.cdiv(size_O, block_O)
-        while split < 8 and tiles_O * split < _BUSY_PROGRAMS and num_blocks(size_I) >= 8 * split:
-            split *= 2
+def usual_tile(size_O: int, max_rows: int) -> dict[str, Any]:
+    """Few rows: narrow tiles, so that enough programs read weights. Whole sums, rows quantised
+    beforehand and halves multiplied afterwards: what else a tile can do is for measured shapes."""
+    block_T, block_O = min(128, max_rows), BLOCK
+    while max_rows <= 128 and block_O > 16 and triton.cdiv(size_O, block_O) < _BUSY_PROGRAMS:
+        block_O //= 2
     return {
         "path": "tiles",
         "max_rows": max_rows,
         "BLOCK_T": block_T,
         "BLOCK_O": block_O,
-        "SPLIT": split,
-        "QUANTIZED": max_rows > 16,
-        "TURNED": block_T < 64,
-        "PREFETCH_I": 1024 if max_rows <= 16 else 0,
-        "num_warps": 8 if block_T == 128 else 4,
+        "SPLIT": 1,
+        "QUANTIZED": 1,
+        "TURNED": 0,
+        "APART": True,
+        "num_warps": 8 if block_T == 128 and block_O == BLOCK else 4,
         "num_stages": 4 if block_T <= 64 else 3,
     }

@@ -95,7 +95,7 @@ def test_chosen_kernels_take_any_number_of_rows(gated: bool) -> None:
         x = exact_rows(3, rows, 512)
         result = kernel(x.to(DEVICE))
         assert result.shape == (rows, 160 if gated else 320)
-        assert error(result, expected(weight, None, x, gated)) <= 5e-3
+        assert error(result, expected(weight, None, x, gated)) <= 1e-2
         transposed = x.t().contiguous().t().to(DEVICE)  # columns lie apart
         assert torch.equal(kernel(transposed), result)
 
