@@ -102,7 +102,7 @@ class Trial:
         def on_compiled(done: int, total: int) -> None:
             self.on_progress(COMPILE_TASK, done, total, "kernels")
 
-        with rehearsal(on_compiled):
+        with rehearsal(self.device, on_compiled):
             runner = self.build_runner(True)
             steps = runner.steps
             plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ OnCompiled = Callable[[int, int], None]  # kernels compiled, kernels known so fa
 
 
 @contextmanager
-def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterator[None]:
+def rehearsal(
+    device: torch.device, on_compiled: OnCompiled, num_threads: int | None = None
+) -> Iterator[None]:
     """Within, Triton kernels are compiled instead of run; all are compiled at its end.
 
     Whatever a kernel would have written is what `torch.empty` left there: zeros (in tensors made
@@ -44,7 +47,7 @@ def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterat
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "compile-kernels") as pool:
+    with _Compilers(threads, device) as pool:
         mode = _RememberingMode(pool)
         with mode:
             JITFunction.run = compile_only
@@ -58,6 +61,25 @@ def rehearsal(on_compiled: OnCompiled, num_threads: int | None = None) -> Iterat
                 on_compiled(done, len(futures))
         mode.put_in_place()
         on_compiled(len(futures), len(futures))
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels and, on a GPU, load them there: building the code that launches
+    one takes a C compiler a tenth of a second."""
+
+    def __init__(self, num_threads: int, device: torch.device) -> None:
+        self._loads = device.type == "cuda"
+        use_device = partial(torch.cuda.set_device, device) if self._loads else None
+        super().__init__(num_threads, "compile-kernels", initializer=use_device)
+
+    def submit(self, compile_kernel: Any, /, *args: Any, **kwargs: Any) -> Any:
+        def work() -> Any:
+            kernel = compile_kernel(*args, **kwargs)
+            if self._loads:
+                assert kernel.run is not None  # loads it
+            return kernel
+
+        return super().submit(work)
 
 
 class _RememberingMode(AsyncCompileMode):  # type: ignore[misc]  # triton has no types

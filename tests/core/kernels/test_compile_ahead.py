@@ -32,6 +32,7 @@ driver.set_active(Named())
 from core.kernels.compile_ahead import counted_compilations, rehearsal
 from core.kernels.triton_ops import TritonOps
 
+CPU = torch.device("cpu")
 ops, told = TritonOps(), []
 x_TE = torch.randn(32, 256, dtype=torch.bfloat16)
 
@@ -42,10 +43,10 @@ def steps():
         ops.silu_and_mul(x_TE[:num_rows])
 
 with counted_compilations() as names:
-    with rehearsal(lambda *progress: told.append(progress), 2):
+    with rehearsal(CPU, lambda *progress: told.append(progress), 2):
         steps()
     first = len(names)
-    with rehearsal(lambda *progress: told.append(progress), 2):
+    with rehearsal(CPU, lambda *progress: told.append(progress), 2):
         steps()
 assert {"rms_norm_kernel", "silu_and_mul_kernel"} <= set(names), names
 assert len(names) == first, names
@@ -56,7 +57,7 @@ ready = list(rms_norm_kernel.device_caches[0][0].values())
 assert ready
 assert all(isinstance(kernel, CompiledKernel) for kernel in ready), ready
 try:
-    with rehearsal(lambda *_: None):
+    with rehearsal(CPU, lambda *_: None):
         raise KeyError("step")
 except KeyError:
     pass
