@@ -11,6 +11,7 @@ from typing import Any
 from core.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_ROUTINGS = ("learned", "uniform_random")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
@@ -90,6 +91,9 @@ class ModelConfig:
     load_format: str = "auto"
     dtype: str = "auto"  # auto: the checkpoint's
     max_model_len: int | None = None  # tokens; None: what the model was trained for
+    # uniform_random draws experts at random, for benchmarks on made-up weights: answers mean
+    # nothing.
+    expert_routing: str = "learned"
     dummy_seed: int = 0  # of load_format=dummy
     # What requests that name no temperature, top_p, top_k, min_p or repetition_penalty get; keys
     # left out are taken from the checkpoint's generation_config.json.
@@ -98,6 +102,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_choice("model.load_format", self.load_format, LOAD_FORMATS)
         require_choice("model.dtype", self.dtype, DTYPES)
+        require_choice("model.expert_routing", self.expert_routing, EXPERT_ROUTINGS)
         require_range("model.max_model_len", self.max_model_len, 1)
         for name in self.default_sampling:
             require_choice("model.default_sampling", name, SAMPLING_DEFAULTS)

@@ -246,6 +246,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             form=select_format(device, spec.quantization, dtype),
             placements=placements,
             dispatchers=dispatchers,
+            uniform_routing=config.model.expert_routing == "uniform_random",
         ),
     )
     reader.finish()

@@ -51,6 +51,7 @@ def model_context(
     form: WeightFormat,
     placements: Mapping[int, LayerPlacement],
     dispatchers: Mapping[str, Dispatcher],
+    uniform_routing: bool = False,
 ) -> BuildContext:
     """What the model of a rank is built from."""
     return BuildContext(
@@ -63,7 +64,11 @@ def model_context(
         stream=stream_of(spec, plan),
         head_axis=head_axis_of(plan),
         experts=(
-            ExpertContext(placements=placements, dispatchers=dispatchers) if spec.moe else None
+            ExpertContext(
+                placements=placements, dispatchers=dispatchers, uniform_routing=uniform_routing
+            )
+            if spec.moe
+            else None
         ),
     )
 

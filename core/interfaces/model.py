@@ -74,6 +74,7 @@ class ExpertContext:
 
     placements: Mapping[int, LayerPlacement]  # by layer index
     dispatchers: Mapping[str, Dispatcher]  # by phase: "prefill" and "decode"
+    uniform_routing: bool = False  # experts are drawn at random, for benchmarks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

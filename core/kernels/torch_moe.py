@@ -131,7 +131,10 @@ class TorchMoeOps:
         self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         """As the models' reference code does it; experts of equal worth in any order."""
-        scores_TX = _scores(logits_TX, routing.scoring)
+        if routing.scoring == "uniform_random":
+            scores_TX, bias_X = _uniform_scores(logits_TX), None
+        else:
+            scores_TX = _scores(logits_TX, routing.scoring)
         worth_TX = scores_TX if bias_X is None else scores_TX + bias_X
         if routing.num_groups > 1:
             worth_TX = _in_chosen_groups(worth_TX, routing)
@@ -150,6 +153,19 @@ def _scores(logits_TX: Tensor, scoring: str) -> Tensor:
             return logits_TX.sigmoid()
         case _:
             raise AssertionError(f"scoring {scoring!r} passed the parser")
+
+
+def _uniform_scores(logits_TX: Tensor) -> Tensor:
+    """A hash of each logit's bits, row and expert as a number from 0 to 1 (24 bits of it), by
+    MurmurHash3's last mixing steps."""
+    num_rows, num_experts = logits_TX.shape
+    rows_T1 = torch.arange(num_rows, device=logits_TX.device).unsqueeze(1)
+    experts_X = torch.arange(num_experts, device=logits_TX.device)
+    mixed_TX = logits_TX.contiguous().view(torch.int32).long() ^ (rows_T1 * 0x85EBCA6B)
+    mixed_TX = (mixed_TX ^ (experts_X * 0x9E3779B1)) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed_TX = ((mixed_TX ^ (mixed_TX >> shift)) * factor) & 0xFFFFFFFF
+    return ((mixed_TX ^ (mixed_TX >> 16)) >> 8).float() * 2.0**-24
 
 
 def _in_chosen_groups(worth_TX: Tensor, routing: Routing) -> Tensor:

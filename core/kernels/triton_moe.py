@@ -178,6 +178,8 @@ class TritonMoeOps:
         if num_rows == 0:
             return weights_TK, ids_TK
         assert logits_TX.stride(1) == 1
+        if routing.scoring == "uniform_random":
+            bias_X = None
         group_size = num_experts // routing.num_groups
         grouped_top_k_kernel[(num_rows,)](
             logits_TX,
@@ -191,7 +193,7 @@ class TritonMoeOps:
             NUM_CHOSEN=routing.num_chosen_groups,
             GROUP_TOP=routing.group_top,
             TOP_K=routing.top_k,
-            SIGMOID=routing.scoring == "sigmoid",
+            SCORING=routing.scoring,
             NORMALISE=routing.normalise,
             HAS_BIAS=bias_X is not None,
             BLOCK_G=triton.next_power_of_2(routing.num_groups),

@@ -26,7 +26,7 @@ def grouped_top_k_kernel(
     NUM_CHOSEN: tl.constexpr,
     GROUP_TOP: tl.constexpr,
     TOP_K: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORING: tl.constexpr,
     NORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -42,7 +42,13 @@ def grouped_top_k_kernel(
     inside_GS = (groups_G[:, None] < NUM_GROUPS) & (places_S[None, :] < GROUP_SIZE)
     least = float("-inf")
     logits_GS = tl.load(logits_ptr + row * logits_stride + experts_GS, mask=inside_GS, other=least)
-    if SIGMOID:
+    if SCORING == "uniform_random":
+        mixed_GS = logits_GS.to(tl.uint32, bitcast=True) ^ (row.to(tl.uint32) * 0x85EBCA6B)
+        mixed_GS = mixed_GS ^ (experts_GS.to(tl.uint32) * 0x9E3779B1)
+        mixed_GS = (mixed_GS ^ (mixed_GS >> 16)) * 0x85EBCA6B
+        mixed_GS = (mixed_GS ^ (mixed_GS >> 13)) * 0xC2B2AE35
+        scores_GS = ((mixed_GS ^ (mixed_GS >> 16)) >> 8).to(tl.float32) * 5.9604644775390625e-08
+    elif SCORING == "sigmoid":
         scores_GS = 1.0 / (1.0 + tl.exp(-logits_GS))
     else:
         raised_GS = tl.exp(logits_GS - tl.max(tl.max(logits_GS, axis=1), axis=0))

@@ -22,6 +22,8 @@ class Router:
 
     def __init__(self, context: BuildContext, weights: WeightReader, spec: MoELayerSpec) -> None:
         self._ops, self._routing = context.ops, spec.routing
+        if context.experts is not None and context.experts.uniform_routing:
+            self._routing = spec.routing.uniform()
         gate = weights.scope(spec.gate_name)
         shape = (spec.num_experts, spec.hidden_size)
         self._gate = context.ops.gate(gate.take("weight", shape))

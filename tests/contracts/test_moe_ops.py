@@ -395,3 +395,23 @@ def test_every_set_takes_linear_layers_of_fp8_blocks(ops: Ops, device: torch.dev
     moved = BlockFp8(weight.values_OI.to(device), weight.scales.to(device))
     expected = x_TI.double() @ dequantize(weight, torch.float64).T
     assert relative_error(ops.linear(moved, None)(x_TI.to(device)), expected) <= 5e-2
+
+
+@each_set
+def test_experts_drawn_at_random_are_uniform(ops: Ops, device: torch.device) -> None:
+    """Every expert about as often, whatever the bias; the same ids on every device."""
+    num_experts, num_rows = 16, 400
+    routing = Routing(
+        top_k=4, scoring="sigmoid", normalise=False, num_groups=4, num_chosen_groups=2
+    ).uniform()
+    logits_TX = normal(1, num_rows, num_experts) * 0.01 + 3
+    bias_X = torch.arange(num_experts, dtype=torch.float32)
+    weights_TK, ids_TK = ops.grouped_top_k(logits_TX.to(device), bias_X.to(device), routing)
+    assert torch.allclose(weights_TK.sum(1).cpu(), torch.ones(num_rows))
+    assert all(len(set(ids)) == 4 for ids in ids_TK.tolist())
+    counts_X = torch.bincount(ids_TK.flatten().cpu(), minlength=num_experts).double()
+    expected = num_rows * 4 / num_experts
+    chi_square = ((counts_X - expected) ** 2 / expected).sum().item()
+    assert chi_square < 37.7  # 15 degrees of freedom, p = 0.001
+    same_ids_TK = TorchOps().grouped_top_k(logits_TX, None, routing)[1]
+    assert torch.equal(ids_TK.cpu().sort(1).values, same_ids_TK.sort(1).values)
