@@ -40,6 +40,16 @@ class LatentAttentionSpec:
     max_context_tokens: int  # longest sequence
 
 
+@dataclass(frozen=True, slots=True)
+class LatentTransform:
+    """What happens to a layer's projected latents and rotary parts before attention."""
+
+    norm_C: Tensor  # weight of the latents' RMS norm
+    eps: float
+    cos_sin_CR: Tensor  # float32: cos in the first R/2 columns, sin in the rest
+    interleaved: bool  # neighbouring pairs are rotated, not halves
+
+
 class LatentAttentionBackend(Protocol):
     """Attention of one phase. `plan` runs once a step, the others once a layer.
 
@@ -68,12 +78,12 @@ class LatentAttentionBackend(Protocol):
 class LatentProjections(Protocol):
     """The expansion of one layer, in the three forms attention needs."""
 
-    def absorb(self, q_nope_THN: Tensor) -> Tensor:
-        """Queries against keys -> queries against latents (T, H, C)."""
+    def absorb(self, q_nope_THN: Tensor, out_THC: Tensor) -> None:
+        """Queries against keys -> queries against latents, into `out` (vectors contiguous)."""
         ...
 
-    def restore(self, out_THC: Tensor) -> Tensor:
-        """Weighted sums of latents -> weighted sums of values (T, H, V)."""
+    def restore(self, out_THC: Tensor, out_THV: Tensor) -> None:
+        """Weighted sums of latents -> weighted sums of values, into `out_THV`."""
         ...
 
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
+from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing as Routing  # part of this contract
 from core.interfaces.weights import LinearWeight
@@ -116,8 +117,20 @@ class Ops(Protocol):
         and it is transformers'. May overwrite q and k."""
         ...
 
+    def prepare_latent(
+        self,
+        q_THR: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate queries' rotary parts and that of each row's key (the last R of Z columns), and
+        normalise its latent (the others): (q_THR, what is cached (T, Z)). May overwrite both."""
+        ...
+
     def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
-        """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the cache."""
+        """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the cache; rows of
+        padding, which only devices that capture steps get, have negative ones."""
         ...
 
     def experts(

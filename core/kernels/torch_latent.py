@@ -7,6 +7,9 @@ legend: see core.interfaces.ops; F is R/2, B pages of P tokens, Z values of a ca
 import torch
 from torch import Tensor
 
+from core.interfaces.latent_attention import LatentTransform
+from core.interfaces.ops import Ops
+
 
 def _rotate_pairs(x_THR: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     even_THF, odd_THF = x_THR[..., 0::2], x_THR[..., 1::2]
@@ -25,6 +28,22 @@ class TorchLatentOps:
         """Rotate pairs (2i, 2i + 1) by the angle of their row's position, into i and i + R/2."""
         cos_T1F, sin_T1F = cos_sin_CR[positions_T].unsqueeze(1).chunk(2, dim=-1)
         return _rotate_pairs(q_THR, cos_T1F, sin_T1F), _rotate_pairs(k_TGR, cos_T1F, sin_T1F)
+
+    def prepare_latent(
+        self: Ops,
+        q_THR: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One operation after the other."""
+        latent_TC, k_TR = cached_TZ.split_with_sizes(
+            (cached_TZ.shape[1] - q_THR.shape[2], q_THR.shape[2]), dim=1
+        )
+        rotate = self.rope_interleaved if transform.interleaved else self.rope
+        turned_THR, turned_T1R = rotate(q_THR, k_TR.unsqueeze(1), transform.cos_sin_CR, positions_T)
+        normed_TC = self.rms_norm(latent_TC, transform.norm_C, transform.eps)
+        return turned_THR, torch.cat((normed_TC, turned_T1R.squeeze(1)), dim=1)
 
     def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
         """Store rows by token slot; where a slot occurs twice, either row may stay."""

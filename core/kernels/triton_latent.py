@@ -12,6 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.interfaces.latent_attention import LatentTransform
+from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
+
+_BLOCK_HEADS = 32  # of one program
+
 
 @triton.jit
 def _rotate_pairs(
@@ -65,6 +70,77 @@ def rope_interleaved_kernel(
     )
 
 
+@triton.jit
+def _rotate(
+    x_ptr, angles_ptr, head_stride, first_head, end_head,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one row, in place, into halves: of neighbouring pairs, or of halves."""
+    columns_F = tl.arange(0, BLOCK_F)
+    inside_F = columns_F < HALF
+    cos_F = tl.load(angles_ptr + columns_F, mask=inside_F, other=0.0)
+    sin_F = tl.load(angles_ptr + HALF + columns_F, mask=inside_F, other=0.0)
+    if INTERLEAVED:
+        heads_ptr = x_ptr + first_head * head_stride
+        num_heads = end_head - first_head
+        _rotate_pairs(heads_ptr, cos_F, sin_F, head_stride, num_heads, HALF, BLOCK_H, BLOCK_F)
+    else:
+        heads_H = first_head + tl.arange(0, BLOCK_H)
+        inside_HF = (heads_H < end_head)[:, None] & inside_F[None, :]
+        places_HF = x_ptr + heads_H[:, None] * head_stride + columns_F[None, :]
+        first_HF = tl.load(places_HF, mask=inside_HF, other=0.0).to(tl.float32)
+        second_HF = tl.load(places_HF + HALF, mask=inside_HF, other=0.0).to(tl.float32)
+        new_first_HF = first_HF * cos_F[None, :] - second_HF * sin_F[None, :]
+        new_second_HF = second_HF * cos_F[None, :] + first_HF * sin_F[None, :]
+        tl.store(places_HF, new_first_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
+        tl.store(places_HF + HALF, new_second_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+def prepare_latent_kernel(
+    q_ptr,
+    cached_ptr,
+    norm_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    q_stride,
+    q_head_stride,
+    cached_stride,
+    EPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    LATENT_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """What is cached of one row, or the rotary parts of some of its query heads; in place."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    columns_C = tl.arange(0, BLOCK_C)
+    inside_C = columns_C < LATENT_DIM
+    norm_C = tl.load(norm_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
+    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + row) * (2 * HALF)
+    if block == 0:
+        cached_ptr += row * cached_stride
+        latent_C = tl.load(cached_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(latent_C * latent_C, axis=0) / LATENT_DIM + EPS)
+        latent_C = (latent_C * scale * norm_C).to(cached_ptr.dtype.element_ty)
+        tl.store(cached_ptr + columns_C, latent_C, mask=inside_C)
+        _rotate(cached_ptr + LATENT_DIM, angles_ptr, 0, 0, 1, HALF, INTERLEAVED, 1, BLOCK_F)
+    else:
+        first_head = (block - 1) * BLOCK_H
+        end_head = tl.minimum(first_head + BLOCK_H, NUM_HEADS)
+        _rotate(
+            q_ptr + row * q_stride, angles_ptr, q_head_stride, first_head, end_head,
+            HALF, INTERLEAVED, BLOCK_H, BLOCK_F,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def write_latent_kernel(
     cached_ptr, cache_ptr, slots_ptr, cached_stride, size, BLOCK_Z: tl.constexpr
@@ -111,6 +187,41 @@ class TritonLatentOps:
             num_warps=4,
         )
         return q_THR, k_TGR
+
+    def prepare_latent(
+        self,
+        q_THR: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrites both, whose vectors must be contiguous."""
+        assert q_THR.stride(2) == cached_TZ.stride(1) == 1
+        num_rows, num_heads, rope_dim = q_THR.shape
+        if num_rows == 0:
+            return q_THR, cached_TZ
+        latent_dim = cached_TZ.shape[1] - rope_dim
+        prepare_latent_kernel[(num_rows, 1 + triton.cdiv(num_heads, _BLOCK_HEADS))](
+            q_THR,
+            cached_TZ,
+            transform.norm_C,
+            transform.cos_sin_CR,
+            positions_T,
+            q_THR.stride(0),
+            q_THR.stride(1),
+            cached_TZ.stride(0),
+            EPS=transform.eps,
+            INTERLEAVED=transform.interleaved,
+            NUM_HEADS=num_heads,
+            LATENT_DIM=latent_dim,
+            HALF=rope_dim // 2,
+            BLOCK_H=_BLOCK_HEADS,
+            BLOCK_C=triton.next_power_of_2(latent_dim),
+            BLOCK_F=triton.next_power_of_2(rope_dim // 2),
+            num_warps=4,
+            **options(q_THR.device),
+        )
+        return q_THR, cached_TZ
 
     def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
         """Store rows by token slot; the cache must be contiguous and of the rows' dtype."""

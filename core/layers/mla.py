@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import WeightReader
@@ -30,20 +31,18 @@ class LatentAttention:
     """Rows in the stream's layout -> the same; whole heads on each rank of tp."""
 
     __slots__ = (
-        "_cos_sin_CR",
         "_exchange",
         "_input",
-        "_kv_norm",
-        "_latent_split",
         "_layer",
         "_nope_dim",
         "_num_heads",
+        "_ops",
         "_output",
         "_projections",
         "_qk_head_dim",
         "_queries",
-        "_rotate",
         "_split",
+        "_transform",
     )
 
     def __init__(
@@ -66,9 +65,11 @@ class LatentAttention:
             context, weights, sizes, [first, LinearPart("kv_a_proj_with_mqa", cached_size, _WHOLE)]
         )
         self._split = (first.shard.local_size(first.num_outputs), cached_size)
-        self._latent_split = (sizes.kv_lora_rank, sizes.qk_rope_head_dim)
-        self._kv_norm = RMSNorm(
-            context, weights, "kv_a_layernorm", sizes.kv_lora_rank, sizes.norm_eps
+        self._transform = LatentTransform(
+            weights.take("kv_a_layernorm.weight", (sizes.kv_lora_rank,)),
+            sizes.norm_eps,
+            cos_sin_CR,
+            sizes.rope_interleaved,
         )
         self._projections = LatentExpansion(context, weights, sizes)
         self._output = row_linear(
@@ -80,12 +81,10 @@ class LatentAttention:
             bias=sizes.attention_bias,
         )
         self._exchange = row_exchange(context, "tp")
-        ops = context.ops
-        self._rotate = ops.rope_interleaved if sizes.rope_interleaved else ops.rope
+        self._ops = context.ops
         self._num_heads = heads.num_heads
         self._qk_head_dim = sizes.qk_head_dim
         self._nope_dim = sizes.qk_nope_head_dim
-        self._cos_sin_CR = cos_sin_CR
         self._layer = layer
 
     def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
@@ -94,14 +93,12 @@ class LatentAttention:
         x_TE = self._exchange.gather(x_TE, step.rows)
         q_TX, cached_TZ = self._input(x_TE).split_with_sizes(self._split, dim=1)
         q_THD = self._queries(q_TX).view(x_TE.shape[0], self._num_heads, self._qk_head_dim)
-        latent_TC, k_TR = cached_TZ.split_with_sizes(self._latent_split, dim=1)
         turning_THR = q_THD[..., self._nope_dim :]
-        turned_THR, turned_T1R = self._rotate(
-            turning_THR, k_TR.unsqueeze(1), self._cos_sin_CR, positions_T
+        turned_THR, cached_TZ = self._ops.prepare_latent(
+            turning_THR, cached_TZ, self._transform, positions_T
         )
         if not turned_THR.is_set_to(turning_THR):  # some operations work in place
             turning_THR.copy_(turned_THR)
-        cached_TZ = torch.cat((self._kv_norm(latent_TC), turned_T1R.squeeze(1)), dim=1)
         out_THV = step.latent_attention.attend_latent(
             self._layer, q_THD, cached_TZ, self._projections
         )
@@ -132,13 +129,13 @@ class LatentExpansion:
         self._value_HCV = value_HVC.transpose(1, 2)
         self._expand = context.ops.linear(weight_OC, None)
 
-    def absorb(self, q_nope_THN: Tensor) -> Tensor:
-        """Queries against keys -> queries against latents (T, H, C)."""
-        return torch.bmm(q_nope_THN.transpose(0, 1), self._key_HNC).transpose(0, 1)
+    def absorb(self, q_nope_THN: Tensor, out_THC: Tensor) -> None:
+        """Queries against keys -> queries against latents, where attention wants them."""
+        torch.bmm(q_nope_THN.transpose(0, 1), self._key_HNC, out=out_THC.transpose(0, 1))
 
-    def restore(self, out_THC: Tensor) -> Tensor:
-        """Weighted sums of latents -> weighted sums of values (T, H, V)."""
-        return torch.bmm(out_THC.transpose(0, 1), self._value_HCV).transpose(0, 1)
+    def restore(self, out_THC: Tensor, out_THV: Tensor) -> None:
+        """Weighted sums of latents -> weighted sums of values."""
+        torch.bmm(out_THC.transpose(0, 1), self._value_HCV, out=out_THV.transpose(0, 1))
 
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (X, H, D), rotary part included, and values (X, H, V)."""

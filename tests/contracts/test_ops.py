@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.ops import Ops
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
@@ -254,6 +255,43 @@ def test_silu_and_mul_saturates(ops: Ops, device: torch.device, value: float) ->
     gate_up_T2I = torch.tensor([[value, 3.0]], device=device)
     expected = torch.tensor([[max(value, 0.0) * 3.0]])
     torch.testing.assert_close(ops.silu_and_mul(gate_up_T2I).cpu(), expected)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "heads", "rope_dim", "rank"), [(0, 2, 8, 16), (1, 1, 64, 512), (5, 3, 24, 40)]
+)
+def test_prepare_latent(
+    ops: Ops, device: torch.device, dtype: torch.dtype,
+    rows: int, heads: int, rope_dim: int, rank: int, interleaved: bool,
+) -> None:  # fmt: skip
+    q_THD = normal(1, rows, heads, 6 + rope_dim, dtype=dtype)
+    wide_TX = normal(2, rows, 12 + rank + rope_dim, dtype=dtype)  # rows may lie apart
+    norm_C = normal(3, rank, dtype=dtype)
+    positions_T = torch.randint(50, (rows,), generator=torch.Generator().manual_seed(4))
+    cos_sin_CR = _cos_sin(50, rope_dim)
+    transform = LatentTransform(norm_C.to(device), 1e-6, cos_sin_CR.to(device), interleaved)
+    moved_q, moved = q_THD.clone().to(device), wide_TX.clone().to(device)
+    turned_THR, cached_TZ = ops.prepare_latent(
+        moved_q[..., 6:], moved[:, 12:], transform, positions_T.to(device)
+    )
+    latent_TC, k_TR = wide_TX[:, 12:].double().split((rank, rope_dim), dim=1)
+    scale_T1 = torch.rsqrt(latent_TC.square().mean(1, keepdim=True) + 1e-6)
+    close(cached_TZ[:, :rank], latent_TC * scale_T1 * norm_C.double(), dtype)
+    cos, sin = cos_sin_CR[positions_T].double().unsqueeze(1).chunk(2, dim=-1)
+    for result, x_THR in (
+        (turned_THR, q_THD[..., 6:].double()),
+        (cached_TZ[:, None, rank:], k_TR[:, None]),
+    ):
+        first, second = (
+            (x_THR[..., 0::2], x_THR[..., 1::2]) if interleaved else x_THR.chunk(2, dim=-1)
+        )
+        expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        close(result, expected, dtype)
+    assert torch.equal(moved_q[..., :6].cpu(), q_THD[..., :6])  # what lies beside is untouched
+    assert torch.equal(moved[:, :12].cpu(), wide_TX[:, :12])
 
 
 @each_set

@@ -297,10 +297,14 @@ def test_the_three_forms_of_the_expansion_agree() -> None:
     assert torch.equal(keys[:, 1, sizes.qk_nope_head_dim :], cached_XZ[:, sizes.kv_lora_rank :])
     scores = torch.einsum("thn,xhn->thx", q_THN, keys[..., : sizes.qk_nope_head_dim])
     latents_XC = cached_XZ[:, : sizes.kv_lora_rank]
-    assert_close(torch.einsum("thc,xc->thx", forms.absorb(q_THN), latents_XC), scores)
+    absorbed_THC = torch.full((5, sizes.num_heads, sizes.kv_lora_rank), torch.nan)
+    forms.absorb(q_THN, absorbed_THC)
+    assert_close(torch.einsum("thc,xc->thx", absorbed_THC, latents_XC), scores)
     weighted_THC = torch.einsum("thx,xc->thc", scores, latents_XC)
+    restored_THV = torch.full((5, sizes.num_heads, sizes.v_head_dim), torch.nan)
+    forms.restore(weighted_THC, restored_THV)
     torch.testing.assert_close(
-        forms.restore(weighted_THC),
+        restored_THV,
         torch.einsum("thx,xhv->thv", scores, values),
         rtol=1e-4,
         atol=1e-4,
