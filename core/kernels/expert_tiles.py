@@ -1,0 +1,28 @@
+"""What the grouped products of a mixture of experts read: rows, and tiles of places.
+
+A place is a position in the order sorted by expert. Only data: knows no kernel, no layout of the
+network and no weights. Shape legend: T rows, E hidden size, P places.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTiles:
+    """Which places belong to which expert, on the device."""
+
+    tiles: Tensor  # int32 (1 + 3 * max_tiles,): how many, then (expert, first place, end place)
+    max_tiles: int  # the host's bound of the grid
+    block_M: int  # places of one tile
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """What the first product reads. Places past the counted ones are never read."""
+
+    values: Tensor  # (T, E): bfloat16, float32, or fp8 with
+    scales: Tensor | None  # float32 (T, E / 128), of any strides
+    source_P: Tensor | None  # int32: the row that each place reads; None: place p reads row p
+    num_places: int  # P, the host's bound
