@@ -44,7 +44,7 @@ SHAPES = {
     "30b_out": ("linear", 2048, 4096, 0),
     "30b_head": ("logits", 151936, 2048, 0),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BYTES_OF_COPIES = 500 << 20  # ten times the cache
 _DTYPES = {"logits": torch.float32}
 
@@ -108,10 +108,27 @@ def matrices(rows: int) -> Iterator[Tile]:
             yield {"path": "matrix", **tile, "PREFETCH_I": prefetched}
 
 
+# (rows of a tile, outputs, inputs, warps, stages), for 128 rows and more
+_WIDES = [
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 8, 3),
+    (128, 64, 64, 4, 3),
+    (256, 64, 64, 8, 4),
+]
+
+
+def wides() -> Iterator[Tile]:
+    names = ("BLOCK_T", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages")
+    for values in _WIDES:
+        yield {"path": "wide", **dict(zip(names, values, strict=True))}
+
+
 def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
     found = [] if rows > 8 else list(vectors(size_I, rows))
     if rows > 1:
         found += matrices(rows)
+    if rows >= 128:
+        found += wides()
     least = 2 if operation == "gated_linear" else 1
     return [{**tile, "max_rows": rows} for tile in found if tile["BLOCK_O"] >= least]
 
@@ -238,7 +255,7 @@ def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
             everything += results
             best = [
                 f"{result['us']} {list(result['tile'].values())[1:]}"
-                for path in ("vector", "matrix")
+                for path in ("vector", "matrix", "wide")
                 for result in [each for each in results if each["tile"]["path"] == path][:1]
             ]
             print(name, rows, "vendor", results[0]["vendor_us"], *best, sep=" | ")

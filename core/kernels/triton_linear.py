@@ -15,10 +15,11 @@ from torch import Tensor
 from core.interfaces.ops import LinearKernel
 from core.kernels import tuning
 from core.kernels.triton_skinny import matrix, vector
+from core.kernels.triton_wide import wide
 
-MOST_ROWS = 256  # from here on the vendor's GEMM is faster or as fast
+MOST_ROWS = 1024  # beyond, the vendor's GEMM is faster or as fast
 _BUSY_PROGRAMS = 128  # about one for each processor of a large GPU
-_PATHS = {"vector": vector, "matrix": matrix}
+_PATHS = {"vector": vector, "matrix": matrix, "wide": wide}
 
 
 def prepare(

@@ -20,7 +20,8 @@ from core.kernels.stage import HEADER, DecodeRows, PromptRows, TokenPlaces
 
 _BLOCK_COLUMNS = 256  # page-table entries copied at a time
 _BLOCK_ROWS = 128
-_BLOCK_V = 4096  # logits of one program
+_PART_V = 8192  # logits of one program, a multiple of
+_BLOCK_V = 2048  # those it compares at once
 _HEADER = tl.constexpr(HEADER)
 
 
@@ -84,20 +85,28 @@ def best_of_part_kernel(
     ids_ptr,
     stride,
     V: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The largest of BLOCK logits of a row, and its first place."""
+    """The largest of PART logits of a row, and its first place; of nothing but NaN, the first."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * stride + columns, mask=columns < V, other=-float("inf"))
-    logits = tl.where(logits == logits, logits, -float("inf"))
-    best, place = tl.max(logits, axis=0, return_indices=True)
+    first_column = part * PART
+    best_B = tl.full((BLOCK,), -float("inf"), tl.float32)
+    places_B = first_column + tl.arange(0, BLOCK)
+    for step in tl.static_range(0, PART, BLOCK):
+        columns_B = first_column + step + tl.arange(0, BLOCK)
+        logits_ptrs = logits_ptr + row * stride + columns_B
+        logits_B = tl.load(logits_ptrs, mask=columns_B < V, other=-float("inf"))
+        better_B = logits_B > best_B  # never NaN, and of equals never a later one
+        best_B = tl.where(better_B, logits_B, best_B)
+        places_B = tl.where(better_B, columns_B, places_B)
+    best = tl.max(best_B, axis=0)
     out = row * tl.num_programs(1) + part
     tl.store(best_ptr + out, best)
-    tl.store(ids_ptr + out, part * BLOCK + place)
+    tl.store(ids_ptr + out, tl.min(tl.where(best_B == best, places_B, V), axis=0))
 
 
 @triton.jit
@@ -246,7 +255,7 @@ class TritonStaging:
     def best(self, logits_SV: Tensor) -> Tensor:
         """Two launches: the best of each part of a row, then the best part."""
         num_rows, vocab_size = logits_SV.shape
-        num_parts = triton.cdiv(vocab_size, _BLOCK_V)
+        num_parts = triton.cdiv(vocab_size, _PART_V)
         device = logits_SV.device
         assert logits_SV.stride(1) == 1
         best_SX = torch.empty((num_rows, num_parts), dtype=torch.float32, device=device)
@@ -260,8 +269,9 @@ class TritonStaging:
             ids_SX,
             logits_SV.stride(0),
             V=vocab_size,
+            PART=_PART_V,
             BLOCK=_BLOCK_V,
-            num_warps=8,
+            num_warps=4,
             **options(device),
         )
         best_part_kernel[(num_rows,)](

@@ -29,6 +29,10 @@ TILES: list[dict[str, Any]] = [
     {"path": "matrix", "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_I": 16, "SPLIT": 3, "PREFETCH_I": 1024},
     {"path": "matrix", "BLOCK_T": 32, "BLOCK_O": 16, "BLOCK_I": 32, "SPLIT": 2, "PREFETCH_I": 0},
 ]
+WIDES: list[dict[str, Any]] = [
+    {"BLOCK_T": 16, "BLOCK_O": 16, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_T": 64, "BLOCK_O": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 3},
+]
 each_tile = pytest.mark.parametrize(
     "tile", TILES, ids=lambda tile: "-".join(map(str, tile.values()))
 )
@@ -78,9 +82,47 @@ def test_agrees_with_float64(
         assert torch.equal(kernel(x), result)  # whoever adds the parts of a sum
 
 
+@pytest.mark.parametrize("tile", WIDES, ids=lambda tile: "-".join(map(str, tile.values())))
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype", "biased"),
+    [
+        (16, 8, torch.float16, False),
+        (48, 136, torch.bfloat16, True),
+        (64, 64, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_wide_tiles_agree_with_float64(
+    tile: dict[str, Any], gated: bool, outputs: int, inputs: int, dtype: torch.dtype, biased: bool
+) -> None:
+    weight = normal(1, outputs, inputs, dtype=dtype)
+    bias = normal(2, outputs, dtype=dtype) if biased else None
+    kernel = prepare(
+        weight.to(DEVICE),
+        None if bias is None else bias.to(DEVICE),
+        gated=gated,
+        dtype=torch.float32,
+        tile={"path": "wide", "max_rows": 300, **tile},
+    )
+    for rows in (0, 1, 40, 150):
+        for apart, first in ((inputs, 0), (inputs + 5, 5)):  # as TMA reads them, and not
+            x_TX = normal(3, rows, apart, dtype=dtype)
+            right = expected(x_TX[:, first:], weight, bias, gated)
+            x = x_TX.to(DEVICE)[:, first:]
+            result = kernel(x)
+            assert result.dtype == torch.float32
+            assert result.shape == right.shape
+            if rows:
+                assert ((result.cpu().double() - right).norm() / right.norm()).item() <= 1e-5
+                assert torch.equal(kernel(x), result)
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="too large for the interpreter")
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("shape", [(6144, 4096), (4096, 14336), (1280, 8192), (2048, 768)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6144, 4096), (4096, 14336), (1280, 8192), (2048, 768), (28672, 4096)], ids=str
+)
 def test_chosen_kernels_agree_with_float64(gated: bool, shape: tuple[int, int]) -> None:
     weight = normal(1, *shape, dtype=torch.bfloat16).to(DEVICE)
     bias = normal(2, shape[0], dtype=torch.bfloat16).to(DEVICE)
@@ -91,7 +133,7 @@ def test_chosen_kernels_agree_with_float64(gated: bool, shape: tuple[int, int]) 
         lambda x: expected(x, weight, bias, gated).to(x.dtype),
         gated=gated,
     )
-    for rows in (0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 100, 256, 257):
+    for rows in (0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 100, 256, 257, 513, 1024, 1025):
         x = normal(rows, rows, shape[1], dtype=torch.bfloat16).to(DEVICE)
         result, right = kernel(x), expected(x, weight, bias, gated)
         assert result.shape == right.shape
