@@ -1,8 +1,8 @@
-"""Grouping rows by expert and the weighted sum of their results, one Triton kernel each.
+"""Grouping rows by expert, by counting, and the weighted sum of their results in Triton kernels.
 
 For GPUs; on CPU tensors they run in Triton's interpreter (TRITON_INTERPRET=1), for tests. The
 oracle is core.kernels.moe_permute. Shape legend: see there; P = T * K, B pairs of one program, Q
-pairs looked at in one turn.
+pairs or blocks looked at in one turn, X keys: experts and none.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -14,51 +14,78 @@ import triton.language as tl
 from torch import Tensor
 
 _MOST_COLUMNS = 1024  # of one program: a long row is spread over several
-_BLOCK = 64  # pairs or experts of one program of `group_pairs_kernel`, and pairs of a turn
-MOST_PAIRS = 8192  # that are grouped by comparing each with each; a sort is faster beyond
+_BLOCK = 128  # pairs of one program
+_TURN = 16  # blocks whose counts are read at once
+MOST_PAIRS = 65536  # every program reads the counts of all blocks: beyond, sort
 
 
 @triton.jit
-def group_pairs_kernel(
+def count_pairs_kernel(
+    experts_ptr, block_counts_ptr, num_pairs, num_experts, BLOCK: tl.constexpr, KEYS: tl.constexpr
+):
+    """Pairs of each key among those of one block; no expert is the key behind all others."""
+    block = tl.program_id(0)
+    pairs_B = block * BLOCK + tl.arange(0, BLOCK)
+    inside_B = pairs_B < num_pairs
+    experts_B = tl.load(experts_ptr + pairs_B, mask=inside_B, other=-1).to(tl.int32)
+    keys_B = tl.where(experts_B < 0, num_experts, experts_B)
+    keys_X = tl.arange(0, KEYS)
+    same_BX = (keys_B[:, None] == keys_X[None, :]) & inside_B[:, None]
+    tl.store(block_counts_ptr + block * KEYS + keys_X, tl.sum(same_BX.to(tl.int32), 0))
+
+
+@triton.jit
+def place_pairs_kernel(
     experts_ptr,
+    block_counts_ptr,
     source_ptr,
     positions_ptr,
     counts_ptr,
     num_pairs,
     num_experts,
-    num_pair_programs,
+    num_blocks,
     top_k,
     BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    TURN: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """A pair's place is the number of pairs before it: those of smaller experts, and the earlier
-    ones of its own. The first programs place pairs, the others count those of each expert."""
-    program = tl.program_id(0)
-    others_Q = tl.arange(0, BLOCK)
-    if program < num_pair_programs:
-        pairs_B = program * BLOCK + tl.arange(0, BLOCK)
-        inside_B = pairs_B < num_pairs
-        mine_B = tl.load(experts_ptr + pairs_B, mask=inside_B, other=-1)
-        keys_B = tl.where(mine_B < 0, num_experts, mine_B)  # no expert: behind all others
-        places_B = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, num_pairs, BLOCK):
-            index_Q = first + others_Q
-            theirs_Q = tl.load(experts_ptr + index_Q, mask=index_Q < num_pairs, other=0)
-            keys_Q = tl.where(theirs_Q < 0, num_experts, theirs_Q)
-            keys_Q = tl.where(index_Q < num_pairs, keys_Q, num_experts + 1)
-            smaller_BQ = keys_Q[None, :] < keys_B[:, None]
-            earlier_BQ = keys_Q[None, :] == keys_B[:, None]
-            earlier_BQ = tl.where(index_Q[None, :] < pairs_B[:, None], earlier_BQ, False)
-            places_B += tl.sum(smaller_BQ.to(tl.int32) + earlier_BQ.to(tl.int32), 1)
-        tl.store(source_ptr + places_B, (pairs_B // top_k).to(tl.int64), mask=inside_B)
-        tl.store(positions_ptr + pairs_B, tl.where(mine_B < 0, -1, places_B), mask=inside_B)
+    """A pair's place is the number of pairs before it: those of smaller keys, those of its own in
+    earlier blocks, and the earlier ones of its own block. ALONE: this is the only block."""
+    block = tl.program_id(0)
+    keys_X = tl.arange(0, KEYS)
+    counts_X = tl.zeros((KEYS,), tl.int32)
+    before_X = tl.zeros((KEYS,), tl.int32)
+    if ALONE:
+        pairs_B = tl.arange(0, BLOCK)
+        experts_B = tl.load(experts_ptr + pairs_B, mask=pairs_B < num_pairs, other=-1).to(tl.int32)
+        keys_B = tl.where(experts_B < 0, num_experts, experts_B)
+        counts_X += tl.sum((keys_B[:, None] == keys_X[None, :]).to(tl.int32), 0)
     else:
-        experts_B = (program - num_pair_programs) * BLOCK + tl.arange(0, BLOCK)
-        counts_B = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, num_pairs, BLOCK):
-            index_Q = first + others_Q
-            theirs_Q = tl.load(experts_ptr + index_Q, mask=index_Q < num_pairs, other=-1)
-            counts_B += tl.sum((theirs_Q[None, :] == experts_B[:, None]).to(tl.int32), 1)
-        tl.store(counts_ptr + experts_B, counts_B, mask=experts_B < num_experts)
+        for first in range(0, num_blocks, TURN):
+            blocks_Q = first + tl.arange(0, TURN)
+            offsets_QX = blocks_Q[:, None] * KEYS + keys_X[None, :]
+            inside_QX = (blocks_Q < num_blocks)[:, None]
+            counts_QX = tl.load(block_counts_ptr + offsets_QX, mask=inside_QX, other=0)
+            counts_X += tl.sum(counts_QX, 0)
+            before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
+    first_X = tl.cumsum(counts_X, 0) - counts_X + before_X
+    pairs_B = block * BLOCK + tl.arange(0, BLOCK)
+    inside_B = pairs_B < num_pairs
+    experts_B = tl.load(experts_ptr + pairs_B, mask=inside_B, other=-1).to(tl.int32)
+    keys_B = tl.where(experts_B < 0, num_experts, experts_B)
+    pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
+    experts_Q = tl.load(experts_ptr + pairs_Q, mask=pairs_Q < num_pairs, other=-1).to(tl.int32)
+    keys_Q = tl.where(experts_Q < 0, num_experts, experts_Q)
+    # Pairs past the end come last, so that none counts for another.
+    earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
+    places_B = tl.sum(earlier_BQ.to(tl.int32), 1)
+    places_B += tl.sum(tl.where(keys_B[:, None] == keys_X[None, :], first_X[None, :], 0), 1)
+    tl.store(source_ptr + places_B, (pairs_B // top_k).to(tl.int64), mask=inside_B)
+    places_B = tl.where(experts_B < 0, -1, places_B)
+    tl.store(positions_ptr + pairs_B, places_B.to(tl.int64), mask=inside_B)
+    if block == 0:
+        tl.store(counts_ptr + keys_X, counts_X.to(tl.int64), mask=keys_X < num_experts)
 
 
 def group_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,20 +93,38 @@ def group_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     least one; see core.kernels.moe_permute.group_rows."""
     experts_TK = experts_TK.contiguous()
     num_pairs, top_k = experts_TK.numel(), experts_TK.shape[1]
-    source = torch.empty(num_pairs, dtype=torch.int64, device=experts_TK.device)
-    counts_L = torch.empty(num_experts, dtype=torch.int64, device=experts_TK.device)
+    device = experts_TK.device
+    source = torch.empty(num_pairs, dtype=torch.int64, device=device)
+    counts_L = torch.empty(num_experts, dtype=torch.int64, device=device)
     positions_TK = torch.empty_like(experts_TK)
-    num_pair_programs = triton.cdiv(num_pairs, _BLOCK)
-    group_pairs_kernel[(num_pair_programs + triton.cdiv(num_experts, _BLOCK),)](
+    num_blocks = triton.cdiv(num_pairs, _BLOCK)
+    num_keys = triton.next_power_of_2(num_experts + 1)
+    block_counts = torch.empty((num_blocks, num_keys), dtype=torch.int32, device=device)
+    if num_blocks > 1:
+        count_pairs_kernel[(num_blocks,)](
+            experts_TK,
+            block_counts,
+            num_pairs,
+            num_experts,
+            BLOCK=_BLOCK,
+            KEYS=num_keys,
+            num_warps=8,
+        )
+    place_pairs_kernel[(num_blocks,)](
         experts_TK,
+        block_counts,
         source,
         positions_TK,
         counts_L,
         num_pairs,
         num_experts,
-        num_pair_programs,
+        num_blocks,
         top_k,
         BLOCK=_BLOCK,
+        KEYS=num_keys,
+        TURN=_TURN,
+        ALONE=num_blocks == 1,
+        num_warps=8,
     )
     return source, counts_L, positions_TK
 

@@ -69,3 +69,24 @@ def test_triton_groups_rows_as_torch_does(num_rows: int, top_k: int, num_experts
     assert torch.equal(source.cpu(), expected.source)
     assert torch.equal(counts_L.cpu(), expected.counts_L)
     assert torch.equal(positions_TK.cpu(), expected.positions_TK)
+
+
+@pytest.mark.parametrize(("num_rows", "top_k"), [(1, 1), (3, 8), (16, 8), (17, 8), (2500, 8)])
+@pytest.mark.parametrize("case", ["one expert", "none", "few experts", "any"])
+def test_extreme_routings_are_grouped(num_rows: int, top_k: int, case: str) -> None:
+    num_experts = 130
+    lowest, beyond = {
+        "one expert": (77, 78),
+        "none": (-1, 0),
+        "few experts": (40, 43),
+        "any": (-1, num_experts),
+    }[case]
+    generator = torch.Generator().manual_seed(num_rows)
+    experts_TK = torch.randint(lowest, beyond, (num_rows, top_k), generator=generator)
+    expected = group_rows(experts_TK, num_experts, num_pairs=experts_TK.numel())
+    source, counts_L, positions_TK = triton_moe_permute.group_pairs(
+        experts_TK.to(DEVICE), num_experts
+    )
+    assert torch.equal(source.cpu(), expected.source)
+    assert torch.equal(counts_L.cpu(), expected.counts_L)
+    assert torch.equal(positions_TK.cpu(), expected.positions_TK)
