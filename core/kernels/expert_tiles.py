@@ -23,6 +23,7 @@ class ExpertRows:
     """What the first product reads. Places past the counted ones are never read."""
 
     values: Tensor  # (T, E): bfloat16, float32, or fp8 with
-    scales: Tensor | None  # float32 (T, E / 128), of any strides
+    # float32 (T, E / 128), or (L, C, E / 128) in the batched layout, of any strides
+    scales: Tensor | None
     source_P: Tensor | None  # int32: the row that each place reads; None: place p reads row p
     num_places: int  # P, the host's bound

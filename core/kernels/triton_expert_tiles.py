@@ -1,0 +1,88 @@
+"""Cuts experts' rows into tiles on the device, which alone knows how many rows each expert has.
+
+A fixed number of programs then takes tiles in turn, so that neither the host waits nor empty tiles
+cost a launch. Knows nothing of the products. Shape legend: L local experts, T tiles of a program.
+"""
+
+# Kernels are written in Triton's language, which has no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.kernels.expert_tiles import ExpertTiles
+
+_TILES_OF_A_PROGRAM = 32
+
+
+@triton.jit(
+    do_not_specialize=["capacity", "max_tiles"], do_not_specialize_on_alignment=["counts_ptr"]
+)
+def expert_tiles_kernel(
+    counts_ptr,
+    tiles_ptr,
+    num_experts,
+    capacity,
+    max_tiles,
+    BATCHED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Cut each expert's rows into tiles of BLOCK_M: `tiles` is their number (int32), then for each
+    the expert, then its first row, then the end of its expert's rows (`max_tiles` each)."""
+    experts_L = tl.arange(0, BLOCK_L)
+    counts_L = tl.load(counts_ptr + experts_L, mask=experts_L < num_experts, other=0).to(tl.int32)
+    num_tiles_L = (counts_L + BLOCK_M - 1) // BLOCK_M
+    ends_L = tl.cumsum(num_tiles_L, axis=0)
+    starts_L = experts_L * capacity if BATCHED else tl.cumsum(counts_L, axis=0) - counts_L
+    tiles_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert_T = tl.sum((ends_L[None, :] <= tiles_T[:, None]).to(tl.int32), axis=1)
+    owner_TL = experts_L[None, :] == expert_T[:, None]
+    first_tile_T = tl.sum(tl.where(owner_TL, (ends_L - num_tiles_L)[None, :], 0), axis=1)
+    start_T = tl.sum(tl.where(owner_TL, starts_L[None, :], 0), axis=1)
+    count_T = tl.sum(tl.where(owner_TL, counts_L[None, :], 0), axis=1)
+    inside_T = tiles_T < max_tiles
+    places_T = tiles_ptr + 1 + tiles_T
+    tl.store(places_T, expert_T, mask=inside_T)
+    tl.store(places_T + max_tiles, start_T + (tiles_T - first_tile_T) * BLOCK_M, mask=inside_T)
+    tl.store(places_T + 2 * max_tiles, start_T + count_T, mask=inside_T)
+    if tl.program_id(0) == 0:
+        tl.store(tiles_ptr, tl.sum(num_tiles_L, axis=0))
+
+
+def cut_into_tiles(
+    counts_L: Tensor, num_places: int, capacity: int | None, block_M: int
+) -> ExpertTiles:
+    """Cut the rows of each expert into tiles that no other expert has rows in.
+
+    `counts_L` int64: rows of each expert. `capacity`: places of each expert in the batched layout;
+    None: they lie one behind another, in `num_places`.
+    """
+    num_experts = counts_L.shape[0]
+    if capacity is not None:
+        max_tiles = num_experts * triton.cdiv(capacity, block_M)
+    else:
+        max_tiles = min(num_places, (num_places + num_experts * (block_M - 1)) // block_M)
+    tiles = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=counts_L.device)
+    expert_tiles_kernel[(triton.cdiv(max_tiles, _TILES_OF_A_PROGRAM),)](
+        counts_L,
+        tiles,
+        num_experts,
+        capacity or 0,
+        max_tiles,
+        BATCHED=capacity is not None,
+        BLOCK_M=block_M,
+        BLOCK_L=triton.next_power_of_2(num_experts),
+        BLOCK_T=_TILES_OF_A_PROGRAM,
+        num_warps=4,
+    )
+    return ExpertTiles(tiles, max_tiles, block_M)
+
+
+def usual_block_M(num_places: int, num_experts: int, largest: int) -> int:
+    """Places of a tile: those of one expert, if rows are spread evenly."""
+    even = triton.cdiv(num_places, num_experts)
+    return int(min(max(triton.next_power_of_2(even), 16), largest))
