@@ -10,10 +10,8 @@ hidden size, I middle size, M places of a tile, N and D columns of a product's r
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -200,7 +198,7 @@ class PlainExperts:
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
         choice = choose(self._found, num_places)
         if choice is not None and choice["BLOCK_M"] == block_M:
-            return _measured(choice["gate_up" if gated else "down"])
+            return ProductTile(**choice["gate_up" if gated else "down"])
         return usual_tile(block_M, self._down_LEI.element_size(), gated=gated)
 
 
@@ -262,17 +260,6 @@ def multiply(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),
-    )
-
-
-def _measured(row: Mapping[str, Any]) -> ProductTile:
-    return ProductTile(
-        row["BLOCK_N"],
-        row["BLOCK_D"],
-        row["num_warps"],
-        row["num_stages"],
-        bool(row["swap"]),
-        row["programs"],
     )
 
 
