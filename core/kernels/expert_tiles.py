@@ -27,3 +27,15 @@ class ExpertRows:
     scales: Tensor | None
     source_P: Tensor | None  # int32: the row that each place reads; None: place p reads row p
     num_places: int  # P, the host's bound
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTile:
+    """How one product is cut: `block_N` x `block_D` of weights a step."""
+
+    block_N: int
+    block_D: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False  # weights are the left operand: full-width instructions for few rows
+    programs: int = 0  # of each processor, taking tiles in turn; 0: one program for each tile

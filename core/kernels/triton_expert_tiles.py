@@ -7,6 +7,8 @@ cost a launch. Knows nothing of the products. Shape legend: L local experts, T t
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from torch import Tensor
 from core.kernels.expert_tiles import ExpertTiles
 
 _TILES_OF_A_PROGRAM = 32
+_INTERPRETED_PROGRAMS = 4
 
 
 @triton.jit(
@@ -86,3 +89,17 @@ def usual_block_M(num_places: int, num_experts: int, largest: int) -> int:
     """Places of a tile: those of one expert, if rows are spread evenly."""
     even = triton.cdiv(num_places, num_experts)
     return int(min(max(triton.next_power_of_2(even), 16), largest))
+
+
+@lru_cache(maxsize=16)
+def has_tma(device: torch.device) -> bool:
+    """The interpreter plays descriptors too; older processors have none."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=64)  # the driver's answer takes microseconds, and never changes
+def num_programs(device: torch.device, of_a_processor: int) -> int:
+    """Programs that run at the same time."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * of_a_processor

@@ -10,9 +10,6 @@ hidden size, I middle size, M places of a tile, N and D columns of a product's r
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -21,25 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.interfaces.moe_a2a import Dispatched
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
-from core.kernels.expert_tiles import ExpertRows, ExpertTiles
+from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.torch_moe import plain_rows
-from core.kernels.triton_expert_tiles import usual_block_M
+from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
 from core.kernels.tuning import choices, choose
 
-_INTERPRETED_PROGRAMS = 4
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
-
-
-@dataclass(frozen=True, slots=True)
-class ProductTile:
-    """How one product is cut: `block_N` x `block_D` of weights a step."""
-
-    block_N: int
-    block_D: int
-    num_warps: int
-    num_stages: int
-    swap: bool = False  # weights are the left operand: full-width instructions for few rows
-    programs: int = 0  # of each processor, taking tiles in turn; 0: one program for each tile
 
 
 @triton.jit
@@ -230,14 +214,14 @@ def multiply(
     if tiles.max_tiles == 0:
         return
     device = x.device
-    tma = _has_tma(device) and size_D * weight_LND.element_size() % _TMA_ALIGNMENT == 0
+    tma = has_tma(device) and size_D * weight_LND.element_size() % _TMA_ALIGNMENT == 0
     weight: Tensor | TensorDescriptor = weight_LND
     if tma:
         shape, strides = [num_experts * num_rows, size_D], [size_D, 1]
         weight = TensorDescriptor(weight_LND, shape, strides, [tile.block_N, tile.block_D])
     programs = tiles.max_tiles * triton.cdiv(size_N, tile.block_N)
     if tile.programs or device.type != "cuda":
-        programs = min(programs, _num_programs(device, tile.programs))
+        programs = min(programs, num_programs(device, tile.programs))
     grouped_product_kernel[(programs,)](
         x,
         tiles.tiles if source_P is None else source_P,
@@ -261,17 +245,3 @@ def multiply(
         num_stages=tile.num_stages,
         **options(device),
     )
-
-
-@lru_cache(maxsize=16)
-def _has_tma(device: torch.device) -> bool:
-    """The interpreter plays descriptors too; older processors have none."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@lru_cache(maxsize=64)  # the driver's answer takes microseconds, and never changes
-def _num_programs(device: torch.device, of_a_processor: int) -> int:
-    """Programs that run at the same time."""
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * of_a_processor

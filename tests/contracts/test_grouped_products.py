@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.kernels.expert_tiles import ExpertRows
+from core.kernels.expert_tiles import ExpertRows, ProductTile
 from core.kernels.triton_expert_tiles import cut_into_tiles
-from core.kernels.triton_moe_bf16 import PlainExperts, ProductTile, multiply
+from core.kernels.triton_moe_bf16 import PlainExperts, multiply
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
