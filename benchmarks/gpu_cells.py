@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Generate = Callable[[list[list[int]], int], None]
@@ -113,11 +113,28 @@ def rates(
 
 
 def seconds(generate: Generate, lengths: list[int], new_tokens: int) -> float:
-    """Seconds that random prompts of these lengths take."""
-    prompts = [[random.randrange(10, MAX_ID) for _ in range(length)] for length in lengths]
+    """Seconds that random prompts of these lengths take; the same prompts in every engine and
+    every repeat of a cell."""
+    chosen = random.Random(f"{len(lengths)} prompts of {sum(lengths)} tokens")
+    prompts = [[chosen.randrange(10, MAX_ID) for _ in range(length)] for length in lengths]
     begin = time.perf_counter()
     generate(prompts, new_tokens)
     return time.perf_counter() - begin
+
+
+def experts_of(shape: Mapping[str, Any]) -> tuple[int, int]:
+    """(routed experts of a layer, those that a row chooses) of a config.json; 0 where none."""
+    count = shape.get("num_experts") or shape.get("n_routed_experts") or 0
+    return count, shape.get("num_experts_per_tok", 0) if count else 0
+
+
+def distinct_experts(count: int, top_k: int, rows: int, *, replacement: bool = False) -> float:
+    """Experts of a layer that `rows` rows are expected to choose between them, each `top_k` of
+    `count` at random; with `replacement` a row may draw an expert twice."""
+    if count == 0:
+        return 0.0
+    missed = (1 - 1 / count) ** top_k if replacement else 1 - top_k / count
+    return float(count * (1 - missed**rows))
 
 
 def put(row: dict[str, Any]) -> None:

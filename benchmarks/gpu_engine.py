@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--peer-python", help="a Python with vLLM: short for --peer vllm=...")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of ours and the peers")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of ours and peers")
     parser.add_argument("--ours", action="store_true", help="this process measures; no peers")
     arguments = parser.parse_args()
     if arguments.ours:
@@ -91,6 +91,8 @@ def run_ours(arguments: argparse.Namespace) -> None:
         return
     sizes = gpu_floor.sizes_of(shape)
     for row in cells.measure(generate, arguments):
+        if arguments.uniform_routing and row["cell"] == "decode":
+            row["distinct_experts"] = round(sizes.distinct_experts(row["batch"]), 1)
         cells.put(common | row | (floors(row, sizes, device) if device else {}))
 
 

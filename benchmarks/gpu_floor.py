@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import gpu_cells as cells
+
 GIGA, TERA = 1e9, 1e12
 
 
@@ -52,9 +54,7 @@ class Sizes:
 
     def distinct_experts(self, rows: float) -> float:
         """Experts of a layer that `rows` rows are expected to choose between them."""
-        if self.num_experts == 0:
-            return 0.0
-        return float(self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows))
+        return cells.distinct_experts(self.num_experts, self.top_k, rows)
 
     def step_bytes(self, rows: float, context_tokens: float) -> float:
         """Read by a step of `rows` rows that see `context_tokens` cached tokens between them."""

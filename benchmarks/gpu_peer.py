@@ -3,10 +3,17 @@
     python gpu_peer.py vllm|sglang MODEL_DIR BATCHES [PROMPT_TOKENS] [NEW_TOKENS] [--mixed] [--ttft]
 
 Run by `benchmarks.gpu_engine --peer`. Imports nothing of Nodeweave but the cells beside it. Prints
-the same JSON lines. SGLang can't be told to route at random.
+the same JSON lines. Routing is forced through the environment:
+
+    VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random   draws with replacement
+    SGLANG_SIMULATE_UNIFORM_EXPERTS=1   a random one and others in equal steps (Qwen)
+
+which each line then says, with the distinct experts of a layer that a decode step is expected to
+read: with replacement a few less than ours.
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -70,16 +77,31 @@ def main() -> None:
     parser.add_argument("engine", choices=["vllm", "sglang"])
     cells.add_arguments(parser)
     arguments = parser.parse_args()
-    common = {"engine": arguments.engine, "model": Path(arguments.model_dir).name}
-    forced = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
-    if arguments.engine == "vllm" and forced:
-        common["routing"] = forced
+    folder = Path(arguments.model_dir)
+    experts = cells.experts_of(json.loads((folder / "config.json").read_text()))
+    common: dict[str, Any] = {"engine": arguments.engine, "model": folder.name}
+    routing = forced_routing(arguments.engine) if experts[0] else None
+    if routing:
+        common["routing"] = routing
     begin = time.perf_counter()
     start = {"vllm": start_vllm, "sglang": start_sglang}[arguments.engine]
     generate = start(arguments.model_dir, *cells.limits(arguments))
     cells.put(common | {"startup_s": round(time.perf_counter() - begin, 1)})
     for row in cells.measure(generate, arguments):
+        if routing and row["cell"] == "decode":
+            replacement = arguments.engine == "vllm"
+            read = cells.distinct_experts(*experts, row["batch"], replacement=replacement)
+            row["distinct_experts"] = round(read, 1)
         cells.put(common | row)
+
+
+def forced_routing(engine: str) -> str | None:
+    """How the environment has a peer choose experts."""
+    if engine == "vllm":
+        strategy = os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+        return f"{strategy}, with replacement" if strategy == "uniform_random" else strategy
+    forced = os.environ.get("SGLANG_SIMULATE_UNIFORM_EXPERTS", "").lower() in ("1", "true")
+    return "uniform_random, in equal steps" if forced else None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,30 @@ def summarise(events: Iterable[Mapping[str, Any]], num_steps: int) -> dict[str, 
             for name, durations in ranked[:NUM_KERNELS]
         ],
     }
+
+
+def between_steps(events: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Microseconds that the device idled between each two replayed steps. A step is what one
+    launch of a graph started; small graphs (less than half the largest) count as between."""
+    found = [event for event in events if event.get("cat") in DEVICE_CATEGORIES]
+    launches: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in found:
+        launches[event.get("args", {}).get("correlation")].append(event)
+    launches.pop(None, None)
+    largest = max((len(group) for group in launches.values()), default=0)
+    steps = [group for group in launches.values() if len(group) > max(1, largest // 2)]
+    spans = sorted((min(e["ts"] for e in g), max(e["ts"] + e["dur"] for e in g)) for g in steps)
+    found.sort(key=lambda event: event["ts"])
+    idle = []
+    for (_, end), (start, _) in pairwise(spans):
+        free = 0.0
+        for event in found:
+            if end < event["ts"] <= start:
+                free += event["ts"] - end
+            if event["ts"] <= start:
+                end = max(end, event["ts"] + event["dur"])
+        idle.append(free)
+    return idle
 
 
 def traced(work: Callable[[], object]) -> list[dict[str, Any]]:

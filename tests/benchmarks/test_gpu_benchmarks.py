@@ -99,6 +99,39 @@ def test_a_profile_counts_overlaps_once_and_gaps_between() -> None:
     assert gpu_profile.summarise([], 1)["top"] == []
 
 
+def test_idle_between_replayed_steps() -> None:
+    def of(correlation: int, *spans: tuple[float, float]) -> list[dict]:
+        made = [event("k", ts, dur) for ts, dur in spans]
+        return [one | {"args": {"correlation": correlation}} for one in made]
+
+    first = of(1, (0, 10), (12, 8), (22, 8))
+    copy = of(2, (33, 2))
+    second = of(3, (36, 4), (42, 8), (50, 1))
+    third = of(4, (51, 4), (56, 1), (58, 1))
+    found = gpu_profile.between_steps([*third, *copy, *first, *second])
+    assert found == [3 + 1, 0]
+    assert gpu_profile.between_steps([]) == []
+
+
+def test_prompts_of_a_cell_are_the_same_each_time() -> None:
+    asked = []
+    for _ in range(2):
+        cells.seconds(lambda prompts, _: asked.append(prompts), [4, 5], 1)
+    assert asked[0] == asked[1]
+    assert [len(prompt) for prompt in asked[0]] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "ours", "drawn_twice"), [(128, 8, 51.6, 50.5), (256, 32, 163.3, 162.0)]
+)
+def test_distinct_experts(count: int, rows: int, ours: float, drawn_twice: float) -> None:
+    assert cells.distinct_experts(count, 8, rows) == pytest.approx(ours, abs=0.05)
+    found = cells.distinct_experts(count, 8, rows, replacement=True)
+    assert found == pytest.approx(drawn_twice, abs=0.05)
+    assert cells.distinct_experts(*cells.experts_of(LLAMA_8B), rows) == 0
+    assert cells.experts_of(QWEN3_24) == (128, 8)
+
+
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     cells.add_arguments(parser)

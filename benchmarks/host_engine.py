@@ -1,0 +1,122 @@
+"""Host time of a decode step with a real model, and what the device idles between steps.
+
+    python -m benchmarks.host_engine MODEL_DIR [--batch 256] [--context 1024] [--steps 100]
+
+Made-up weights. Prints one JSON line. `busy_ms`: what the host does in a turn of the engine's loop
+(scheduling, launching, reading tokens), without the time in which it waits for the running step;
+medians over the steps. `idle_us`: between two replayed steps on the device, from a trace of 20 more
+steps; null on a CPU. The step hides the host's work where `wait_ms` is above zero.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import gpu_profile
+from benchmarks.gpu_engine import configuration, shape_of
+from core.engine.alone import build_alone, offline_alone
+from core.interfaces.messages import SamplingParams
+
+TRACED_STEPS = 20
+FIRST_STEPS = 8  # of the decode phase, not counted
+
+
+class PolledLauncher:
+    """Another launcher whose steps write down how long they were waited for."""
+
+    def __init__(self, launcher: Any) -> None:
+        self._launcher = launcher
+        self.waited_s: list[float] = []
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        return self._launcher.run(work)
+
+    def launch(self, runner: Any, step: Any) -> "PolledStep":
+        return PolledStep(self._launcher.launch(runner, step), self.waited_s)
+
+
+class PolledStep:
+    """A launched step. Waiting ends with the step; reading its tokens is the host's work."""
+
+    def __init__(self, step: Any, waited_s: list[float]) -> None:
+        self._step = step
+        self._waited_s = waited_s
+
+    def done(self) -> bool:
+        return bool(self._step.done())
+
+    def result(self) -> Any:
+        begin = time.perf_counter()
+        while not self._step.done():
+            time.sleep(0)
+        self._waited_s.append(time.perf_counter() - begin)
+        return self._step.result()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build the engine, fill it with `--batch` requests, and time turns of its loop."""
+    shape, name = shape_of(Path(arguments.model_dir))
+    lone = build_alone(configuration(arguments, shape, name))
+    polled = PolledLauncher(lone.engine.launcher._launcher)
+    lone.engine.launcher._launcher = polled
+    engine = offline_alone(lone)
+    new_tokens = arguments.steps + TRACED_STEPS + FIRST_STEPS + 8
+    # Early requests decode while late prompts are computed: they must outlast those.
+    params = SamplingParams(max_tokens=new_tokens + arguments.osl, temperature=0.0, ignore_eos=True)
+    prompt = [7 + index % 80 for index in range(arguments.isl)]
+    names = [engine.submit(prompt, params) for _ in range(arguments.batch)]
+    begun: set[str] = set()
+    while len(begun) < len(names):
+        begun |= {output.request_id for output in engine.step()}
+    for _ in range(FIRST_STEPS):
+        engine.step()
+    polled.waited_s.clear()
+    turns_s = []
+    for _ in range(arguments.steps):
+        begin = time.perf_counter()
+        engine.step()
+        turns_s.append(time.perf_counter() - begin)
+    busy_s = [turn - wait for turn, wait in zip(turns_s, polled.waited_s, strict=True)]
+    idle_us: list[float] = []
+    if lone.device.type == "cuda":
+        events = gpu_profile.traced(lambda: [engine.step() for _ in range(TRACED_STEPS)])
+        idle_us = gpu_profile.between_steps(events)
+    return {
+        "model": name,
+        "batch": arguments.batch,
+        "context": arguments.isl,
+        "cuda_graphs": lone.engine.describe().get("cuda_graphs"),
+        "turn_ms": round(median(turns_s) * 1e3, 4),
+        "busy_ms": round(median(busy_s) * 1e3, 4),
+        "slowest_busy_ms": round(max(busy_s) * 1e3, 4),
+        "wait_ms": round(median(polled.waited_s) * 1e3, 4),
+        "idle_us": round(median(idle_us), 2) if idle_us else None,
+        "most_idle_us": round(max(idle_us), 2) if idle_us else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model_dir", help="a folder with config.json")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--context", dest="isl", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--prompt-steps", dest="osl", type=int, default=400, help="at most")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
+    parser.add_argument("--uniform-routing", action="store_true")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
+    arguments = parser.parse_args()
+    # The cells that `configuration` plans for.
+    arguments.batches = str(arguments.batch)
+    arguments.prefill, arguments.mixed = None, False
+    arguments.max_prefill_tokens = arguments.chunked_prefill_size = None
+    arguments.osl += arguments.steps + TRACED_STEPS
+    print(json.dumps(measure(arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
