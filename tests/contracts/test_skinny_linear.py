@@ -218,6 +218,9 @@ def test_tables_name_what_kernels_take(operation: str) -> None:
         elif row["path"] == "matrix":
             assert row["BLOCK_T"] >= min(16, row["max_rows"])
             assert row["BLOCK_I"] * row["SPLIT"] <= row["inputs"]
+        elif row["path"] == "wide":
+            assert row["BLOCK_T"] >= 64
+            assert row["outputs"] * 2 % 16 == row["inputs"] * 2 % 16 == 0
         else:
             assert row["path"] == "vendor"
         if row["path"] != "vendor" and operation == "gated_linear_bf16":

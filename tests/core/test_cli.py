@@ -208,6 +208,8 @@ def test_a_signal_while_it_composes_is_quiet_too():
     """SIGINT before anything starts: 130 and silence, no traceback."""
     code = (
         "import os, signal, sys; import core.plugin_manager as p\n"
+        # A shell's background jobs inherit that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "p.PluginManager.load = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "from core.run import main; sys.exit(main(['+model=smollm2']))"
     )
