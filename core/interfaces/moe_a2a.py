@@ -27,6 +27,8 @@ class ExpertLayout(enum.Enum):
     CONTIGUOUS = "contiguous"
     # (L, C, E): padded for each local expert; only its first rows count.
     BATCHED = "batched"
+    # (T, E): own rows as they are, with `Dispatched.routes`; results are those of rows.
+    ROUTED = "routed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +51,22 @@ class A2ASpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Routes:
+    """Where rows go that the experts' kernel groups by itself."""
+
+    experts_TK: Tensor  # int64: local experts, or -1 for none
+    weights_TK: Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
 class Dispatched:
     """Rows that came to this rank, and what `combine` needs to send their results back."""
 
     hidden: Tensor  # in the dispatcher's layout; float8_e4m3fn where `scales` is given
-    counts_L: Tensor  # int64 on the device: rows of each local expert
+    counts_L: Tensor  # int64 on the device: rows of each local expert; (0,) where `routes` say it
     handle: object
     scales: Tensor | None = None  # float32, hidden's shape with E / 128 columns
+    routes: Routes | None = None  # given in the layout ROUTED alone
 
 
 class Dispatcher(Protocol):

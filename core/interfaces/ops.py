@@ -25,7 +25,10 @@ class ExpertKernel(Protocol):
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         """Dispatched rows -> their results, in the same layout (that of `hidden`: 2 dimensions or
-        3) and in the model's dtype. What stands in rows that no expert has is undefined."""
+        3) and in the model's dtype. What stands in rows that no expert has is undefined.
+
+        Of rows with routes the result is the sum over their experts of weight * f_expert(x), added
+        up in float32; 0 for rows without experts."""
         ...
 
     def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
@@ -136,7 +139,7 @@ class Ops(Protocol):
     def experts(
         self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
-        """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert, in both
+        """Prepare this rank's experts: down(silu(gate x) * up x) of each row's expert, in all
         layouts. `dtype` is that of results.
 
         Takes in one expert after the other, of one shape and form, so that reading them needs

@@ -15,6 +15,7 @@ from core.interfaces.ops import ExpertKernel, ExpertWeights
 from core.interfaces.weights import BlockFp8, LinearWeight, plain
 from core.kernels.block_fp8 import dequantize
 from core.kernels.cpu_linear import multiply_packed, pack, packs
+from core.kernels.moe_permute import sum_grouped
 from core.kernels.torch_moe import TorchMoeOps, expert_rows, plain_rows
 
 
@@ -63,6 +64,9 @@ class CpuExperts:
             self._down_L.append(self._form.keep(_in_dtype(down_EI, dtype)))
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
+        if dispatched.routes is not None:
+            num_experts = len(self._down_L)
+            return sum_grouped(self, dispatched.hidden, dispatched.routes, num_experts, self._dtype)
         hidden = plain_rows(dispatched, self._dtype)
         out = torch.empty_like(hidden, dtype=self._dtype)
         counts = dispatched.counts_L.tolist()

@@ -58,6 +58,7 @@ def _launch(
     first_row: int,
     first_copy: int,
 ) -> Tensor:
+    from core.kernels.dependent_launch import options
     from core.kernels.triton_expert_map import map_experts_kernel
 
     assert logical_TK.is_contiguous()
@@ -80,5 +81,6 @@ def _launch(
             MOST_COPIES=copies.physical_XC.shape[1],
             BLOCK=_BLOCK,
             num_warps=4,
+            **options(logical_TK.device),
         )
     return physical_TK

@@ -25,7 +25,7 @@ class ExpertRows:
     values: Tensor  # (T, E): bfloat16, float32, or fp8 with
     # float32 (T, E / 128), or (L, C, E / 128) in the batched layout, of any strides
     scales: Tensor | None
-    source_P: Tensor | None  # int32: the row that each place reads; None: place p reads row p
+    source_P: Tensor | None  # int: the row that each place reads; None: place p reads row p
     num_places: int  # P, the host's bound
 
 

@@ -6,11 +6,14 @@ Shape legend: T rows, K experts of a row, L experts of this rank, E hidden size,
 and one of its experts here, C most pairs of one expert.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from core.interfaces.moe_a2a import Dispatched, Routes
 
 _COPY_BYTES = 64 * 2**20  # of results in float32 at a time: a long prefill has gigabytes of them
 
@@ -33,10 +36,10 @@ def group_rows(experts_TK: Tensor, num_experts: int, num_pairs: int | None = Non
     """
     num_keys = experts_TK.numel()
     if experts_TK.device.type == "cuda":
-        from core.kernels import triton_moe_permute
+        from core.kernels import triton_moe_groups
 
-        if 0 < num_keys <= triton_moe_permute.MOST_PAIRS:
-            source, counts_L, positions_TK = triton_moe_permute.group_pairs(experts_TK, num_experts)
+        if 0 < num_keys <= triton_moe_groups.MOST_PAIRS:
+            source, counts_L, positions_TK = triton_moe_groups.group_pairs(experts_TK, num_experts)
             return Grouping(source[:num_pairs], counts_L, positions_TK)
     keys = experts_TK.flatten()
     none = keys < 0
@@ -105,6 +108,19 @@ def sum_results(
             per_sample_weights=weights,
         )
     return out_TE
+
+
+def sum_grouped(
+    kernel: Callable[[Dispatched], Tensor],
+    x_TE: Tensor,
+    routes: Routes,
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What rows with routes become, by a kernel of grouped ones: (T, E)."""
+    grouping = group_rows(routes.experts_TK, num_experts)
+    results = kernel(Dispatched(x_TE[grouping.source], grouping.counts_L, None))
+    return sum_results(results, grouping.positions_TK, routes.weights_TK, dtype)
 
 
 def _column_blocks(results_ME: Tensor) -> list[slice]:

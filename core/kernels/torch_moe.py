@@ -16,6 +16,7 @@ from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.block_fp8 import dequantize, dequantize_rows
+from core.kernels.moe_permute import sum_grouped
 from core.kernels.precision import accurate
 
 # Added to the sum that weights are divided by, as DeepSeek-V3 does: all scores may be 0.
@@ -61,6 +62,12 @@ def _room_for(matrix: LinearWeight, count: int) -> LinearWeight:
     return matrix.new_empty(count, *matrix.shape)
 
 
+def experts_of(stacked: LinearWeight) -> int:
+    """How many experts stand in a stacked matrix."""
+    values = stacked.values_OI if isinstance(stacked, BlockFp8) else stacked
+    return values.shape[0]
+
+
 def matrix_of(stacked: LinearWeight, expert: int) -> LinearWeight:
     """A view of one expert's matrix."""
     if isinstance(stacked, BlockFp8):
@@ -89,6 +96,9 @@ class TorchExperts:
         self._dtype = dtype
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
+        if dispatched.routes is not None:
+            num_experts = experts_of(self._down_LEI)
+            return sum_grouped(self, dispatched.hidden, dispatched.routes, num_experts, self._dtype)
         hidden = accurate(plain_rows(dispatched, torch.float32))
         out = torch.zeros_like(hidden)
         counts = dispatched.counts_L.tolist()

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+
 
 @triton.jit(do_not_specialize=["num_pairs", "first_row", "first_copy"])
 def map_experts_kernel(
@@ -22,8 +24,11 @@ def map_experts_kernel(
     TOP_K: tl.constexpr,
     MOST_COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK pairs of a row and one of its experts."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pairs < num_pairs
     rows = pairs // TOP_K

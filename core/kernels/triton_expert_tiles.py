@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertTiles
 
 _TILES_OF_A_PROGRAM = 32
@@ -33,9 +34,12 @@ def expert_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Cut each expert's rows into tiles of BLOCK_M: `tiles` is their number (int32), then for each
     the expert, then its first row, then the end of its expert's rows (`max_tiles` each)."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
     experts_L = tl.arange(0, BLOCK_L)
     counts_L = tl.load(counts_ptr + experts_L, mask=experts_L < num_experts, other=0).to(tl.int32)
     num_tiles_L = (counts_L + BLOCK_M - 1) // BLOCK_M
@@ -68,11 +72,11 @@ def cut_into_tiles(
     if capacity is not None:
         max_tiles = num_experts * triton.cdiv(capacity, block_M)
     else:
-        max_tiles = min(num_places, (num_places + num_experts * (block_M - 1)) // block_M)
-    tiles = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=counts_L.device)
+        max_tiles = most_tiles(num_places, num_experts, block_M)
+    tiles = new_tiles(max_tiles, block_M, counts_L.device)
     expert_tiles_kernel[(triton.cdiv(max_tiles, _TILES_OF_A_PROGRAM),)](
         counts_L,
-        tiles,
+        tiles.tiles,
         num_experts,
         capacity or 0,
         max_tiles,
@@ -81,7 +85,19 @@ def cut_into_tiles(
         BLOCK_L=triton.next_power_of_2(num_experts),
         BLOCK_T=_TILES_OF_A_PROGRAM,
         num_warps=4,
+        **options(counts_L.device),
     )
+    return tiles
+
+
+def most_tiles(num_places: int, num_experts: int, block_M: int) -> int:
+    """That places can be cut into, however they are spread over experts."""
+    return min(num_places, (num_places + num_experts * (block_M - 1)) // block_M)
+
+
+def new_tiles(max_tiles: int, block_M: int, device: torch.device) -> ExpertTiles:
+    """For a kernel to fill."""
+    tiles = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=device)
     return ExpertTiles(tiles, max_tiles, block_M)
 
 

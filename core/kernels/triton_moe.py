@@ -11,14 +11,19 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from core.interfaces.moe_a2a import Dispatched
+from core.interfaces.moe_a2a import Dispatched, Routes
 from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
 from core.interfaces.weights import BlockFp8, LinearWeight
-from core.kernels.torch_moe import matrix_of, stack_experts, write_matrix
+from core.kernels.dependent_launch import options
+from core.kernels.expert_tiles import ExpertRows, ExpertTiles
+from core.kernels.torch_moe import experts_of, matrix_of, stack_experts, write_matrix
 from core.kernels.triton_expert_tiles import cut_into_tiles
+from core.kernels.triton_linear import linear
 from core.kernels.triton_moe_bf16 import PlainExperts
 from core.kernels.triton_moe_fp8 import Fp8Experts
+from core.kernels.triton_moe_groups import group_into_tiles
 from core.kernels.triton_moe_kernels import grouped_top_k_kernel
+from core.kernels.triton_moe_permute import sum_results
 
 
 class TritonExperts:
@@ -35,17 +40,35 @@ class TritonExperts:
         self._products = _products(self._gate_up_L2IE, self._down_LEI, dtype)
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
+        if dispatched.routes is not None:
+            return self._sums(dispatched.hidden, dispatched.routes)
         hidden, counts_L = dispatched.hidden, dispatched.counts_L
-        out = torch.empty(hidden.shape, dtype=self._dtype, device=hidden.device)
         num_places = hidden.shape[:-1].numel()
         if num_places == 0:
-            return out
+            return torch.empty(hidden.shape, dtype=self._dtype, device=hidden.device)
         block_M = self._products.block_M(num_places, counts_L.shape[0])
         capacity = hidden.shape[1] if hidden.dim() == 3 else None
         tiles = cut_into_tiles(counts_L, num_places, capacity, block_M)
-        middle = self._products.gate_up(self._products.rows(dispatched), tiles)
-        self._products.down(middle, tiles, out.flatten(0, -2))
-        return out
+        return self._results(self._products.rows(dispatched), tiles).view(hidden.shape)
+
+    def _sums(self, x_TE: Tensor, routes: Routes) -> Tensor:
+        """Of rows that lie as they came: products read each where it is."""
+        out_TE = torch.empty(x_TE.shape, dtype=self._dtype, device=x_TE.device)
+        if routes.experts_TK.numel() == 0:
+            return out_TE
+        num_experts = experts_of(self._down_LEI)
+        block_M = self._products.block_M(routes.experts_TK.numel(), num_experts)
+        groups = group_into_tiles(routes.experts_TK, num_experts, block_M)
+        rows = self._products.routed_rows(x_TE, groups.source_P)
+        results_PE = self._results(rows, groups.tiles)
+        return sum_results(results_PE, groups.positions_TK, routes.weights_TK, out_TE)
+
+    def _results(self, rows: ExpertRows, tiles: ExpertTiles) -> Tensor:
+        """(P, E): what each place becomes."""
+        shape = (rows.num_places, rows.values.shape[1])
+        out_PE = torch.empty(shape, dtype=self._dtype, device=rows.values.device)
+        self._products.down(self._products.gate_up(rows, tiles), tiles, out_PE)
+        return out_PE
 
     def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
         return matrix_of(self._gate_up_L2IE, expert), matrix_of(self._down_LEI, expert)
@@ -75,12 +98,17 @@ class TritonMoeOps:
         return TritonExperts(experts, num_experts, dtype)
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:
-        """The vendor's GEMM, storing its float32 sums."""
+        """Kernels that stream the weight for few rows; else the vendor's GEMM. Both store their
+        float32 sums."""
         if weight_XE.device.type != "cuda" or weight_XE.dtype is torch.float32:
             weight_XE = weight_XE.float()
             return lambda x_TE: F.linear(x_TE.float(), weight_XE)
         weight_EX = weight_XE.t()
-        return lambda x_TE: torch.mm(x_TE, weight_EX, out_dtype=torch.float32)
+
+        def vendor(x_TE: Tensor) -> Tensor:
+            return torch.mm(x_TE, weight_EX, out_dtype=torch.float32)
+
+        return linear("gate", weight_XE, None, vendor, dtype=torch.float32)
 
     def grouped_top_k(
         self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing
@@ -115,5 +143,6 @@ class TritonMoeOps:
             BLOCK_S=triton.next_power_of_2(group_size),
             BLOCK_K=triton.next_power_of_2(routing.top_k),
             num_warps=1,
+            **options(device),
         )
         return weights_TK, ids_TK

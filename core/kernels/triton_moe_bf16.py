@@ -165,6 +165,10 @@ class PlainExperts:
         rows_PE = plain_rows(dispatched, self._dtype).flatten(0, -2)
         return ExpertRows(rows_PE, None, None, rows_PE.shape[0])
 
+    def routed_rows(self, x_TE: Tensor, source_P: Tensor) -> ExpertRows:
+        """Rows that lie as they came, each place reading its own."""
+        return ExpertRows(x_TE, None, source_P, source_P.shape[0])
+
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""
         values, places = rows.values, rows.num_places

@@ -76,7 +76,7 @@ def _scaled(product, scale_M, SWAP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["max_tiles", "scale_expert_stride"],
-    do_not_specialize_on_alignment=["tiles_ptr"],
+    do_not_specialize_on_alignment=["source_ptr", "tiles_ptr"],
 )
 def experts_fp8_kernel(
     x_ptr,
@@ -85,6 +85,7 @@ def experts_fp8_kernel(
     weight_scales_ptr,
     out_ptr,
     out_scales_ptr,
+    source_ptr,
     tiles_ptr,
     max_tiles,
     scale_expert_stride,
@@ -97,10 +98,12 @@ def experts_fp8_kernel(
     BLOCK_N: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    GATHER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x @ W.T of each expert's rows; with GATED silu(x @ W[:N].T) * (x @ W[N:].T), stored in fp8
-    with a scale for each 128 columns: BLOCK_N is 128 then. With SWAP the weights are the left
+    with a scale for each 128 columns: BLOCK_N is 128 then. With GATHER place p reads row source[p].
+    With SWAP the weights are the left
     operand, of which tensor cores take 64 rows at once: few rows of x waste nothing.
     """
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
@@ -121,6 +124,8 @@ def experts_fp8_kernel(
         # Places past the end repeat the last one; their results are not stored.
         places_M = start + tl.arange(0, BLOCK_M)
         read_M = tl.minimum(places_M, end - 1)
+        if GATHER:
+            read_M = tl.load(source_ptr + read_M)
         read_M = read_M.to(tl.int64)
         first_N = item % NUM_COLUMNS * BLOCK_N
         row = expert * ROWS
@@ -196,6 +201,10 @@ class Fp8Experts:
             values_PE, scales = quantize_rows(values_PE.contiguous())
         return ExpertRows(values_PE, scales, None, values_PE.shape[0])
 
+    def routed_rows(self, x_TE: Tensor, source_P: Tensor) -> ExpertRows:
+        """Rows that lie as they came, quantised once each, each place reading its own."""
+        return ExpertRows(*quantize_rows(x_TE), source_P, source_P.shape[0])
+
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""
         size_I = self._down_LEI.values_OI.shape[2]
@@ -236,7 +245,6 @@ def multiply(
 ) -> None:
     """One product of every expert; gated where the result's scales are asked for."""
     assert rows.scales is not None
-    assert rows.source_P is None
     assert rows.values.is_contiguous()
     gated, values = out_scales is not None, weight.values_OI
     assert tile.block_D == BLOCK
@@ -261,6 +269,7 @@ def multiply(
         weight.scales,
         out_PN,
         out_PN if out_scales is None else out_scales,
+        tiles.tiles if rows.source_P is None else rows.source_P,
         tiles.tiles,
         tiles.max_tiles,
         *_scale_strides(rows.scales),
@@ -271,6 +280,7 @@ def multiply(
         BLOCK_N=tile.block_N,
         SWAP=tile.swap,
         TMA=tma,
+        GATHER=rows.source_P is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),

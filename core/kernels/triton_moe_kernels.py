@@ -9,6 +9,8 @@ Shape legend: X logical experts in G groups of S, K experts of a row, F all plac
 import triton
 import triton.language as tl
 
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+
 
 @triton.jit
 def grouped_top_k_kernel(
@@ -29,9 +31,12 @@ def grouped_top_k_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One row. Of equals the first is chosen. NaN is worth less than any number, so that ids are
     valid and differ whatever the logits."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     groups_G = tl.arange(0, BLOCK_G)
     places_S = tl.arange(0, BLOCK_S)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.comm import Communicator
-from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
+from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout, Routes
 from core.kernels.block_fp8 import dequantize_rows
 from core.parallel.experts import default_placement
 from plugins.moe_a2a._fp8 import quantize_rows
@@ -172,6 +172,9 @@ def apply_experts(
 ) -> Tensor:
     """Each local expert's function on its rows; what nobody may read is NaN. `owners`: the logical
     expert of each local one."""
+    if dispatched.routes is not None:
+        assert dispatcher.layout is ExpertLayout.ROUTED
+        return sum_of_experts(case, dispatched.hidden, dispatched.routes, owners)
     device = dispatched.hidden.device
     hidden, counts = dispatched.hidden.cpu(), dispatched.counts_L.tolist()
     assert dispatched.counts_L.dtype == torch.int64
@@ -193,6 +196,21 @@ def apply_experts(
     if dispatcher.layout is ExpertLayout.CONTIGUOUS and device == CPU:
         assert hidden.shape[0] == first, "the CPU needs no rows past the counted ones"
     return output.to(device)
+
+
+def sum_of_experts(case: Case, hidden: Tensor, routes: Routes, owners: tuple[int, ...]) -> Tensor:
+    """What the experts' kernel does with rows that nobody moved."""
+    x_TE, experts_TK = hidden.cpu(), routes.experts_TK.cpu()
+    weights_TK = routes.weights_TK.cpu()
+    assert experts_TK.shape == weights_TK.shape == (len(x_TE), case.top_k)
+    assert x_TE.dtype == case.dtype
+    total_TE = torch.zeros(x_TE.shape)
+    for row, of_row in enumerate(experts_TK.tolist()):
+        for k, local in enumerate(of_row):
+            if local >= 0:
+                result_E = expert(owners[local], x_TE[row]).to(case.dtype).float()
+                total_TE[row] += weights_TK[row, k] * result_E
+    return total_TE.to(hidden.device, case.dtype)
 
 
 def tolerance(case: Case) -> dict[str, float]:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.interfaces.moe_a2a import Dispatched
+from core.interfaces.moe_a2a import Dispatched, Routes
 from core.interfaces.ops import ExpertWeights, Ops
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
 from core.kernels.cpu_ops import CpuOps
+from core.kernels.moe_permute import sum_grouped
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_ops import TritonOps
 
@@ -282,6 +283,43 @@ def test_an_expert_can_be_read_and_replaced(
     assert relative_error(second, expected_of(parts[1], gate_up[1], down[1])) <= TOLERANCE[dtype]
 
 
+@each_set
+@each_dtype
+@pytest.mark.parametrize(("num_rows", "top_k"), [(0, 2), (1, 3), (9, 7), (40, 2), (130, 4)])
+def test_experts_sum_rows_with_routes(
+    ops: Ops, device: torch.device, dtype: torch.dtype, num_rows: int, top_k: int
+) -> None:
+    """Some pairs have no expert here, and some rows none at all."""
+    gate_up, down = weights(7, 96, 40, dtype)
+    x_TE, routes = normal(3, num_rows, 96, dtype=dtype), routes_of(num_rows, top_k, 7)
+    expected = torch.zeros(num_rows, 96, dtype=torch.float64)
+    for row, of_row in enumerate(routes.experts_TK.tolist()):
+        for expert, weight in zip(of_row, routes.weights_TK[row].tolist(), strict=True):
+            if expert >= 0:
+                result = expected_of(x_TE[row, None], gate_up[expert], down[expert])
+                expected[row] += weight * result[0]
+    kernel = ops.experts(pairs_of(gate_up, down, device), len(down), dtype)
+    out = kernel(arrived(x_TE, routes, device))
+    assert out.shape == x_TE.shape
+    assert out.dtype == dtype
+    assert relative_error(out, expected) <= TOLERANCE[dtype]
+    assert not out.cpu()[(routes.experts_TK < 0).all(1)].any()
+
+
+def routes_of(num_rows: int, top_k: int, num_experts: int) -> Routes:
+    generator = torch.Generator().manual_seed(num_rows)
+    order = torch.rand(num_rows, num_experts + 3, generator=generator).argsort(1)[:, :top_k]
+    experts_TK = torch.where(order < num_experts, order, -1)
+    experts_TK[num_rows - num_rows // 5 :] = -1
+    return Routes(experts_TK, torch.rand(num_rows, top_k, generator=generator))
+
+
+def arrived(x_TE: Tensor, routes: Routes, device: torch.device) -> Dispatched:
+    moved = Routes(routes.experts_TK.to(device), routes.weights_TK.to(device))
+    no_counts = torch.empty(0, dtype=torch.int64, device=device)
+    return Dispatched(x_TE.to(device), no_counts, None, routes=moved)
+
+
 # --- fp8 blocks ----------------------------------------------------------------------------------
 
 
@@ -415,3 +453,19 @@ def test_experts_drawn_at_random_are_uniform(ops: Ops, device: torch.device) -> 
     assert chi_square < 37.7  # 15 degrees of freedom, p = 0.001
     same_ids_TK = TorchOps().grouped_top_k(logits_TX, None, routing)[1]
     assert torch.equal(ids_TK.cpu().sort(1).values, same_ids_TK.sort(1).values)
+
+
+@needs_fp8
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> None:
+    """The same as the same rows grouped beforehand."""
+    _, make, device = TRITON
+    hidden_size, size, dtype = 200, 256, torch.bfloat16
+    pairs = (quantized(w) for w in weights(5, hidden_size, size, torch.float32))
+    kernel = make().experts(pairs_of(*pairs, device), 5, dtype)
+    x_TE, routes = normal(3, num_rows, hidden_size, dtype=dtype), routes_of(num_rows, 3, 5)
+    out = kernel(arrived(x_TE, routes, device))
+    on_device = arrived(x_TE, routes, device)
+    assert on_device.routes is not None
+    expected = sum_grouped(kernel, on_device.hidden, on_device.routes, 5, dtype)
+    assert relative_error(out, expected.cpu().double()) <= 1e-2

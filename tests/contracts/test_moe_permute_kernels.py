@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels import triton_moe_permute
+from core.kernels import triton_moe_groups, triton_moe_permute
 from core.kernels.moe_permute import group_rows, sum_results
 from tests.support.routing import SHAPES, routing
 
@@ -63,7 +63,7 @@ def test_sums_are_of_each_row_s_own_results(
 def test_triton_groups_rows_as_torch_does(num_rows: int, top_k: int, num_experts: int) -> None:
     experts_TK = routing(num_rows, top_k, num_experts)
     expected = group_rows(experts_TK, num_experts, num_pairs=experts_TK.numel())
-    source, counts_L, positions_TK = triton_moe_permute.group_pairs(
+    source, counts_L, positions_TK = triton_moe_groups.group_pairs(
         experts_TK.to(DEVICE), num_experts
     )
     assert torch.equal(source.cpu(), expected.source)
@@ -84,9 +84,49 @@ def test_extreme_routings_are_grouped(num_rows: int, top_k: int, case: str) -> N
     generator = torch.Generator().manual_seed(num_rows)
     experts_TK = torch.randint(lowest, beyond, (num_rows, top_k), generator=generator)
     expected = group_rows(experts_TK, num_experts, num_pairs=experts_TK.numel())
-    source, counts_L, positions_TK = triton_moe_permute.group_pairs(
+    source, counts_L, positions_TK = triton_moe_groups.group_pairs(
         experts_TK.to(DEVICE), num_experts
     )
     assert torch.equal(source.cpu(), expected.source)
     assert torch.equal(counts_L.cpu(), expected.counts_L)
     assert torch.equal(positions_TK.cpu(), expected.positions_TK)
+
+
+@pytest.mark.parametrize("block_M", [16, 64])
+@pytest.mark.parametrize(("num_rows", "top_k", "num_experts"), [*SHAPES[1:], (600, 8, 127)])
+def test_groups_are_cut_into_tiles(
+    num_rows: int, top_k: int, num_experts: int, block_M: int
+) -> None:
+    experts_TK = routing(num_rows, top_k, num_experts)
+    check_tiles(experts_TK, num_experts, block_M)
+
+
+@pytest.mark.parametrize("most_pairs", [64, 40])
+@pytest.mark.parametrize("experts", [[77], [-1], [3, 4]], ids=str)
+def test_extreme_routings_are_cut_into_tiles(
+    experts: list[int], most_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One group of many tiles, none, and two; by every way to group."""
+    monkeypatch.setattr("core.kernels.triton_moe_groups.MOST_PAIRS", most_pairs)
+    for num_rows in (3, 50, 130):
+        experts_TK = torch.tensor(experts).repeat(num_rows)[:num_rows].view(-1, 1)
+        check_tiles(experts_TK, 130, 16)
+
+
+def check_tiles(experts_TK: Tensor, num_experts: int, block_M: int) -> None:
+    """Against a loop over experts."""
+    groups = triton_moe_groups.group_into_tiles(experts_TK.to(DEVICE), num_experts, block_M)
+    expected = group_rows(experts_TK, num_experts, num_pairs=experts_TK.numel())
+    num_real = int((experts_TK >= 0).sum())
+    assert torch.equal(groups.source_P.cpu()[:num_real], expected.source[:num_real])
+    assert torch.equal(groups.positions_TK.cpu(), expected.positions_TK)
+    tiles, start = [], 0
+    for expert, count in enumerate(expected.counts_L.tolist()):
+        firsts = range(start, start + count, block_M)
+        tiles += [(expert, first, start + count) for first in firsts]
+        start += count
+    num_tiles, *got = groups.tiles.tiles.tolist()
+    most = groups.tiles.max_tiles
+    columns = (got[part * most : part * most + num_tiles] for part in range(3))
+    assert num_tiles <= most
+    assert list(zip(*columns, strict=True)) == tiles

@@ -10,7 +10,6 @@ from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher, ExpertLayout
 from plugins.moe_a2a._options import AllGatherOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
-from plugins.moe_a2a.local import LocalDispatcher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -31,7 +30,6 @@ def spec() -> A2ASpec:
 
 
 DISPATCHERS = {
-    "local": lambda: LocalDispatcher(NoOptions(), spec()),
     "allgather": lambda: AllGatherDispatcher(AllGatherOptions(), spec()),
     "allgather-batched": lambda: AllGatherDispatcher(AllGatherOptions(layout="batched"), spec()),
 }
