@@ -43,10 +43,12 @@ SHAPES = {
     "30b_qkv": ("linear", 5120, 2048, 0),
     "30b_out": ("linear", 2048, 4096, 0),
     "30b_head": ("logits", 151936, 2048, 0),
+    "30b_gate": ("gate", 128, 2048, 0),
+    "dsv3_gate": ("gate", 256, 7168, 0),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BYTES_OF_COPIES = 500 << 20  # ten times the cache
-_DTYPES = {"logits": torch.float32}
+_DTYPES = {"logits": torch.float32, "gate": torch.float32}
 
 
 def vectors(size_I: int, rows: int) -> Iterator[Tile]:
@@ -144,7 +146,7 @@ def kernel_of(operation: str, weight: Tensor, tile: Tile) -> LinearKernel:
 
 
 def vendor_of(operation: str, weight: Tensor) -> LinearKernel:
-    if operation == "logits":
+    if operation in ("logits", "gate"):
         return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
     if operation == "gated_linear":
         return lambda x: TritonOps().silu_and_mul(F.linear(x, weight))
@@ -296,10 +298,9 @@ def time_shape(name: str, all_rows: list[int]) -> list[dict[str, Any]]:
     """What the tables choose for one shape."""
     operation, size_O, size_I, _ = SHAPES[name]
     ops, weights = TritonOps(), copies_of(size_O, size_I)
-    if operation == "logits":
-        kernels = [ops.logits(weight) for weight in weights]
-    else:
-        kernels = [getattr(ops, operation)(weight, None) for weight in weights]
+    make = getattr(ops, operation)
+    biases = () if operation in ("logits", "gate") else (None,)
+    kernels = [make(weight, *biases) for weight in weights]
     vendors = [vendor_of(operation, weight) for weight in weights]
     results = []
     for rows in all_rows:

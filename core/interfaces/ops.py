@@ -14,7 +14,8 @@ from torch import Tensor
 from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.routing import Routing as Routing  # part of this contract
+from core.interfaces.routing import Destinations as Destinations  # part of this contract
+from core.interfaces.routing import Routing as Routing
 from core.interfaces.weights import LinearWeight
 
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
@@ -157,4 +158,12 @@ class Ops(Protocol):
         """Choose the experts of each row: (weights (T, K) float32, logical ids (T, K) int64).
 
         `logits_TX` float32."""
+        ...
+
+    def route(
+        self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing, to: Destinations
+    ) -> tuple[Tensor, Tensor]:
+        """`grouped_top_k`, then where each expert stands: (weights (T, K) float32, physical ids
+        (T, K) int64; 0 and -1 in rows that are padding). Counts the real rows of each expert.
+        Never waits for the device where it captures steps."""
         ...

@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
+from core.interfaces.ops import (
+    Destinations,
+    ExpertKernel,
+    ExpertWeights,
+    LinearKernel,
+    Routing,
+)
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.block_fp8 import dequantize, dequantize_rows
+from core.kernels.expert_map import map_experts
 from core.kernels.moe_permute import sum_grouped
 from core.kernels.precision import accurate
 
@@ -153,6 +160,13 @@ class TorchMoeOps:
         if routing.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _LEAST_SUM)
         return weights_TK * routing.scale, ids_TK
+
+    def route(
+        self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing, to: Destinations
+    ) -> tuple[Tensor, Tensor]:
+        """One after the other."""
+        weights_TK, logical_TK = self.grouped_top_k(logits_TX, bias_X, routing)
+        return weights_TK, map_experts(logical_TK, weights_TK, to)
 
 
 def _scores(logits_TX: Tensor, scoring: str) -> Tensor:

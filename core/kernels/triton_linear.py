@@ -1,6 +1,6 @@
 """Linear layers of 16-bit weights on a GPU: which kernel runs for how many rows.
 
-The choice is data (core/kernels/tuned/{linear,gated_linear,logits}_bf16.json, measured by
+The choice is data (core/kernels/tuned/{linear,gated_linear,logits,gate}_bf16.json, measured by
 benchmarks.gpu_linear), looked up when a layer is built: in a step it costs one list index. Knows
 nothing of what the kernels do inside. Shape legend: T rows, O rows of the weight, I inputs.
 """

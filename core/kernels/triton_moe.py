@@ -12,7 +12,13 @@ import triton
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched, Routes
-from core.interfaces.ops import ExpertKernel, ExpertWeights, LinearKernel, Routing
+from core.interfaces.ops import (
+    Destinations,
+    ExpertKernel,
+    ExpertWeights,
+    LinearKernel,
+    Routing,
+)
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.dependent_launch import options
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles
@@ -22,7 +28,7 @@ from core.kernels.triton_linear import linear
 from core.kernels.triton_moe_bf16 import PlainExperts
 from core.kernels.triton_moe_fp8 import Fp8Experts
 from core.kernels.triton_moe_groups import group_into_tiles
-from core.kernels.triton_moe_kernels import grouped_top_k_kernel
+from core.kernels.triton_moe_kernels import choose_experts_kernel
 from core.kernels.triton_moe_permute import sum_results
 
 
@@ -114,35 +120,53 @@ class TritonMoeOps:
         self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         """One program a row; of equals the first is chosen."""
-        num_rows, num_experts = logits_TX.shape
-        device = logits_TX.device
-        weights_TK = torch.empty((num_rows, routing.top_k), dtype=torch.float32, device=device)
-        ids_TK = torch.empty((num_rows, routing.top_k), dtype=torch.int64, device=device)
-        if num_rows == 0:
-            return weights_TK, ids_TK
-        assert logits_TX.stride(1) == 1
-        if routing.scoring == "uniform_random":
-            bias_X = None
-        group_size = num_experts // routing.num_groups
-        grouped_top_k_kernel[(num_rows,)](
-            logits_TX,
-            logits_TX if bias_X is None else bias_X,
-            weights_TK,
-            ids_TK,
-            logits_TX.stride(0),
-            routing.scale,
-            GROUP_SIZE=group_size,
-            NUM_GROUPS=routing.num_groups,
-            NUM_CHOSEN=routing.num_chosen_groups,
-            GROUP_TOP=routing.group_top,
-            TOP_K=routing.top_k,
-            SCORING=routing.scoring,
-            NORMALISE=routing.normalise,
-            HAS_BIAS=bias_X is not None,
-            BLOCK_G=triton.next_power_of_2(routing.num_groups),
-            BLOCK_S=triton.next_power_of_2(group_size),
-            BLOCK_K=triton.next_power_of_2(routing.top_k),
-            num_warps=1,
-            **options(device),
-        )
+        return _choose_experts(logits_TX, bias_X, routing, None)
+
+    def route(
+        self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing, to: Destinations
+    ) -> tuple[Tensor, Tensor]:
+        """In the same launch."""
+        return _choose_experts(logits_TX, bias_X, routing, to)
+
+
+def _choose_experts(
+    logits_TX: Tensor, bias_X: Tensor | None, routing: Routing, to: Destinations | None
+) -> tuple[Tensor, Tensor]:
+    """Weights, and ids: physical ones where `to` says where experts stand."""
+    num_rows, num_experts = logits_TX.shape
+    device = logits_TX.device
+    weights_TK = torch.empty((num_rows, routing.top_k), dtype=torch.float32, device=device)
+    ids_TK = torch.empty((num_rows, routing.top_k), dtype=torch.int64, device=device)
+    if num_rows == 0:
         return weights_TK, ids_TK
+    assert logits_TX.stride(1) == 1
+    if routing.scoring == "uniform_random":
+        bias_X = None
+    group_size = num_experts // routing.num_groups
+    tensors = (ids_TK,) * 4 if to is None else (*to.copies, to.counts_X, to.num_real)
+    choose_experts_kernel[(num_rows,)](
+        logits_TX,
+        logits_TX if bias_X is None else bias_X,
+        weights_TK,
+        ids_TK,
+        *tensors,
+        logits_TX.stride(0),
+        routing.scale,
+        0 if to is None else to.first_row,
+        0 if to is None else to.first_copy,
+        MOST_COPIES=0 if to is None else to.copies.physical_XC.shape[1],
+        GROUP_SIZE=group_size,
+        NUM_GROUPS=routing.num_groups,
+        NUM_CHOSEN=routing.num_chosen_groups,
+        GROUP_TOP=routing.group_top,
+        TOP_K=routing.top_k,
+        SCORING=routing.scoring,
+        NORMALISE=routing.normalise,
+        HAS_BIAS=bias_X is not None,
+        BLOCK_G=triton.next_power_of_2(routing.num_groups),
+        BLOCK_S=triton.next_power_of_2(group_size),
+        BLOCK_K=triton.next_power_of_2(routing.top_k),
+        num_warps=1,
+        **options(device),
+    )
+    return weights_TK, ids_TK

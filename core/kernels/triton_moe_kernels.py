@@ -13,13 +13,50 @@ from core.kernels.dependent_launch import let_successor_start, wait_for_predeces
 
 
 @triton.jit
-def grouped_top_k_kernel(
+def _store_physical(
+    weights_ptr,
+    ids_ptr,
+    physical_ptr,
+    num_copies_ptr,
+    counts_ptr,
+    num_real_ptr,
+    weights_K,
+    logical_K,
+    row,
+    first_row,
+    first_copy,
+    MOST_COPIES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Where the experts of a row stand; it is counted, unless it is padding."""
+    choices_K = tl.arange(0, BLOCK_K)
+    inside_K = choices_K < TOP_K
+    rows_K = tl.zeros((BLOCK_K,), tl.int64) + row + first_row
+    real_K = inside_K & (rows_K < tl.load(num_real_ptr))
+    copies_K = tl.load(num_copies_ptr + logical_K, mask=inside_K, other=1)
+    places_K = logical_K * MOST_COPIES + (row + first_copy) % copies_K
+    physical_K = tl.load(physical_ptr + places_K, mask=inside_K, other=0)
+    tl.store(weights_ptr + choices_K, tl.where(real_K, weights_K, 0.0), mask=inside_K)
+    tl.store(ids_ptr + choices_K, tl.where(real_K, physical_K, -1), mask=inside_K)
+    tl.atomic_add(counts_ptr + logical_K, 1, mask=real_K, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["first_row", "first_copy"])
+def choose_experts_kernel(
     logits_ptr,
     bias_ptr,
     weights_ptr,
     ids_ptr,
+    physical_ptr,
+    num_copies_ptr,
+    counts_ptr,
+    num_real_ptr,
     logits_stride,
     scale,
+    first_row,
+    first_copy,
+    MOST_COPIES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     NUM_CHOSEN: tl.constexpr,
@@ -34,7 +71,7 @@ def grouped_top_k_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """One row. Of equals the first is chosen. NaN is worth less than any number, so that ids are
-    valid and differ whatever the logits."""
+    valid and differ whatever the logits. With MOST_COPIES ids are those of where experts stand."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
@@ -88,5 +125,25 @@ def grouped_top_k_kernel(
         worth_F = tl.where(places_F == place, least, worth_F)
     if NORMALISE:
         weights_K = weights_K / (tl.sum(weights_K, axis=0) + 1e-20)
-    tl.store(weights_ptr + row * TOP_K + choices_K, weights_K * scale, mask=choices_K < TOP_K)
-    tl.store(ids_ptr + row * TOP_K + choices_K, ids_K.to(tl.int64), mask=choices_K < TOP_K)
+    weights_ptr += row * TOP_K
+    ids_ptr += row * TOP_K
+    if MOST_COPIES > 0:
+        _store_physical(
+            weights_ptr,
+            ids_ptr,
+            physical_ptr,
+            num_copies_ptr,
+            counts_ptr,
+            num_real_ptr,
+            weights_K * scale,
+            ids_K.to(tl.int64),
+            row,
+            first_row,
+            first_copy,
+            MOST_COPIES,
+            TOP_K,
+            BLOCK_K,
+        )
+    else:
+        tl.store(weights_ptr + choices_K, weights_K * scale, mask=choices_K < TOP_K)
+        tl.store(ids_ptr + choices_K, ids_K.to(tl.int64), mask=choices_K < TOP_K)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.interfaces.model import BuildContext
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.ops import ExpertWeights
+from core.interfaces.ops import Destinations, ExpertWeights
 from core.interfaces.weights import BlockFp8, LinearWeight, WeightReader
 from core.layers.expert_moves import Move, expert_moves
 from core.layers.moe_spec import MoELayerSpec
@@ -40,12 +40,9 @@ class LocalExperts:
             context.dtype,
         )
 
-    def physical(
-        self, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first_row: int
-    ) -> Tensor:
-        """The physical experts of each row, -1 and weight 0 for padding; counts them. See
-        `core.layers.router.ExpertMap`."""
-        return self._map(logical_TK, weights_TK, num_real, first_row)
+    def destinations(self, num_real: Tensor, first_row: int) -> Destinations:
+        """Which physical experts rows go to; see `core.layers.router.ExpertMap`."""
+        return self._map(num_real, first_row)
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         """Results of the received rows, partial sums over tp_expert."""

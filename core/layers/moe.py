@@ -49,9 +49,9 @@ class MoELayer:
 
     def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
         rows = step.rows
-        weights_TK, logical_TK = self._router(x_TE)
         first_row = rows.first_of_part if self._shared_out else 0
-        physical_TK = self.experts.physical(logical_TK, weights_TK, step.num_real, first_row)
+        destinations = self.experts.destinations(step.num_real, first_row)
+        weights_TK, physical_TK = self._router(x_TE, destinations)
         x_AE = self._exchange.gather(x_TE, rows)
         physical_AK, weights_AK = self._gather_routes(physical_TK, weights_TK, rows)
         counts = rows_by_ep(rows) if self._shared_out else (x_AE.shape[0],)

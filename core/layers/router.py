@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from core.interfaces.model import BuildContext
+from core.interfaces.routing import Copies, Destinations
 from core.interfaces.weights import WeightReader
-from core.kernels.expert_map import Copies, map_experts
 from core.layers.moe_spec import MoELayerSpec
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 
 
 class Router:
-    """(T, E) -> weights (T, K) float32 and logical ids (T, K) int64; the same on every rank."""
+    """(T, E) -> weights (T, K) float32 and physical ids (T, K) int64 of the experts of each row."""
 
     __slots__ = ("_bias_X", "_gate", "_ops", "_routing")
 
@@ -34,8 +34,8 @@ class Router:
             else None
         )
 
-    def __call__(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ops.grouped_top_k(self._gate(x_TE), self._bias_X, self._routing)
+    def __call__(self, x_TE: Tensor, to: Destinations) -> tuple[Tensor, Tensor]:
+        return self._ops.route(self._gate(x_TE), self._bias_X, self._routing, to)
 
 
 class ExpertMap:
@@ -67,20 +67,10 @@ class ExpertMap:
         self._copies.physical_XC.copy_(torch.tensor(padded))
         self._copies.num_copies_X.copy_(torch.tensor([len(of_expert) for of_expert in copies]))
 
-    def __call__(
-        self, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first_row: int = 0
-    ) -> Tensor:
-        """Physical ids (T, K), -1 for padding, whose weights become 0: the rows from `num_real`
-        (int32 (1,), on the device) on, where row 0 is number `first_row`."""
-        return map_experts(
-            logical_TK,
-            weights_TK,
-            self._copies,
-            self._counts_X,
-            num_real,
-            first_row,
-            self._first_copy,
-        )
+    def __call__(self, num_real: Tensor, first_row: int) -> Destinations:
+        """Where a step's rows go, and where they are counted: `num_real` (int32 (1,), on the
+        device) of them, where row 0 is number `first_row`."""
+        return Destinations(self._copies, self._counts_X, num_real, first_row, self._first_copy)
 
     def take_counts(self) -> Tensor:
         """Real rows of each logical expert since the last call, int64 on the device."""

@@ -1,20 +1,27 @@
-"""Logical to physical experts: the kernel against plain Python, interpreted or on the GPU."""
+"""Logical to physical experts: what every set of operations makes of a routing, against plain
+Python. Triton's kernel runs in its interpreter where there is no GPU."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from core.kernels import expert_map
-from core.kernels.expert_map import Copies, map_experts
+from core.interfaces.ops import Ops
+from core.interfaces.routing import Copies, Destinations, Routing
+from core.kernels.cpu_ops import CpuOps
+from core.kernels.torch_ops import TorchOps
+from core.kernels.triton_ops import TritonOps
 
-CUDA = torch.cuda.is_available()
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+SETS = {"torch": (TorchOps, "cpu"), "cpu": (CpuOps, "cpu"), "triton": (TritonOps, GPU)}
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "triton"])
+@pytest.mark.parametrize(("make", "device"), SETS.values(), ids=SETS)
 @pytest.mark.parametrize("seed", range(6))
-def test_pairs_are_mapped_padding_left_out_and_rows_counted(kernel: bool, seed: int) -> None:
-    device = torch.device("cuda" if kernel and CUDA else "cpu")
+def test_rows_are_mapped_padding_left_out_and_counted(
+    make: Callable[[], Ops], device: str, seed: int
+) -> None:
     source = random.Random(seed)
     num_experts, most = source.choice((4, 13, 256)), source.choice((1, 3))
     num_rows, top_k = source.choice((0, 1, 40, 300)), source.choice((1, 3))
@@ -23,24 +30,22 @@ def test_pairs_are_mapped_padding_left_out_and_rows_counted(kernel: bool, seed: 
     copies = [
         [source.randrange(1000) for _ in range(source.randint(1, most))] for _ in range(num_experts)
     ]
-    logical = [source.sample(range(num_experts), top_k) for _ in range(num_rows)]
-    tables = Copies(
-        torch.tensor([[*c, *[-1] * (most - len(c))] for c in copies], device=device),
-        torch.tensor([len(c) for c in copies], device=device),
-    )
-    counts_X = torch.full((num_experts,), 7, device=device)
-    logical_TK = torch.tensor(logical, dtype=torch.int64, device=device).view(num_rows, top_k)
-    weights_TK = torch.full((num_rows, top_k), 0.5, device=device)
-    run = expert_map._launch if kernel else map_experts
-    physical_TK = run(
-        logical_TK,
-        weights_TK,
-        tables,
-        counts_X,
+    to = Destinations(
+        Copies(
+            torch.tensor([[*c, *[-1] * (most - len(c))] for c in copies], device=device),
+            torch.tensor([len(c) for c in copies], device=device),
+        ),
+        torch.full((num_experts,), 7, device=device),
         torch.tensor([num_real], dtype=torch.int32, device=device),
         first_row,
         first_copy,
     )
+    logical = [source.sample(range(num_experts), top_k) for _ in range(num_rows)]
+    logits_TX = torch.full((num_rows, num_experts), -50.0)
+    for logits_X, experts in zip(logits_TX, logical, strict=True):
+        logits_X[experts] = torch.arange(top_k, 0, -1).float()
+    routing = Routing(top_k=top_k, scoring="sigmoid", normalise=True, scale=2.0)
+    weights_TK, physical_TK = make().route(logits_TX.to(device), None, routing, to)
     expected, counts = [], [7] * num_experts
     for row, experts in enumerate(logical):
         if first_row + row >= num_real:
@@ -50,5 +55,9 @@ def test_pairs_are_mapped_padding_left_out_and_rows_counted(kernel: bool, seed: 
         for x in experts:
             counts[x] += 1
     assert physical_TK.tolist() == expected
-    assert counts_X.tolist() == counts
-    assert weights_TK.tolist() == [[0.0 if p < 0 else 0.5 for p in row] for row in expected]
+    assert to.counts_X.tolist() == counts
+    scores_K = torch.arange(top_k, 0, -1).double().sigmoid()
+    weights_K = 2.0 * scores_K / scores_K.sum()
+    for weights, experts in zip(weights_TK.cpu().double(), expected, strict=True):
+        right_K = weights_K if experts[0] >= 0 else torch.zeros(top_k)
+        torch.testing.assert_close(weights, right_K.double(), atol=1e-6, rtol=1e-6)

@@ -208,7 +208,9 @@ def test_usual_tiles_hold_for_any_shape() -> None:
         assert vector["max_rows"] < matrix["max_rows"]
 
 
-@pytest.mark.parametrize("operation", ["linear_bf16", "gated_linear_bf16", "logits_bf16"])
+@pytest.mark.parametrize(
+    "operation", ["linear_bf16", "gated_linear_bf16", "logits_bf16", "gate_bf16"]
+)
 def test_tables_name_what_kernels_take(operation: str) -> None:
     rows = tuning.rows_of(operation, "NVIDIA H100 80GB HBM3")
     assert rows

@@ -16,6 +16,7 @@ from core.interfaces.ops import Ops
 from core.interfaces.weights import PlainFormat
 from core.kernels.block_fp8 import dequantize, quantize
 from core.kernels.cpu_ops import CpuOps
+from core.kernels.expert_map import map_experts
 from core.kernels.select import select_ops
 from core.kernels.torch_ops import TorchOps
 from core.kernels.weight_formats import BlockFp8Format
@@ -312,8 +313,8 @@ def context_of(comms: Comms, stream: Layout, placement: LayerPlacement) -> Build
 def mapped(experts: ExpertMap, logical_TK: torch.Tensor, num_real: int) -> torch.Tensor:
     """Physical ids; padding must have lost its weight, and only padding."""
     weights_TK = torch.ones(logical_TK.shape)
-    num_real_1 = torch.tensor([num_real], dtype=torch.int32)
-    physical_TK = experts(logical_TK, weights_TK, num_real_1)
+    to = experts(torch.tensor([num_real], dtype=torch.int32), first_row=0)
+    physical_TK = map_experts(logical_TK, weights_TK, to)
     assert (weights_TK == (physical_TK >= 0)).all()
     return physical_TK
 
