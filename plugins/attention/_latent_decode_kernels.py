@@ -54,7 +54,10 @@ def _load_tokens(
     columns_R = tl.arange(0, BLOCK_R)
     inside_N = tokens_N < end_token
     pages_N = tl.load(table_ptr + tokens_N // PAGE_SIZE, mask=inside_N, other=0).to(tl.int64)
-    slots_N = pages_N * PAGE_SIZE + tokens_N % PAGE_SIZE
+    # Triton 3.6 takes the sum for as aligned as the first token of a page, and would read 16 bytes
+    # where vectors of odd sizes are aligned to 8; it knows nothing of a number that was a float.
+    offsets_N = (tokens_N % PAGE_SIZE).to(tl.float32).to(tl.int64)
+    slots_N = pages_N * PAGE_SIZE + offsets_N
     vectors_ptr_N1 = cache_ptr + slots_N[:, None] * (LATENT_DIM + ROPE_DIM)
     latent_NC = tl.load(
         vectors_ptr_N1 + columns_C[None, :],
