@@ -165,7 +165,7 @@ def _choose_experts(
         HAS_BIAS=bias_X is not None,
         BLOCK_G=triton.next_power_of_2(routing.num_groups),
         BLOCK_S=triton.next_power_of_2(group_size),
-        BLOCK_K=triton.next_power_of_2(routing.top_k),
+        BLOCK_K=max(2, triton.next_power_of_2(routing.top_k)),
         num_warps=1,
         **options(device),
     )
