@@ -17,7 +17,7 @@ from core.kernels import tuning
 from core.kernels.triton_skinny import matrix, vector
 from core.kernels.triton_wide import wide
 
-MOST_ROWS = 1024  # beyond, the vendor's GEMM is faster or as fast
+MOST_ROWS = 1024  # looked up by their number; beyond, few rows of a table are left to choose from
 _BUSY_PROGRAMS = 128  # about one for each processor of a large GPU
 _PATHS = {"vector": vector, "matrix": matrix, "wide": wide}
 
@@ -59,12 +59,24 @@ def linear(
         if most not in prepared:
             prepared[most] = prepare(weight_OI, bias_O, gated=gated, dtype=dtype, tile=choice)
         by_rows.append(prepared[most])
-    if not prepared:
+    many = [
+        (
+            choice["max_rows"],
+            vendor
+            if choice["path"] == "vendor"
+            else prepare(weight_OI, bias_O, gated=gated, dtype=dtype, tile=choice),
+        )
+        for choice in found
+        if choice["max_rows"] > MOST_ROWS
+    ]
+    if all(kernel is vendor for kernel in (*by_rows, *(kernel for _, kernel in many))):
         return vendor
 
     def run(x_TI: Tensor) -> Tensor:
         num_rows = x_TI.shape[0]
-        return (by_rows[num_rows] if num_rows <= MOST_ROWS else vendor)(x_TI)
+        if num_rows <= MOST_ROWS:
+            return by_rows[num_rows](x_TI)
+        return next((kernel for most, kernel in many if num_rows <= most), vendor)(x_TI)
 
     return run
 

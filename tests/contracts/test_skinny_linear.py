@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.kernels import tuning
@@ -199,6 +200,29 @@ def test_leaves_no_rows_and_many_rows_to_the_vendor() -> None:
     for rows in (0, 1, 300, 257):
         kernel(torch.ones(rows, 64, dtype=weight.dtype, device=DEVICE))
     assert calls == [0, 300, 257]
+
+
+def test_tables_may_speak_of_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the rows that are looked up one by one, the first that suffices; then the vendor."""
+    tile = {"BLOCK_T": 64, "BLOCK_O": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 3}
+    rows = [
+        {"max_rows": 8, "path": "vendor"},
+        {"max_rows": 20, "path": "wide", **tile},
+        {"max_rows": 30, "path": "vendor"},
+        {"max_rows": 40, "path": "wide", **tile},
+    ]
+    monkeypatch.setattr("core.kernels.triton_linear.MOST_ROWS", 10)
+    monkeypatch.setattr("core.kernels.triton_linear.measured", lambda *shape: tuple(rows))
+    calls: list[int] = []
+    weight = normal(1, 32, 64, dtype=torch.bfloat16).to(DEVICE)
+    kernel = linear("linear", weight, None, _recorder(calls))
+    for num_rows in (8, 9, 15, 25, 35, 41):
+        x = normal(2, num_rows, 64, dtype=torch.bfloat16).to(DEVICE)
+        out = kernel(x)
+        if num_rows not in calls:
+            right = F.linear(x.double(), weight.double())
+            assert float((out.double() - right).norm() / right.norm()) <= 1e-2
+    assert calls == [8, 25, 41]
 
 
 def test_usual_tiles_hold_for_any_shape() -> None:
