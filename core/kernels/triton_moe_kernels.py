@@ -116,11 +116,14 @@ def choose_experts_kernel(
     choices_K = tl.arange(0, BLOCK_K)
     weights_K = tl.zeros((BLOCK_K,), tl.float32)
     ids_K = tl.zeros((BLOCK_K,), tl.int32)
-    for choice in tl.static_range(TOP_K):
+    # A look at the second best, even if nobody asks for it: Triton reorders what is reshaped for
+    # one reduction alone, whose index then names another place.
+    for choice in tl.static_range(TOP_K if TOP_K > 1 else 2):
         _best, place = tl.max(worth_F, axis=0, return_indices=True)
         weight = tl.sum(tl.where(places_F == place, scores_F, 0.0), axis=0)
         expert = place // BLOCK_S * GROUP_SIZE + place % BLOCK_S
-        weights_K = tl.where(choices_K == choice, weight, weights_K)
+        if choice < TOP_K:
+            weights_K = tl.where(choices_K == choice, weight, weights_K)
         ids_K = tl.where(choices_K == choice, expert, ids_K)
         worth_F = tl.where(places_F == place, least, worth_F)
     if NORMALISE:
