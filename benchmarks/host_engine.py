@@ -4,8 +4,9 @@
 
 Made-up weights. Prints one JSON line. `busy_ms`: what the host does in a turn of the engine's loop
 (scheduling, launching, reading tokens), without the time in which it waits for the running step;
-medians over the steps. `idle_us`: between two replayed steps on the device, from a trace of 20 more
-steps; null on a CPU. The step hides the host's work where `wait_ms` is above zero.
+`launch_ms`: the part of it in which the step is handed to the device; medians over the steps.
+`idle_us`: between two replayed steps on the device, from a trace of 20 more steps; null on a CPU.
+The step hides the host's work where `wait_ms` is above zero.
 """
 
 import argparse
@@ -31,12 +32,16 @@ class PolledLauncher:
     def __init__(self, launcher: Any) -> None:
         self._launcher = launcher
         self.waited_s: list[float] = []
+        self.launched_s: list[float] = []
 
     def run(self, work: Callable[[], Any]) -> Any:
         return self._launcher.run(work)
 
     def launch(self, runner: Any, step: Any) -> "PolledStep":
-        return PolledStep(self._launcher.launch(runner, step), self.waited_s)
+        begin = time.perf_counter()
+        launched = self._launcher.launch(runner, step)
+        self.launched_s.append(time.perf_counter() - begin)
+        return PolledStep(launched, self.waited_s)
 
 
 class PolledStep:
@@ -75,6 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(FIRST_STEPS):
         engine.step()
     polled.waited_s.clear()
+    polled.launched_s.clear()
     turns_s = []
     for _ in range(arguments.steps):
         begin = time.perf_counter()
@@ -92,6 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cuda_graphs": lone.engine.describe().get("cuda_graphs"),
         "turn_ms": round(median(turns_s) * 1e3, 4),
         "busy_ms": round(median(busy_s) * 1e3, 4),
+        "launch_ms": round(median(polled.launched_s[: arguments.steps]) * 1e3, 4),
         "slowest_busy_ms": round(max(busy_s) * 1e3, 4),
         "wait_ms": round(median(polled.waited_s) * 1e3, 4),
         "idle_us": round(median(idle_us), 2) if idle_us else None,
