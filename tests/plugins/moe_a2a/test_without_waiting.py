@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher, ExpertLayout
 from plugins.moe_a2a._options import AllGatherOptions
