@@ -1,5 +1,6 @@
 """One rank alone: the whole engine of a small plan, or one rank of a larger one without peers."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,15 @@ def test_none_of_it_serves(folder: Path, key: str) -> None:
     setattr(getattr(served, section), name, EMULATED)
     with pytest.raises(ConfigError, match=rf"{key}=emulated .*set {key}=auto"):
         plugins.require_serving(served)
+
+
+@pytest.mark.parametrize(("routing", "times"), [("learned", 0), ("uniform_random", 1)])
+def test_random_routing_is_warned_of_once(
+    folder: Path, caplog: pytest.LogCaptureFixture, routing: str, times: int
+) -> None:
+    model = folder_model(folder, max_model_len=128, expert_routing=routing)
+    with caplog.at_level(logging.WARNING):
+        build_alone(app_config(model, engine=ENGINE))
+    warnings = [record for record in caplog.records if "expert_routing" in record.getMessage()]
+    assert len(warnings) == times
+    assert all("answers mean nothing" in record.getMessage() for record in warnings)

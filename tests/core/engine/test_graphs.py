@@ -109,11 +109,13 @@ def replayed(monkeypatch):
 
 
 @contextmanager
-def engine_of(folder, **changes):
+def engine_of(folder, dtype="float32", **changes):
     """An engine with one rank, and that rank."""
     attention = {} if CUDA else {"prefill": choice("torch_ref"), "decode": choice("torch_ref")}
     config = app_config(
-        folder_model(folder, max_model_len=256), engine=ENGINE | changes, attention=attention
+        folder_model(folder, dtype, max_model_len=256),
+        engine=ENGINE | changes,
+        attention=attention,
     )
     plugins = PluginManager.load([])
     files = resolve_files(config.model, lambda *_: None)
@@ -283,18 +285,20 @@ def test_steps_with_prompts_are_replayed_too(tiny_folder, replayed, monkeypatch)
 MODELS = ["llama", "qwen3_moe", "deepseek_v3"]
 
 
+DTYPES = ["float32", "bfloat16"] if CUDA else ["float32"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_replayed_steps_give_the_tokens_of_eager_ones(tiny_folder, replayed, name):
+def test_replayed_steps_give_the_tokens_of_eager_ones(tiny_folder, replayed, name, dtype):
     folder = tiny_folder(name)
     prompts, sampling = prompts_of(name, 25), mixed_sampling(name, 25)
-    with engine_of(folder, cuda_graphs="off" if CUDA else "auto", max_graph_batch=1) as (
-        engine,
-        rank,
-    ):
+    eager = {"cuda_graphs": "off" if CUDA else "auto", "max_graph_batch": 1}
+    with engine_of(folder, dtype, **eager) as (engine, rank):
         if not CUDA:
             rank.launcher._runner.steps._captured.clear()
         expected = engine.generate(prompts, sampling)
-    with engine_of(folder) as (engine, rank):
+    with engine_of(folder, dtype) as (engine, rank):
         if rank.cuda_graphs.startswith("off"):
             pytest.skip(rank.cuda_graphs)
         found = engine.generate(prompts, sampling)
