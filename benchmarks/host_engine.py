@@ -12,7 +12,7 @@ The step hides the host's work where `wait_ms` is above zero.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -106,7 +106,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, and the cells that `configuration` plans for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_dir", help="a folder with config.json")
     parser.add_argument("--batch", type=int, default=256)
@@ -116,13 +117,16 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
     parser.add_argument("--uniform-routing", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
-    arguments = parser.parse_args()
-    # The cells that `configuration` plans for.
+    arguments = parser.parse_args(words)
     arguments.batches = str(arguments.batch)
     arguments.prefill, arguments.mixed = None, False
     arguments.max_prefill_tokens = arguments.chunked_prefill_size = None
     arguments.osl += arguments.steps + TRACED_STEPS
-    print(json.dumps(measure(arguments)), flush=True)
+    return arguments
+
+
+def main() -> None:
+    print(json.dumps(measure(parsed())), flush=True)
 
 
 if __name__ == "__main__":
