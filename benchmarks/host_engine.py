@@ -4,7 +4,8 @@
 
 Made-up weights. Prints one JSON line. `busy_ms`: what the host does in a turn of the engine's loop
 (scheduling, launching, reading tokens), without the time in which it waits for the running step;
-`launch_ms`: the part of it in which the step is handed to the device; medians over the steps.
+of it, `plan_ms`: the scheduler's part; `launch_ms`: handing the step to the device; `read_ms`:
+reading the tokens of one that is done. Medians over the steps, of `plan_ms` the mean.
 `idle_us`: between two replayed steps on the device, from a trace of 20 more steps; null on a CPU.
 The step hides the host's work where `wait_ms` is above zero.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks import gpu_profile
 from benchmarks.gpu_engine import configuration, shape_of
+from benchmarks.host_step import timed
 from core.engine.alone import build_alone, offline_alone
 from core.interfaces.messages import SamplingParams
 
@@ -33,6 +35,12 @@ class PolledLauncher:
         self._launcher = launcher
         self.waited_s: list[float] = []
         self.launched_s: list[float] = []
+        self.read_s: list[float] = []
+
+    def clear(self) -> None:
+        """Forget the steps so far."""
+        for times in (self.waited_s, self.launched_s, self.read_s):
+            times.clear()
 
     def run(self, work: Callable[[], Any]) -> Any:
         return self._launcher.run(work)
@@ -41,15 +49,15 @@ class PolledLauncher:
         begin = time.perf_counter()
         launched = self._launcher.launch(runner, step)
         self.launched_s.append(time.perf_counter() - begin)
-        return PolledStep(launched, self.waited_s)
+        return PolledStep(launched, self.waited_s, self.read_s)
 
 
 class PolledStep:
     """A launched step. Waiting ends with the step; reading its tokens is the host's work."""
 
-    def __init__(self, step: Any, waited_s: list[float]) -> None:
+    def __init__(self, step: Any, waited_s: list[float], read_s: list[float]) -> None:
         self._step = step
-        self._waited_s = waited_s
+        self._waited_s, self._read_s = waited_s, read_s
 
     def done(self) -> bool:
         return bool(self._step.done())
@@ -58,8 +66,11 @@ class PolledStep:
         begin = time.perf_counter()
         while not self._step.done():
             time.sleep(0)
-        self._waited_s.append(time.perf_counter() - begin)
-        return self._step.result()
+        end = time.perf_counter()
+        self._waited_s.append(end - begin)
+        result = self._step.result()
+        self._read_s.append(time.perf_counter() - end)
+        return result
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,6 +80,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     polled = PolledLauncher(lone.engine.launcher._launcher)
     lone.engine.launcher._launcher = polled
     engine = offline_alone(lone)
+    planned_ms: list[float] = []
+    timed(engine.scheduler, "next_batch", planned_ms)
+    timed(engine.scheduler, "commit", planned_ms)
     new_tokens = arguments.steps + TRACED_STEPS + FIRST_STEPS + 8
     # Early requests decode while late prompts are computed: they must outlast those.
     params = SamplingParams(max_tokens=new_tokens + arguments.osl, temperature=0.0, ignore_eos=True)
@@ -79,8 +93,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         begun |= {output.request_id for output in engine.step()}
     for _ in range(FIRST_STEPS):
         engine.step()
-    polled.waited_s.clear()
-    polled.launched_s.clear()
+    polled.clear()
+    planned_ms.clear()
     turns_s = []
     for _ in range(arguments.steps):
         begin = time.perf_counter()
@@ -98,7 +112,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cuda_graphs": lone.engine.describe().get("cuda_graphs"),
         "turn_ms": round(median(turns_s) * 1e3, 4),
         "busy_ms": round(median(busy_s) * 1e3, 4),
+        "plan_ms": round(sum(planned_ms[: 2 * arguments.steps]) / arguments.steps, 4),
         "launch_ms": round(median(polled.launched_s[: arguments.steps]) * 1e3, 4),
+        "read_ms": round(median(polled.read_s[: arguments.steps]) * 1e3, 4),
         "slowest_busy_ms": round(max(busy_s) * 1e3, 4),
         "wait_ms": round(median(polled.waited_s) * 1e3, 4),
         "idle_us": round(median(idle_us), 2) if idle_us else None,
