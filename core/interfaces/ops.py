@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
+from core.interfaces.destinations import Destinations as Destinations  # part of this contract
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.moe_a2a import Dispatched
-from core.interfaces.routing import Destinations as Destinations  # part of this contract
 from core.interfaces.routing import Routing as Routing
 from core.interfaces.weights import LinearWeight
 

@@ -1,12 +1,6 @@
-"""How a gate's logits become experts and weights, and where these experts stand.
-
-Shape legend: X logical experts, C most copies of one expert.
-"""
+"""How a gate's logits become experts and weights: settings of a model, no torch."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,24 +35,3 @@ class Routing:
             num_chosen_groups=1,
             group_top=1,
         )
-
-
-class Copies(NamedTuple):
-    """Where the copies of every expert stand, on the device; written in place when they move."""
-
-    physical_XC: Tensor  # int64; -1 past an expert's copies
-    num_copies_X: Tensor  # int64
-
-
-class Destinations(NamedTuple):
-    """Logical experts -> the physical ones of one step's rows.
-
-    Row t is padding, which has no expert, where first_row + t >= num_real. Of an expert's copies
-    row t takes number first_copy + t, in turn.
-    """
-
-    copies: Copies
-    counts_X: Tensor  # int64: real rows of each logical expert are added
-    num_real: Tensor  # int32 (1,), on the device
-    first_row: int
-    first_copy: int

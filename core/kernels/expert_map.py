@@ -7,7 +7,7 @@ copies of one expert.
 import torch
 from torch import Tensor
 
-from core.interfaces.routing import Destinations
+from core.interfaces.destinations import Destinations
 
 
 def map_experts(logical_TK: Tensor, weights_TK: Tensor, to: Destinations) -> Tensor:

@@ -7,8 +7,8 @@ expert.
 import torch
 from torch import Tensor
 
+from core.interfaces.destinations import Copies, Destinations
 from core.interfaces.model import BuildContext
-from core.interfaces.routing import Copies, Destinations
 from core.interfaces.weights import WeightReader
 from core.layers.moe_spec import MoELayerSpec
 from core.parallel.experts import LayerPlacement

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from core.interfaces.destinations import Copies, Destinations
 from core.interfaces.ops import Ops
-from core.interfaces.routing import Copies, Destinations, Routing
+from core.interfaces.routing import Routing
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_ops import TritonOps

@@ -14,6 +14,8 @@ import pytest
 from torch import Tensor
 
 from core.config import AppConfig, ExpertBalanceConfig, PluginChoice
+from core.interfaces.destinations import Destinations
+from core.kernels.expert_map import map_experts
 from core.layers.experts import LocalExperts
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement
@@ -112,20 +114,25 @@ def test_loads_of_one_run_place_the_experts_of_the_next(
     folder, plan = tiny_folder("deepseek_v3"), (4, 4, 2)
     counted: dict[int, Counter[int]] = {}
     lock = threading.Lock()
-    physical = LocalExperts.physical
-
-    def counting(
-        layer: LocalExperts, logical_TK: Tensor, weights_TK: Tensor, num_real: Tensor, first: int
-    ) -> Tensor:
-        with lock:
-            rows = counted.setdefault(layer.layer, Counter())
-            real = max(int(num_real) - first, 0)
-            rows.update(logical_TK[:real].flatten().tolist())
-        placements[layer.layer] = layer.placement
-        return physical(layer, logical_TK, weights_TK, num_real, first)
-
     placements: dict[int, LayerPlacement] = {}
-    monkeypatch.setattr(LocalExperts, "physical", counting)
+    layers: dict[int, int] = {}  # by where a layer counts
+    destinations = LocalExperts.destinations
+
+    def noting(layer: LocalExperts, num_real: Tensor, first_row: int) -> Destinations:
+        to = destinations(layer, num_real, first_row)
+        layers[id(to.counts_X)] = layer.layer
+        placements[layer.layer] = layer.placement
+        return to
+
+    def counting(logical_TK: Tensor, weights_TK: Tensor, to: Destinations) -> Tensor:
+        with lock:
+            rows = counted.setdefault(layers[id(to.counts_X)], Counter())
+            real = max(int(to.num_real) - to.first_row, 0)
+            rows.update(logical_TK[:real].flatten().tolist())
+        return map_experts(logical_TK, weights_TK, to)
+
+    monkeypatch.setattr(LocalExperts, "destinations", noting)
+    monkeypatch.setattr("core.kernels.torch_moe.map_experts", counting)
     with spread_engine(config_of(folder, plan, "nccl", ExpertBalanceConfig(), 4)) as engine:
         first = engine.generate(prompts(), greedy(MAX_TOKENS))
     before = dict(placements)
