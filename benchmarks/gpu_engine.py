@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,19 @@ def configuration(arguments: argparse.Namespace, shape: Row, name: str) -> Any:
     if arguments.uniform_routing:
         model["expert_routing"] = "uniform_random"
     return build(AppConfig, {"model": model, "engine": engine})
+
+
+def parse_alone(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a program that measures no cells, but an engine at its `--batch`, together with
+    what `configuration` reads of a run with cells."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
+    parser.add_argument("--uniform-routing", action="store_true")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
+    arguments = parser.parse_args(words)
+    arguments.batches = str(arguments.batch)
+    arguments.prefill, arguments.mixed = None, False
+    arguments.max_prefill_tokens = arguments.chunked_prefill_size = None
+    return arguments
 
 
 def floors(row: Row, sizes: gpu_floor.Sizes, device: gpu_floor.Device) -> Row:

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import gpu_profile
-from benchmarks.gpu_engine import configuration, shape_of
+from benchmarks.gpu_engine import configuration, parse_alone, shape_of
 from benchmarks.host_step import timed
 from core.engine.alone import build_alone, offline_alone
 from core.interfaces.messages import SamplingParams
@@ -130,13 +130,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", dest="isl", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompt-steps", dest="osl", type=int, default=400, help="at most")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
-    parser.add_argument("--uniform-routing", action="store_true")
-    parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
-    arguments = parser.parse_args(words)
-    arguments.batches = str(arguments.batch)
-    arguments.prefill, arguments.mixed = None, False
-    arguments.max_prefill_tokens = arguments.chunked_prefill_size = None
+    arguments = parse_alone(parser, words)
     arguments.osl += arguments.steps + TRACED_STEPS
     return arguments
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_engine import configuration, shape_of
+from benchmarks.gpu_engine import configuration, parse_alone, shape_of
 from core.engine.alone import build_alone, offline_alone
 from core.engine.offline import OfflineEngine
 from core.interfaces.messages import SamplingParams
@@ -113,14 +113,8 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32, help="most requests at once")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
-    parser.add_argument("--uniform-routing", action="store_true")
-    parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
-    arguments = parser.parse_args(words)
-    arguments.batches = str(arguments.batch)
+    arguments = parse_alone(parser, words)
     arguments.isl, arguments.osl = LONGEST_PROMPT, LONGEST_ANSWER
-    arguments.prefill, arguments.mixed = None, False
-    arguments.max_prefill_tokens = arguments.chunked_prefill_size = None
     return arguments
 
 

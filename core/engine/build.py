@@ -4,7 +4,6 @@ Used by the worker process and by the offline engine alike. Every rank of a grou
 collectives inside (agreeing on the pool size) happen on all of them.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +30,7 @@ from core.engine.model_build import (
     build_dispatchers,
     measure_rank,
     model_context,
+    routes_at_random,
     stream_of,
 )
 from core.engine.runner import ModelRunner
@@ -58,8 +58,6 @@ from core.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
 
 CAPTURE_TASK = "capture steps"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,12 +234,6 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         device=device,
         max_model_len=max_model_len,
     )
-    uniform_routing = config.model.expert_routing == "uniform_random"
-    if uniform_routing and context.rank == 0:
-        log.warning(
-            "model.expert_routing=uniform_random: experts are drawn at random, for benchmarks; "
-            "answers mean nothing. Leave it out to serve"
-        )
     model = family.build(
         spec,
         model_context(
@@ -255,7 +247,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             form=select_format(device, spec.quantization, dtype),
             placements=placements,
             dispatchers=dispatchers,
-            uniform_routing=uniform_routing,
+            uniform_routing=routes_at_random(config, context.rank),
         ),
     )
     reader.finish()

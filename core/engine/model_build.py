@@ -4,6 +4,7 @@ Knows nothing of requests, pools or processes. Used with real communicators to l
 places (`core.interfaces.comm.places`) to measure any rank of any plan without weights.
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,8 @@ from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
+
+log = logging.getLogger(__name__)
 
 PHASES = ("prefill", "decode")
 META = torch.device("meta")
@@ -122,6 +125,17 @@ def measure_rank(
     return measure_model(
         family, spec, plan, rank, dtype=dtype, device=device, placements=placements
     )[1]
+
+
+def routes_at_random(config: AppConfig, rank: int) -> bool:
+    """Whether experts are drawn at random; the first rank says what that means."""
+    at_random = config.model.expert_routing == "uniform_random"
+    if at_random and rank == 0:
+        log.warning(
+            "model.expert_routing=uniform_random: experts are drawn at random, for benchmarks; "
+            "answers mean nothing. Leave it out to serve"
+        )
+    return at_random
 
 
 def build_dispatchers(

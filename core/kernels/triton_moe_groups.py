@@ -47,9 +47,7 @@ def _keys(experts_ptr, pairs, num_pairs, num_experts, BEYOND: tl.constexpr):
 
 
 @triton.jit
-def _store_tiles(
-    tiles_ptr, max_tiles, tiles_B, experts_B, places_B, ends_B, is_first_B
-):  # fmt: skip
+def _store_tiles(tiles_ptr, max_tiles, tiles_B, experts_B, places_B, ends_B, is_first_B):
     """Of the pairs that are the first of a tile."""
     tile_ptrs = tiles_ptr + 1 + tiles_B
     tl.store(tile_ptrs, experts_B, mask=is_first_B)
@@ -58,8 +56,17 @@ def _store_tiles(
 
 
 @triton.jit
-def _store_places(source_ptr, positions_ptr, pairs_B, places_B, keys_B, num_pairs, num_experts,
-                  TOP_K: tl.constexpr):  # fmt: skip
+def _store_places(
+    source_ptr,
+    positions_ptr,
+    pairs_B,
+    places_B,
+    keys_B,
+    num_pairs,
+    num_experts,
+    TOP_K: tl.constexpr,
+):
+    """The row of each place, and the place of each pair; -1 for those that have no expert."""
     inside_B = pairs_B < num_pairs
     tl.store(source_ptr + places_B, (pairs_B // TOP_K).to(tl.int64), mask=inside_B)
     positions_B = tl.where(keys_B < num_experts, places_B, -1)

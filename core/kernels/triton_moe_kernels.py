@@ -13,6 +13,49 @@ from core.kernels.dependent_launch import let_successor_start, wait_for_predeces
 
 
 @triton.jit
+def _scores(logits_GS, experts_GS, row, SCORING: tl.constexpr):
+    """What a row thinks of every expert; see core.interfaces.routing."""
+    if SCORING == "uniform_random":
+        mixed_GS = logits_GS.to(tl.uint32, bitcast=True) ^ (row.to(tl.uint32) * 0x85EBCA6B)
+        mixed_GS = mixed_GS ^ (experts_GS.to(tl.uint32) * 0x9E3779B1)
+        mixed_GS = (mixed_GS ^ (mixed_GS >> 16)) * 0x85EBCA6B
+        mixed_GS = (mixed_GS ^ (mixed_GS >> 13)) * 0xC2B2AE35
+        scores_GS = ((mixed_GS ^ (mixed_GS >> 16)) >> 8).to(tl.float32) * 5.9604644775390625e-08
+    elif SCORING == "sigmoid":
+        scores_GS = 1.0 / (1.0 + tl.exp(-logits_GS))
+    else:
+        raised_GS = tl.exp(logits_GS - tl.max(tl.max(logits_GS, axis=1), axis=0))
+        scores_GS = raised_GS / tl.sum(tl.sum(raised_GS, axis=1), axis=0)
+    return scores_GS
+
+
+@triton.jit
+def _in_chosen_groups(
+    worth_GS,
+    NUM_CHOSEN: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """-inf for experts outside of the best groups."""
+    least = float("-inf")
+    groups_G = tl.arange(0, BLOCK_G)
+    places_S = tl.arange(0, BLOCK_S)
+    rest_GS = worth_GS
+    group_worth_G = tl.zeros((BLOCK_G,), tl.float32)
+    for _ in tl.static_range(GROUP_TOP):
+        best_G, place_G = tl.max(rest_GS, axis=1, return_indices=True)
+        group_worth_G += best_G
+        rest_GS = tl.where(places_S[None, :] == place_G[:, None], least, rest_GS)
+    chosen_G = groups_G < 0
+    for _ in tl.static_range(NUM_CHOSEN):
+        _best, group = tl.max(group_worth_G, axis=0, return_indices=True)
+        chosen_G = chosen_G | (groups_G == group)
+        group_worth_G = tl.where(groups_G == group, least, group_worth_G)
+    return tl.where(chosen_G[:, None], worth_GS, least)
+
+
+@triton.jit
 def _store_physical(
     weights_ptr,
     ids_ptr,
@@ -81,35 +124,14 @@ def choose_experts_kernel(
     inside_GS = (groups_G[:, None] < NUM_GROUPS) & (places_S[None, :] < GROUP_SIZE)
     least = float("-inf")
     logits_GS = tl.load(logits_ptr + row * logits_stride + experts_GS, mask=inside_GS, other=least)
-    if SCORING == "uniform_random":
-        mixed_GS = logits_GS.to(tl.uint32, bitcast=True) ^ (row.to(tl.uint32) * 0x85EBCA6B)
-        mixed_GS = mixed_GS ^ (experts_GS.to(tl.uint32) * 0x9E3779B1)
-        mixed_GS = (mixed_GS ^ (mixed_GS >> 16)) * 0x85EBCA6B
-        mixed_GS = (mixed_GS ^ (mixed_GS >> 13)) * 0xC2B2AE35
-        scores_GS = ((mixed_GS ^ (mixed_GS >> 16)) >> 8).to(tl.float32) * 5.9604644775390625e-08
-    elif SCORING == "sigmoid":
-        scores_GS = 1.0 / (1.0 + tl.exp(-logits_GS))
-    else:
-        raised_GS = tl.exp(logits_GS - tl.max(tl.max(logits_GS, axis=1), axis=0))
-        scores_GS = raised_GS / tl.sum(tl.sum(raised_GS, axis=1), axis=0)
+    scores_GS = _scores(logits_GS, experts_GS, row, SCORING)
     worth_GS = scores_GS
     if HAS_BIAS:
         worth_GS += tl.load(bias_ptr + experts_GS, mask=inside_GS, other=0.0)
     worth_GS = tl.where(worth_GS == worth_GS, worth_GS, -3.0e38)
     worth_GS = tl.where(inside_GS, worth_GS, least)
     if NUM_GROUPS > 1:
-        rest_GS = worth_GS
-        group_worth_G = tl.zeros((BLOCK_G,), tl.float32)
-        for _ in tl.static_range(GROUP_TOP):
-            best_G, place_G = tl.max(rest_GS, axis=1, return_indices=True)
-            group_worth_G += best_G
-            rest_GS = tl.where(places_S[None, :] == place_G[:, None], least, rest_GS)
-        chosen_G = groups_G < 0
-        for _ in tl.static_range(NUM_CHOSEN):
-            _best, group = tl.max(group_worth_G, axis=0, return_indices=True)
-            chosen_G = chosen_G | (groups_G == group)
-            group_worth_G = tl.where(groups_G == group, least, group_worth_G)
-        worth_GS = tl.where(chosen_G[:, None], worth_GS, least)
+        worth_GS = _in_chosen_groups(worth_GS, NUM_CHOSEN, GROUP_TOP, BLOCK_G, BLOCK_S)
     places_F = tl.arange(0, BLOCK_G * BLOCK_S)
     worth_F = tl.reshape(worth_GS, (BLOCK_G * BLOCK_S,))
     scores_F = tl.reshape(scores_GS, (BLOCK_G * BLOCK_S,))

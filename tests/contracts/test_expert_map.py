@@ -19,9 +19,10 @@ SETS = {"torch": (TorchOps, "cpu"), "cpu": (CpuOps, "cpu"), "triton": (TritonOps
 
 
 @pytest.mark.parametrize(("make", "device"), SETS.values(), ids=SETS)
+@pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_are_mapped_padding_left_out_and_counted(
-    make: Callable[[], Ops], device: str, seed: int
+    make: Callable[[], Ops], device: str, seed: int, normalise: bool
 ) -> None:
     source = random.Random(seed)
     num_experts, most = source.choice((4, 13, 256)), source.choice((1, 3))
@@ -45,7 +46,7 @@ def test_rows_are_mapped_padding_left_out_and_counted(
     logits_TX = torch.full((num_rows, num_experts), -50.0)
     for logits_X, experts in zip(logits_TX, logical, strict=True):
         logits_X[experts] = torch.arange(top_k, 0, -1).float()
-    routing = Routing(top_k=top_k, scoring="sigmoid", normalise=True, scale=2.0)
+    routing = Routing(top_k=top_k, scoring="sigmoid", normalise=normalise, scale=2.0)
     weights_TK, physical_TK = make().route(logits_TX.to(device), None, routing, to)
     expected, counts = [], [7] * num_experts
     for row, experts in enumerate(logical):
@@ -58,7 +59,7 @@ def test_rows_are_mapped_padding_left_out_and_counted(
     assert physical_TK.tolist() == expected
     assert to.counts_X.tolist() == counts
     scores_K = torch.arange(top_k, 0, -1).double().sigmoid()
-    weights_K = 2.0 * scores_K / scores_K.sum()
+    weights_K = 2.0 * (scores_K / scores_K.sum() if normalise else scores_K)
     for weights, experts in zip(weights_TK.cpu().double(), expected, strict=True):
         right_K = weights_K if experts[0] >= 0 else torch.zeros(top_k)
         torch.testing.assert_close(weights, right_K.double(), atol=1e-6, rtol=1e-6)
