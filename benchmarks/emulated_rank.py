@@ -23,6 +23,7 @@ from benchmarks import gpu_floor
 NOMINAL_BYTES_PER_S = 3.35e12  # an H100 SXM's, which the known floors were taken at
 NUM_STEPS = 48
 REPEATS = 3
+PAGE_SIZE = 64  # tokens; what the fast latent attention kernel needs
 VOCABULARY = 8192  # of the head, which drops out of the difference
 # (dense layers, MoE layers) of the models that are timed.
 MODELS = ((1, 4), (1, 1), (2, 1))
@@ -86,8 +87,7 @@ def configuration(
     most = max(batch for batch, _ in cells)
     a2a = PluginChoice(name="emulated", options={"layout": arguments.layout})
     emulated = PluginChoice(name="emulated")
-    page_size = EngineConfig().page_size
-    pages = max(batch * pages_of(context, page_size) for batch, context in cells)
+    pages = max(batch * pages_of(context, PAGE_SIZE) for batch, context in cells)
     ep = arguments.rank_ep
     return AppConfig(
         model=ModelConfig(
@@ -104,8 +104,9 @@ def configuration(
         moe_a2a=MoEAllToAllConfig(prefill=a2a, decode=a2a),
         engine=EngineConfig(
             device=arguments.device,
+            page_size=PAGE_SIZE,
             max_running_requests=most,
-            kv_cache_tokens=(pages + 1) * page_size,
+            kv_cache_tokens=(pages + 1) * PAGE_SIZE,
             max_prefill_tokens=256,
             chunked_prefill_size=256,
             disable_prefix_cache=True,

@@ -42,6 +42,7 @@ from core.parallel.plan import Plan
 
 VOCAB_SIZE = 32
 MAX_MODEL_LEN = 4096
+PAGE_SIZE = 16
 
 
 class NullModel:
@@ -129,10 +130,10 @@ def timed(owner: Any, name: str, into: list[float]) -> None:
 
 def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
     """An engine whose every batch of decodes is captured."""
-    config = EngineConfig(max_running_requests=batch, disable_prefix_cache=True)
-    state = SlotState(
-        num_slots=batch, max_tokens=MAX_MODEL_LEN, page_size=config.page_size, device=device
+    config = EngineConfig(
+        page_size=PAGE_SIZE, max_running_requests=batch, disable_prefix_cache=True
     )
+    state = SlotState(num_slots=batch, max_tokens=MAX_MODEL_LEN, page_size=PAGE_SIZE, device=device)
     parts: Any = RankParts(
         model=NullModel(device),  # type: ignore[arg-type]
         attention=NullAttention(),  # type: ignore[arg-type]
@@ -160,7 +161,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
     )
     scheduler = Scheduler(
         config,
-        num_pages=batch * MAX_MODEL_LEN // config.page_size + 1,
+        num_pages=batch * MAX_MODEL_LEN // PAGE_SIZE + 1,
         max_model_len=MAX_MODEL_LEN,
         eos_ids=(),
         dp_rank=0,

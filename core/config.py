@@ -177,7 +177,8 @@ class EngineConfig:
     """Scheduling and memory of one replica."""
 
     device: str = "auto"
-    page_size: int = 16  # tokens in a KV page
+    # Tokens in a KV page; None: 16, or 64 where latent vectors are cached (MLA).
+    page_size: int | None = None
     # Share of a GPU's memory for all that this engine holds there; of a CPU's free memory, for
     # the KV pool.
     mem_fraction: float = 0.85
@@ -199,7 +200,7 @@ class EngineConfig:
         require_choice("engine.device", self.device, DEVICES)
         require_range("engine.page_size", self.page_size, 1, 1024)
         require_range("engine.mem_fraction", self.mem_fraction, 0.01, 1.0)
-        require_range("engine.kv_cache_tokens", self.kv_cache_tokens, self.page_size)
+        require_range("engine.kv_cache_tokens", self.kv_cache_tokens, self.page_size or 1)
         require_range("engine.max_running_requests", self.max_running_requests, 1, 65536)
         if self.chunked_prefill_size != -1:
             require_range("engine.chunked_prefill_size", self.chunked_prefill_size, 1)
@@ -207,6 +208,12 @@ class EngineConfig:
         require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)
         require_range("engine.max_graph_tokens", self.max_graph_tokens, 0, 16384)
+
+    @property
+    def settled_page_size(self) -> int:
+        """`page_size` of a configuration that `core.resolve` has settled."""
+        assert self.page_size is not None
+        return self.page_size
 
 
 @dataclass(slots=True, kw_only=True)

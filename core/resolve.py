@@ -1,7 +1,8 @@
 """From a configuration and a model's files to a plan that fits, before any process starts.
 
-Imports no torch: the launcher stays light. Replaces every `auto` by what it means here, so that
-workers (and, on several nodes, the comparison between nodes) see settled values only.
+Imports no torch: the launcher stays light. Replaces every `auto`, and a page size that was not
+given, by what it means here, so that workers (and, on several nodes, the comparison between nodes)
+see settled values only.
 """
 
 import dataclasses
@@ -16,10 +17,16 @@ from core.parallel.experts import expert_problems
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 
+PAGE_SIZE = 16
+# The fast latent kernel of Hopper GPUs copies tiles of 64 tokens, each out of one page, as FlashMLA
+# does; vLLM and SGLang choose 64 for such models too.
+LATENT_PAGE_SIZE = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What is going to run. `config` holds no `auto` for device and backends."""
+    """What is going to run. `config` holds no `auto` for device and backends, and an
+    integer for `engine.page_size`."""
 
     config: AppConfig
     plan: Plan
@@ -30,11 +37,13 @@ class Resolved:
 
 def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device: str) -> Resolved:
     """Settle the configuration against a model, on a machine that computes on `device` ("cpu" or
-    "cuda"). Raises PluginError, or PlanError, which lists every problem there is."""
+    "cuda"). Raises PluginError, PlanError, which lists every problem there is, or ConfigError for a
+    KV pool of less than a page."""
     family, spec = find_family(config, plugins, files)
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
     )
+    config = settle_page_size(config, spec)
     config = settle_backends(config, plugins, device, spec, plan)
     problems = [
         *expert_plan_problems(config, spec, plan),
@@ -55,6 +64,17 @@ def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device
 def attention_family(spec: ModelSpec) -> str:
     """The plugin family that the model's attention backends are of."""
     return "latent_attention" if spec.latent_attention else "attention"
+
+
+def settle_page_size(config: AppConfig, spec: ModelSpec) -> AppConfig:
+    """Replace None by the page size that suits the model; `EngineConfig` then checks again that
+    the KV pool holds a page, and raises ConfigError."""
+    if config.engine.page_size is not None:
+        return config
+    page_size = LATENT_PAGE_SIZE if spec.latent_attention else PAGE_SIZE
+    return dataclasses.replace(
+        config, engine=dataclasses.replace(config.engine, page_size=page_size)
+    )
 
 
 def settle_backends(

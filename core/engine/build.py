@@ -119,14 +119,14 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     if context.device.type == "cuda":
         held = _try_out(config, context, loaded, phases)
     pool = _agree_pool(config, context, loaded, held)
-    kv_cache_tokens = (pool.num_pages - 1) * config.engine.page_size
+    kv_cache_tokens = (pool.num_pages - 1) * config.engine.settled_page_size
     max_model_len = min(loaded.max_model_len, kv_cache_tokens)
     runner = launcher.run(lambda: _build_runner(config, context, loaded, pool, max_model_len))
     phases.end("KV pool")
     steps = StepLauncher(launcher, runner)
     warm_up(
         steps,
-        _warm_up_plans(min(max_model_len - 1, 16, config.engine.page_size)),
+        _warm_up_plans(min(max_model_len - 1, 16, config.engine.settled_page_size)),
         context.plan.axis_size("dp"),
     )
     phases.end("warm up")
@@ -272,7 +272,7 @@ def _build_runner(
     state = SlotState(
         num_slots=engine.max_running_requests,
         max_tokens=max_model_len,
-        page_size=engine.page_size,
+        page_size=engine.settled_page_size,
         device=device,
     )
     parts = RankParts(
@@ -317,7 +317,7 @@ def _build_attention(
     """The cache and the backend of each phase, of the kind that the model needs."""
     model, kv = loaded.model, loaded.model.kv
     common: dict[str, Any] = {
-        "page_size": config.engine.page_size,
+        "page_size": config.engine.settled_page_size,
         "dtype": loaded.dtype,
         "device": context.device,
     }

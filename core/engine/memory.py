@@ -93,7 +93,7 @@ def check_weights_fit(weight_bytes: int, device: torch.device, local_ranks: int)
 
 def page_bytes(config: EngineConfig, kv: KVShape | LatentKVShape, dtype: torch.dtype) -> int:
     """Bytes of a page in all layers of a rank."""
-    return kv.num_layers * kv.token_values * dtype.itemsize * config.page_size
+    return kv.num_layers * kv.token_values * dtype.itemsize * config.settled_page_size
 
 
 def plan_pool(
@@ -110,7 +110,7 @@ def plan_pool(
 
     Raises ResourceError where the memory does not hold what was asked for, or not a page.
     """
-    page_size = config.page_size
+    page_size = config.settled_page_size
     bytes_of_page = page_bytes(config, kv, dtype)
     budget = _budget(config, device, local_ranks, held)
     if config.kv_cache_tokens is not None:

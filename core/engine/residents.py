@@ -19,13 +19,13 @@ class Residents:
     """
 
     def __init__(self, config: EngineConfig, *, num_pages: int, headroom_tokens: int) -> None:
-        self._page_size = config.page_size
+        self._page_size = config.settled_page_size
         self._headroom_tokens = headroom_tokens
         self._pool = KVPool(num_pages)
         self._cache: Prefixes = (
             NullPrefixCache(self._pool)
             if config.disable_prefix_cache
-            else PrefixCache(self._pool, config.page_size)
+            else PrefixCache(self._pool, self._page_size)
         )
         self._num_slots = config.max_running_requests
         self._free_slots = list(range(self._num_slots - 1, -1, -1))

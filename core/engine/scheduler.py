@@ -84,17 +84,17 @@ class Scheduler:
     ) -> None:
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
-        self._page_size = config.page_size
+        self._page_size = config.settled_page_size
         self._max_model_len = max_model_len
         self._eos_ids = frozenset(eos_ids)
         # Each DP rank draws other seeds, lest the same prompt get the same answer on all.
         self._rng = random.Random(config.seed if dp_rank == 0 else f"{config.seed}/{dp_rank}")
         self._residents = Residents(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
-        self._pool_tokens = self._residents.num_usable_pages * config.page_size
+        self._pool_tokens = self._residents.num_usable_pages * self._page_size
         self._live: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()  # by arrival
         self._prefilling: list[Request] = []
-        self._decode = DecodeSet(config.page_size)
+        self._decode = DecodeSet(self._page_size)
         # The waiting request that found too few pages; not tried again until some are released.
         self._blocked: Request | None = None
         # Requests and columns whose page is not announced yet; those without a slot are void.

@@ -80,6 +80,10 @@ def test_a_random_checkpoints_folder_is_named(capsys: pytest.CaptureFixture[str]
         (["+model=qwen3_8b", "--nodes", "2"], ["2 nodes", "allowed: 1"]),
         (["+model=qwen3_8b", "--nodes", "two"], ["--nodes", "two"]),
         (["+model=nothing"], ["nothing", "qwen3_8b"]),
+        (
+            ["+model=deepseek_v3", "engine.kv_cache_tokens=63"],
+            ["engine.kv_cache_tokens=63 is out of range; allowed: at least 64"],
+        ),
     ],
 )
 def test_mistakes_are_named(

@@ -190,7 +190,7 @@ def test_check_plan_collects_every_problem():
     class One:
         @hookimpl
         def check_plan(self, config):
-            return [f"engine.page_size={config.engine.page_size} is odd", "second"]
+            return [f"parallel.tp={config.parallel.tp} is odd", "second"]
 
     class Two:
         @hookimpl
@@ -198,7 +198,7 @@ def test_check_plan_collects_every_problem():
             return ["third"]
 
     found = load(one=One(), two=Two(), three=Attention()).check_plan(config_with())
-    assert found == ["engine.page_size=16 is odd", "second", "third"]
+    assert found == ["parallel.tp=1 is odd", "second", "third"]
 
 
 class Plans:

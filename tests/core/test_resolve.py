@@ -1,0 +1,65 @@
+"""What a configuration that leaves things open means for a model."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from core.cluster.facts import config_facts
+from core.compose import compose, parse_overrides
+from core.config import AppConfig
+from core.errors import ConfigError
+from core.interfaces.control import ModelFiles
+from core.plugin_manager import PluginManager
+from core.resolve import resolve
+
+
+def resolved(model: str, *words: str) -> AppConfig:
+    """The settled configuration of a preset whose shape is known."""
+    config = compose(parse_overrides([f"+model={model}", *words]), [])
+    assert config.model.shape is not None
+    files = ModelFiles(
+        hf_config=config.model.shape,
+        weight_files=[],
+        weight_format="dummy",
+        tokenizer_dir="",
+        eos_ids=[],
+        default_sampling={},
+    )
+    return resolve(config, PluginManager.load(), files, "cpu").config
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "page_size"),
+    [
+        ("llama31_8b", [], 16),
+        ("qwen3_moe_tiny", [], 16),
+        ("deepseek_v2_lite", [], 64),
+        ("deepseek_v3_tiny", [], 64),
+        ("llama31_8b", ["engine.page_size=64"], 64),
+        ("deepseek_v3_tiny", ["engine.page_size=16"], 16),
+        ("deepseek_v3_tiny", ["engine.page_size=1"], 1),
+        ("deepseek_v3_tiny", ["engine.page_size=null"], 64),
+    ],
+)
+def test_the_page_size_suits_the_model_unless_given(
+    model: str, words: list[str], page_size: int
+) -> None:
+    config = resolved(model, *words)
+    assert config.engine.page_size == config.engine.settled_page_size == page_size
+    assert config_facts(config)["config engine.page_size"] == str(page_size)  # nodes compare it
+    received: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))  # by a worker
+    assert msgspec.convert(received, AppConfig) == config
+    assert received["engine"]["page_size"] == page_size
+
+
+@pytest.mark.parametrize(("model", "page_size"), [("llama31_8b", 16), ("deepseek_v3_tiny", 64)])
+def test_the_kv_pool_holds_a_settled_page(model: str, page_size: int) -> None:
+    least = f"engine.kv_cache_tokens={page_size}"
+    assert resolved(model, least).engine.kv_cache_tokens == page_size
+    fewer = f"engine.kv_cache_tokens={page_size - 1}"
+    with pytest.raises(
+        ConfigError, match=f"{fewer} is out of range; allowed: at least {page_size}"
+    ):
+        resolved(model, fewer)
+    assert resolved(model, fewer, "engine.page_size=8").engine.page_size == 8
