@@ -7,9 +7,11 @@ interpreter (TRITON_INTERPRET=1), for tests. Shape legend: see core.interfaces.l
 programs, M pages of a sequence.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +36,9 @@ from plugins.attention._triton_device import TritonDevice, describe
 
 # Keys and values of a group take at most this much, unless one token has more.
 _EXPANDED_BYTES = 256 * 1024 * 1024
-_REDUCED_PIECES = 16  # of a head, summed up at once
+# Pieces of a head that are summed up at once, and heads of a program: few sequences, many pieces.
+_MANY_PIECES, _FEW_PIECES = (16, 1), (2, 8)
+_FEW_SEQUENCES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,11 @@ class TritonLatentBackend:
         self._scale_log2 = spec.scale * math.log2(math.e)
         self._launch = launch_options(spec.device)
         self._cached_dim = spec.latent_dim + spec.rope_dim
+        self._gluon = _gluon(spec) if absorbed_tiles is None else None
+        self.uses_gluon = self._gluon is not None
         tiles = absorbed_tiles or _absorbed_tiles(spec, self._wide, device)
+        if self._gluon is not None:
+            tiles = Tiles(self._gluon.HEADS, self._gluon.TOKENS, num_warps=8, num_stages=2)
         self.absorbed_tiles = tiles
         self.expanded_tiles = _expanded_tiles(spec, self._wide, device)
         self._use_blocks = use_blocks and _lie_in_blocks(spec, tiles.tokens)
@@ -138,8 +146,32 @@ class TritonLatentBackend:
         assert q_THZ.is_contiguous()
         assert out_THC.is_contiguous()
         assert cache_BPZ.is_contiguous()
-        spec, tiles = self.spec, self.absorbed_tiles
+        spec = self.spec
         batch, schedule_RX = plan.absorbed.batch, plan.absorbed.schedule_RX
+        if self._gluon is not None:
+            self._gluon.attend(
+                spec,
+                batch,
+                schedule_RX,
+                self._workspace,
+                self._num_programs,
+                (q_THZ, cache_BPZ, out_THC),
+                self._scale_log2,
+                self._launch,
+            )
+        else:
+            self._attend_portably(batch, schedule_RX, q_THZ, cache_BPZ, out_THC)
+        self._add_pieces(batch, schedule_RX, out_THC)
+
+    def _attend_portably(
+        self,
+        batch: SequenceBatch,
+        schedule_RX: Tensor,
+        q_THZ: Tensor,
+        cache_BPZ: Tensor,
+        out_THC: Tensor,
+    ) -> None:
+        spec, tiles = self.spec, self.absorbed_tiles
         latent_blocks, rope_blocks = self._blocks(cache_BPZ)
         latent_decode_kernel[(self._num_programs * self._head_blocks,)](
             q_THZ,
@@ -167,10 +199,15 @@ class TritonLatentBackend:
             num_stages=tiles.num_stages,
             **self._launch,
         )
+
+    def _add_pieces(self, batch: SequenceBatch, schedule_RX: Tensor, out_THC: Tensor) -> None:
+        spec = self.spec
         num_programs, num_rows = self._num_programs, schedule_RX.shape[0]
         by_sequence = num_rows > num_programs
         num_sums = num_rows - num_programs if by_sequence else num_programs
-        reduce_kernel[(num_sums, spec.num_heads)](
+        few = len(batch.query_lens) < _FEW_SEQUENCES
+        pieces, heads = _MANY_PIECES if few else _FEW_PIECES
+        reduce_kernel[(num_sums, triton.cdiv(spec.num_heads, heads))](
             out_THC,
             self._workspace,
             schedule_RX,
@@ -181,8 +218,8 @@ class TritonLatentBackend:
             GROUP=spec.num_heads,
             G=1,
             HEAD_DIM=spec.latent_dim,
-            BLOCK_X=_REDUCED_PIECES,
-            BLOCK_G=1,
+            BLOCK_X=pieces,
+            BLOCK_R=heads,
             BLOCK_D=_block(spec.latent_dim),
             num_warps=4,
             **self._launch,
@@ -307,6 +344,14 @@ def _one_row_each(batch: SequenceBatch) -> SequenceBatch:
         batch.context_lens_S[sequence_T] - hidden_T,
         batch.page_table_SM[sequence_T],
     )
+
+
+def _gluon(spec: LatentAttentionSpec) -> ModuleType | None:
+    """The launch of the kernel for Hopper, where the device and the shapes are its own."""
+    if spec.device.type != "cuda" or torch.cuda.get_device_capability(spec.device)[0] != 9:
+        return None
+    module = importlib.import_module("plugins.attention._latent_gluon")
+    return module if module.fits(spec) else None
 
 
 def _lie_in_blocks(spec: LatentAttentionSpec, tokens: int) -> bool:

@@ -286,7 +286,7 @@ class TritonBackend:
             G=spec.num_kv_heads,
             HEAD_DIM=spec.head_dim,
             BLOCK_X=_REDUCED_PIECES,
-            BLOCK_G=triton.next_power_of_2(spec.num_kv_heads),
+            BLOCK_R=1,
             BLOCK_D=self._block_D,
             num_warps=4,
             **self._launch,

@@ -265,56 +265,59 @@ def reduce_kernel(
     G: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_X: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One query head of one unit in pieces, from the rows of the schedule that start at FIRST_ROW;
-    also zeros for sequences without tokens, which are padding."""
+    """BLOCK_R query heads of one unit in pieces, from the rows of the schedule that start at
+    FIRST_ROW; also zeros for sequences without tokens, which are padding."""
     index = tl.program_id(0)
-    row = tl.program_id(1)
+    rows_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     schedule_ptr += (FIRST_ROW + index) * SCHEDULE_COLUMNS
     sequence = tl.load(schedule_ptr + 4, cache_modifier=".cg")
     kv_head = tl.load(schedule_ptr + 5, cache_modifier=".cg")
     num_pieces = tl.load(schedule_ptr + 6, cache_modifier=".cg")
     program = tl.load(schedule_ptr + 7, cache_modifier=".cg")
     columns_D = tl.arange(0, BLOCK_D)
+    valid_RD = (rows_R < GROUP)[:, None] & (columns_D < HEAD_DIM)[None, :]
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     if num_pieces > 0:
         log_sums_ptr = workspace_ptr + P * (2 * GROUP * HEAD_DIM)
-        most = float("-inf")
-        total = 0.0
-        acc_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        most_R = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+        total_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        acc_RD = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
         for first in range(0, num_pieces, BLOCK_X):
             pieces_X = first + tl.arange(0, BLOCK_X)
-            inside_X = pieces_X < num_pieces
             begins_X = (pieces_X == 0).to(tl.int32)
-            places_X = ((program + pieces_X) * 2 + begins_X) * GROUP + row
-            log_sums_X = tl.load(log_sums_ptr + places_X, mask=inside_X, other=float("-inf"))
-            partial_XD = tl.load(
-                workspace_ptr + places_X[:, None] * HEAD_DIM + columns_D[None, :],
-                mask=inside_X[:, None] & (columns_D[None, :] < HEAD_DIM),
+            places_XR = ((program + pieces_X) * 2 + begins_X)[:, None] * GROUP + rows_R[None, :]
+            inside_XR = (pieces_X < num_pieces)[:, None] & (rows_R < GROUP)[None, :]
+            log_sums_XR = tl.load(log_sums_ptr + places_XR, mask=inside_XR, other=float("-inf"))
+            partial_XRD = tl.load(
+                workspace_ptr + places_XR[:, :, None] * HEAD_DIM + columns_D[None, None, :],
+                mask=inside_XR[:, :, None] & (columns_D < HEAD_DIM)[None, None, :],
                 other=0.0,
             )
-            new_most = tl.maximum(most, tl.max(log_sums_X, axis=0))
-            weights_X = tl.exp2(log_sums_X - new_most)
-            shrink = tl.exp2(most - new_most)
-            acc_D = acc_D * shrink + tl.sum(partial_XD * weights_X[:, None], axis=0)
-            total = total * shrink + tl.sum(weights_X, axis=0)
-            most = new_most
-        place = (sequence.to(tl.int64) * (G * GROUP) + kv_head * GROUP + row) * HEAD_DIM
+            # Rows past the last one have no sums, and must not become NaN.
+            new_most_R = tl.maximum(tl.maximum(most_R, tl.max(log_sums_XR, axis=0)), -1e38)
+            weights_XR = tl.exp2(log_sums_XR - new_most_R[None, :])
+            shrink_R = tl.exp2(most_R - new_most_R)
+            added_RD = tl.sum(partial_XRD * weights_XR[:, :, None], axis=0)
+            acc_RD = acc_RD * shrink_R[:, None] + added_RD
+            total_R = total_R * shrink_R + tl.sum(weights_XR, axis=0)
+            most_R = new_most_R
+        heads_R = sequence.to(tl.int64) * (G * GROUP) + kv_head * GROUP + rows_R
         tl.store(
-            out_ptr + place + columns_D,
-            (acc_D / total).to(out_ptr.dtype.element_ty),
-            mask=columns_D < HEAD_DIM,
+            out_ptr + heads_R[:, None] * HEAD_DIM + columns_D[None, :],
+            (acc_RD / total_R[:, None]).to(out_ptr.dtype.element_ty),
+            mask=valid_RD,
         )
     for padding in range(index, num_sequences, tl.num_programs(0)):
         if tl.load(context_lens_ptr + padding) == 0:
-            kv_heads_G = tl.arange(0, BLOCK_G)
-            heads_G = padding * (G * GROUP) + kv_heads_G * GROUP + row
-            tl.store(
-                out_ptr + heads_G[:, None] * HEAD_DIM + columns_D[None, :],
-                tl.zeros((BLOCK_G, BLOCK_D), dtype=out_ptr.dtype.element_ty),
-                mask=(kv_heads_G[:, None] < G) & (columns_D[None, :] < HEAD_DIM),
-            )
+            for kv_head in range(G):
+                heads_R = padding * (G * GROUP) + kv_head * GROUP + rows_R
+                tl.store(
+                    out_ptr + heads_R[:, None] * HEAD_DIM + columns_D[None, :],
+                    tl.zeros((BLOCK_R, BLOCK_D), dtype=out_ptr.dtype.element_ty),
+                    mask=valid_RD,
+                )

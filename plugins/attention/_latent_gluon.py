@@ -1,0 +1,74 @@
+"""Launches the Gluon kernel of absorbed latent attention, where `fits` says that it can run.
+
+Imported only where a Hopper GPU is: Gluon kernels run in no interpreter. Makes no schedule and sums
+no pieces. Shape legend: see core.interfaces.latent_attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from core.interfaces.attention import SequenceBatch
+from core.interfaces.latent_attention import LatentAttentionSpec
+from plugins.attention._latent_gluon_kernels import (
+    HEADS,
+    LATENT_DIM,
+    ROPE_DIM,
+    SHARED,
+    TOKENS,
+    latent_decode_kernel,
+)
+
+
+def fits(spec: LatentAttentionSpec) -> bool:
+    """Whether the kernel takes such steps, on a Hopper GPU."""
+    return (
+        spec.dtype is torch.bfloat16
+        and (spec.latent_dim, spec.rope_dim) == (LATENT_DIM, ROPE_DIM)
+        and spec.num_heads % HEADS == 0
+        and spec.page_size % TOKENS == 0
+    )
+
+
+def attend(
+    spec: LatentAttentionSpec,
+    batch: SequenceBatch,
+    schedule_RX: Tensor,
+    workspace: Tensor,
+    num_programs: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    scale_log2: float,
+    launch: dict[str, Any],
+) -> None:
+    """Every program's stretch; `tensors` are queries, cache and output."""
+    q_THZ, cache_BPZ, out_THC = tensors
+    latent_blocks, rope_blocks = _descriptors(cache_BPZ, TOKENS)
+    q_latent_blocks, q_rope_blocks = _descriptors(q_THZ, HEADS)
+    latent_decode_kernel[(num_programs * (spec.num_heads // HEADS),)](
+        q_latent_blocks,
+        q_rope_blocks,
+        latent_blocks,
+        rope_blocks,
+        out_THC,
+        workspace,
+        schedule_RX,
+        batch.context_lens_S,
+        batch.page_table_SM,
+        batch.page_table_SM.stride(0),
+        SCALE_LOG2=scale_log2,
+        PAGE_SIZE=spec.page_size,
+        NUM_HEADS=spec.num_heads,
+        num_warps=8,
+        **launch,
+    )
+
+
+def _descriptors(vectors: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of blocks of `rows` latents, and of as many rotary parts."""
+    flat = vectors.view(-1, LATENT_DIM + ROPE_DIM)
+    return (
+        TensorDescriptor.from_tensor(flat, [rows, LATENT_DIM], SHARED),
+        TensorDescriptor.from_tensor(flat, [rows, ROPE_DIM], SHARED),
+    )

@@ -1,0 +1,100 @@
+"""The Gluon kernel of absorbed latent attention agrees with plain float64, on a Hopper GPU.
+
+Gluon kernels run in no interpreter, so that there is nothing to test elsewhere. Contexts stand
+where tiles and programs' stretches begin and end; unused slots hold NaN.
+"""
+
+import random
+
+import pytest
+import torch
+
+from core.interfaces.attention import SequenceBatch
+from plugins.attention._latent_triton import TritonLatentBackend
+from tests.contracts.latent_attention_cases import Case, Step, make_step
+from tests.contracts.test_latent_attention import check_padded, compare
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+V3 = (128, 64, 128, 512)
+TOLERANCE = 1e-2
+
+
+def lengths(count: int, longest: int) -> tuple[int, ...]:
+    source = random.Random(longest)
+    return tuple(source.randint(0, longest) for _ in range(count))
+
+
+def make(cached: tuple[int, ...], num_heads: int = 128, page_size: int = 64) -> Step:
+    case = Case(
+        rows=(1,) * len(cached),
+        cached=cached,
+        page_size=page_size,
+        num_heads=num_heads,
+        dims=V3,
+    )
+    return make_step(case, torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("cached", "num_heads", "page_size"),
+    [
+        ((0,), 64, 64),
+        ((63,), 128, 64),
+        ((64,), 128, 64),
+        ((0, 62, 63, 64, 126, 127, 999, 4095), 64, 64),
+        (lengths(9, 300), 192, 64),
+        (lengths(5, 500), 64, 128),
+    ],
+    ids=str,
+)
+def test_equals_float64(cached: tuple[int, ...], num_heads: int, page_size: int) -> None:
+    step = make(cached, num_heads, page_size)
+    backend = TritonLatentBackend(step.spec)
+    assert backend.uses_gluon
+    plan = backend.plan(step.batch)
+    for _ in range(2):
+        out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
+        backend.absorbed(plan, step.cache_BPZ, step.q_THZ, out_THC)
+        compare(out_THC, step.expected_THC, TOLERANCE)
+
+
+@pytest.mark.parametrize("padding", [1, 200])
+def test_padding_becomes_zero(padding: int) -> None:
+    check_padded("triton", make(lengths(4, 300), 64), TOLERANCE, padding)
+
+
+def test_replays_follow_the_lengths_on_the_device() -> None:
+    """One graph, captured over short contexts, then replayed over the real ones."""
+    step = make(lengths(6, 400), 64)
+    real_lens_S = step.batch.context_lens_S
+    lens_S = torch.ones_like(real_lens_S)
+    bounds = [step.spec.max_context_tokens] * len(lens_S)
+    batch = SequenceBatch(
+        step.batch.query_lens,
+        bounds,
+        step.batch.query_starts_S1,
+        lens_S,
+        step.batch.page_table_SM,
+    )
+    backend = TritonLatentBackend(step.spec)
+    out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
+
+    def attend() -> None:
+        backend.absorbed(backend.plan(batch), step.cache_BPZ, step.q_THZ, out_THC)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    lens_S.copy_(real_lens_S)
+    out_THC.fill_(torch.nan)
+    graph.replay()
+    compare(out_THC, step.expected_THC, TOLERANCE)
+
+
+@pytest.mark.parametrize(("num_heads", "page_size"), [(16, 64), (96, 64), (128, 16)], ids=str)
+def test_other_shapes_take_the_portable_kernel(num_heads: int, page_size: int) -> None:
+    step = make((3, 70), num_heads, page_size)
+    assert not TritonLatentBackend(step.spec).uses_gluon
