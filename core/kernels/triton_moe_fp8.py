@@ -80,6 +80,7 @@ def _scaled(product, scale_M, SWAP: tl.constexpr):
 )
 def experts_fp8_kernel(
     x_ptr,
+    x_blocks,
     x_scales_ptr,
     weight,
     weight_scales_ptr,
@@ -103,8 +104,9 @@ def experts_fp8_kernel(
 ):
     """x @ W.T of each expert's rows; with GATED silu(x @ W[:N].T) * (x @ W[N:].T), stored in fp8
     with a scale for each 128 columns: BLOCK_N is 128 then. With GATHER place p reads row source[p].
-    With SWAP the weights are the left
-    operand, of which tensor cores take 64 rows at once: few rows of x waste nothing.
+    With TMA the weights are a descriptor, and without GATHER `x_blocks` is one of tiles of x, of
+    which rows past the end are other experts'. With SWAP the weights are the left operand, of
+    which tensor cores take 64 rows at once: few rows of x waste nothing.
     """
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
     NUM_COLUMNS: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
@@ -138,7 +140,9 @@ def experts_fp8_kernel(
         second = tl.zeros((SHAPE_0, SHAPE_1), tl.float32)
         for block in range(SCALES_D):
             step = block * 128
-            if SIZE_D % 128 == 0:
+            if TMA and not GATHER:
+                x_MD = x_blocks.load([start, step])
+            elif SIZE_D % 128 == 0:
                 x_MD = tl.load(x_ptrs + step)
             else:
                 x_MD = tl.load(x_ptrs + step, mask=(columns_D < SIZE_D - step)[None, :], other=0.0)
@@ -256,14 +260,18 @@ def multiply(
     size_N, device = out_PN.shape[1], out_PN.device
     tma = has_tma(device) and size_D % _TMA_ALIGNMENT == 0
     source: Tensor | TensorDescriptor = values
+    x_blocks: Tensor | TensorDescriptor = rows.values
     if tma:
         shape = [num_experts * num_rows, size_D]
         source = TensorDescriptor(values, shape, [size_D, 1], [tile.block_N, BLOCK])
+        if rows.source_P is None:
+            x_blocks = TensorDescriptor.from_tensor(rows.values, [tiles.block_M, BLOCK])
     programs = tiles.max_tiles * triton.cdiv(size_N, tile.block_N)
     if tile.programs or device.type != "cuda":
         programs = min(programs, num_programs(device, tile.programs))
     experts_fp8_kernel[(programs,)](
         rows.values,
+        x_blocks,
         rows.scales,
         source,
         weight.scales,
