@@ -123,11 +123,24 @@ class StepLauncher:
     def launch(self, step: AgreedStep) -> Wait:
         with self._lock:
             self._launched += 1  # before the launch, which may be what hangs
-            self._count()
         launched = self._launcher.launch(self._runner, step)
         with self._lock:
             self._running.append(launched)
-        return launched.result
+            number = self._launched
+
+        def wait() -> StepResult:
+            result = launched.result()
+            self._count_up_to(number)
+            return result
+
+        return wait
+
+    def _count_up_to(self, number: int) -> None:
+        """A step is done, and so are those before it: asking the device takes long."""
+        with self._lock:
+            while self._running and self._finished < number:
+                self._running.popleft()
+                self._finished += 1
 
     def _count(self) -> None:
         while self._running and self._running[0].done():
