@@ -160,6 +160,12 @@ class Ops(Protocol):
         `logits_TX` float32."""
         ...
 
+    def beside(self, work: LinearKernel, x_TE: Tensor) -> Callable[[], Tensor]:
+        """Begin `work(x)`, which may run beside what is called from here on: a device that few
+        rows leave idle does both at once. Call what is returned, once, for the result; until then
+        keep `x`, and begin nothing else."""
+        ...
+
     def route(
         self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing, to: Destinations
     ) -> tuple[Tensor, Tensor]:

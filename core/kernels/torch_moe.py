@@ -6,7 +6,7 @@ experts, K experts of a row, L local experts, M dispatched rows, G groups of exp
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,11 @@ class TorchMoeOps:
         """Multiplied in float32 or wider."""
         weight_XE = accurate(weight_XE)
         return lambda x_TE: F.linear(x_TE.to(weight_XE.dtype), weight_XE)
+
+    def beside(self, work: LinearKernel, x_TE: Tensor) -> Callable[[], Tensor]:
+        """At once."""
+        result = work(x_TE)
+        return lambda: result
 
     def grouped_top_k(
         self, logits_TX: Tensor, bias_X: Tensor | None, routing: Routing

@@ -4,7 +4,7 @@ Nothing here waits for the device: how many rows each expert has stays there. Th
 core.kernels.torch_moe. Shape legend: see there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from core.interfaces.ops import (
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels.dependent_launch import options
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles
+from core.kernels.side_stream import SideStream
 from core.kernels.torch_moe import experts_of, matrix_of, stack_experts, write_matrix
 from core.kernels.triton_expert_tiles import cut_into_tiles
 from core.kernels.triton_linear import linear
@@ -30,6 +31,8 @@ from core.kernels.triton_moe_fp8 import Fp8Experts
 from core.kernels.triton_moe_groups import group_into_tiles
 from core.kernels.triton_moe_kernels import choose_experts_kernel
 from core.kernels.triton_moe_permute import sum_results
+
+_MOST_ROWS_BESIDE = 256  # beyond, products alone keep every processor busy
 
 
 class TritonExperts:
@@ -97,11 +100,22 @@ def _products(
 class TritonMoeOps:
     """The part of core.interfaces.ops.Ops that mixtures of experts need, on a GPU."""
 
+    _side: SideStream | None = None  # of the one device that all calls are for
+
     def experts(
         self, experts: Iterable[ExpertWeights], num_experts: int, dtype: torch.dtype
     ) -> ExpertKernel:
         """Grouped products with float32 sums; float32 ones are exact."""
         return TritonExperts(experts, num_experts, dtype)
+
+    def beside(self, work: LinearKernel, x_TE: Tensor) -> Callable[[], Tensor]:
+        """On a second stream where rows are few; many keep the whole device busy."""
+        if x_TE.device.type != "cuda" or x_TE.shape[0] > _MOST_ROWS_BESIDE:
+            result = work(x_TE)
+            return lambda: result
+        if self._side is None:
+            self._side = SideStream(x_TE.device)
+        return self._side.begin(work, x_TE)
 
     def gate(self, weight_XE: Tensor) -> LinearKernel:
         """Kernels that stream the weight for few rows; else the vendor's GEMM. Both store their

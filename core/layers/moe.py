@@ -31,6 +31,7 @@ class MoELayer:
 
     With replicated rows the shared experts are cut like the routed ones, and both are summed over
     ranks at once. With rows shared out each rank computes the shared experts whole for its own.
+    They need nothing of routing, and are computed beside it.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class MoELayer:
         self._exchange = row_exchange(context, _AXIS)
         self._gathers_routes = self._shared_out and tp_expert.size > 1
         self._shared = _shared_experts(context, weights, spec)
+        self._beside = context.ops.beside
 
     def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
         rows = step.rows
+        shared = None if self._shared is None else self._beside(self._shared, x_TE)
         first_row = rows.first_of_part if self._shared_out else 0
         destinations = self.experts.destinations(step.num_real, first_row)
         weights_TK, physical_TK = self._router(x_TE, destinations)
@@ -58,11 +61,11 @@ class MoELayer:
         dispatcher = self._dispatchers[step.phase]
         dispatched = dispatcher.dispatch(x_AE, physical_AK, weights_AK, counts)
         partial_AE = dispatcher.combine(self.experts(dispatched), dispatched)
-        if self._shared is None:
+        if shared is None:
             return self._exchange.scatter(partial_AE, rows)
         if self._shared_out:
-            return self._exchange.scatter(partial_AE, rows) + self._shared(x_TE)
-        return self._exchange.scatter(partial_AE + self._shared(x_TE), rows)
+            return self._exchange.scatter(partial_AE, rows) + shared()
+        return self._exchange.scatter(partial_AE + shared(), rows)
 
     def _gather_routes(
         self, physical_TK: Tensor, weights_TK: Tensor, rows: StepRows

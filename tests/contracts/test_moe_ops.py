@@ -469,3 +469,42 @@ def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> Non
     assert on_device.routes is not None
     expected = sum_grouped(kernel, on_device.hidden, on_device.routes, 5, dtype)
     assert relative_error(out, expected.cpu().double()) <= 1e-2
+
+
+# --- work beside other work ----------------------------------------------------------------------
+
+
+def layers_beside(ops: Ops, weights: list[Tensor], x_TE: Tensor) -> Tensor:
+    """Layers that each add the work beside to work of their own, as a model does."""
+    for weight_EE in weights:
+        beside = ops.beside(ops.linear(weight_EE, None), x_TE)
+        own_TE = ops.rms_norm(x_TE, torch.ones_like(weight_EE[0]), 1e-6)
+        own_TE = own_TE + torch.full_like(own_TE, 0.5)
+        x_TE = own_TE + beside()
+    return x_TE
+
+
+@each_set
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+def test_work_beside_other_work_is_whole_when_asked_for(
+    ops: Ops, device: torch.device, rows: int
+) -> None:
+    weights = [normal(layer, 64, 64) / 8 for layer in range(24)]
+    x_TE = normal(99, rows, 64)
+    expected_TE = x_TE.double()
+    for weight_EE in weights:
+        scale_T1 = torch.rsqrt(expected_TE.square().mean(1, keepdim=True) + 1e-6)
+        expected_TE = expected_TE * scale_T1 + 0.5 + expected_TE @ weight_EE.double().T
+    on_device = [weight_EE.to(device) for weight_EE in weights]
+    result_TE = layers_beside(ops, on_device, x_TE.to(device))
+    assert relative_error(result_TE, expected_TE) < 1e-5
+    if device.type != "cuda" or rows == 0:
+        return
+    given_TE = x_TE.to(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_TE = layers_beside(ops, on_device, given_TE)
+    for _ in range(3):
+        captured_TE.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured_TE, result_TE)
