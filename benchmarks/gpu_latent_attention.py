@@ -68,9 +68,10 @@ def normal(*shape: int) -> torch.Tensor:
 def time_absorbed(num_heads: int, sequences: int, context: int) -> float:
     """Microseconds of one layer's decode."""
     backend, batch, cache = make(num_heads, [1] * sequences, [context] * sequences)
-    q, out = (normal(sequences, num_heads, size) for size in (LATENT + ROPE, LATENT))
+    q, out = (normal(sequences, num_heads, LATENT) for _ in range(2))
+    q_rope = normal(sequences, num_heads, NOPE + ROPE)[..., NOPE:]
     plan = backend.plan(batch)
-    return microseconds(lambda: backend.absorbed(plan, cache, q, out))
+    return microseconds(lambda: backend.absorbed(plan, cache, q, q_rope, out))
 
 
 def time_expanded(num_heads: int, sequences: int, cached: int, rows: int) -> float:

@@ -7,6 +7,7 @@ Shape legend: see core.interfaces.latent_attention.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from core.engine.batch import Batch
@@ -84,11 +85,10 @@ class _LatentStep:
             backend, phase = self._decode_phase
             q = q_THD[phase.rows]
             nope_dim = q.shape[-1] - (cached_TZ.shape[-1] - self._latent_dim)
-            q_THZ = q.new_empty((*q.shape[:2], cached_TZ.shape[-1]))
-            projections.absorb(q[..., :nope_dim], q_THZ[..., : self._latent_dim])
-            q_THZ[..., self._latent_dim :] = q[..., nope_dim:]
-            out_THC = q.new_empty((*q.shape[:2], self._latent_dim))
-            backend.absorbed(phase.plan, cache_BPZ, q_THZ, out_THC)
+            q_THC = q.new_empty((*q.shape[:2], self._latent_dim))
+            projections.absorb(q[..., :nope_dim], q_THC)
+            out_THC = torch.empty_like(q_THC)
+            backend.absorbed(phase.plan, cache_BPZ, q_THC, q[..., nope_dim:], out_THC)
             projections.restore(out_THC, out_THV[phase.rows])
         if self._prefill_phase is not None:
             backend, phase = self._prefill_phase

@@ -62,9 +62,13 @@ class LatentAttentionBackend(Protocol):
         """Whatever the layers' calls need beside q and the cache; valid for this step only."""
         ...
 
-    def absorbed(self, plan: object, cache_BPZ: Tensor, q_THZ: Tensor, out_THC: Tensor) -> None:
+    def absorbed(
+        self, plan: object, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
+    ) -> None:
         """Causal attention of every row over cached vectors: scores over all Z dimensions, values
-        are the first C. Rows of a sequence may be several (a backend serves either phase)."""
+        are the first C. Queries come in their two parts, the rotary one where its projection left
+        it (vectors contiguous). Rows of a sequence may be several (a backend serves either phase).
+        """
         ...
 
     def expanded(

@@ -57,11 +57,14 @@ class CpuLatentBackend:
         """Nothing yet: a phase needs only one of the two forms."""
         return _Plan(batch, self._one_head, self._group_tokens, self._spec.page_size)
 
-    def absorbed(self, plan: object, cache_BPZ: Tensor, q_THZ: Tensor, out_THC: Tensor) -> None:
+    def absorbed(
+        self, plan: object, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
+    ) -> None:
         """Torch's fused attention takes values of the keys' width only; the rest is cut off."""
         assert isinstance(plan, _Plan)
         cache_BP1Z = cache_BPZ.unsqueeze(2)
-        out_THZ = torch.empty_like(q_THZ, memory_format=torch.contiguous_format)
+        q_THZ = torch.cat((q_THC, q_THR), dim=2)
+        out_THZ = torch.empty_like(q_THZ)
         self._one_head.forward(plan.one_head, LayerKV(cache_BP1Z, cache_BP1Z), q_THZ, out_THZ)
         out_THC.copy_(out_THZ[..., : self._spec.latent_dim])
 

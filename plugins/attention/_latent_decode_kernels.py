@@ -77,7 +77,10 @@ def _load_tokens(
     do_not_specialize_on_alignment=["context_lens_ptr", "table_ptr"],
 )
 def latent_decode_kernel(
-    q_ptr,
+    q_latent_ptr,
+    q_rope_ptr,
+    q_rope_stride_T,
+    q_rope_stride_H,
     cache_ptr,
     latent_blocks,
     rope_blocks,
@@ -104,7 +107,6 @@ def latent_decode_kernel(
     results of pieces (P, 2, H, C), then the log2 of their sums (P, 2, H). With BLOCKS the two
     descriptors are those of tiles of the cache; each tile then lies in one page."""
     NUM_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_M - 1) // BLOCK_M
-    CACHED_DIM: tl.constexpr = LATENT_DIM + ROPE_DIM
     program = tl.program_id(0) // NUM_BLOCKS
     num_programs = tl.num_programs(0) // NUM_BLOCKS
     wait_for_predecessor(DEPENDENT)
@@ -127,9 +129,11 @@ def latent_decode_kernel(
         num_mine = tl.minimum(num_tiles - tile, num_left)
         if num_mine > 0:
             rows_M = sequence.to(tl.int64) * NUM_HEADS + heads_M
-            q_ptr_M1 = q_ptr + rows_M[:, None] * CACHED_DIM
-            q_MC = tl.load(q_ptr_M1 + columns_C[None, :], mask=valid_MC, other=0.0)
-            q_MR = tl.load(q_ptr_M1 + LATENT_DIM + columns_R[None, :], mask=valid_MR, other=0.0)
+            places_MC = rows_M[:, None] * LATENT_DIM + columns_C[None, :]
+            q_MC = tl.load(q_latent_ptr + places_MC, mask=valid_MC, other=0.0)
+            places_M = sequence.to(tl.int64) * q_rope_stride_T + heads_M * q_rope_stride_H
+            places_MR = places_M[:, None] + columns_R[None, :]
+            q_MR = tl.load(q_rope_ptr + places_MR, mask=valid_MR, other=0.0)
             if WIDE:
                 q_MC = q_MC.to(tl.float32)
                 q_MR = q_MR.to(tl.float32)
@@ -162,19 +166,19 @@ def latent_decode_kernel(
             result_MC = acc_MC / sum_M[:, None]
             if num_mine == num_tiles:
                 tl.store(
-                    out_ptr + rows_M[:, None] * LATENT_DIM + columns_C[None, :],
+                    out_ptr + places_MC,
                     result_MC.to(out_ptr.dtype.element_ty),
                     mask=valid_MC,
                 )
             else:
                 begins = (tile == 0).to(tl.int32)
-                places_M = (program * 2 + begins) * NUM_HEADS + heads_M
+                pieces_M = (program * 2 + begins) * NUM_HEADS + heads_M
                 tl.store(
-                    workspace_ptr + places_M[:, None] * LATENT_DIM + columns_C[None, :],
+                    workspace_ptr + pieces_M[:, None] * LATENT_DIM + columns_C[None, :],
                     result_MC,
                     mask=valid_MC,
                 )
-                tl.store(log_sums_ptr + places_M, most_M + tl.log2(sum_M), mask=valid_M)
+                tl.store(log_sums_ptr + pieces_M, most_M + tl.log2(sum_M), mask=valid_M)
         num_left -= num_mine
         tile *= 0
         sequence += 1

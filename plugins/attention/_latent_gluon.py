@@ -21,6 +21,8 @@ from plugins.attention._latent_gluon_kernels import (
     latent_decode_kernel,
 )
 
+_ALIGNMENT = 16  # bytes, of addresses and strides
+
 
 def fits(spec: LatentAttentionSpec) -> bool:
     """Whether the kernel takes such steps, on a Hopper GPU."""
@@ -38,19 +40,18 @@ def attend(
     schedule_RX: Tensor,
     workspace: Tensor,
     num_programs: int,
-    tensors: tuple[Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     scale_log2: float,
     launch: dict[str, Any],
 ) -> None:
-    """Every program's stretch; `tensors` are queries, cache and output."""
-    q_THZ, cache_BPZ, out_THC = tensors
-    latent_blocks, rope_blocks = _descriptors(cache_BPZ, TOKENS)
-    q_latent_blocks, q_rope_blocks = _descriptors(q_THZ, HEADS)
+    """Every program's stretch; `tensors` are both parts of queries, cache and output."""
+    q_THC, q_THR, cache_BPZ, out_THC = tensors
+    cached_YZ = cache_BPZ.view(-1, LATENT_DIM + ROPE_DIM)
     latent_decode_kernel[(num_programs * (spec.num_heads // HEADS),)](
-        q_latent_blocks,
-        q_rope_blocks,
-        latent_blocks,
-        rope_blocks,
+        TensorDescriptor.from_tensor(q_THC.view(-1, LATENT_DIM), [HEADS, LATENT_DIM], SHARED),
+        TensorDescriptor.from_tensor(_matrix(q_THR), [HEADS, ROPE_DIM], SHARED),
+        TensorDescriptor.from_tensor(cached_YZ, [TOKENS, LATENT_DIM], SHARED),
+        TensorDescriptor.from_tensor(cached_YZ, [TOKENS, ROPE_DIM], SHARED),
         out_THC,
         workspace,
         schedule_RX,
@@ -65,10 +66,8 @@ def attend(
     )
 
 
-def _descriptors(vectors: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Of blocks of `rows` latents, and of as many rotary parts."""
-    flat = vectors.view(-1, LATENT_DIM + ROPE_DIM)
-    return (
-        TensorDescriptor.from_tensor(flat, [rows, LATENT_DIM], SHARED),
-        TensorDescriptor.from_tensor(flat, [rows, ROPE_DIM], SHARED),
-    )
+def _matrix(q_THR: Tensor) -> Tensor:
+    """Rows that the tensor memory accelerator can copy; a copy where they lie otherwise."""
+    q_XR = q_THR.flatten(0, 1)
+    aligned = q_XR.data_ptr() % _ALIGNMENT == 0
+    return q_XR if aligned and q_XR.stride(0) * 2 % _ALIGNMENT == 0 else q_XR.contiguous()

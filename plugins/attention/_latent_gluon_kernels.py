@@ -162,7 +162,7 @@ def latent_decode_kernel(
             mbarrier.expect(q_arrived, 2 * _M * (_C + _R))
             row = sequence * NUM_HEADS + first_head
             tma.async_copy_global_to_shared(q_latent_blocks, [row, 0], q_arrived, q_latent_MC)
-            tma.async_copy_global_to_shared(q_rope_blocks, [row, _C], q_arrived, q_rope_MR)
+            tma.async_copy_global_to_shared(q_rope_blocks, [row, 0], q_arrived, q_rope_MR)
             for early in gl.static_range(2):
                 place = (count + early) % 2
                 slot = _slot(table_row_ptr, tile + gl.minimum(early, num_mine - 1), PAGE_SIZE)

@@ -6,6 +6,7 @@ Knows nothing of speed. Shape legend: see core.interfaces.latent_attention.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from core.hookspecs import NoOptions
@@ -31,13 +32,15 @@ class TorchRefLatentBackend:
         """The batch itself is all that is needed."""
         return batch
 
-    def absorbed(self, plan: object, cache_BPZ: Tensor, q_THZ: Tensor, out_THC: Tensor) -> None:
+    def absorbed(
+        self, plan: object, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
+    ) -> None:
         """Attend each sequence to its cached vectors."""
 
         def one_head(cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
             return cached_XZ.unsqueeze(1), cached_XZ[:, None, : self._spec.latent_dim]
 
-        self._forward(plan, cache_BPZ, q_THZ, one_head, out_THC)
+        self._forward(plan, cache_BPZ, torch.cat((q_THC, q_THR), dim=2), one_head, out_THC)
 
     def expanded(
         self, plan: object, cache_BPZ: Tensor, q_THD: Tensor, expand: Expand, out_THV: Tensor

@@ -140,10 +140,13 @@ class TritonLatentBackend:
         )
         return schedule_RX
 
-    def absorbed(self, plan: object, cache_BPZ: Tensor, q_THZ: Tensor, out_THC: Tensor) -> None:
+    def absorbed(
+        self, plan: object, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
+    ) -> None:
         """Every program's stretch, then the sums of what several had a part in."""
         assert isinstance(plan, _Plan)
-        assert q_THZ.is_contiguous()
+        assert q_THC.is_contiguous()
+        assert q_THR.stride(2) == 1
         assert out_THC.is_contiguous()
         assert cache_BPZ.is_contiguous()
         spec = self.spec
@@ -155,26 +158,30 @@ class TritonLatentBackend:
                 schedule_RX,
                 self._workspace,
                 self._num_programs,
-                (q_THZ, cache_BPZ, out_THC),
+                (q_THC, q_THR, cache_BPZ, out_THC),
                 self._scale_log2,
                 self._launch,
             )
         else:
-            self._attend_portably(batch, schedule_RX, q_THZ, cache_BPZ, out_THC)
+            self._attend_portably(batch, schedule_RX, q_THC, q_THR, cache_BPZ, out_THC)
         self._add_pieces(batch, schedule_RX, out_THC)
 
     def _attend_portably(
         self,
         batch: SequenceBatch,
         schedule_RX: Tensor,
-        q_THZ: Tensor,
+        q_THC: Tensor,
+        q_THR: Tensor,
         cache_BPZ: Tensor,
         out_THC: Tensor,
     ) -> None:
         spec, tiles = self.spec, self.absorbed_tiles
         latent_blocks, rope_blocks = self._blocks(cache_BPZ)
         latent_decode_kernel[(self._num_programs * self._head_blocks,)](
-            q_THZ,
+            q_THC,
+            q_THR,
+            q_THR.stride(0),
+            q_THR.stride(1),
             cache_BPZ,
             latent_blocks,
             rope_blocks,

@@ -46,10 +46,23 @@ class Step:
     expected_THV: Tensor
     expanded_tokens: list[int] = field(default_factory=list)  # of each call of `expand`
 
+    @property
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """(q_THC, q_THR) of the absorbed form; the rotary part lies in wider rows, as after its
+        projection."""
+        return split_queries(self.spec, self.q_THZ)
+
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in the dtype of the cache; values are strided, as a model's are."""
         self.expanded_tokens.append(cached_XZ.shape[0])
         return expand(cached_XZ, self.key_HNC, self.value_HVC)
+
+
+def split_queries(spec: LatentAttentionSpec, q_THZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Both parts, new tensors: latents contiguous, rotary parts behind as many others."""
+    q_THC, q_THR = q_THZ.split((spec.latent_dim, spec.rope_dim), dim=2)
+    wide_THX = torch.cat((q_THZ.new_full((*q_THZ.shape[:2], spec.nope_dim), torch.nan), q_THR), 2)
+    return q_THC.contiguous(), wide_THX[..., spec.nope_dim :]
 
 
 def expand(cached_XZ: Tensor, key_HNC: Tensor, value_HVC: Tensor) -> tuple[Tensor, Tensor]:

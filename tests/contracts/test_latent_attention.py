@@ -16,7 +16,7 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionBackend, LatentAttentionSpec
-from tests.contracts.latent_attention_cases import Case, Step, make_step
+from tests.contracts.latent_attention_cases import Case, Step, make_step, split_queries
 
 V3 = (128, 64, 128, 512)
 ODD = (20, 12, 40, 24)  # no powers of two, values wider than keys
@@ -79,7 +79,7 @@ def check(name: str, step: Step, tolerance: float) -> None:
     plan = backend.plan(step.batch)
     for _ in range(2):
         out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
-        backend.absorbed(plan, step.cache_BPZ, step.q_THZ.clone(), out_THC)
+        backend.absorbed(plan, step.cache_BPZ, *step.queries, out_THC)
         compare(out_THC, step.expected_THC, tolerance)
         out_THV = step.q_THD.new_full(step.expected_THV.shape, torch.nan)
         backend.expanded(plan, step.cache_BPZ, step.q_THD.clone(), step.expand, out_THV)
@@ -122,7 +122,8 @@ def check_padded(name: str, step: Step, tolerance: float, padding: int) -> None:
     out_THC = q_THZ.new_full((num_rows, *step.expected_THC.shape[1:]), torch.nan)
     backend = build(name, step.spec)
     assert backend.capturable
-    backend.absorbed(backend.plan(padded), step.cache_BPZ, q_THZ, out_THC)
+    queries = split_queries(step.spec, q_THZ)
+    backend.absorbed(backend.plan(padded), step.cache_BPZ, *queries, out_THC)
     compare(out_THC[:rows], step.expected_THC, tolerance)
     assert not out_THC[rows:].any()
 
@@ -159,7 +160,7 @@ def test_absorbed_equals_expanded(case: Case) -> None:
     q_nope_THN, q_rope_THR = step.q_THD.split((spec.nope_dim, spec.rope_dim), dim=2)
     q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, step.key_HNC)
     out_THC = torch.empty_like(step.expected_THC)
-    backend.absorbed(plan, step.cache_BPZ, torch.cat((q_THC, q_rope_THR), dim=2), out_THC)
+    backend.absorbed(plan, step.cache_BPZ, q_THC, q_rope_THR, out_THC)
     restored_THV = torch.einsum("thc,hvc->thv", out_THC, step.value_HVC)
     torch.testing.assert_close(restored_THV, step.expected_THV, rtol=1e-10, atol=1e-12)
 

@@ -55,7 +55,7 @@ def test_equals_float64(cached: tuple[int, ...], num_heads: int, page_size: int)
     plan = backend.plan(step.batch)
     for _ in range(2):
         out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
-        backend.absorbed(plan, step.cache_BPZ, step.q_THZ, out_THC)
+        backend.absorbed(plan, step.cache_BPZ, *step.queries, out_THC)
         compare(out_THC, step.expected_THC, TOLERANCE)
 
 
@@ -80,8 +80,10 @@ def test_replays_follow_the_lengths_on_the_device() -> None:
     backend = TritonLatentBackend(step.spec)
     out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
 
+    queries = step.queries
+
     def attend() -> None:
-        backend.absorbed(backend.plan(batch), step.cache_BPZ, step.q_THZ, out_THC)
+        backend.absorbed(backend.plan(batch), step.cache_BPZ, *queries, out_THC)
 
     attend()
     torch.cuda.synchronize()
