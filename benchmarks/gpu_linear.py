@@ -100,11 +100,19 @@ _MATRICES: dict[int, list[tuple[int, ...]]] = {
     128: [(128, 64, 128, 8, 4, 1), (128, 128, 64, 8, 4, 1), (128, 128, 64, 8, 4, 2)],
     256: [(128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1)],
 }
+# The same for a router's few outputs: many programs share a sum.
+_GATES: dict[int, list[tuple[int, ...]]] = {
+    16: [(16, 16, 256, 4, 4, 7), (16, 16, 128, 4, 5, 8), (16, 32, 256, 4, 4, 14)],
+    32: [(32, 32, 128, 4, 5, 14), (32, 32, 256, 4, 4, 14), (32, 16, 128, 4, 5, 8)],
+    64: [(64, 32, 128, 4, 4, 14), (64, 32, 128, 4, 4, 8), (32, 32, 128, 4, 5, 8)],
+    128: [(64, 32, 128, 4, 4, 8), (64, 64, 128, 4, 4, 14), (128, 32, 128, 4, 4, 14)],
+    256: [(64, 64, 128, 4, 4, 8), (128, 64, 128, 8, 4, 14)],
+}
 
 
-def matrices(rows: int) -> Iterator[Tile]:
+def matrices(rows: int, tiles: dict[int, list[tuple[int, ...]]]) -> Iterator[Tile]:
     names = ("BLOCK_T", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages", "SPLIT")
-    for values in _MATRICES.get(max(16, rows), ()):
+    for values in tiles.get(max(16, rows), ()):
         for prefetched in (0, 512, 1024) if rows <= 64 else (0,):
             tile = dict(zip(names, values, strict=True))
             yield {"path": "matrix", **tile, "PREFETCH_I": prefetched}
@@ -128,8 +136,8 @@ def wides() -> Iterator[Tile]:
 def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
     found = [] if rows > 8 else list(vectors(size_I, rows))
     if rows > 1:
-        found += matrices(rows)
-    if rows >= 128:
+        found += matrices(rows, _GATES if operation == "gate" else _MATRICES)
+    if rows >= 128 and operation != "gate":
         found += wides()
     least = 2 if operation == "gated_linear" else 1
     return [{**tile, "max_rows": rows} for tile in found if tile["BLOCK_O"] >= least]

@@ -17,7 +17,8 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Ahead of kernels of the first one that find no room, behind which its own would wait.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def begin(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
         """Launches `work(x)`. What is returned has the current stream wait for it, and must be

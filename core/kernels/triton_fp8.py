@@ -34,23 +34,26 @@ ANY_ROWS = 1 << 30
 @triton.jit(do_not_specialize_on_alignment=["x_ptr"])
 def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
+    source_ptr,
     values_ptr,
     scales_ptr,
     x_stride,
     scales_stride_T,
     scales_stride_C,
     SIZE: tl.constexpr,
+    GATHER: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """BLOCK_C blocks of 128 columns of one row."""
+    """BLOCK_C blocks of 128 columns of one row; with GATHER row i is row source[i] of x."""
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
+    x_row = tl.load(source_ptr + row) if GATHER else row
     blocks_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = blocks_C[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = columns < SIZE
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    x = tl.load(x_ptr + x_row * x_stride + columns, mask=inside, other=0.0)
     values, scale_C = quantize_tile(x)
     tl.store(values_ptr + row * SIZE + columns, values, mask=inside)
     num_blocks = (SIZE + 127) // 128
@@ -58,28 +61,34 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     tl.store(places_C, scale_C, mask=blocks_C < num_blocks)
 
 
-def quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 values (T, E), float32 scales (T, C)) of rows whose elements are contiguous."""
-    num_rows, size = x_TE.shape
-    scales_TC = torch.empty((num_rows, num_blocks(size)), dtype=torch.float32, device=x_TE.device)
-    return _quantize(x_TE, num_rows, scales_TC), scales_TC
+def quantize_rows(x_TE: Tensor, source_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(fp8 values (T, E), float32 scales (T, C)) of rows whose elements are contiguous: those of x
+    in their order, or in that of `source_T` (int64)."""
+    num_rows = x_TE.shape[0] if source_T is None else source_T.shape[0]
+    shape = (num_rows, num_blocks(x_TE.shape[1]))
+    scales_TC = torch.empty(shape, dtype=torch.float32, device=x_TE.device)
+    return _quantize(x_TE, source_T, num_rows, scales_TC), scales_TC
 
 
-def _quantize(x_TE: Tensor, stored_rows: int, scales_TC: Tensor) -> Tensor:
+def _quantize(x_TE: Tensor, source_T: Tensor | None, stored_rows: int, scales_TC: Tensor) -> Tensor:
     """Values of all rows, in a tensor of `stored_rows`; writes their scales."""
     num_rows, size = x_TE.shape
+    if source_T is not None:
+        num_rows = source_T.shape[0]
     values_TE = torch.empty((stored_rows, size), dtype=FP8, device=x_TE.device)
     blocks = scales_TC.shape[1]
     if num_rows:
         block_C = min(_BLOCKS_OF_A_PROGRAM, triton.next_power_of_2(blocks))
         quantize_rows_kernel[(num_rows, triton.cdiv(blocks, block_C))](
             x_TE,
+            x_TE if source_T is None else source_T,
             values_TE,
             scales_TC,
             x_TE.stride(0),
             scales_TC.stride(0),
             scales_TC.stride(1),
             SIZE=size,
+            GATHER=source_T is not None,
             BLOCK_C=block_C,
             num_warps=4,
             **options(x_TE.device),
@@ -97,7 +106,7 @@ def vendor(weight: BlockFp8, bias_O: Tensor | None) -> LinearKernel:
         stored_rows = triton.cdiv(num_rows, _VENDOR_ROWS) * _VENDOR_ROWS
         shape = (num_blocks(x.shape[1]), stored_rows)
         scales_TC = torch.empty(shape, dtype=torch.float32, device=x.device).t()
-        values_TI = _quantize(x, stored_rows, scales_TC)
+        values_TI = _quantize(x, None, stored_rows, scales_TC)
         # What stands in rows past the last stays in theirs.
         out_TO = torch._scaled_mm(
             values_TI, weight_IO, scales_TC, scales_CB, bias_O, out_dtype=torch.bfloat16

@@ -136,6 +136,7 @@ class TritonLatentBackend:
             P=num_programs,
             G=1,
             BLOCK_N=self.absorbed_tiles.tokens,
+            WHOLE=True,  # pieces of all heads are large
             num_warps=4,
         )
         return schedule_RX

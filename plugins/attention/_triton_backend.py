@@ -158,6 +158,7 @@ class TritonBackend:
             P=self._num_programs,
             G=self._spec.num_kv_heads,
             BLOCK_N=self._decode_tiles.tokens,
+            WHOLE=False,  # pieces of a few heads are small
             num_warps=4,
         )
         return _DecodePlan(batch, schedule_RX, by_unit)

@@ -51,13 +51,11 @@ class EmulatedDispatcher:
     ) -> Dispatched:
         """T * K rows."""
         grouping = self._grouping(x_TE.shape[0])
-        sent, scales = quantize_rows(x_TE) if self._fp8 else (x_TE, None)
-        return Dispatched(
-            _take(sent, grouping),
-            grouping.counts_L,
-            _Handle(grouping.positions_TK, weights_TK),
-            None if scales is None else _take(scales, grouping),
-        )
+        # Each place quantises its row: a peer would, once, but one launch then lays them out.
+        source_P = grouping.source
+        rows_PE, scales = quantize_rows(x_TE, source_P) if self._fp8 else (x_TE[source_P], None)
+        handle = _Handle(grouping.positions_TK, weights_TK)
+        return Dispatched(rows_PE, grouping.counts_L, handle, scales)
 
     def _grouping(self, num_rows: int) -> Grouping:
         """Made on the CPU, and kept for decode steps, of which there are few sizes."""
@@ -86,12 +84,3 @@ class EmulatedDispatcher:
         assert isinstance(handle, _Handle)
         flat = output.flatten(0, -2) if output.dim() == 3 else output
         return sum_results(flat, handle.positions_TK, handle.weights_TK, self._spec.dtype)
-
-
-def _take(x_TE: Tensor, grouping: Grouping) -> Tensor:
-    """Rows as they lie before the experts; float8 is moved in words, as torch can't index it."""
-    if x_TE.element_size() == 1:
-        words = x_TE.view(torch.uint8)
-        wide = torch.int64 if words.shape[-1] % 8 == 0 else torch.uint8
-        return words.view(wide)[grouping.source].view(x_TE.dtype)
-    return x_TE[grouping.source]

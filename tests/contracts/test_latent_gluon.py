@@ -45,6 +45,7 @@ def make(cached: tuple[int, ...], num_heads: int = 128, page_size: int = 64) -> 
         ((0, 62, 63, 64, 126, 127, 999, 4095), 64, 64),
         (lengths(9, 300), 192, 64),
         (lengths(5, 500), 64, 128),
+        ((200,) * 131, 64, 64),
     ],
     ids=str,
 )
