@@ -1,7 +1,7 @@
 """Launches the Gluon kernel of absorbed latent attention, where `fits` says that it can run.
 
-Imported only where a Hopper GPU is: Gluon kernels run in no interpreter. Makes no schedule and sums
-no pieces. Shape legend: see core.interfaces.latent_attention.
+Imported only where a Hopper GPU is: Gluon kernels run in no interpreter. Shape legend: see
+core.interfaces.latent_attention.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
+from core.kernels.dependent_launch import options
 from plugins.attention._latent_gluon_kernels import (
     HEADS,
     LATENT_DIM,
@@ -20,6 +20,7 @@ from plugins.attention._latent_gluon_kernels import (
     TOKENS,
     latent_decode_kernel,
 )
+from plugins.attention._latent_stretches import Stretches
 
 _ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -34,36 +35,39 @@ def fits(spec: LatentAttentionSpec) -> bool:
     )
 
 
-def attend(
-    spec: LatentAttentionSpec,
-    batch: SequenceBatch,
-    schedule_RX: Tensor,
-    workspace: Tensor,
-    num_programs: int,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    scale_log2: float,
-    launch: dict[str, Any],
-) -> None:
-    """Every program's stretch; `tensors` are both parts of queries, cache and output."""
-    q_THC, q_THR, cache_BPZ, out_THC = tensors
-    cached_YZ = cache_BPZ.view(-1, LATENT_DIM + ROPE_DIM)
-    latent_decode_kernel[(num_programs * (spec.num_heads // HEADS),)](
-        TensorDescriptor.from_tensor(q_THC.view(-1, LATENT_DIM), [HEADS, LATENT_DIM], SHARED),
-        TensorDescriptor.from_tensor(_matrix(q_THR), [HEADS, ROPE_DIM], SHARED),
-        TensorDescriptor.from_tensor(cached_YZ, [TOKENS, LATENT_DIM], SHARED),
-        TensorDescriptor.from_tensor(cached_YZ, [TOKENS, ROPE_DIM], SHARED),
-        out_THC,
-        workspace,
-        schedule_RX,
-        batch.context_lens_S,
-        batch.page_table_SM,
-        batch.page_table_SM.stride(0),
-        SCALE_LOG2=scale_log2,
-        PAGE_SIZE=spec.page_size,
-        NUM_HEADS=spec.num_heads,
-        num_warps=8,
-        **launch,
-    )
+class GluonKernel:
+    """plugins.attention._latent_stretches.StretchKernel in Gluon."""
+
+    heads, tokens = HEADS, TOKENS
+
+    def __init__(self, spec: LatentAttentionSpec, scale_log2: float) -> None:
+        self._head_blocks = spec.num_heads // HEADS
+        self._constants: dict[str, Any] = dict(
+            SCALE_LOG2=scale_log2,
+            PAGE_SIZE=spec.page_size,
+            NUM_HEADS=spec.num_heads,
+            num_warps=8,
+            **options(spec.device),
+        )
+
+    def attend(self, work: Stretches) -> None:
+        """Every program's stretch."""
+        batch = work.batch
+        cached_YZ = work.cache_BPZ.view(-1, LATENT_DIM + ROPE_DIM)
+        q_latents_XC = work.q_THC.view(-1, LATENT_DIM)
+        latent_decode_kernel[(work.num_programs * self._head_blocks,)](
+            TensorDescriptor.from_tensor(q_latents_XC, [HEADS, LATENT_DIM], SHARED),
+            TensorDescriptor.from_tensor(_matrix(work.q_THR), [HEADS, ROPE_DIM], SHARED),
+            TensorDescriptor.from_tensor(cached_YZ, [TOKENS, LATENT_DIM], SHARED),
+            TensorDescriptor.from_tensor(cached_YZ, [TOKENS, ROPE_DIM], SHARED),
+            work.out_THC,
+            work.workspace,
+            work.schedule_RX,
+            batch.context_lens_S,
+            batch.page_table_SM,
+            batch.page_table_SM.stride(0),
+            **self._constants,
+        )
 
 
 def _matrix(q_THR: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 The work of a step is a line of tiles: sequence after sequence, in each KV head after KV head, in
 each the tiles of the context; one head of one sequence is a *unit*. Every program takes an equal
-stretch of the line, so that all end at once whatever the lengths are. What it covers of a unit is a
-*piece*: a whole unit's result goes to `out`, others' to the workspace, where a program has place 0
-for the unit that it goes on with and place 1 for the one it begins. Lengths are read on the device
-alone. Any page size: each token of a tile looks its page up.
+stretch of the line, so that all end at once whatever the lengths are (where these are equal, a
+stretch may be rounded up to whole units, and some programs are left without). What it covers of a
+unit is a *piece*: a whole unit's result goes to `out`, others' to the workspace, where a program
+has place 0 for the unit that it goes on with and place 1 for the one it begins. Lengths are read on
+the device alone. Any page size: each token of a tile looks its page up.
 
 Shape legend: P programs, S sequences, M rows of a tile (query heads of a KV head), N tokens of a
 tile, D head dimension (padded to a power of two), X pieces of a unit, G KV heads.
@@ -59,24 +60,23 @@ def _share(
 ):  # fmt: skip
     """(tiles of each program, tiles of the line). WHOLE lets programs end where units do, if all
     sequences are equally long and it takes at most a sixteenth more: there are no pieces then."""
-    num_tiles = _count_tiles(context_lens_ptr, num_sequences, BLOCK_N) * G
-    share = tl.maximum(tl.cdiv(num_tiles, P), 1)
+    BLOCK_S: tl.constexpr = 256
+    num_tiles = 0
+    num_real = 0
+    longest = 1
+    for first in range(0, num_sequences, BLOCK_S):
+        sequences_S = first + tl.arange(0, BLOCK_S)
+        lens_S = tl.load(context_lens_ptr + sequences_S, mask=sequences_S < num_sequences, other=0)
+        tiles_S = tl.cdiv(lens_S, BLOCK_N)
+        num_tiles += tl.sum(tiles_S, axis=0)
+        num_real += tl.sum((lens_S > 0).to(tl.int32), axis=0)
+        longest = tl.maximum(longest, tl.max(tiles_S, axis=0))
+    share = tl.maximum(tl.cdiv(num_tiles * G, P), 1)
     if WHOLE:
-        BLOCK_S: tl.constexpr = 256
-        longest = 1
-        num_longest = 0
-        for first in range(0, num_sequences, BLOCK_S):
-            sequences_S = first + tl.arange(0, BLOCK_S)
-            lens_S = tl.load(
-                context_lens_ptr + sequences_S, mask=sequences_S < num_sequences, other=0
-            )
-            tiles_S = tl.cdiv(lens_S, BLOCK_N)
-            longest = tl.maximum(longest, tl.max(tiles_S, axis=0))
-            num_longest += tl.sum((lens_S > 0).to(tl.int32), axis=0)
         whole = tl.cdiv(share, longest) * longest
-        if (num_longest * longest * G == num_tiles) & (whole * 16 <= share * 17):
+        if (num_real * longest == num_tiles) & (whole * 16 <= share * 17):
             share = whole
-    return share, num_tiles
+    return share, num_tiles * G
 
 
 @triton.jit(
@@ -325,8 +325,7 @@ def reduce_kernel(
                 mask=inside_XR[:, :, None] & (columns_D < HEAD_DIM)[None, None, :],
                 other=0.0,
             )
-            # Rows past the last one have no sums, and must not become NaN.
-            new_most_R = tl.maximum(tl.maximum(most_R, tl.max(log_sums_XR, axis=0)), -1e38)
+            new_most_R = tl.maximum(most_R, tl.max(log_sums_XR, axis=0))
             weights_XR = tl.exp2(log_sums_XR - new_most_R[None, :])
             shrink_R = tl.exp2(most_R - new_most_R)
             added_RD = tl.sum(partial_XRD * weights_XR[:, :, None], axis=0)

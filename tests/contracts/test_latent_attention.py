@@ -31,8 +31,7 @@ SMALL = [
     Case(rows=(9, 50), cached=(3, 70), page_size=64, num_heads=2),
     Case(rows=(4, 2, 3), cached=(0, 100, 29), page_size=5, dims=ODD),
     Case(rows=(3, 1), cached=(40, 90), page_size=64, num_heads=2, dims=V3),
-    Case(rows=(1,) * 11, cached=(290,) * 11, num_heads=2),  # equally long: programs end with them
-    Case(rows=(1,) * 3, cached=(290,) * 3, num_heads=2),
+    Case(rows=(1,) * 31, cached=(60,) * 31, num_heads=2),  # equally long: programs end with them
 ]
 LARGE = [
     Case(rows=(1,) * 24, cached=tuple(range(0, 2400, 100)), num_heads=8),
