@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_floor
+from core.resolve import LATENT_PAGE_SIZE
 
 NOMINAL_BYTES_PER_S = 3.35e12  # an H100 SXM's, which the known floors were taken at
 NUM_STEPS = 48
 REPEATS = 3
-PAGE_SIZE = 64  # tokens; what the fast latent attention kernel needs
 VOCABULARY = 8192  # of the head, which drops out of the difference
 # (dense layers, MoE layers) of the models that are timed.
 MODELS = ((1, 4), (1, 1), (2, 1))
@@ -87,7 +87,7 @@ def configuration(
     most = max(batch for batch, _ in cells)
     a2a = PluginChoice(name="emulated", options={"layout": arguments.layout})
     emulated = PluginChoice(name="emulated")
-    pages = max(batch * pages_of(context, PAGE_SIZE) for batch, context in cells)
+    pages = max(batch * pages_of(context) for batch, context in cells)
     ep = arguments.rank_ep
     return AppConfig(
         model=ModelConfig(
@@ -104,9 +104,8 @@ def configuration(
         moe_a2a=MoEAllToAllConfig(prefill=a2a, decode=a2a),
         engine=EngineConfig(
             device=arguments.device,
-            page_size=PAGE_SIZE,
             max_running_requests=most,
-            kv_cache_tokens=(pages + 1) * PAGE_SIZE,
+            kv_cache_tokens=(pages + 1) * LATENT_PAGE_SIZE,
             max_prefill_tokens=256,
             chunked_prefill_size=256,
             disable_prefix_cache=True,
@@ -114,17 +113,17 @@ def configuration(
     )
 
 
-def pages_of(context: int, page_size: int) -> int:
+def pages_of(context: int) -> int:
     """Pages of a request from its context on."""
-    return -(-(context + NUM_STEPS + 1) // page_size)
+    return -(-(context + NUM_STEPS + 1) // LATENT_PAGE_SIZE)
 
 
-def first_plan(batch: int, context: int, page_size: int) -> Any:
+def first_plan(batch: int, context: int) -> Any:
     """A decode step whose requests have `context` tokens, on pages of their own."""
     from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 
     params = SamplingParams(max_tokens=NUM_STEPS + 1, temperature=0.0, ignore_eos=True)
-    count = pages_of(context, page_size)
+    count = pages_of(context)
     slots = list(range(batch))
     return StepPlan(
         step=0,
@@ -159,7 +158,7 @@ def step_us(lone: Any, batch: int, context: int) -> float:
     from core.engine.lockstep import rank_facts, settle
     from core.interfaces.messages import AgreedStep
 
-    first = first_plan(batch, context, lone.resolved.config.engine.page_size)
+    first = first_plan(batch, context)
     num_dp = lone.resolved.plan.dp
 
     def agreed(plan: Any) -> Any:

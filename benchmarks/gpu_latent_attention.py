@@ -22,7 +22,7 @@ from plugins.attention._latent_triton import TritonLatentBackend, build
 
 PAGE_SIZE = 64
 NOPE, ROPE, VALUE, LATENT = 128, 64, 128, 512
-DECODES = ((1, 1024), (1, 8192), (1, 131072), (16, 1024), (64, 4096), (128, 2048))
+DECODES = ((1, 1024), (1, 8192), (1, 131072), (16, 1024), (64, 4096), (128, 2048), (128, 4096))
 PREFILLS = ((1, 0, 2048), (1, 0, 8192), (4, 0, 2048), (1, 28672, 4096))
 
 

@@ -107,8 +107,9 @@ def config_searchpath() -> Sequence[str]:
 
 @hookspec
 def check_plan(config: "AppConfig") -> Sequence[str]:
-    """Problems of a resolved configuration, one sentence each, naming the key to change.
-    All plugins' problems are reported together, before anything starts."""
+    """Problems of a configuration, one sentence each, naming the key to change. All plugins'
+    problems are reported together, before anything starts. Called with the composed configuration,
+    where names may be "auto" and `engine.page_size` None, then with what these mean here."""
     raise AssertionError("a specification is never called")
 
 

@@ -209,7 +209,7 @@ class PluginManager:
                     )
 
     def check_plan(self, config: AppConfig) -> list[str]:
-        """What every plugin finds wrong with a resolved configuration, in one list."""
+        """What every plugin finds wrong with a configuration, settled or not, in one list."""
         found = self._call_each("check_plan", config=config)
         return [problem for _, problems in found for problem in problems]
 

@@ -126,7 +126,7 @@ class StepLauncher:
         launched = self._launcher.launch(self._runner, step)
         with self._lock:
             self._running.append(launched)
-            number = self._launched
+            number = self._finished + len(self._running)
 
         def wait() -> StepResult:
             result = launched.result()

@@ -66,9 +66,9 @@ class LatentAttentionBackend(Protocol):
         self, plan: object, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
     ) -> None:
         """Causal attention of every row over cached vectors: scores over all Z dimensions, values
-        are the first C. Queries come in their two parts, the rotary one where its projection left
-        it (vectors contiguous). Rows of a sequence may be several (a backend serves either phase).
-        """
+        are the first C. Queries come in their two parts: latents contiguous, as `out` is, and the
+        rotary one where its projection left it (vectors contiguous). Rows of a sequence may be
+        several (a backend serves either phase)."""
         ...
 
     def expanded(

@@ -20,7 +20,7 @@ class ExpertTiles:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
-    """What the first product reads. Places past the counted ones are never read."""
+    """What the first product reads. Places past the counted ones may be read, and don't matter."""
 
     values: Tensor  # (T, E): bfloat16, float32, or fp8 with
     # float32 (T, E / 128), or (L, C, E / 128) in the batched layout, of any strides

@@ -31,7 +31,7 @@ _VENDOR_ROWS = 4  # cuBLASLt takes scales of rows in columns aligned to 16 bytes
 ANY_ROWS = 1 << 30
 
 
-@triton.jit(do_not_specialize_on_alignment=["x_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["x_ptr", "source_ptr"])
 def quantize_rows_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     source_ptr,
@@ -64,6 +64,7 @@ def quantize_rows_kernel(  # type: ignore[no-untyped-def]
 def quantize_rows(x_TE: Tensor, source_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(fp8 values (T, E), float32 scales (T, C)) of rows whose elements are contiguous: those of x
     in their order, or in that of `source_T` (int64)."""
+    assert source_T is None or source_T.dim() == 1
     num_rows = x_TE.shape[0] if source_T is None else source_T.shape[0]
     shape = (num_rows, num_blocks(x_TE.shape[1]))
     scales_TC = torch.empty(shape, dtype=torch.float32, device=x_TE.device)

@@ -123,7 +123,8 @@ def experts_fp8_kernel(
         expert = tl.load(tile_ptr).to(tl.int64)
         start = tl.load(tile_ptr + max_tiles)
         end = tl.load(tile_ptr + 2 * max_tiles)
-        # Places past the end repeat the last one; their results are not stored.
+        # Past the end come values of whatever lies there, or of the last row again, with its scale;
+        # their results are not stored.
         places_M = start + tl.arange(0, BLOCK_M)
         read_M = tl.minimum(places_M, end - 1)
         if GATHER:

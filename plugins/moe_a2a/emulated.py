@@ -51,10 +51,14 @@ class EmulatedDispatcher:
     ) -> Dispatched:
         """T * K rows."""
         grouping = self._grouping(x_TE.shape[0])
-        # Each place quantises its row: a peer would, once, but one launch then lays them out.
-        source_P = grouping.source
-        rows_PE, scales = quantize_rows(x_TE, source_P) if self._fp8 else (x_TE[source_P], None)
+        source = grouping.source  # (P,), or (L, C) in the batched layout
         handle = _Handle(grouping.positions_TK, weights_TK)
+        if not self._fp8:
+            return Dispatched(x_TE[source], grouping.counts_L, handle, None)
+        # Each place quantises its row: a peer would, once, but one launch then lays them out.
+        rows_PE, scales = quantize_rows(x_TE, source.flatten())
+        rows_PE = rows_PE.view(*source.shape, rows_PE.shape[1])
+        scales = scales.view(*source.shape, scales.shape[1])
         return Dispatched(rows_PE, grouping.counts_L, handle, scales)
 
     def _grouping(self, num_rows: int) -> Grouping:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched, Routes
-from core.interfaces.ops import ExpertWeights, Ops
+from core.interfaces.ops import ExpertWeights, LinearKernel, Ops
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
@@ -475,9 +475,22 @@ def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> Non
 
 
 def layers_beside(ops: Ops, weights: list[Tensor], x_TE: Tensor) -> Tensor:
-    """Layers that each add the work beside to work of their own, as a model does."""
+    """Layers that each add the work beside to work of their own, as a model does. On a GPU both
+    take long enough for one that doesn't wait for the other to be too early."""
+
+    def sleep() -> None:
+        if x_TE.device.type == "cuda":
+            torch.cuda._sleep(20_000)  # cycles
+
     for weight_EE in weights:
-        beside = ops.beside(ops.linear(weight_EE, None), x_TE)
+        linear = ops.linear(weight_EE, None)
+
+        def work(x_TE: Tensor, linear: LinearKernel = linear) -> Tensor:
+            sleep()
+            return linear(x_TE)
+
+        sleep()
+        beside = ops.beside(work, x_TE)
         own_TE = ops.rms_norm(x_TE, torch.ones_like(weight_EE[0]), 1e-6)
         own_TE = own_TE + torch.full_like(own_TE, 0.5)
         x_TE = own_TE + beside()

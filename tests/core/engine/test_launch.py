@@ -72,3 +72,27 @@ def test_a_step_that_fails_tells_the_one_who_waits_and_is_done():
         wait()
     launcher.run(lambda: None)
     assert (steps.launched, steps.finished) == (1, 1)
+
+
+class Waited:
+    """A launched step that can't be asked, only waited for."""
+
+    def done(self):
+        raise AssertionError("the device was asked")
+
+    def result(self):
+        return StepResult([1], {}, {})
+
+
+def test_launching_and_waiting_asks_no_device_which_steps_are_done():
+    launcher = ThreadLauncher()
+    launcher.launch = lambda runner, step: Waited()
+    steps = StepLauncher(launcher, Runner([]))
+    first = steps.launch(STEP)
+    second = steps.launch(STEP)
+    assert second().token_ids == [1]  # so is the one before it
+    assert (steps.launched, steps.finished) == (2, 2)
+    assert first().token_ids == [1]
+    steps.launch(STEP)
+    with pytest.raises(AssertionError, match="the device was asked"):
+        _ = steps.finished

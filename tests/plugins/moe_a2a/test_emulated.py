@@ -76,12 +76,13 @@ def test_own_pairs_stand_in_for_received_ones(
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fp8", [False, True])
-def test_identity_experts_give_each_row_its_own_values(layout: str, fp8: bool) -> None:
+def test_identity_experts_give_each_row_its_own_values(device: str, layout: str, fp8: bool) -> None:
     """What lies before the experts are the rows, wherever they were put."""
-    dispatcher = EmulatedDispatcher(EmulatedOptions(layout=layout), spec(fp8=fp8))
-    x, experts, weights = rows(9, 2, "cpu")
+    dispatcher = EmulatedDispatcher(EmulatedOptions(layout=layout), spec(device, fp8))
+    x, experts, weights = rows(9, 2, device)
     dispatched = dispatcher.dispatch(x, experts, weights, [9] * EP)
     seen = dispatched.hidden.float()
     if dispatched.scales is not None:
