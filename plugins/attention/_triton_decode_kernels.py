@@ -307,6 +307,7 @@ def reduce_kernel(
     program = tl.load(schedule_ptr + 7, cache_modifier=".cg")
     columns_D = tl.arange(0, BLOCK_D)
     valid_RD = (rows_R < GROUP)[:, None] & (columns_D < HEAD_DIM)[None, :]
+    rows_R = tl.minimum(rows_R, GROUP - 1)  # those past the last one repeat it, and are not stored
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     if num_pieces > 0:
@@ -318,11 +319,13 @@ def reduce_kernel(
             pieces_X = first + tl.arange(0, BLOCK_X)
             begins_X = (pieces_X == 0).to(tl.int32)
             places_XR = ((program + pieces_X) * 2 + begins_X)[:, None] * GROUP + rows_R[None, :]
-            inside_XR = (pieces_X < num_pieces)[:, None] & (rows_R < GROUP)[None, :]
-            log_sums_XR = tl.load(log_sums_ptr + places_XR, mask=inside_XR, other=float("-inf"))
+            inside_X = pieces_X < num_pieces
+            log_sums_XR = tl.load(
+                log_sums_ptr + places_XR, mask=inside_X[:, None], other=float("-inf")
+            )
             partial_XRD = tl.load(
                 workspace_ptr + places_XR[:, :, None] * HEAD_DIM + columns_D[None, None, :],
-                mask=inside_XR[:, :, None] & (columns_D < HEAD_DIM)[None, None, :],
+                mask=inside_X[:, None, None] & (columns_D < HEAD_DIM)[None, None, :],
                 other=0.0,
             )
             new_most_R = tl.maximum(most_R, tl.max(log_sums_XR, axis=0))
