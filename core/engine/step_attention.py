@@ -18,7 +18,7 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
-from core.interfaces.latent_attention import LatentProjections
+from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import ModelStep
 from core.interfaces.ops import Ops
 from core.parallel.rows import StepRows
@@ -93,7 +93,13 @@ class _NoLatent:
     """Latent attention of a model that has none."""
 
     def attend_latent(
-        self, layer: int, q_THD: Tensor, cached_TZ: Tensor, projections: LatentProjections
+        self,
+        layer: int,
+        q_THD: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+        projections: LatentProjections,
     ) -> Tensor:
         raise AssertionError("the engine was not built for latent attention")
 

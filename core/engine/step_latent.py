@@ -13,7 +13,11 @@ from torch import Tensor
 from core.engine.batch import Batch
 from core.engine.step_attention import Phase, output_of
 from core.interfaces.attention import HeadTransform
-from core.interfaces.latent_attention import LatentAttentionBackend, LatentProjections
+from core.interfaces.latent_attention import (
+    LatentAttentionBackend,
+    LatentProjections,
+    LatentTransform,
+)
 from core.interfaces.model import ModelStep
 from core.interfaces.ops import Ops
 from core.parallel.rows import StepRows
@@ -75,16 +79,27 @@ class _LatentStep:
             self._prefill_phase = prefill, Phase(rows, prefill.plan(batch.prefill))
 
     def attend_latent(
-        self, layer: int, q_THD: Tensor, cached_TZ: Tensor, projections: LatentProjections
+        self,
+        layer: int,
+        q_THD: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+        projections: LatentProjections,
     ) -> Tensor:
         cache_BPZ, slots_T = self._caches[layer], self._slots_T
         num_real = slots_T.shape[0]
-        self._ops.write_latent(cached_TZ[:num_real], cache_BPZ, slots_T)
+        nope_dim = q_THD.shape[-1] - (cached_TZ.shape[-1] - self._latent_dim)
+        turning_THR = q_THD[..., nope_dim:]
+        turned_THR = self._ops.prepare_latent(
+            turning_THR, cached_TZ, transform, positions_T, cache_BPZ, slots_T
+        )
+        if not turned_THR.is_set_to(turning_THR):  # some operations work in place
+            turning_THR.copy_(turned_THR)
         out_THV = output_of(q_THD, num_real, self._value_dim)
         if self._decode_phase is not None:
             backend, phase = self._decode_phase
             q = q_THD[phase.rows]
-            nope_dim = q.shape[-1] - (cached_TZ.shape[-1] - self._latent_dim)
             q_THC = q.new_empty((*q.shape[:2], self._latent_dim))
             projections.absorb(q[..., :nope_dim], q_THC)
             out_THC = torch.empty_like(q_THC)

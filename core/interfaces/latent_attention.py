@@ -103,9 +103,12 @@ class LatentAttentionStep(Protocol):
         layer: int,
         q_THD: Tensor,
         cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
         projections: LatentProjections,
     ) -> Tensor:
-        """Write the new rows' vectors into the cache, return the attention output (T, H, V).
+        """Transform queries and new rows' vectors by `positions_T`, write these into the cache,
+        return the attention output (T, H, V).
 
-        `q_THD`: non-rotary part first, rotary part already rotated."""
+        `q_THD`: non-rotary part first; may be overwritten."""
         ...

@@ -127,14 +127,16 @@ class Ops(Protocol):
         cached_TZ: Tensor,
         transform: LatentTransform,
         positions_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate queries' rotary parts and that of each row's key (the last R of Z columns), and
-        normalise its latent (the others): (q_THR, what is cached (T, Z)). May overwrite both."""
-        ...
+        cache_BPZ: Tensor,
+        slots_T: Tensor,
+    ) -> Tensor:
+        """Rotate queries' rotary parts, which are returned, and that of each row's key (the last R
+        of its Z columns), normalise its latent (the others), and store both, row i at token slot
+        `slots_T[i]` = page * P + offset (int64) of the cache. May overwrite q.
 
-    def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
-        """Store row i at token slot `slots_T[i]` = page * P + offset (int64) of the cache; rows of
-        padding, which only devices that capture steps get, have negative ones."""
+        Rows past `slots_T`, and those whose slot is negative, are padding: they are not stored,
+        and what their queries become is undefined, though no worse than what they were. Only
+        devices that capture steps get negative slots."""
         ...
 
     def experts(

@@ -19,6 +19,18 @@ def _rotate_pairs(x_THR: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
     return rotated_THR.to(x_THR.dtype)
 
 
+def transform_latent(
+    ops: Ops, q_THR: Tensor, cached_TZ: Tensor, transform: LatentTransform, positions_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(rotated q_THR, what is cached of each row (T, Z)); may overwrite both."""
+    rope_dim = q_THR.shape[2]
+    latent_TC, k_TR = cached_TZ.split_with_sizes((cached_TZ.shape[1] - rope_dim, rope_dim), dim=1)
+    rotate = ops.rope_interleaved if transform.interleaved else ops.rope
+    turned_THR, turned_T1R = rotate(q_THR, k_TR.unsqueeze(1), transform.cos_sin_CR, positions_T)
+    normed_TC = ops.rms_norm(latent_TC, transform.norm_C, transform.eps)
+    return turned_THR, torch.cat((normed_TC, turned_T1R.squeeze(1)), dim=1)
+
+
 class TorchLatentOps:
     """The part of core.interfaces.ops.Ops that latent attention needs, in plain torch."""
 
@@ -35,16 +47,11 @@ class TorchLatentOps:
         cached_TZ: Tensor,
         transform: LatentTransform,
         positions_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """One operation after the other."""
-        latent_TC, k_TR = cached_TZ.split_with_sizes(
-            (cached_TZ.shape[1] - q_THR.shape[2], q_THR.shape[2]), dim=1
-        )
-        rotate = self.rope_interleaved if transform.interleaved else self.rope
-        turned_THR, turned_T1R = rotate(q_THR, k_TR.unsqueeze(1), transform.cos_sin_CR, positions_T)
-        normed_TC = self.rms_norm(latent_TC, transform.norm_C, transform.eps)
-        return turned_THR, torch.cat((normed_TC, turned_T1R.squeeze(1)), dim=1)
-
-    def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
-        """Store rows by token slot; where a slot occurs twice, either row may stay."""
-        cache_BPZ.flatten(0, 1).index_copy_(0, slots_T, cached_TZ.to(cache_BPZ.dtype))
+        cache_BPZ: Tensor,
+        slots_T: Tensor,
+    ) -> Tensor:
+        """One operation after the other; where a slot occurs twice, either row may stay."""
+        turned_THR, prepared_TZ = transform_latent(self, q_THR, cached_TZ, transform, positions_T)
+        real_R = (slots_T >= 0).nonzero()[:, 0]
+        cache_BPZ.flatten(0, 1)[slots_T[real_R]] = prepared_TZ[real_R].to(cache_BPZ.dtype)
+        return turned_THR

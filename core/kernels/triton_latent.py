@@ -20,22 +20,22 @@ _BLOCK_HEADS = 32  # of one program
 
 @triton.jit
 def _rotate_pairs(
-    x_ptr, cos_F, sin_F, head_stride, num_heads, half, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr
-):
+    x_ptr, out_ptr, cos_F, sin_F, head_stride, num_heads, half,
+    BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     heads_H = tl.arange(0, BLOCK_H)
     columns_F = tl.arange(0, BLOCK_F)
     inside_HF = (heads_H[:, None] < num_heads) & (columns_F[None, :] < half)
-    heads_ptr_H1 = x_ptr + heads_H[:, None] * head_stride
-    pairs_HF = heads_ptr_H1 + 2 * columns_F[None, :]
+    pairs_HF = x_ptr + heads_H[:, None] * head_stride + 2 * columns_F[None, :]
     even_HF = tl.load(pairs_HF, mask=inside_HF, other=0.0).to(tl.float32)
     odd_HF = tl.load(pairs_HF + 1, mask=inside_HF, other=0.0).to(tl.float32)
-    # A pair's results go where other threads' pairs came from: all must have been read.
+    # In place a pair's results go where other threads' pairs came from: all must have been read.
     tl.debug_barrier()
     first_HF = even_HF * cos_F[None, :] - odd_HF * sin_F[None, :]
     second_HF = odd_HF * cos_F[None, :] + even_HF * sin_F[None, :]
-    places_HF = heads_ptr_H1 + columns_F[None, :]
-    tl.store(places_HF, first_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
-    tl.store(places_HF + half, second_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
+    places_HF = out_ptr + heads_H[:, None] * head_stride + columns_F[None, :]
+    tl.store(places_HF, first_HF.to(out_ptr.dtype.element_ty), mask=inside_HF)
+    tl.store(places_HF + half, second_HF.to(out_ptr.dtype.element_ty), mask=inside_HF)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
@@ -62,47 +62,49 @@ def rope_interleaved_kernel(
     inside_F = columns_F < half
     cos_F = tl.load(angles_ptr + columns_F, mask=inside_F, other=0.0)
     sin_F = tl.load(angles_ptr + half + columns_F, mask=inside_F, other=0.0)
-    _rotate_pairs(
-        q_ptr + row * q_stride, cos_F, sin_F, q_head_stride, num_heads, half, BLOCK_H, BLOCK_F
-    )
-    _rotate_pairs(
-        k_ptr + row * k_stride, cos_F, sin_F, k_head_stride, num_kv_heads, half, BLOCK_G, BLOCK_F
-    )
+    q_ptr += row * q_stride
+    k_ptr += row * k_stride
+    _rotate_pairs(q_ptr, q_ptr, cos_F, sin_F, q_head_stride, num_heads, half, BLOCK_H, BLOCK_F)
+    _rotate_pairs(k_ptr, k_ptr, cos_F, sin_F, k_head_stride, num_kv_heads, half, BLOCK_G, BLOCK_F)
 
 
 @triton.jit
 def _rotate(
-    x_ptr, angles_ptr, head_stride, first_head, end_head,
+    x_ptr, out_ptr, angles_ptr, head_stride, first_head, end_head,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one row, in place, into halves: of neighbouring pairs, or of halves."""
+    """Some heads of one row, into halves: of neighbouring pairs, or of halves. May be in place."""
     columns_F = tl.arange(0, BLOCK_F)
     inside_F = columns_F < HALF
     cos_F = tl.load(angles_ptr + columns_F, mask=inside_F, other=0.0)
     sin_F = tl.load(angles_ptr + HALF + columns_F, mask=inside_F, other=0.0)
     if INTERLEAVED:
-        heads_ptr = x_ptr + first_head * head_stride
+        x_ptr += first_head * head_stride
+        out_ptr += first_head * head_stride
         num_heads = end_head - first_head
-        _rotate_pairs(heads_ptr, cos_F, sin_F, head_stride, num_heads, HALF, BLOCK_H, BLOCK_F)
+        _rotate_pairs(x_ptr, out_ptr, cos_F, sin_F, head_stride, num_heads, HALF, BLOCK_H, BLOCK_F)
     else:
         heads_H = first_head + tl.arange(0, BLOCK_H)
         inside_HF = (heads_H < end_head)[:, None] & inside_F[None, :]
-        places_HF = x_ptr + heads_H[:, None] * head_stride + columns_F[None, :]
-        first_HF = tl.load(places_HF, mask=inside_HF, other=0.0).to(tl.float32)
-        second_HF = tl.load(places_HF + HALF, mask=inside_HF, other=0.0).to(tl.float32)
+        places_HF = heads_H[:, None] * head_stride + columns_F[None, :]
+        first_HF = tl.load(x_ptr + places_HF, mask=inside_HF, other=0.0).to(tl.float32)
+        second_HF = tl.load(x_ptr + places_HF + HALF, mask=inside_HF, other=0.0).to(tl.float32)
         new_first_HF = first_HF * cos_F[None, :] - second_HF * sin_F[None, :]
         new_second_HF = second_HF * cos_F[None, :] + first_HF * sin_F[None, :]
-        tl.store(places_HF, new_first_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
-        tl.store(places_HF + HALF, new_second_HF.to(x_ptr.dtype.element_ty), mask=inside_HF)
+        dtype = out_ptr.dtype.element_ty
+        tl.store(out_ptr + places_HF, new_first_HF.to(dtype), mask=inside_HF)
+        tl.store(out_ptr + places_HF + HALF, new_second_HF.to(dtype), mask=inside_HF)
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def prepare_latent_kernel(
     q_ptr,
     cached_ptr,
     norm_ptr,
     cos_sin_ptr,
     positions_ptr,
+    cache_ptr,
+    slots_ptr,
     q_stride,
     q_head_stride,
     cached_stride,
@@ -116,7 +118,8 @@ def prepare_latent_kernel(
     BLOCK_F: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """What is cached of one row, or the rotary parts of some of its query heads; in place."""
+    """What is cached of one row, or the rotary parts of some of its query heads, in place; nothing
+    for a row whose slot is negative."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     columns_C = tl.arange(0, BLOCK_C)
@@ -124,36 +127,29 @@ def prepare_latent_kernel(
     norm_C = tl.load(norm_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
-    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + row) * (2 * HALF)
-    if block == 0:
-        cached_ptr += row * cached_stride
-        latent_C = tl.load(cached_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(latent_C * latent_C, axis=0) / LATENT_DIM + EPS)
-        latent_C = (latent_C * scale * norm_C).to(cached_ptr.dtype.element_ty)
-        tl.store(cached_ptr + columns_C, latent_C, mask=inside_C)
-        _rotate(cached_ptr + LATENT_DIM, angles_ptr, 0, 0, 1, HALF, INTERLEAVED, 1, BLOCK_F)
-    else:
-        first_head = (block - 1) * BLOCK_H
-        end_head = tl.minimum(first_head + BLOCK_H, NUM_HEADS)
-        _rotate(
-            q_ptr + row * q_stride, angles_ptr, q_head_stride, first_head, end_head,
-            HALF, INTERLEAVED, BLOCK_H, BLOCK_F,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
-def write_latent_kernel(
-    cached_ptr, cache_ptr, slots_ptr, cached_stride, size, BLOCK_Z: tl.constexpr
-):
-    """Copy one row to its token slot; a row of padding has none."""
-    row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
-    columns_Z = tl.arange(0, BLOCK_Z)
-    inside_Z = columns_Z < size
-    values_Z = tl.load(cached_ptr + row * cached_stride + columns_Z, mask=inside_Z)
-    tl.store(cache_ptr + slot * size + columns_Z, values_Z, mask=inside_Z)
+    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + row) * (2 * HALF)
+    if block == 0:
+        cached_ptr += row * cached_stride
+        cache_ptr += slot * (LATENT_DIM + 2 * HALF)
+        latent_C = tl.load(cached_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(latent_C * latent_C, axis=0) / LATENT_DIM + EPS)
+        latent_C = (latent_C * scale * norm_C).to(cache_ptr.dtype.element_ty)
+        tl.store(cache_ptr + columns_C, latent_C, mask=inside_C)
+        _rotate(
+            cached_ptr + LATENT_DIM, cache_ptr + LATENT_DIM, angles_ptr, 0, 0, 1,
+            HALF, INTERLEAVED, 1, BLOCK_F,
+        )  # fmt: skip
+    else:
+        q_ptr += row * q_stride
+        first_head = (block - 1) * BLOCK_H
+        end_head = tl.minimum(first_head + BLOCK_H, NUM_HEADS)
+        _rotate(
+            q_ptr, q_ptr, angles_ptr, q_head_stride, first_head, end_head,
+            HALF, INTERLEAVED, BLOCK_H, BLOCK_F,
+        )  # fmt: skip
 
 
 class TritonLatentOps:
@@ -194,12 +190,16 @@ class TritonLatentOps:
         cached_TZ: Tensor,
         transform: LatentTransform,
         positions_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Overwrites both, whose vectors must be contiguous."""
+        cache_BPZ: Tensor,
+        slots_T: Tensor,
+    ) -> Tensor:
+        """Overwrites q. Vectors of q and rows must be contiguous, as the whole cache."""
         assert q_THR.stride(2) == cached_TZ.stride(1) == 1
-        num_rows, num_heads, rope_dim = q_THR.shape
+        assert cache_BPZ.is_contiguous()
+        _, num_heads, rope_dim = q_THR.shape
+        num_rows = slots_T.shape[0]
         if num_rows == 0:
-            return q_THR, cached_TZ
+            return q_THR
         latent_dim = cached_TZ.shape[1] - rope_dim
         prepare_latent_kernel[(num_rows, 1 + triton.cdiv(num_heads, _BLOCK_HEADS))](
             q_THR,
@@ -207,6 +207,8 @@ class TritonLatentOps:
             transform.norm_C,
             transform.cos_sin_CR,
             positions_T,
+            cache_BPZ,
+            slots_T,
             q_THR.stride(0),
             q_THR.stride(1),
             cached_TZ.stride(0),
@@ -221,21 +223,4 @@ class TritonLatentOps:
             num_warps=4,
             **options(q_THR.device),
         )
-        return q_THR, cached_TZ
-
-    def write_latent(self, cached_TZ: Tensor, cache_BPZ: Tensor, slots_T: Tensor) -> None:
-        """Store rows by token slot; the cache must be contiguous and of the rows' dtype."""
-        assert cache_BPZ.is_contiguous()
-        assert cached_TZ.stride(1) == 1
-        num_rows, size = cached_TZ.shape
-        if num_rows == 0:
-            return
-        write_latent_kernel[(num_rows,)](
-            cached_TZ,
-            cache_BPZ,
-            slots_T,
-            cached_TZ.stride(0),
-            size,
-            BLOCK_Z=triton.next_power_of_2(size),
-            num_warps=2,
-        )
+        return q_THR

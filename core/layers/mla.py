@@ -34,9 +34,7 @@ class LatentAttention:
         "_exchange",
         "_input",
         "_layer",
-        "_nope_dim",
         "_num_heads",
-        "_ops",
         "_output",
         "_projections",
         "_qk_head_dim",
@@ -81,10 +79,8 @@ class LatentAttention:
             bias=sizes.attention_bias,
         )
         self._exchange = row_exchange(context, "tp")
-        self._ops = context.ops
         self._num_heads = heads.num_heads
         self._qk_head_dim = sizes.qk_head_dim
-        self._nope_dim = sizes.qk_nope_head_dim
         self._layer = layer
 
     def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
@@ -93,14 +89,8 @@ class LatentAttention:
         x_TE = self._exchange.gather(x_TE, step.rows)
         q_TX, cached_TZ = self._input(x_TE).split_with_sizes(self._split, dim=1)
         q_THD = self._queries(q_TX).view(x_TE.shape[0], self._num_heads, self._qk_head_dim)
-        turning_THR = q_THD[..., self._nope_dim :]
-        turned_THR, cached_TZ = self._ops.prepare_latent(
-            turning_THR, cached_TZ, self._transform, positions_T
-        )
-        if not turned_THR.is_set_to(turning_THR):  # some operations work in place
-            turning_THR.copy_(turned_THR)
         out_THV = step.latent_attention.attend_latent(
-            self._layer, q_THD, cached_TZ, self._projections
+            self._layer, q_THD, cached_TZ, self._transform, positions_T, self._projections
         )
         return self._exchange.scatter(self._output(out_THV.flatten(1)), step.rows)
 

@@ -261,37 +261,51 @@ def test_silu_and_mul_saturates(ops: Ops, device: torch.device, value: float) ->
 @each_dtype
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "heads", "rope_dim", "rank"), [(0, 2, 8, 16), (1, 1, 64, 512), (5, 3, 24, 40)]
+    ("rows", "heads", "rope_dim", "rank", "page_size"),
+    [(0, 2, 8, 16, 4), (1, 1, 64, 512, 1), (5, 3, 24, 40, 3), (9, 33, 64, 512, 16)],
 )
 def test_prepare_latent(
     ops: Ops, device: torch.device, dtype: torch.dtype,
-    rows: int, heads: int, rope_dim: int, rank: int, interleaved: bool,
+    rows: int, heads: int, rope_dim: int, rank: int, page_size: int, interleaved: bool,
 ) -> None:  # fmt: skip
     q_THD = normal(1, rows, heads, 6 + rope_dim, dtype=dtype)
     wide_TX = normal(2, rows, 12 + rank + rope_dim, dtype=dtype)  # rows may lie apart
+    before_BPZ = normal(5, 16, page_size, rank + rope_dim, dtype=dtype)
     norm_C = normal(3, rank, dtype=dtype)
     positions_T = torch.randint(50, (rows,), generator=torch.Generator().manual_seed(4))
+    slots_T = torch.randperm(16 * page_size, generator=torch.Generator().manual_seed(6))[:rows]
+    if rows > 2:  # two rows of padding: one without a place, one past the last
+        slots_T = slots_T[:-1]
+        slots_T[1] = -1
     cos_sin_CR = _cos_sin(50, rope_dim)
     transform = LatentTransform(norm_C.to(device), 1e-6, cos_sin_CR.to(device), interleaved)
-    moved_q, moved = q_THD.clone().to(device), wide_TX.clone().to(device)
-    turned_THR, cached_TZ = ops.prepare_latent(
-        moved_q[..., 6:], moved[:, 12:], transform, positions_T.to(device)
-    )
+    moved_q, moved, cache_BPZ = (x.clone().to(device) for x in (q_THD, wide_TX, before_BPZ))
+    turned_THR = ops.prepare_latent(
+        moved_q[..., 6:], moved[:, 12:], transform,
+        positions_T.to(device), cache_BPZ, slots_T.to(device),
+    )  # fmt: skip
+    real_R = (slots_T >= 0).nonzero()[:, 0]
+    slots_R = slots_T[real_R]
+    cached_RZ = cache_BPZ.cpu().flatten(0, 1)[slots_R]
     latent_TC, k_TR = wide_TX[:, 12:].double().split((rank, rope_dim), dim=1)
     scale_T1 = torch.rsqrt(latent_TC.square().mean(1, keepdim=True) + 1e-6)
-    close(cached_TZ[:, :rank], latent_TC * scale_T1 * norm_C.double(), dtype)
+    close(cached_RZ[:, :rank], (latent_TC * scale_T1 * norm_C.double())[real_R], dtype)
     cos, sin = cos_sin_CR[positions_T].double().unsqueeze(1).chunk(2, dim=-1)
     for result, x_THR in (
-        (turned_THR, q_THD[..., 6:].double()),
-        (cached_TZ[:, None, rank:], k_TR[:, None]),
+        (turned_THR.cpu()[real_R], q_THD[..., 6:].double()),
+        (cached_RZ[:, None, rank:], k_TR[:, None]),
     ):
         first, second = (
             (x_THR[..., 0::2], x_THR[..., 1::2]) if interleaved else x_THR.chunk(2, dim=-1)
         )
         expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        close(result, expected, dtype)
-    assert torch.equal(moved_q[..., :6].cpu(), q_THD[..., :6])  # what lies beside is untouched
+        close(result, expected[real_R], dtype)
+    # What lies beside is untouched.
+    assert torch.equal(moved_q[..., :6].cpu(), q_THD[..., :6])
     assert torch.equal(moved[:, :12].cpu(), wide_TX[:, :12])
+    after_XZ, before_XZ = cache_BPZ.cpu().flatten(0, 1), before_BPZ.flatten(0, 1)
+    after_XZ[slots_R] = before_XZ[slots_R]
+    assert torch.equal(after_XZ, before_XZ)
 
 
 @each_set
@@ -342,20 +356,3 @@ def test_rope_interleaved(
         close(result, torch.cat((turned.real, turned.imag), dim=-1), dtype)
     assert torch.equal(moved_q[..., :5].cpu(), q_THD[..., :5])  # what lies beside is untouched
     assert torch.equal(moved_k[..., :9].cpu(), k_TGZ[..., :9])
-
-
-@each_set
-@each_dtype
-@pytest.mark.parametrize(("rows", "page_size"), [(0, 4), (1, 1), (9, 16), (5, 3)])
-def test_write_latent(
-    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, page_size: int
-) -> None:
-    wide_TX = normal(1, rows, 60, dtype=dtype)  # rows may lie apart
-    before = normal(2, 8, page_size, 40, dtype=dtype)
-    slots_T = torch.randperm(8 * page_size, generator=torch.Generator().manual_seed(4))[:rows]
-    cache = before.clone().to(device)
-    ops.write_latent(wide_TX.to(device)[:, 20:], cache, slots_T.to(device))
-    expected = before.clone()
-    for row, slot in enumerate(slots_T.tolist()):
-        expected[slot // page_size, slot % page_size] = wide_TX[row, 20:]
-    assert torch.equal(cache.cpu(), expected)

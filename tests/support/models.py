@@ -25,10 +25,11 @@ from core.engine.model_build import (
 from core.interfaces.attention import HeadTransform
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.control import ModelFiles
-from core.interfaces.latent_attention import LatentProjections
+from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
 from core.kernels.torch_heads import transform_heads
+from core.kernels.torch_latent import transform_latent
 from core.kernels.torch_ops import TorchOps
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.files import resolve_files
@@ -265,9 +266,20 @@ class DenseAttention:
         )
 
     def attend_latent(
-        self, layer: int, q_THD: Tensor, cached_TZ: Tensor, projections: LatentProjections
+        self,
+        layer: int,
+        q_THD: Tensor,
+        cached_TZ: Tensor,
+        transform: LatentTransform,
+        positions_T: Tensor,
+        projections: LatentProjections,
     ) -> Tensor:
         """See core.interfaces.latent_attention."""
+        turning_THR = q_THD[..., q_THD.shape[-1] - transform.cos_sin_CR.shape[1] :]
+        turned_THR, cached_TZ = transform_latent(
+            TorchOps(), turning_THR, cached_TZ, transform, positions_T
+        )
+        turning_THR.copy_(turned_THR)
         (cached_TZ,) = self._cached(layer, cached_TZ)
         return self._attend(q_THD, *projections.expand(cached_TZ))
 

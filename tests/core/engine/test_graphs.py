@@ -82,12 +82,6 @@ def from_device(batch):
     )
 
 
-def write_latent(self, cached_TZ, cache_BPZ, slots_T):
-    """The oracle's, without padding rows."""
-    real_R = (slots_T >= 0).nonzero()[:, 0]
-    cache_BPZ.flatten(0, 1)[slots_T[real_R]] = cached_TZ[real_R].to(cache_BPZ.dtype)
-
-
 @pytest.fixture
 def replayed(monkeypatch):
     """Engines built from now on capture; the recorders they use."""
@@ -102,7 +96,6 @@ def replayed(monkeypatch):
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
         monkeypatch.setattr(TorchRefBackend, "capturable", True)
         monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
-        monkeypatch.setattr(TorchOps, "write_latent", write_latent)
         monkeypatch.setattr(TorchRefBackend, "plan", lambda _, batch: from_device(batch))
         monkeypatch.setattr(TorchRefLatentBackend, "plan", lambda _, batch: from_device(batch))
     return made
