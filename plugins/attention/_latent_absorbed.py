@@ -17,13 +17,10 @@ from torch import Tensor
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.kernels.dependent_launch import options
+from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 from plugins.attention._latent_portable import PortableKernel, block_of
 from plugins.attention._latent_stretches import Stretches, StretchKernel
-from plugins.attention._triton_decode_kernels import (
-    SCHEDULE_COLUMNS,
-    reduce_kernel,
-    schedule_kernel,
-)
+from plugins.attention._triton_decode_kernels import reduce_kernel
 from plugins.attention._triton_device import describe
 
 # Pieces of a head that are summed up at once, and heads of a program: few sequences, many pieces.
@@ -36,7 +33,7 @@ class Absorbed:
     """One row a sequence, and what every program does for them."""
 
     batch: SequenceBatch
-    schedule_RX: Tensor  # int32: see plugins.attention._triton_decode_kernels
+    schedule_RX: Tensor  # int32: see plugins.attention._decode_schedule
 
 
 class AbsorbedAttention:

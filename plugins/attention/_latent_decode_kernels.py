@@ -1,6 +1,6 @@
 """Triton kernel of absorbed latent attention: pieces of a line of tiles.
 
-It shares schedule and sum with plugins.attention._triton_decode_kernels, which explains them. All
+plugins.attention._decode_schedule explains that line; pieces are summed as those of heads are. All
 heads of a row are one unit of the line; blocks of heads run side by side, so that one finds in the
 L2 cache what another one loaded.
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
-from plugins.attention._triton_decode_kernels import SCHEDULE_COLUMNS
+from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 from plugins.attention._triton_softmax import grow_softmax
 
 

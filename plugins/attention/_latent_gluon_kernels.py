@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from core.kernels import dependent_launch
-from plugins.attention._triton_decode_kernels import SCHEDULE_COLUMNS
+from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 
 HEADS = 64
 TOKENS = 64

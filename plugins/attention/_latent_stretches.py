@@ -1,7 +1,7 @@
 """What a kernel of absorbed latent attention is given: the stretches of a line of tiles.
 
-Each program takes one stretch for one block of heads; plugins.attention._triton_decode_kernels
-explains line, stretches and pieces. Only data and a contract: knows no kernel. Shape legend: see
+Each program takes one stretch for one block of heads; plugins.attention._decode_schedule explains
+line, stretches and pieces. Only data and a contract: knows no kernel. Shape legend: see
 core.interfaces.latent_attention; P programs of a block of heads.
 """
 

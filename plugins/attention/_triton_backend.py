@@ -20,12 +20,8 @@ from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 from core.kernels import tuning
 from core.kernels.dependent_launch import options as launch_options
-from plugins.attention._triton_decode_kernels import (
-    SCHEDULE_COLUMNS,
-    decode_kernel,
-    reduce_kernel,
-    schedule_kernel,
-)
+from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
+from plugins.attention._triton_decode_kernels import decode_kernel, reduce_kernel
 from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import prefill_kernel
 from plugins.attention._triton_prompt_kernels import prompt_kernel
@@ -55,7 +51,7 @@ class _PrefillPlan:
 @dataclass(frozen=True, slots=True)
 class _DecodePlan:
     batch: SequenceBatch
-    schedule_RX: Tensor  # int32: see plugins.attention._triton_decode_kernels
+    schedule_RX: Tensor  # int32: see plugins.attention._decode_schedule
     by_unit: bool  # it has a row for each unit after those of programs
 
 
