@@ -20,7 +20,7 @@ from core.kernels.dependent_launch import options
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 from plugins.attention._latent_portable import PortableKernel, block_of
 from plugins.attention._latent_stretches import Stretches, StretchKernel
-from plugins.attention._triton_decode_kernels import reduce_kernel
+from plugins.attention._latent_sum_kernels import sum_kernel
 from plugins.attention._triton_device import describe
 
 # Pieces of a head that are summed up at once, and heads of a program: few sequences, many pieces.
@@ -63,6 +63,7 @@ class AbsorbedAttention:
             schedule_RX,
             num_sequences,
             P=num_programs,
+            LEVELS=1,
             G=1,
             BLOCK_N=self.kernel.tokens,
             WHOLE=True,  # pieces of all heads are large
@@ -98,13 +99,13 @@ class AbsorbedAttention:
         by_sequence = num_rows > num_programs
         num_sums = num_rows - num_programs if by_sequence else num_programs
         pieces, heads = _MANY_PIECES if num_sequences < _FEW_SEQUENCES else _FEW_PIECES
-        reduce_kernel[(num_sums, triton.cdiv(spec.num_heads, heads))](
+        sum_kernel[(num_sums, triton.cdiv(spec.num_heads, heads))](
             out_THC,
             self._workspace,
             plan.schedule_RX,
             plan.batch.context_lens_S,
             num_sequences,
-            P=num_programs,
+            NUM_STRETCHES=num_programs,
             FIRST_ROW=num_programs if by_sequence else 0,
             GROUP=spec.num_heads,
             G=1,

@@ -18,15 +18,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
-from core.kernels import tuning
-from core.kernels.dependent_launch import options as launch_options
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
-from plugins.attention._triton_decode_kernels import decode_kernel, reduce_kernel
+from plugins.attention._triton_decode import DecodeChoice, DecodePlan, PagedDecode
 from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import prefill_kernel
 from plugins.attention._triton_prompt_kernels import prompt_kernel
-
-_REDUCED_PIECES = 16  # of a head, summed up at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +43,6 @@ class _PrefillPlan:
     prompt_tiles: Tiles | None  # None: the prompt kernel would idle, or can't
 
 
-@dataclass(frozen=True, slots=True)
-class _DecodePlan:
-    batch: SequenceBatch
-    schedule_RX: Tensor  # int32: see plugins.attention._decode_schedule
-    by_unit: bool  # it has a row for each unit after those of programs
-
-
 def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
     """The factory named by the registration."""
     return TritonBackend(spec)
@@ -68,11 +56,10 @@ class TritonBackend:
     def __init__(
         self,
         spec: AttentionSpec,
-        decode_tiles: Tiles | None = None,
-        programs_per_multiprocessor: int | None = None,
+        decode: DecodeChoice | None = None,
         prompt_tiles: Tiles | None = None,
     ) -> None:
-        """Tiles and programs other than those measured are for measuring."""
+        """Choices other than those measured are for measuring."""
         self._spec = spec
         self._group = spec.num_heads // spec.num_kv_heads
         device = describe(spec.device)
@@ -81,7 +68,7 @@ class TritonBackend:
         self._block_D = max(16, triton.next_power_of_2(spec.head_dim))
         self._least_rows = max(16, triton.next_power_of_2(self._group))
         self._scale_log2 = spec.scale * math.log2(math.e)
-        self._launch = launch_options(spec.device)
+        self._decode = PagedDecode(spec, device, decode)
         self._prefill_tiles = _prefill_tiles(self._block_D, self._wide, device)
         small_tiles, large_tiles = _prompt_tiles(device)
         self._small_prompt_tiles = prompt_tiles or small_tiles
@@ -90,40 +77,12 @@ class TritonBackend:
         # Tensor descriptors need a power of two, and tiles of float32 don't fit.
         narrow = spec.dtype.itemsize == 2 or device.interpreted
         self._takes_prompts = narrow and spec.head_dim in (16, 32, 64, 128)
-        measured_tiles, measured_programs = self._measured_decode(device)
-        self._decode_tiles = decode_tiles or measured_tiles
-        programs_per_multiprocessor = programs_per_multiprocessor or measured_programs
-        self._num_programs = programs_per_multiprocessor * device.num_multiprocessors
-        # Shared by all layers and steps, which run one after the other.
-        num_values = self._num_programs * 2 * self._group * (spec.head_dim + 1)
-        self._workspace = torch.empty(num_values, dtype=torch.float32, device=spec.device)
 
-    def _measured_decode(self, device: TritonDevice) -> tuple[Tiles, int]:
-        """Tiles of decode and programs of a multiprocessor, as measured or as guessed."""
-        found = tuning.choices(
-            "attention_decode",
-            self._spec.device,
-            head_dim=self._spec.head_dim,
-            group=self._group,
-            value_bytes=4 if self._wide else 2,
-        )
-        if not found:
-            return _decode_tiles(self._block_D, self._wide, self._least_rows, device), 2
-        best = found[0]
-        tiles = Tiles(
-            self._least_rows,
-            best["tokens"],
-            best["num_warps"],
-            best["num_stages"],
-            best["max_registers"],
-        )
-        return tiles, best["programs"]
-
-    def plan(self, batch: SequenceBatch) -> _PrefillPlan | _DecodePlan:
+    def plan(self, batch: SequenceBatch) -> _PrefillPlan | DecodePlan:
         """Grids from bounds; decode's schedule is made on the device. Nothing waits for it."""
         longest_rows = max(batch.query_lens)
         if longest_rows == 1:
-            return self._plan_decode(batch)
+            return self._decode.plan(batch)
         wanted = triton.next_power_of_2(longest_rows * self._group)
         block_rows = max(self._least_rows, min(wanted, self._prefill_tiles.rows))
         block_tokens = block_rows // self._group
@@ -140,25 +99,6 @@ class TritonBackend:
         tiles = large if programs >= self._many_programs else self._small_prompt_tiles
         return tiles if 2 * max(batch.query_lens) > tiles.rows else None
 
-    def _plan_decode(self, batch: SequenceBatch) -> _DecodePlan:
-        # Pieces are summed up for each unit, or for each program that begins one: the fewer.
-        num_units = len(batch.query_lens) * self._spec.num_kv_heads
-        by_unit = num_units < self._num_programs
-        num_rows = self._num_programs + (num_units if by_unit else 0)
-        shape = (num_rows, SCHEDULE_COLUMNS.value)
-        schedule_RX = torch.empty(shape, dtype=torch.int32, device=self._spec.device)
-        schedule_kernel[(num_rows,)](
-            batch.context_lens_S,
-            schedule_RX,
-            len(batch.query_lens),
-            P=self._num_programs,
-            G=self._spec.num_kv_heads,
-            BLOCK_N=self._decode_tiles.tokens,
-            WHOLE=False,  # pieces of a few heads are small
-            num_warps=4,
-        )
-        return _DecodePlan(batch, schedule_RX, by_unit)
-
     def forward(
         self, plan: object, kv: LayerKV, q_THD: Tensor, out_THD: Tensor, new: NewKV | None = None
     ) -> None:
@@ -173,8 +113,8 @@ class TritonBackend:
             else:
                 self._prefill(plan, kv, q_THD, out_THD)
         else:
-            assert isinstance(plan, _DecodePlan)
-            self._decode(plan, kv, q_THD, out_THD)
+            assert isinstance(plan, DecodePlan)
+            self._decode.attend(plan, kv, q_THD, out_THD)
 
     def _prompt(
         self,
@@ -242,53 +182,6 @@ class TritonBackend:
             num_stages=tiles.num_stages,
         )
 
-    def _decode(self, plan: _DecodePlan, kv: LayerKV, q_THD: Tensor, out_THD: Tensor) -> None:
-        spec, batch, tiles = self._spec, plan.batch, self._decode_tiles
-        decode_kernel[(self._num_programs,)](
-            q_THD,
-            kv.k_NPGD,
-            kv.v_NPGD,
-            out_THD,
-            self._workspace,
-            plan.schedule_RX,
-            batch.context_lens_S,
-            batch.page_table_SM,
-            q_THD.stride(0),
-            batch.page_table_SM.stride(0),
-            SCALE_LOG2=self._scale_log2,
-            WIDE=self._wide,
-            GROUP=self._group,
-            G=spec.num_kv_heads,
-            PAGE_SIZE=spec.page_size,
-            HEAD_DIM=spec.head_dim,
-            BLOCK_M=self._least_rows,
-            BLOCK_N=tiles.tokens,
-            BLOCK_D=self._block_D,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            maxnreg=tiles.max_registers,
-            **self._launch,
-        )
-        num_programs = self._num_programs
-        num_reduced = plan.schedule_RX.shape[0] - num_programs if plan.by_unit else num_programs
-        reduce_kernel[(num_reduced, self._group)](
-            out_THD,
-            self._workspace,
-            plan.schedule_RX,
-            batch.context_lens_S,
-            len(batch.query_lens),
-            P=num_programs,
-            FIRST_ROW=num_programs if plan.by_unit else 0,
-            GROUP=self._group,
-            G=spec.num_kv_heads,
-            HEAD_DIM=spec.head_dim,
-            BLOCK_X=_REDUCED_PIECES,
-            BLOCK_R=1,
-            BLOCK_D=self._block_D,
-            num_warps=4,
-            **self._launch,
-        )
-
 
 def _rows_of_heads(x_TFD: Tensor, rows: int) -> TensorDescriptor:
     """Tiles of `rows` rows and one head; rows may lie apart, heads are contiguous."""
@@ -300,8 +193,7 @@ def _rows_of_heads(x_TFD: Tensor, rows: int) -> TensorDescriptor:
 
 
 # Tile sizes of prefill are the fastest of a sweep on an H100 over the shapes of SmolLM2 (D 64) and
-# Llama 3.1 8B (D 128); larger D and float32 are not tuned. Those of decode are in
-# core/kernels/tuned/attention_decode.json, and here where nothing was measured.
+# Llama 3.1 8B (D 128); larger D and float32 are not tuned.
 
 
 def _prefill_tiles(block_D: int, wide: bool, device: TritonDevice) -> Tiles:
@@ -323,14 +215,6 @@ def _prompt_tiles(device: TritonDevice) -> tuple[Tiles, Tiles]:
     if device.interpreted:
         return Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1)
     return Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 2, max_registers=128)
-
-
-def _decode_tiles(block_D: int, wide: bool, rows: int, device: TritonDevice) -> Tiles:
-    """One tile of rows is enough; tokens are what is loaded at once."""
-    if wide:
-        return Tiles(rows, tokens=32, num_warps=4, num_stages=1)
-    tokens = 128 if block_D <= 64 else 64 if block_D <= 128 else 32
-    return Tiles(rows, tokens, 4, _num_stages(rows, tokens, block_D, device))
 
 
 def _num_stages(rows: int, tokens: int, block_D: int, device: TritonDevice) -> int:

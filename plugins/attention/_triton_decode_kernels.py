@@ -1,10 +1,12 @@
-"""Triton kernels of paged decode: attention by pieces, and the pieces' sum.
+"""Triton kernel of paged decode: attention by pieces, and the pieces' sum.
 
-plugins.attention._decode_schedule explains line, stretches, units and pieces. Any page size: each
-token of a tile looks its page up.
+plugins.attention._decode_schedule explains line, stretches, units and pieces. Whoever stores the
+last piece of a unit sums them, in their order. Any page size: each token of a tile looks its page
+up.
 
-Shape legend: P programs, M rows of a tile (query heads of a KV head), N tokens of a tile, D head
-dimension (padded to a power of two), X pieces of a unit, R heads of a block, G KV heads.
+Shape legend: M rows of a tile and R rows of a unit (query heads of a KV head, padded for tensor
+cores or to a power of two), N tokens of a tile, D head dimension (padded to a power of two), G KV
+heads.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -63,8 +65,52 @@ def _fetch_tile(
     _fetch_lines(v_ptr + places_NL, DEPENDENT)
 
 
+@triton.jit
+def _sum_pieces(
+    out_ptr, workspace_ptr, log_sums_ptr, first, num_pieces,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Store the result of a unit, all whose pieces were; the first is of stretch `first`. TOGETHER
+    of them are waited for at once."""
+    rows_R = tl.arange(0, BLOCK_R)
+    columns_D = tl.arange(0, BLOCK_D)
+    inside_RD = (rows_R < GROUP)[:, None] & (columns_D < HEAD_DIM)[None, :]
+    places_RD = rows_R[:, None] * HEAD_DIM + columns_D[None, :]
+    rows_R = tl.minimum(rows_R, GROUP - 1)  # those past the last repeat it, and are not stored
+    most_R = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+    sum_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    acc_RD = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for done in range(0, num_pieces, TOGETHER):
+        for index in tl.static_range(TOGETHER):
+            piece = done + index
+            place = ((first + piece) * 2 + (piece == 0).to(tl.int32)) * GROUP
+            inside = piece < num_pieces
+            # Not through the first-level cache, which may hold what stood there before.
+            log_sum_R = tl.load(
+                log_sums_ptr + place + rows_R,
+                mask=inside,
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            piece_RD = tl.load(
+                workspace_ptr + place * HEAD_DIM + places_RD,
+                mask=inside & inside_RD,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_most_R = tl.maximum(most_R, log_sum_R)
+            weight_R = tl.exp2(log_sum_R - new_most_R)
+            shrink_R = tl.exp2(most_R - new_most_R)
+            sum_R = sum_R * shrink_R + weight_R
+            acc_RD = acc_RD * shrink_R[:, None] + piece_RD * weight_R[:, None]
+            most_R = new_most_R
+    result_RD = (acc_RD / sum_R[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places_RD, result_RD, mask=inside_RD)
+
+
 @triton.jit(
-    do_not_specialize=["table_stride"],
+    do_not_specialize=["table_stride", "num_sequences"],
     do_not_specialize_on_alignment=["context_lens_ptr", "table_ptr"],
 )
 def decode_kernel(
@@ -74,8 +120,10 @@ def decode_kernel(
     out_ptr,
     workspace_ptr,
     schedule_ptr,
+    counts_ptr,
     context_lens_ptr,
     table_ptr,
+    num_sequences,
     q_stride,
     table_stride,
     SCALE_LOG2: tl.constexpr,
@@ -85,19 +133,30 @@ def decode_kernel(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One stretch of the line. The workspace holds, float32, the normalised results of pieces
-    (P, 2, GROUP, D), then the log2 of their sums (P, 2, GROUP)."""
+    """One stretch of the line, and others as long as there are any; zeros for sequences without
+    tokens, which are padding. The workspace holds, float32, the normalised results of pieces
+    (stretches, 2, GROUP, D), then the log2 of their sums (stretches, 2, GROUP). Counts are zero
+    before and after: stored pieces of the unit that each stretch begins, then stretches taken
+    beyond the first level."""
     program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_stretches = num_programs * LEVELS
+    stretch = program
     # What a step's plan wrote was complete before the kernel before this one let this one start.
-    schedule_ptr += program * SCHEDULE_COLUMNS
-    sequence = tl.load(schedule_ptr, cache_modifier=".cg")
-    kv_head = tl.load(schedule_ptr + 1, cache_modifier=".cg")
-    tile = tl.load(schedule_ptr + 2, cache_modifier=".cg")
-    num_left = tl.load(schedule_ptr + 3, cache_modifier=".cg")
+    row_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS
+    sequence = tl.load(row_ptr, cache_modifier=".cg")
+    kv_head = tl.load(row_ptr + 1, cache_modifier=".cg")
+    tile = tl.load(row_ptr + 2, cache_modifier=".cg")
+    num_left = tl.load(row_ptr + 3, cache_modifier=".cg")
+    num_padding = tl.load(row_ptr + 10, cache_modifier=".cg")
+    num_later = tl.load(row_ptr + 11, cache_modifier=".cg")
     if num_left > 0:
         _fetch_tile(
             k_ptr, v_ptr, context_lens_ptr, table_ptr, sequence, kv_head, tile, table_stride,
@@ -110,7 +169,7 @@ def decode_kernel(
     columns_D = tl.arange(0, BLOCK_D)
     valid_M = rows_M < GROUP
     valid_MD = valid_M[:, None] & (columns_D[None, :] < HEAD_DIM)
-    log_sums_ptr = workspace_ptr + tl.num_programs(0) * (2 * GROUP * HEAD_DIM)
+    log_sums_ptr = workspace_ptr + num_stretches * (2 * GROUP * HEAD_DIM)
     while num_left > 0:
         num_cached = tl.load(context_lens_ptr + sequence)
         num_tiles = tl.cdiv(num_cached, BLOCK_N)
@@ -123,6 +182,10 @@ def decode_kernel(
             )
             if WIDE:
                 q_MD = q_MD.to(tl.float32)
+            begins = (tile == 0).to(tl.int32)
+            unit_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS + 8 - 2 * begins
+            num_pieces = tl.load(unit_ptr, cache_modifier=".cg")
+            first = tl.load(unit_ptr + 1, cache_modifier=".cg")
             positions_M = tl.zeros((BLOCK_M,), dtype=tl.int32) + num_cached
             most_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
             sum_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -137,100 +200,49 @@ def decode_kernel(
                     SCALE_LOG2, True, WIDE, G, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
             result_MD = acc_MD / sum_M[:, None]
+            unit_out_ptr = out_ptr + (sequence.to(tl.int64) * G + kv_head) * (GROUP * HEAD_DIM)
             if num_mine == num_tiles:
-                out_places_M = (sequence.to(tl.int64) * (G * GROUP) + heads_M) * HEAD_DIM
                 tl.store(
-                    out_ptr + out_places_M[:, None] + columns_D[None, :],
+                    unit_out_ptr + rows_M[:, None] * HEAD_DIM + columns_D[None, :],
                     result_MD.to(out_ptr.dtype.element_ty),
                     mask=valid_MD,
                 )
             else:
-                begins = (tile == 0).to(tl.int32)
-                places_M = (program * 2 + begins) * GROUP + rows_M
+                places_M = (stretch * 2 + begins) * GROUP + rows_M
                 tl.store(
                     workspace_ptr + places_M[:, None] * HEAD_DIM + columns_D[None, :],
                     result_MD,
                     mask=valid_MD,
                 )
                 tl.store(log_sums_ptr + places_M, most_M + tl.log2(sum_M), mask=valid_M)
+                tl.debug_barrier()  # every thread's part is stored before it is counted
+                if tl.atomic_add(counts_ptr + first, 1, sem="acq_rel") == num_pieces - 1:
+                    tl.store(counts_ptr + first, 0)
+                    _sum_pieces(
+                        unit_out_ptr, workspace_ptr, log_sums_ptr, first, num_pieces,
+                        GROUP, HEAD_DIM, BLOCK_R, BLOCK_D, TOGETHER,
+                    )  # fmt: skip
         num_left -= num_mine
         tile *= 0
         kv_head += 1
         if (kv_head == G) | (num_tiles == 0):
             kv_head = 0
             sequence += 1
-
-
-@triton.jit(
-    do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["context_lens_ptr"]
-)
-def reduce_kernel(
-    out_ptr,
-    workspace_ptr,
-    schedule_ptr,
-    context_lens_ptr,
-    num_sequences,
-    P: tl.constexpr,
-    FIRST_ROW: tl.constexpr,
-    GROUP: tl.constexpr,
-    G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """BLOCK_R query heads of one unit in pieces, from the rows of the schedule that start at
-    FIRST_ROW; also zeros for sequences without tokens, which are padding."""
-    index = tl.program_id(0)
-    rows_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    schedule_ptr += (FIRST_ROW + index) * SCHEDULE_COLUMNS
-    sequence = tl.load(schedule_ptr + 4, cache_modifier=".cg")
-    kv_head = tl.load(schedule_ptr + 5, cache_modifier=".cg")
-    num_pieces = tl.load(schedule_ptr + 6, cache_modifier=".cg")
-    program = tl.load(schedule_ptr + 7, cache_modifier=".cg")
-    columns_D = tl.arange(0, BLOCK_D)
-    valid_RD = (rows_R < GROUP)[:, None] & (columns_D < HEAD_DIM)[None, :]
-    rows_R = tl.minimum(rows_R, GROUP - 1)  # those past the last one repeat it, and are not stored
-    wait_for_predecessor(DEPENDENT)
-    let_successor_start(DEPENDENT)
-    if num_pieces > 0:
-        log_sums_ptr = workspace_ptr + P * (2 * GROUP * HEAD_DIM)
-        most_R = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-        total_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        acc_RD = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-        for first in range(0, num_pieces, BLOCK_X):
-            pieces_X = first + tl.arange(0, BLOCK_X)
-            begins_X = (pieces_X == 0).to(tl.int32)
-            places_XR = ((program + pieces_X) * 2 + begins_X)[:, None] * GROUP + rows_R[None, :]
-            inside_X = pieces_X < num_pieces
-            log_sums_XR = tl.load(
-                log_sums_ptr + places_XR, mask=inside_X[:, None], other=float("-inf")
-            )
-            partial_XRD = tl.load(
-                workspace_ptr + places_XR[:, :, None] * HEAD_DIM + columns_D[None, None, :],
-                mask=inside_X[:, None, None] & (columns_D < HEAD_DIM)[None, None, :],
-                other=0.0,
-            )
-            new_most_R = tl.maximum(most_R, tl.max(log_sums_XR, axis=0))
-            weights_XR = tl.exp2(log_sums_XR - new_most_R[None, :])
-            shrink_R = tl.exp2(most_R - new_most_R)
-            added_RD = tl.sum(partial_XRD * weights_XR[:, :, None], axis=0)
-            acc_RD = acc_RD * shrink_R[:, None] + added_RD
-            total_R = total_R * shrink_R + tl.sum(weights_XR, axis=0)
-            most_R = new_most_R
-        heads_R = sequence.to(tl.int64) * (G * GROUP) + kv_head * GROUP + rows_R
-        tl.store(
-            out_ptr + heads_R[:, None] * HEAD_DIM + columns_D[None, :],
-            (acc_RD / total_R[:, None]).to(out_ptr.dtype.element_ty),
-            mask=valid_RD,
-        )
-    for padding in range(index, num_sequences, tl.num_programs(0)):
-        if tl.load(context_lens_ptr + padding) == 0:
-            for kv_head in range(G):
-                heads_R = padding * (G * GROUP) + kv_head * GROUP + rows_R
-                tl.store(
-                    out_ptr + heads_R[:, None] * HEAD_DIM + columns_D[None, :],
-                    tl.zeros((BLOCK_R, BLOCK_D), dtype=out_ptr.dtype.element_ty),
-                    mask=valid_RD,
-                )
+        if (num_left == 0) & (num_later > 0):
+            taken = tl.atomic_add(counts_ptr + num_stretches, 1, sem="relaxed")
+            if taken < num_later:
+                stretch = num_programs + taken
+                row_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS
+                sequence = tl.load(row_ptr, cache_modifier=".cg")
+                kv_head = tl.load(row_ptr + 1, cache_modifier=".cg")
+                tile = tl.load(row_ptr + 2, cache_modifier=".cg")
+                num_left = tl.load(row_ptr + 3, cache_modifier=".cg")
+            elif taken == num_later + num_programs - 1:  # the last program found nothing left
+                tl.store(counts_ptr + num_stretches, 0)
+    if num_padding > 0:
+        for padding in range(program, num_sequences, num_programs):
+            if tl.load(context_lens_ptr + padding) == 0:
+                for row in range(G * GROUP):
+                    places_D = (padding * (G * GROUP) + row) * HEAD_DIM + columns_D
+                    zeros_D = tl.zeros((BLOCK_D,), dtype=out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + places_D, zeros_D, mask=columns_D < HEAD_DIM)
