@@ -1,15 +1,18 @@
 """Launches the Triton kernels of paged attention: which kernel, tile sizes, and workspaces.
 
-A step whose sequences all have one new row takes the decode kernels; one with long prompts the
-prompt kernel, which reads new rows where they were projected; any other the paged prefill kernel.
+A step whose sequences all have one new row takes the decode kernel; one with long prompts the
+prompt kernel, which reads new rows where they were projected, or, where nothing is cached before
+them, the one for Hopper; any other the paged prefill kernel.
 Grids follow from bounds on the host alone; lengths are read on the device, so that a step
 can be captured as a CUDA graph, and eager steps run the same code. On CPU tensors the kernels run
 in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 Shape legend: see core.interfaces.attention; P programs of a launch.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -22,6 +25,9 @@ from plugins.attention._triton_decode import DecodeChoice, DecodePlan, PagedDeco
 from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import prefill_kernel
 from plugins.attention._triton_prompt_kernels import prompt_kernel
+
+if TYPE_CHECKING:
+    from plugins.attention._prompt_gluon import GluonPrompts, PromptBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class _PrefillPlan:
     block_rows: int
     num_blocks: int
     prompt_tiles: Tiles | None  # None: the prompt kernel would idle, or can't
+    prompt_blocks: "PromptBlocks | None"  # of the kernel for Hopper, where it serves
 
 
 def build(options: NoOptions, spec: AttentionSpec) -> "TritonBackend":
@@ -77,6 +84,7 @@ class TritonBackend:
         # Tensor descriptors need a power of two, and tiles of float32 don't fit.
         narrow = spec.dtype.itemsize == 2 or device.interpreted
         self._takes_prompts = narrow and spec.head_dim in (16, 32, 64, 128)
+        self._gluon = _gluon_prompts(spec, self._scale_log2, device) if not prompt_tiles else None
 
     def plan(self, batch: SequenceBatch) -> _PrefillPlan | DecodePlan:
         """Grids from bounds; decode's schedule is made on the device. Nothing waits for it."""
@@ -88,7 +96,10 @@ class TritonBackend:
         block_tokens = block_rows // self._group
         # One more than the sequences can need, for rows of padding.
         num_blocks = sum(batch.query_lens) // block_tokens + len(batch.query_lens) + 1
-        return _PrefillPlan(batch, block_rows, num_blocks, self._tiles_of_prompts(batch))
+        blocks = None
+        if self._gluon is not None and self._gluon.takes(batch):
+            blocks = self._gluon.plan(batch)
+        return _PrefillPlan(batch, block_rows, num_blocks, self._tiles_of_prompts(batch), blocks)
 
     def _tiles_of_prompts(self, batch: SequenceBatch) -> Tiles | None:
         """Large tiles where there are enough of them for every multiprocessor."""
@@ -108,7 +119,10 @@ class TritonBackend:
         assert kv.k_NPGD.is_contiguous()
         assert kv.v_NPGD.is_contiguous()
         if isinstance(plan, _PrefillPlan):
-            if new is not None and plan.prompt_tiles is not None:
+            if new is not None and plan.prompt_blocks is not None:
+                assert self._gluon is not None
+                self._gluon.attend(plan.prompt_blocks, q_THD, new, out_THD)
+            elif new is not None and plan.prompt_tiles is not None:
                 self._prompt(plan.batch, plan.prompt_tiles, kv, q_THD, out_THD, new)
             else:
                 self._prefill(plan, kv, q_THD, out_THD)
@@ -181,6 +195,19 @@ class TritonBackend:
             num_warps=tiles.num_warps if plan.block_rows >= 64 else 4,
             num_stages=tiles.num_stages,
         )
+
+
+def _gluon_prompts(
+    spec: AttentionSpec, scale_log2: float, device: TritonDevice
+) -> "GluonPrompts | None":
+    """The kernel for Hopper where the device and the heads are its own."""
+    if spec.device.type != "cuda" or torch.cuda.get_device_capability(spec.device)[0] != 9:
+        return None
+    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    if not gluon.fits(spec):
+        return None
+    prompts: GluonPrompts = gluon.GluonPrompts(spec, scale_log2, device.num_multiprocessors)
+    return prompts
 
 
 def _rows_of_heads(x_TFD: Tensor, rows: int) -> TensorDescriptor:
