@@ -140,7 +140,10 @@ def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
     if rows >= 128 and operation != "gate":
         found += wides()
     least = 2 if operation == "gated_linear" else 1
-    return [{**tile, "max_rows": rows} for tile in found if tile["BLOCK_O"] >= least]
+    found = [tile for tile in found if tile["BLOCK_O"] >= least]
+    if rows >= 1024 and operation == "gated_linear":
+        found.append({"path": "gluon"})
+    return [{**tile, "max_rows": rows} for tile in found]
 
 
 def kernel_of(operation: str, weight: Tensor, tile: Tile) -> LinearKernel:

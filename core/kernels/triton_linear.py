@@ -5,6 +5,7 @@ benchmarks.gpu_linear), looked up when a layer is built: in a step it costs one 
 nothing of what the kernels do inside. Shape legend: T rows, O rows of the weight, I inputs.
 """
 
+import importlib
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from core.kernels.triton_wide import wide
 MOST_ROWS = 1024  # looked up by their number; beyond, few rows of a table are left to choose from
 _BUSY_PROGRAMS = 128  # about one for each processor of a large GPU
 _PATHS = {"vector": vector, "matrix": matrix, "wide": wide}
+_GLUON = "core.kernels.gluon_gated"  # for Hopper, and for it alone to be imported
 
 
 def prepare(
@@ -31,6 +33,9 @@ def prepare(
     tile: tuning.Choice,
 ) -> LinearKernel:
     """One kernel, for up to `tile["max_rows"]` rows."""
+    if tile["path"] == "gluon":
+        kernel: LinearKernel = importlib.import_module(_GLUON).gated(weight_OI)
+        return kernel
     make = _PATHS[tile["path"]]
     return make(weight_OI, bias_O, gated=gated, dtype=dtype, tile=tile)
 
@@ -47,7 +52,11 @@ def linear(
     """The fastest kernel for each number of rows; `vendor` computes the same for any number."""
     if not _streams(weight_OI):
         return vendor
-    found = measured(f"{operation}_bf16", weight_OI.device, *weight_OI.shape)
+    found = tuple(
+        choice
+        for choice in measured(f"{operation}_bf16", weight_OI.device, *weight_OI.shape)
+        if choice["path"] != "gluon" or _gluon_takes(weight_OI, bias_O, dtype)
+    )
     prepared: dict[int, LinearKernel] = {}
     by_rows = [vendor]
     for num_rows in range(1, MOST_ROWS + 1):
@@ -79,6 +88,10 @@ def linear(
         return next((kernel for most, kernel in many if num_rows <= most), vendor)(x_TI)
 
     return run
+
+
+def _gluon_takes(weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype | None) -> bool:
+    return bool(importlib.import_module(_GLUON).takes(weight_OI, bias_O, dtype))
 
 
 def _streams(weight_OI: Tensor) -> bool:

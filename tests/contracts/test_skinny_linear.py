@@ -119,6 +119,25 @@ def test_wide_tiles_agree_with_float64(
                 assert torch.equal(kernel(x), result)
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="Gluon kernels run in no interpreter")
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(128, 64), (264, 192), (512, 4096), (768, 2048)], ids=str
+)
+def test_gluon_agrees_with_float64(outputs: int, inputs: int) -> None:
+    weight = normal(1, 2 * outputs, inputs, dtype=torch.bfloat16)
+    tile = {"path": "gluon", "max_rows": 8192}
+    kernel = prepare(weight.to(DEVICE), None, gated=True, dtype=None, tile=tile)
+    for rows in (0, 1, 127, 300, 4096):
+        for apart, first in ((inputs, 0), (inputs + 5, 5)):  # as the copy engine reads, and not
+            x_TX = normal(3, rows, apart, dtype=torch.bfloat16) * inputs**-0.5
+            right = expected(x_TX[:, first:], weight, None, True)
+            result = kernel(x_TX.to(DEVICE)[:, first:])
+            assert result.shape == right.shape
+            if rows:
+                assert ((result.cpu().double() - right).norm() / right.norm()).item() <= 1e-2
+                assert torch.equal(kernel(x_TX.to(DEVICE)[:, first:]), result)
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="too large for the interpreter")
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
@@ -247,7 +266,10 @@ def test_tables_name_what_kernels_take(operation: str) -> None:
         elif row["path"] == "wide":
             assert row["BLOCK_T"] >= 64
             assert row["outputs"] * 2 % 16 == row["inputs"] * 2 % 16 == 0
+        elif row["path"] == "gluon":
+            assert operation == "gated_linear_bf16"
+            assert row["outputs"] % 16 == row["inputs"] % 64 == 0
         else:
             assert row["path"] == "vendor"
-        if row["path"] != "vendor" and operation == "gated_linear_bf16":
+        if row["path"] not in ("vendor", "gluon") and operation == "gated_linear_bf16":
             assert row["BLOCK_O"] % 2 == 0
