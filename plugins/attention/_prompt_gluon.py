@@ -21,6 +21,8 @@ from plugins.attention._prompt_gluon_kernels import (
 )
 from plugins.attention._triton_prompt_kernels import blocks_kernel
 
+_LEAST_BLOCKS = 4  # of each multiprocessor; with fewer, Triton's small tiles are as fast
+
 
 def fits(spec: AttentionSpec) -> bool:
     """Whether the kernel takes such heads, on a Hopper GPU."""
@@ -42,12 +44,12 @@ class GluonPrompts:
         self._multiprocessors = num_multiprocessors
 
     def takes(self, batch: SequenceBatch) -> bool:
-        """Whether nothing is cached before the new rows, and every multiprocessor gets some.
+        """Whether nothing is cached before the new rows, and every multiprocessor gets enough.
 
         Lengths of a step that is being captured are bounds, which don't say what is cached."""
         num_blocks = sum(batch.query_lens) // ROWS * self._spec.num_heads
         return (
-            num_blocks >= self._multiprocessors
+            num_blocks >= _LEAST_BLOCKS * self._multiprocessors
             and batch.query_lens == batch.context_lens
             and not torch.cuda.is_current_stream_capturing()
         )

@@ -46,10 +46,6 @@ LARGE = [
     Case(rows=(1, 1), cached=(500, 1000), num_heads=4, num_kv_heads=1, head_dim=256),
     Case(rows=(50,), cached=(77,), num_heads=4, num_kv_heads=4, head_dim=96),
     Case(rows=(200, 65, 129), cached=(0, 130, 0), num_heads=8, num_kv_heads=2, head_dim=128),
-    # Nothing is cached before them: the kernel for Hopper.
-    Case(rows=(300, 1, 2048, 129, 500), cached=(0,) * 5, num_heads=8, num_kv_heads=2, head_dim=128),
-    Case(rows=(1024,), cached=(0,), num_heads=32, num_kv_heads=32, head_dim=128),
-    Case(rows=(64, 127, 128, 4000), cached=(0,) * 4, num_heads=5, num_kv_heads=1, head_dim=128),
 ]
 
 

@@ -1,0 +1,68 @@
+"""The Gluon kernel of prompts against float64, and the blocks that it is given.
+
+The kernel runs on a Hopper GPU alone; the blocks are made in Triton's interpreter where there is
+no GPU.
+"""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from plugins.attention._triton_prompt_kernels import blocks_kernel
+from tests.contracts.attention_cases import Case, make_step
+
+CUDA = torch.cuda.is_available()
+HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+CASES = [
+    Case(rows=(300, 1, 2048, 129, 500), cached=(0,) * 5, num_heads=8, num_kv_heads=2, head_dim=128),
+    Case(rows=(1024,), cached=(0,), num_heads=32, num_kv_heads=32, head_dim=128),
+    Case(rows=(64, 127, 128, 4000), cached=(0,) * 4, num_heads=5, num_kv_heads=1, head_dim=128),
+    Case(rows=(1, 2, 63), cached=(0,) * 3, num_heads=2, num_kv_heads=1, head_dim=128),
+]
+
+
+@pytest.mark.parametrize("surplus", [0, 1, 200])
+@pytest.mark.parametrize("lengths", [[1], [16, 1, 15, 33], [0, 5, 0, 32, 0], [160]], ids=str)
+def test_blocks_cover_every_row_once(lengths: list[int], surplus: int) -> None:
+    block_M, used = 16, sum(lengths)
+    starts = list(itertools.accumulate(lengths, initial=0))
+    num_blocks = (used + surplus) // block_M + len(lengths) + 1
+    blocks_BX = torch.full((num_blocks, 4), -9, dtype=torch.int32, device=DEVICE)
+    blocks_kernel[(num_blocks,)](
+        torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+        blocks_BX,
+        len(lengths),
+        num_blocks,
+        used + surplus,
+        BLOCK_M=block_M,
+    )
+    attended, zeroed = [], []
+    for start, first_row, num_rows, _ in blocks_BX.tolist():
+        if first_row >= 0:
+            assert start in starts
+            assert num_rows in lengths
+            last = min(first_row + block_M, num_rows)
+            attended += range(start + first_row, start + last)
+        else:
+            zeroed += range(start, start + num_rows)
+    assert sorted(attended) == list(range(used))
+    assert sorted(zeroed) == list(range(used, used + surplus))
+
+
+@pytest.mark.skipif(not HOPPER, reason="Gluon kernels run in no interpreter")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_float64(case: Case) -> None:
+    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    step = make_step(case, torch.bfloat16, DEVICE)
+    assert gluon.fits(step.spec)
+    prompts = gluon.GluonPrompts(step.spec, step.spec.scale * 1.4426950408889634, 132)
+    plan = prompts.plan(step.batch)
+    outs = [torch.full_like(step.q_THD, torch.nan) for _ in range(2)]
+    for out_THD in outs:
+        prompts.attend(plan, step.q_THD.clone(), step.new, out_THD)
+    error_T = (outs[0].cpu().double() - step.expected_THD).flatten(1).norm(dim=1)
+    assert torch.all(error_T <= 1e-2 * step.expected_THD.flatten(1).norm(dim=1))
+    assert torch.equal(*outs)
