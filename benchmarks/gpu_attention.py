@@ -1,6 +1,7 @@
 """Times the Triton attention backend on a GPU, one layer at a time, and prints JSON.
 
     python -m benchmarks.gpu_attention
+    python -m benchmarks.gpu_attention --sweep  # how decode is best launched: rows of its table
 
 A cell is what a layer does between two projections: heads prepared and stored, then attention. It
 is compared with its floor: in decode the bytes of k and v over the bandwidth of a large copy, in
@@ -9,15 +10,16 @@ time. CUDA graphs, so that launches from Python don't count; caches of several l
 layer's would stay in the L2 cache. Knows nothing of models: shapes are those of one layer.
 """
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 import triton
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import (
     AttentionSpec,
     HeadTransform,
@@ -26,7 +28,8 @@ from core.interfaces.attention import (
     SequenceBatch,
 )
 from core.kernels.triton_ops import TritonOps
-from plugins.attention._triton_backend import build
+from plugins.attention._triton_backend import TritonBackend
+from plugins.attention._triton_decode import DecodeChoice
 
 DEVICE = torch.device("cuda")
 PAGE_SIZE = 16
@@ -55,6 +58,17 @@ PREFILL = {
 }
 CACHE_BYTES = 160_000_000  # three times the L2 cache
 MOST_LAYERS = 24
+SWEPT_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SWEPT_CONTEXT = 1100
+# Tokens of a tile, warps, stages, programs of a multiprocessor.
+SWEPT = [
+    (32, 4, 6, 2),
+    (64, 4, 3, 3),
+    (64, 4, 5, 2),
+    (64, 4, 6, 1),
+    (128, 4, 3, 2),
+    (128, 4, 4, 1),
+]
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -82,7 +96,9 @@ def matrix_rate() -> float:
     return 2 * 8192**3 / (microseconds(lambda: F.linear(a, b)) * 1e-6)
 
 
-def layer(shape: Shape, rows: list[int], contexts: list[int]) -> tuple[Callable[[], None], int]:
+def layer(
+    shape: Shape, rows: list[int], contexts: list[int], decode: DecodeChoice | None = None
+) -> tuple[Callable[[], None], int]:
     """What runs a step's attention in several layers, over permuted pages; and how many."""
     num_heads, num_kv_heads, head_dim, normed = shape
     spec = AttentionSpec(
@@ -130,7 +146,7 @@ def layer(shape: Shape, rows: list[int], contexts: list[int]) -> tuple[Callable[
     table_CD = torch.cat((angles_CF.cos(), angles_CF.sin()), 1)
     heads = HeadTransform(num_kv_heads, table_CD, norms[0], norms[1], 1e-6)
     out_THD = torch.empty_like(qkv_TFD[:, :num_heads].contiguous())
-    ops, backend = TritonOps(), build(NoOptions(), spec)
+    ops, backend = TritonOps(), TritonBackend(spec, decode)
     plan = backend.plan(batch)
 
     def run() -> None:
@@ -141,9 +157,32 @@ def layer(shape: Shape, rows: list[int], contexts: list[int]) -> tuple[Callable[
     return run, num_layers
 
 
-def time_layer(shape: Shape, rows: list[int], contexts: list[int]) -> float:
-    run, num_layers = layer(shape, rows, contexts)
+def time_layer(
+    shape: Shape, rows: list[int], contexts: list[int], decode: DecodeChoice | None = None
+) -> float:
+    run, num_layers = layer(shape, rows, contexts, decode)
     return microseconds(run) / num_layers
+
+
+def sweep(shape: Shape) -> Iterator[dict[str, object]]:
+    """The fastest launch for each number of sequences, as core/kernels/tuned/attention_decode.json
+    holds them."""
+    num_heads, num_kv_heads, head_dim, _ = shape
+    for count in SWEPT_SEQUENCES:
+        choices = [DecodeChoice(count, *tile[:3], None, tile[3], levels=4) for tile in SWEPT]
+        contexts = [SWEPT_CONTEXT] * count
+        time_layer(shape, [1] * count, contexts, choices[0])  # clocks rise
+        times = [time_layer(shape, [1] * count, contexts, choice) for choice in choices]
+        us, best = min(zip(times, choices, strict=True), key=lambda pair: pair[0])
+        yield {
+            "device": torch.cuda.get_device_name(),
+            "head_dim": head_dim,
+            "group": num_heads // num_kv_heads,
+            "value_bytes": 2,
+            **asdict(best),
+            "us": round(us, 1),
+            "others_us": [round(other, 1) for other in times],
+        }
 
 
 def time_fused(shape: Shape, sequences: int, rows: int) -> float:
@@ -161,6 +200,13 @@ def time_fused(shape: Shape, sequences: int, rows: int) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="launches of decode, by sequences")
+    if parser.parse_args().sweep:
+        for shape in (SHAPES["llama31_8b"], SHAPES["qwen3_30b"]):
+            for row in sweep(shape):
+                print(json.dumps(row), flush=True)
+        return
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     report: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
