@@ -62,9 +62,9 @@ def prepare_heads_kernel(
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     slot = tl.load(slots_ptr + row)
+    position = tl.load(positions_ptr + row)  # beside that of the slot: padding has one too
     if slot < 0:
         return
-    position = tl.load(positions_ptr + row)
     inside_U = columns_U < HALF
     inside_BU = (heads_B[:, None] < H + 2 * G) & inside_U[None, :]
     places_BU = qkv_ptr + (row * (H + 2 * G) + heads_B[:, None]) * (2 * HALF) + columns_U[None, :]

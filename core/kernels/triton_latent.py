@@ -128,9 +128,10 @@ def prepare_latent_kernel(
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     slot = tl.load(slots_ptr + row)
+    position = tl.load(positions_ptr + row)  # beside that of the slot: padding has one too
     if slot < 0:
         return
-    angles_ptr = cos_sin_ptr + tl.load(positions_ptr + row) * (2 * HALF)
+    angles_ptr = cos_sin_ptr + position * (2 * HALF)
     if block == 0:
         cached_ptr += row * cached_stride
         cache_ptr += slot * (LATENT_DIM + 2 * HALF)

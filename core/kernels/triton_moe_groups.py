@@ -3,8 +3,8 @@
 Nothing waits for the device, which alone knows how many pairs an expert has. For GPUs; on CPU
 tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests. The oracle of
 grouping is core.kernels.moe_permute. Knows nothing of what becomes of places. Shape legend: see
-there; P = T * K places, B pairs of one program, Q pairs or blocks looked at in one turn, X keys:
-experts, none, and pairs past the end.
+there; P = T * K places, B pairs of one program, Q pairs or blocks looked at in one turn, C pairs of
+a chunk, X keys: experts, none, and pairs past the end.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -97,11 +97,16 @@ def group_few_kernel(
     same_BQ = keys_B[:, None] == keys_Q[None, :]
     q_first_BQ = same_BQ & (pairs_Q[None, :] < pairs_B[:, None])
     b_first_BQ = same_BQ & (pairs_B[:, None] < pairs_Q[None, :])
-    ranks_B = tl.sum(q_first_BQ.to(tl.int32), 1)
-    places_B = tl.sum((q_first_BQ | (keys_Q[None, :] < keys_B[:, None])).to(tl.int32), 1)
-    ends_B = places_B - ranks_B + tl.sum(same_BQ.to(tl.int32), 1)
-    ranks_Q = tl.sum(b_first_BQ.to(tl.int32), 0)
-    places_Q = tl.sum((b_first_BQ | (keys_B[:, None] < keys_Q[None, :])).to(tl.int32), 0)
+    # Numbers up to BLOCK share an integer, so that they are summed at once: each sum takes long.
+    smaller_BQ = (keys_Q[None, :] < keys_B[:, None]).to(tl.int32)
+    sums_B = tl.sum(q_first_BQ.to(tl.int32) + (same_BQ.to(tl.int32) << 8) + (smaller_BQ << 16), 1)
+    ranks_B = sums_B & 255
+    places_B = ranks_B + (sums_B >> 16)
+    ends_B = (sums_B >> 16) + (sums_B >> 8 & 255)
+    larger_BQ = (keys_B[:, None] < keys_Q[None, :]).to(tl.int32)
+    sums_Q = tl.sum(b_first_BQ.to(tl.int32) + (larger_BQ << 16), 0)
+    ranks_Q = sums_Q & 255
+    places_Q = ranks_Q + (sums_Q >> 16)
     is_first_Q = (ranks_Q % BLOCK_M == 0) & (keys_Q < num_experts)
     tiles_BQ = is_first_Q[None, :] & (places_Q[None, :] < places_B[:, None])
     tiles_B = tl.sum(tiles_BQ.to(tl.int32), 1)
@@ -159,16 +164,23 @@ def place_pairs_kernel(
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     block = tl.program_id(0)
+    # Read before anything is counted, as loads are not moved past each other.
+    pairs_B = block * BLOCK + tl.arange(0, BLOCK)
+    keys_B = _keys(experts_ptr, pairs_B, num_pairs, num_experts, KEYS - 1)
+    pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
+    keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
+    earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
+    own_ranks_B = tl.sum(earlier_BQ.to(tl.int32), 1)
     keys_X = tl.arange(0, KEYS)
     counts_X = tl.zeros((KEYS,), tl.int32)
     before_X = tl.zeros((KEYS,), tl.int32)
     if CHUNK > 0:
         for first in range(0, num_pairs, CHUNK):
-            pairs_Q = first + tl.arange(0, CHUNK)
-            keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
-            counts_X += tl.histogram(keys_Q, KEYS)
+            pairs_C = first + tl.arange(0, CHUNK)
+            keys_C = _keys(experts_ptr, pairs_C, num_pairs, num_experts, KEYS - 1)
+            counts_X += tl.histogram(keys_C, KEYS)
             if first < block * BLOCK:
-                before_X += tl.histogram(tl.where(pairs_Q < block * BLOCK, keys_Q, KEYS - 1), KEYS)
+                before_X += tl.histogram(tl.where(pairs_C < block * BLOCK, keys_C, KEYS - 1), KEYS)
     else:
         for first in range(0, num_blocks, TURN):
             blocks_Q = first + tl.arange(0, TURN)
@@ -178,12 +190,7 @@ def place_pairs_kernel(
             counts_X += tl.sum(counts_QX, 0)
             before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
     starts_X = tl.cumsum(counts_X, 0) - counts_X
-    pairs_B = block * BLOCK + tl.arange(0, BLOCK)
-    keys_B = _keys(experts_ptr, pairs_B, num_pairs, num_experts, KEYS - 1)
-    pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
-    keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
-    earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
-    ranks_B = tl.gather(before_X, keys_B, 0) + tl.sum(earlier_BQ.to(tl.int32), 1)
+    ranks_B = tl.gather(before_X, keys_B, 0) + own_ranks_B
     starts_B = tl.gather(starts_X, keys_B, 0)
     places_B = starts_B + ranks_B
     _store_places(

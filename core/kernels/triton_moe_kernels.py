@@ -77,8 +77,10 @@ def _store_physical(
     inside_K = choices_K < TOP_K
     rows_K = tl.zeros((BLOCK_K,), tl.int64) + row + first_row
     real_K = inside_K & (rows_K < tl.load(num_real_ptr))
-    copies_K = tl.load(num_copies_ptr + logical_K, mask=inside_K, other=1)
-    places_K = logical_K * MOST_COPIES + (row + first_copy) % copies_K
+    places_K = logical_K * MOST_COPIES
+    if MOST_COPIES > 1:
+        copies_K = tl.load(num_copies_ptr + logical_K, mask=inside_K, other=1)
+        places_K += (row + first_copy) % copies_K
     physical_K = tl.load(physical_ptr + places_K, mask=inside_K, other=0)
     tl.store(weights_ptr + choices_K, tl.where(real_K, weights_K, 0.0), mask=inside_K)
     tl.store(ids_ptr + choices_K, tl.where(real_K, physical_K, -1), mask=inside_K)

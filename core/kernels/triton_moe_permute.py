@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 
-_MOST_COLUMNS = 1024  # of one program: a long row is spread over several
+_MOST_COLUMNS = 256  # of one program, 16 bytes of each thread: a long row is spread over several
 
 
 @triton.jit
@@ -25,25 +25,27 @@ def sum_results_kernel(
     hidden_size,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Part of one row: its results, read where they lie, added up in float32."""
+    """Part of one row: its results, all read at once where they lie, added up in float32."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total_E = tl.zeros((BLOCK_E,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        position = tl.load(positions_ptr + row * TOP_K + k)
-        # What no position names may be NaN, so that it must not even be multiplied by 0.
-        width = tl.where(position >= 0, hidden_size, 0)
-        place_ptr = results_ptr + position.to(tl.int64) * hidden_size
-        result_E = tl.load(place_ptr + columns_E, mask=columns_E < width, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            result_E *= tl.load(weights_ptr + row * TOP_K + k)
-        total_E += result_E
-    out_E = total_E.to(out_ptr.dtype.element_ty)
+    choices_K = tl.arange(0, BLOCK_K)
+    inside_K = choices_K < TOP_K
+    positions_K = tl.load(positions_ptr + row * TOP_K + choices_K, mask=inside_K, other=-1)
+    if WEIGHTED:
+        weights_K = tl.load(weights_ptr + row * TOP_K + choices_K, mask=inside_K, other=0.0)
+    # What no position names may be NaN, so that it must not even be multiplied by 0.
+    inside_KE = (positions_K >= 0)[:, None] & (columns_E < hidden_size)[None, :]
+    places_KE = positions_K.to(tl.int64)[:, None] * hidden_size + columns_E[None, :]
+    results_KE = tl.load(results_ptr + places_KE, mask=inside_KE, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        results_KE *= weights_K[:, None]
+    out_E = tl.sum(results_KE, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * hidden_size + columns_E, out_E, mask=columns_E < hidden_size)
 
 
@@ -63,7 +65,9 @@ def sum_results(
             hidden_size,
             TOP_K=positions_TK.shape[1],
             WEIGHTED=weights_TK is not None,
+            BLOCK_K=triton.next_power_of_2(positions_TK.shape[1]),
             BLOCK_E=block,
+            num_warps=1,
             **options(out_TE.device),
         )
     return out_TE
