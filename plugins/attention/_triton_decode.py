@@ -22,7 +22,7 @@ from plugins.attention._triton_decode_kernels import decode_kernel
 from plugins.attention._triton_device import TritonDevice
 
 _ANY_NUMBER = 1 << 30
-_MOST_ROWS = 16  # of a tile of query heads, at least
+_LEAST_ROWS = 16  # of a tile of query heads: the least that tensor cores take
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class PagedDecode:
         # The tensor cores take no float32 without losing bits, and the interpreter's dot no bf16.
         self._wide = device.interpreted or spec.dtype is torch.float32
         self._block_D = max(16, triton.next_power_of_2(spec.head_dim))
-        self._rows = max(_MOST_ROWS, triton.next_power_of_2(self._group))
+        self._rows = max(_LEAST_ROWS, triton.next_power_of_2(self._group))
         self._scale_log2 = spec.scale * math.log2(math.e)
         self._launch = options(spec.device)
         self._multiprocessors = device.num_multiprocessors
