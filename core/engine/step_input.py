@@ -6,7 +6,7 @@ Packing: see core.kernels.stage.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,26 +22,73 @@ NUM_BLOCKS = 4
 Numbers = npt.NDArray[np.int32]
 
 
-@dataclass(slots=True)
+class _Read(Protocol):
+    """When the device has read a block. A CUDA event is one."""
+
+    def record(self) -> None:
+        """What was sent until now is meant."""
+        ...
+
+    def synchronize(self) -> None:
+        """Blocks until that was read."""
+        ...
+
+
+class _AtOnce:
+    """A copy on the host is done when the call returns."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _read(device: torch.device) -> _Read:
+    if device.type != "cuda":
+        return _AtOnce()
+    event: _Read = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return event
+
+
 class _Block:
-    """Host memory of one step. `wait` returns when the device has read it."""
+    """Host memory of one step.
 
-    tensor: torch.Tensor
-    array: Numbers  # the same memory
-    wait: Callable[[], None]
+    A step runs this once, long after the one before, when hardly any of its code and data is left
+    in the host's caches: every call of torch saved is tens of microseconds.
+    """
 
+    __slots__ = ("_array", "_packed", "_read", "_tensor", "_views")
 
-def _nobody_reads() -> None:
-    """A block that was never sent."""
+    def __init__(self, packed: torch.Tensor) -> None:
+        """`packed` is where it goes."""
+        pinned = packed.device.type == "cuda"
+        self._packed = packed
+        self._tensor = torch.zeros(packed.shape[0], dtype=torch.int32, pin_memory=pinned)
+        self._array: Numbers = self._tensor.numpy()  # the same memory
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by length: to, from
+        self._read = _read(packed.device)
+
+    def array(self, length: int) -> Numbers:
+        """To be filled: waits until the device has read what was sent before."""
+        self._read.synchronize()
+        return self._array[:length]
+
+    def send(self, length: int) -> None:
+        """Copy the first numbers; doesn't wait for that."""
+        views = self._views.get(length)
+        if views is None:
+            views = self._views[length] = self._packed[:length], self._tensor[:length]
+        views[0].copy_(views[1], non_blocking=True)
+        self._read.record()
 
 
 class StepInput:
     """`packed` is the device's copy, int32; every captured step reads the beginning of it."""
 
     def __init__(self, length: int, device: torch.device) -> None:
-        self._device = device
         self.packed = torch.zeros(length, dtype=torch.int32, device=device)
-        self._blocks = [self._block(length) for _ in range(NUM_BLOCKS)]
+        self._blocks = [_Block(self.packed) for _ in range(NUM_BLOCKS)]
         self._next = 0
 
     def clear(self) -> None:
@@ -52,23 +99,8 @@ class StepInput:
         """Have `fill` write the first `length` numbers, and copy them; doesn't wait for that."""
         block = self._blocks[self._next]
         self._next = (self._next + 1) % NUM_BLOCKS
-        block.wait()
-        fill(block.array[:length])
-        self.packed[:length].copy_(block.tensor[:length], non_blocking=True)
-        block.wait = self._when_read()
-
-    def _block(self, length: int) -> _Block:
-        pinned = self._device.type == "cuda"
-        tensor = torch.zeros(length, dtype=torch.int32, pin_memory=pinned)
-        return _Block(tensor, tensor.numpy(), _nobody_reads)
-
-    def _when_read(self) -> Callable[[], None]:
-        if self._device.type != "cuda":
-            return _nobody_reads  # copied already
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        wait: Callable[[], None] = event.synchronize
-        return wait
+        fill(block.array(length))
+        block.send(length)
 
 
 def send_decodes(source: StepInput, plan: StepPlan, rows: DecodeRows) -> tuple[Ints, Ints]:

@@ -16,6 +16,7 @@ import torch
 
 import core.engine.graphs as graphs
 import core.engine.recorder as recorder
+import core.engine.step_input as step_input
 from core.config import EngineConfig, PluginChoice
 from core.engine.build import RankContext, build_rank
 from core.engine.graphs import graph_sizes, most_graph_rows, reason_for_eager
@@ -204,16 +205,21 @@ def test_why_steps_are_not_captured():
 
 def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
     """Blocks are used in turn, and one is written only when the device has read it."""
-    waited = []
+    sent, waited = [], []
+
+    class Read:
+        last = None
+
+        def record(self):
+            self.last = len(sent)
+            sent.append(self.last)
+
+        def synchronize(self):
+            if self.last is not None:
+                waited.append(self.last)
+
+    monkeypatch.setattr(step_input, "_read", lambda device: Read())
     source = StepInput(packed_length(4), torch.device("cpu"))
-
-    def when_read():
-        number = len(order)
-        order.append(number)
-        return lambda: waited.append(number)
-
-    order = []
-    monkeypatch.setattr(source, "_when_read", when_read)
     empty = torch.zeros(4, dtype=torch.int64)
     rows = DecodeRows(
         source.packed[: packed_length(4)], empty, empty, empty, empty, torch.zeros(4, 2)
@@ -227,8 +233,9 @@ def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
         assert packed[:4] == [2, 1, step, 3]
         assert packed[6:8] == [7, step]
         assert [packed[10], packed[14], packed[18]] == [step, 1, 9]
-        assert waited == order[: max(0, step + 1 - NUM_BLOCKS)]
-    arrays = {block.tensor.data_ptr() for block in source._blocks}
+        assert sent == list(range(step + 1))
+        assert waited == sent[: max(0, step + 1 - NUM_BLOCKS)]
+    arrays = {block.array(1).ctypes.data for block in source._blocks}
     assert len(arrays) == NUM_BLOCKS
     crowded = StepPlan(0, [], 1, [1], [2], [1], [True], [1] * 5, list(range(5)), [3] * 5)
     send_decodes(source, crowded, rows)
