@@ -138,6 +138,7 @@ def _multiply_first_half(
     x_2STI, weight_SNI, full_S, free_S, out_ptr, num_rows, num_T,
     num_O: gl.constexpr, SIZE_I: gl.constexpr, SIZE_O: gl.constexpr,
 ):  # fmt: skip
+    """The first one, as a function of its own: such is what warps are given to do."""
     _multiply_half(
         0, x_2STI, weight_SNI, full_S, free_S, out_ptr, num_rows, num_T, num_O, SIZE_I, SIZE_O,
     )  # fmt: skip
@@ -148,6 +149,7 @@ def _multiply_second_half(
     x_2STI, weight_SNI, full_S, free_S, out_ptr, num_rows, num_T,
     num_O: gl.constexpr, SIZE_I: gl.constexpr, SIZE_O: gl.constexpr,
 ):  # fmt: skip
+    """The second one, as a function of its own: such is what warps are given to do."""
     _multiply_half(
         1, x_2STI, weight_SNI, full_S, free_S, out_ptr, num_rows, num_T, num_O, SIZE_I, SIZE_O,
     )  # fmt: skip

@@ -34,6 +34,8 @@ def prepare(
 ) -> LinearKernel:
     """One kernel, for up to `tile["max_rows"]` rows."""
     if tile["path"] == "gluon":
+        assert gated
+        assert _gluon_takes(weight_OI, bias_O, dtype)
         kernel: LinearKernel = importlib.import_module(_GLUON).gated(weight_OI)
         return kernel
     make = _PATHS[tile["path"]]

@@ -171,6 +171,7 @@ def _attend_first_half(
     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
     blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
+    """The first one, as a function of its own: such is what warps are given to do."""
     _attend_half(
         0, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
         blocks_ptr, num_blocks, SCALE_LOG2, H,
@@ -182,6 +183,7 @@ def _attend_second_half(
     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
     blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
+    """The second one, as a function of its own: such is what warps are given to do."""
     _attend_half(
         1, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
         blocks_ptr, num_blocks, SCALE_LOG2, H,
@@ -205,7 +207,7 @@ def prompt_kernel(
 ):
     """Blocks of 128 new rows of one sequence in one query head. A block's numbers: its sequence's
     first row, its own first row there, and the sequence's rows; or a row, -1, and how many rows
-    from there become zero, as no sequence has them (none: nothing)."""
+    from there become zero, as no sequence has them (none: nothing). A fourth fills 16 bytes."""
     q_2MD = gl.allocate_shared_memory(gl.bfloat16, [2, _M, _D], _SHARED)
     k_BND = gl.allocate_shared_memory(gl.bfloat16, [_BUFFERS, _N, _D], _SHARED)
     v_BND = gl.allocate_shared_memory(gl.bfloat16, [_BUFFERS, _N, _D], _SHARED)
