@@ -46,11 +46,14 @@ class GluonPrompts:
     def takes(self, batch: SequenceBatch) -> bool:
         """Whether nothing is cached before the new rows, and every multiprocessor gets enough.
 
-        Lengths of a step that is being captured are bounds, which don't say what is cached."""
+        Sequences must end where tiles do: values of the rows behind are multiplied by 0, which a
+        NaN of another request survives. Lengths of a step that is being captured are bounds, which
+        don't say what is cached."""
         num_blocks = sum(batch.query_lens) // ROWS * self._spec.num_heads
         return (
             num_blocks >= _LEAST_BLOCKS * self._multiprocessors
             and batch.query_lens == batch.context_lens
+            and all(length % TOKENS == 0 for length in batch.query_lens)
             and not torch.cuda.is_current_stream_capturing()
         )
 

@@ -148,6 +148,8 @@ def prompt_kernel(
         k_ND = k_desc.load([start + token, kv_column])
         v_ND = v_desc.load([start + token, kv_column])
         seen_MN = (token + tokens_N)[None, :] <= rows_M[:, None]
+        if token + BLOCK_N > num_rows:  # a weight of 0 doesn't keep another's NaN out
+            v_ND = tl.where((token + tokens_N < num_rows)[:, None], v_ND, 0.0)
         most_M, sum_M, acc_MD = _take_in(
             q_MD, k_ND, v_ND, seen_MN, most_M, sum_M, acc_MD, SCALE_LOG2, True, WIDE
         )

@@ -126,6 +126,24 @@ def test_gpu_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -
     check(name, make_step(case, dtype, torch.device("cuda")), TOLERANCE[dtype])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, where interpreted
+@pytest.mark.parametrize("rows", [(20, 30), (64, 1, 200)], ids=str)
+def test_another_sequence_s_nan_stays_there(rows: tuple[int, ...]) -> None:
+    """New rows lie back to back: a tile of the first sequence holds some of the next."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case(rows=rows, cached=(0,) * len(rows), num_heads=2, num_kv_heads=1, head_dim=64)
+    step = make_step(case, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
+    backend = build("triton", step.spec)
+    k_TGD, v_TGD = step.new.k_TGD.clone(), step.new.v_TGD.clone()
+    k_TGD[rows[0] :], v_TGD[rows[0] :] = torch.nan, torch.nan
+    plan = backend.plan(step.batch)
+    outs = []
+    for new in (step.new, NewKV(k_TGD, v_TGD)):
+        outs.append(torch.zeros_like(step.q_THD))
+        backend.forward(plan, step.kv, step.q_THD.clone(), outs[-1], new)
+    assert torch.equal(outs[0][: rows[0]], outs[1][: rows[0]])
+
+
 # Bounds of a capture: (sequences, rows, tokens). The last case fills them exactly.
 CAPTURED = [
     (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4), (5, 0, 260)),
