@@ -24,13 +24,12 @@ from core.kernels.torch_latent import TorchLatentOps
 NUM_REFINED = 32  # best logits of a row that are computed again in float32
 
 
-def _refined_logits(weight_VE: Tensor) -> LinearKernel:
-    """A packed head whose best logits are computed again in float32; keeps `weight_VE`.
+def _refined_logits(multiply: LinearKernel, weight_VE: Tensor) -> LinearKernel:
+    """A 16-bit head whose best logits are computed again in float32; keeps `weight_VE`.
 
-    oneDNN through torch rounds its sums to the weight's dtype. A head in float32 would read twice
-    the bytes at every step; the few rows of the weight that matter cost 2% of a step.
+    torch rounds the sums that `multiply` gives to the weight's dtype. A head in float32 would read
+    twice the bytes at every step; the few rows of the weight that matter cost 2% of a step.
     """
-    multiply = packed_linear(weight_VE, None)
     num_refined = min(NUM_REFINED, weight_VE.shape[0])
 
     def logits(x_RE: Tensor) -> Tensor:
@@ -104,10 +103,11 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
-        """A packed head, its best logits refined, where the machine multiplies the dtype."""
-        if packs(weight_VE.dtype):
-            return _refined_logits(weight_VE)
-        return lambda x_RE: F.linear(x_RE, weight_VE).float()
+        """As `linear`, the best logits of a 16-bit head refined."""
+        multiply = self.linear(weight_VE, None)
+        if weight_VE.dtype is torch.float32:
+            return multiply
+        return _refined_logits(multiply, weight_VE)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension in float32; rounded once, at the end."""

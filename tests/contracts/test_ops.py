@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.ops import Ops
+from core.kernels import cpu_ops
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_ops import TritonOps
@@ -165,6 +166,12 @@ def test_add_rms_norm(
 def test_logits(
     ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int
 ) -> None:
+    check_logits(ops, device, dtype, rows, vocabulary)
+
+
+def check_logits(
+    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int
+) -> None:
     weight_VE, x_RE = normal(1, vocabulary, 96, dtype=dtype), normal(2, rows, 96, dtype=dtype)
     expected_RV = ORACLE.logits(weight_VE.double())(x_RE.double())
     result_RV = ops.logits(weight_VE.to(device))(x_RE.to(device)).cpu()
@@ -181,6 +188,14 @@ def test_logits(
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_where_the_cpu_multiplies_no_16_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_ops, "packs", lambda dtype: False)
+    check_logits(CpuOps(), CPU, dtype, rows=5, vocabulary=300)
 
 
 def _cos_sin(num_positions: int, head_dim: int) -> Tensor:
