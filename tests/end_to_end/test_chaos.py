@@ -1,11 +1,11 @@
-"""200 clients that stream, hang up and abort at random for a minute; afterwards nothing is left.
+"""200 clients that stream, hang up and abort at random, in rounds; afterwards nothing is left.
 
-The pool is small, so that requests are preempted and every page was touched before memory is
-first measured. A worker on a CPU keeps freed blocks (core.kernels.host_memory), in heaps of the C
-library of 64 MiB each, the next of which is touched when a step first needs it: memory counts from
-the first time that a round of chaos left it as it was.
+The pool is small, so that every page was soon touched. A worker on a CPU keeps freed blocks
+(core.kernels.host_memory), in heaps of the C library of 64 MiB each, the next of which is touched
+when a step first needs it: memory may grow in some rounds, and must then stay as it is.
 
-The server is a real one, on SmolLM2. The clients end by a deadline, not by a count.
+The server is a real one, on SmolLM2. The clients end by a deadline, not by a count: a round lasts
+until what they last asked for is answered, which takes longer than the chaos itself.
 """
 
 import asyncio
@@ -18,8 +18,9 @@ import pytest
 from tests.support.server import Server, running_server
 
 NUM_CLIENTS = 200
-ROUND_SECONDS, MOST_ROUNDS = 15.0, 6  # of warming up
-SECONDS = 45.0
+ROUND_SECONDS = 10.0
+QUIET_ROUNDS, MOST_ROUNDS = 2, 8  # in a row without growth; of all
+GROWTH = 0.01  # that is none
 CAPITAL = {
     "model": "smollm2",
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -47,7 +48,7 @@ async def one_client(client: httpx.AsyncClient, chooser: random.Random, deadline
         body = {
             "model": "smollm2",
             "prompt": [chooser.randrange(100, 40000) for _ in range(chooser.randrange(1, 60))],
-            "max_tokens": chooser.randrange(1, 40),
+            "max_tokens": chooser.randrange(1, 24),
             "ignore_eos": True,
             "stream": chooser.random() < 0.7,
             "n": chooser.choice((1, 1, 1, 2)),
@@ -90,35 +91,30 @@ def wait_until_idle(server: Server) -> dict[str, float]:
         assert time.monotonic() < deadline, f"requests left behind: {now}"
 
 
-def memory_once_settled(server: Server) -> int:
-    """Bytes after the first round of chaos that added less than 1% to them."""
-    before = 0
+def rounds_until_memory_stays(server: Server) -> int:
+    """How many answers came whole."""
+    finished, quiet, before = 0, 0, 0
     for _ in range(MOST_ROUNDS):
-        asyncio.run(all_clients(server.url, ROUND_SECONDS))
-        wait_until_idle(server)
+        finished += asyncio.run(all_clients(server.url, ROUND_SECONDS))
+        gauges = wait_until_idle(server)
+        free_or_cached = gauges["kv_cache_pages_free"] + gauges["kv_cache_pages_cached"]
+        assert free_or_cached == gauges["kv_cache_pages"]
         now = memory_bytes(server)
-        if now < before * 1.01:
-            return now
+        quiet = quiet + 1 if now < before * (1 + GROWTH) else 0
+        if quiet == QUIET_ROUNDS:
+            return finished
         before = now
     raise AssertionError(f"memory still grows after {MOST_ROUNDS} rounds: {before} bytes")
 
 
-@pytest.mark.timeout(300)
-def test_nothing_is_left_after_a_minute_of_chaos() -> None:
+@pytest.mark.timeout(600)
+def test_nothing_is_left_after_rounds_of_chaos() -> None:
     with running_server(
         "+model=smollm2", "engine.kv_cache_tokens=4096", "frontend.max_queued_requests=1000"
     ) as server:
         expected = httpx.post(f"{server.url}/v1/chat/completions", json=CAPITAL, timeout=60).json()
         assert "Paris" in expected["choices"][0]["message"]["content"]
-        settled_bytes = memory_once_settled(server)
-        finished = asyncio.run(all_clients(server.url, SECONDS))
-        assert finished > NUM_CLIENTS / 4
-        gauges = wait_until_idle(server)
-        assert (
-            gauges["kv_cache_pages_free"] + gauges["kv_cache_pages_cached"]
-            == gauges["kv_cache_pages"]
-        )
-        assert memory_bytes(server) < settled_bytes * 1.05 + 20e6
+        assert rounds_until_memory_stays(server) > NUM_CLIENTS
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=CAPITAL, timeout=60).json()
         assert answer["choices"] == expected["choices"]
         assert server.stop() == 0
