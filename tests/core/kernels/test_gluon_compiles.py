@@ -1,0 +1,97 @@
+"""Gluon kernels compile for Hopper where there is no GPU, and fit in its shared memory.
+
+They run in no interpreter: what they compute is tested on a GPU. The launches are those of the
+code that serves, on CPU tensors, in a process of its own (see test_compile_ahead).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import types
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Named:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Named())
+torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=132)
+
+from core.kernels import gluon_gated
+from core.kernels.compile_ahead import rehearsal
+from plugins.attention import _latent_gluon, _latent_gluon_kernels
+from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
+from plugins.attention._latent_stretches import Stretches
+from tests.contracts import attention_cases, latent_attention_cases
+
+CPU = torch.device("cpu")
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+def gated(O, I):
+    assert gluon_gated.takes(zeros(2 * O, I), None, None)
+    gluon_gated.gated(zeros(2 * O, I))(zeros(300, I))
+
+def prompts(H, G):
+    case = attention_cases.Case(
+        rows=(300, 129), cached=(0, 0), num_heads=H, num_kv_heads=G, head_dim=128
+    )
+    step = attention_cases.make_step(case, torch.bfloat16, CPU)
+    assert _prompt_gluon.fits(step.spec)
+    prompts = _prompt_gluon.GluonPrompts(step.spec, step.spec.scale * 1.44, 132)
+    plan = prompts.plan(step.batch)
+    prompts.attend(plan, step.q_THD, step.new, torch.empty_like(step.q_THD))
+
+def latents(H):
+    case = latent_attention_cases.Case(
+        rows=(1, 1), cached=(99, 0), page_size=64, num_heads=H, dims=(128, 64, 128, 512)
+    )
+    step = latent_attention_cases.make_step(case, torch.bfloat16, CPU)
+    assert _latent_gluon.fits(step.spec)
+    schedule, workspace = torch.zeros((9, 9), dtype=torch.int32), torch.zeros(9 * H * 513)
+    q_THC, q_THR = zeros(2, H, 512), zeros(2, H, 64)
+    _latent_gluon.GluonKernel(step.spec, 0.1).attend(
+        Stretches(step.batch, schedule, workspace, 4, q_THC, q_THR, step.cache_BPZ, q_THC)
+    )
+
+with rehearsal(CPU, lambda *_: None, 2):
+    gated(512, 256)
+    prompts(8, 2)
+    latents(128)
+
+for kernel in (
+    gluon_gated.gated_kernel,
+    _prompt_gluon_kernels.prompt_kernel,
+    _latent_gluon_kernels.latent_decode_kernel,
+):
+    compiled = list(kernel.device_caches[0][0].values())
+    assert compiled, kernel
+    for each in compiled:
+        print(each.metadata.name, each.metadata.shared)
+        assert each.metadata.shared <= 227 * 1024, "more shared memory than Hopper has"
+"""
+
+
+def test_kernels_compile_and_fit(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3, done.stdout
