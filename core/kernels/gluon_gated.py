@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.interfaces.ops import LinearKernel
+from core.kernels.gluon_common import release, warps_barrier
 
 HALF_ROWS = 64
 WEIGHT_ROWS = 256
@@ -50,8 +51,6 @@ _WEIGHT_SHARED = gl.constexpr(WEIGHT_SHARED)
 _SUMS = gl.constexpr(
     gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
 )
-# The name changed between Triton 3.6 and 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -108,10 +107,10 @@ def _multiply_half(
             )
             sums_TN = warpgroup_mma_wait(1, deps=[sums])  # all but this one
             if step > 0:
-                _free(free_S.index((count - 1) % _STAGES))
+                release(free_S.index((count - 1) % _STAGES))
             count += 1
         sums_TN = warpgroup_mma_wait(0, deps=[sums_TN])
-        _free(free_S.index((count - 1) % _STAGES))
+        release(free_S.index((count - 1) % _STAGES))
         first_row = (tile_T * 2 + half) * _T
         pairs = sums_TN.reshape([_T, _N // 16, 2, 8]).permute((0, 1, 3, 2))
         gate, up = gl.split(pairs)
@@ -124,13 +123,6 @@ def _multiply_half(
         places_TO = rows_T.to(gl.int64)[:, None] * SIZE_O + columns_O[None, :]
         inside_TO = (rows_T < num_rows)[:, None] & (columns_O < SIZE_O)[None, :]
         gl.store(out_ptr + places_TO, result_TO, mask=inside_TO)
-
-
-@gluon.jit
-def _free(barrier):
-    """All warps of a half are done with what the barrier guards."""
-    _barrier()
-    mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
@@ -178,7 +170,7 @@ def gated_kernel(
         mbarrier.init(full_S.index(place), count=1)
         mbarrier.init(free_S.index(place), count=2)
     fence_async_shared()
-    _barrier()
+    warps_barrier()
     gl.warp_specialize(
         [
             (

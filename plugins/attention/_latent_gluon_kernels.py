@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from core.kernels import dependent_launch
+from core.kernels.gluon_common import let_successor_start, wait_for_predecessor, warps_barrier
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 
 HEADS = 64
@@ -50,10 +50,6 @@ _RESULT = gl.constexpr(
     gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 256, 16])
 )
 _CLEARED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
-# The name changed between Triton 3.6 and 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_wait_for_predecessor = gluon.jit(dependent_launch.wait_for_predecessor.fn)
-_let_successor_start = gluon.jit(dependent_launch.let_successor_start.fn)
 
 
 @gluon.jit
@@ -99,7 +95,7 @@ def _add_tile(scores_MN, latent_NC, shared_weights_MN, most_M, sum_M, acc_MC):
     shared_weights_MN.store(weights_MN.to(gl.bfloat16))
     fence_async_shared()
     acc_MC = acc_MC * gl.convert_layout(shrink_M, gl.SliceLayout(1, _RESULT))[:, None]
-    _barrier()
+    warps_barrier()
     acc_MC = warpgroup_mma(shared_weights_MN, latent_NC, acc_MC, is_async=True)
     sum_M = sum_M * shrink_M + gl.sum(weights_MN, axis=1)
     return new_most_M, sum_M, acc_MC
@@ -139,9 +135,9 @@ def latent_decode_kernel(
     for barrier in gl.static_range(3):
         mbarrier.init(arrived_3.index(barrier), count=1)
     fence_async_shared()
-    _barrier()
-    _wait_for_predecessor(DEPENDENT)
-    _let_successor_start(DEPENDENT)
+    warps_barrier()
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
     schedule_ptr += program * _COLUMNS
     sequence = gl.load(schedule_ptr)
     tile = gl.load(schedule_ptr + 2)
@@ -198,7 +194,7 @@ def latent_decode_kernel(
                     latents_2NC.index(next_place), ropes_2NR.index(next_place),
                 )  # fmt: skip
                 acc_MC = warpgroup_mma_wait(2, deps=[acc_MC])  # all but the two of the scores
-                _barrier()
+                warps_barrier()
                 _copy_tile(
                     latent_blocks, rope_blocks, slot, arrived_3.index(place), latent_NC, rope_NR,
                     index + 2 < num_mine,
@@ -215,7 +211,7 @@ def latent_decode_kernel(
                 scores_MN, latent_NC, shared_weights_MN, most_M, sum_M, acc_MC
             )
             acc_MC = warpgroup_mma_wait(0, deps=[acc_MC])
-            _barrier()
+            warps_barrier()
             count += 1
             inverse_M = gl.convert_layout(1.0 / sum_M, gl.SliceLayout(1, _RESULT))
             result_MC = acc_MC * inverse_M[:, None]

@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from core.kernels.gluon_common import release, warps_barrier
+
 HALF_ROWS = 64
 ROWS = 2 * HALF_ROWS
 TOKENS = 128
@@ -39,8 +41,6 @@ _TILE = gl.constexpr(
     gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
 )
 _WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_TILE.value, k_width=2))
-# The name changed between Triton 3.6 and 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -85,13 +85,6 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _free(barrier):
-    """All warps of a half are done with what the barrier guards."""
-    _barrier()
-    mbarrier.arrive(barrier, count=1)
-
-
-@gluon.jit
 def _attend_half(
     half: gl.constexpr, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B,
     out_ptr, blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
@@ -122,7 +115,7 @@ def _attend_half(
                 q_MD, k_BND.index(place).permute((1, 0)), no_scores_MN, use_acc=False, is_async=True
             )
             scores_MN = warpgroup_mma_wait(0, deps=[scores_MN])
-            _free(k_free_B.index(place))
+            release(k_free_B.index(place))
             seen_MN = tokens_N[None, :] <= rows_M[:, None]
             scores_MN = gl.where(seen_MN, scores_MN, float("-inf"))
             most_M = gl.max(scores_MN, axis=1) * SCALE_LOG2
@@ -142,14 +135,14 @@ def _attend_half(
                 mbarrier.wait(v_full_B.index(place), phase)
                 acc = warpgroup_mma(operand_MN, v_BND.index(place), acc_MD, is_async=True)
                 scores_MN = warpgroup_mma_wait(1, deps=[next_MN])
-                _free(k_free_B.index(next_place))
+                release(k_free_B.index(next_place))
                 new_most_M = gl.maximum(most_M, gl.max(scores_MN, axis=1) * SCALE_LOG2)
                 weights_MN = gl.exp2(scores_MN * SCALE_LOG2 - new_most_M[:, None])
                 shrink_M = gl.exp2(most_M - new_most_M)
                 sum_M = sum_M * shrink_M + gl.sum(weights_MN, axis=1)
                 most_M = new_most_M
                 acc_MD, _used = warpgroup_mma_wait(0, deps=[acc, operand_MN])
-                _free(v_free_B.index(place))
+                release(v_free_B.index(place))
                 acc_MD = acc_MD * shrink_M[:, None]
                 operand_MN = gl.convert_layout(weights_MN.to(gl.bfloat16), _WEIGHTS)
                 place = next_place
@@ -159,7 +152,7 @@ def _attend_half(
             mbarrier.wait(v_full_B.index(place), phase)
             acc = warpgroup_mma(operand_MN, v_BND.index(place), acc_MD, is_async=True)
             acc_MD, _used = warpgroup_mma_wait(0, deps=[acc, operand_MN])
-            _free(v_free_B.index(place))
+            release(v_free_B.index(place))
             result_MD = acc_MD / sum_M[:, None]
         own_M = gl.maximum(first_row, 0) + rows_M
         places_MD = ((start + own_M).to(gl.int64) * H + item % H)[:, None] * _D + columns_D[None, :]
@@ -226,7 +219,7 @@ def prompt_kernel(
         mbarrier.init(k_free_B.index(place), count=2)
         mbarrier.init(v_free_B.index(place), count=2)
     fence_async_shared()
-    _barrier()
+    warps_barrier()
     gl.warp_specialize(
         [
             (
