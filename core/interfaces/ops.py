@@ -21,17 +21,6 @@ from core.interfaces.weights import LinearWeight
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
 
-class AddingKernel(Protocol):
-    """A LinearKernel whose result is a term of the residual."""
-
-    def __call__(self, x_TI: Tensor, /) -> Tensor: ...
-
-    def add(self, x_TI: Tensor, residual_TO: Tensor, /) -> Tensor | None:
-        """The result, for the norm that follows to add; or None where it was faster to add it to
-        `residual_TO`, in place, which must have contiguous rows."""
-        ...
-
-
 class ExpertKernel(Protocol):
     """The experts of one rank: gate, up and down projection in one. Owns their weights."""
 
@@ -62,10 +51,6 @@ class Ops(Protocol):
 
     def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
         """Prepare a linear layer (repacking the weight where that is faster): x @ W.T + b."""
-        ...
-
-    def adding_linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> AddingKernel:
-        """Prepare `linear`, to be added to a residual."""
         ...
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:

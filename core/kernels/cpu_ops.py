@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
-from core.interfaces.ops import AddingKernel, LinearKernel
+from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels import block_fp8
-from core.kernels.adding_linear import NormAdds
 from core.kernels.cpu_linear import packed_linear, packs
 from core.kernels.cpu_moe import CpuMoeOps
 from core.kernels.torch_heads import transform_heads
@@ -102,10 +101,6 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         if packs(weight_OI.dtype):
             return packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
-
-    def adding_linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> AddingKernel:
-        """The norm that follows adds what it gives."""
-        return NormAdds(self.linear(weight_OI, bias_O))
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
         """As `linear`, the best logits of a 16-bit head refined."""

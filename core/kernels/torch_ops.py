@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
-from core.interfaces.ops import AddingKernel, LinearKernel
+from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels import block_fp8
-from core.kernels.adding_linear import NormAdds
 from core.kernels.precision import accurate
 from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import TorchLatentOps
@@ -44,10 +43,6 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
         if isinstance(weight_OI, BlockFp8):
             return block_fp8.linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
-
-    def adding_linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> AddingKernel:
-        """The norm that follows adds what it gives."""
-        return NormAdds(self.linear(weight_OI, bias_O))
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
         """Multiplied in float32 or wider."""

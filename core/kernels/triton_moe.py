@@ -62,15 +62,11 @@ class TritonExperts:
 
     def _sums(self, x_TE: Tensor, routes: Routes) -> Tensor:
         """Of rows that lie as they came: products read each where it is."""
-        num_pairs = routes.experts_TK.numel()
-        stream = self._products.stream(x_TE.shape[0], num_pairs)
-        if stream is not None and num_pairs:
-            return stream(x_TE, routes.experts_TK, routes.weights_TK)
         out_TE = torch.empty(x_TE.shape, dtype=self._dtype, device=x_TE.device)
-        if num_pairs == 0:
+        if routes.experts_TK.numel() == 0:
             return out_TE
         num_experts = experts_of(self._down_LEI)
-        block_M = self._products.block_M(num_pairs, num_experts)
+        block_M = self._products.block_M(routes.experts_TK.numel(), num_experts)
         groups = group_into_tiles(routes.experts_TK, num_experts, block_M)
         rows = self._products.routed_rows(x_TE, groups.source_P)
         results_PE = self._results(rows, groups.tiles)

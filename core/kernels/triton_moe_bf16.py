@@ -2,17 +2,13 @@
 
 Knows which sorted places belong to which expert (`ExpertTiles`), and not how rows were routed or
 how results are summed. Which tile sizes serve which number of pairs is data, in
-core/kernels/tuned/moe_bf16.json: one row for both products, as both read the same tiles of rows. A
-row with "stream" says that a kernel which does all of it is faster (core.kernels.gluon_experts).
+core/kernels/tuned/moe_bf16.json: one row for both products, as both read the same tiles of rows.
 Shape legend: T rows, P places (pairs of row and expert, sorted by expert), L local experts, E
 hidden size, I middle size, M places of a tile, N and D columns of a product's result and operands.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-
-import importlib
-from collections.abc import Callable
 
 import torch
 import triton
@@ -27,11 +23,7 @@ from core.kernels.torch_moe import plain_rows
 from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
 from core.kernels.tuning import choices, choose
 
-# (rows (T, E), experts (T, K) or -1, weights (T, K)): the weighted sums (T, E)
-StreamKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
-_GLUON = "core.kernels.gluon_experts"  # for Hopper, and for it alone to be imported
 
 
 @triton.jit
@@ -159,20 +151,6 @@ class PlainExperts:
             middle=size_I,
             value_bytes=down_LEI.element_size(),
         )
-        self._stream: StreamKernel | None = None
-        self._most_streamed = 0  # rows
-        if any(choice.get("stream") for choice in self._found):
-            gluon = importlib.import_module(_GLUON)
-            if gluon.takes(gate_up_L2IE, down_LEI):
-                self._stream = gluon.StreamedExperts(gate_up_L2IE, down_LEI)
-                self._most_streamed = gluon.PLACES[-1]
-
-    def stream(self, num_rows: int, num_pairs: int) -> StreamKernel | None:
-        """What does everything in one launch, where it was measured to be faster for so many."""
-        choice = choose(self._found, num_pairs)
-        if choice is None or not choice.get("stream") or num_rows > self._most_streamed:
-            return None
-        return self._stream
 
     def block_M(self, num_pairs: int, num_experts: int) -> int:
         """Places of one tile, for at most so many pairs of row and local expert."""

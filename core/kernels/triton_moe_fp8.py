@@ -2,8 +2,7 @@
 
 Rows are fp8 with a scale for each 128 columns, and so is what lies between the two products. Knows
 which sorted places belong to which expert (`ExpertTiles`), and not how rows were routed. Which tile
-sizes serve how many pairs is data, in core/kernels/tuned/moe_fp8.json; a row with "gluon" says that
-core.kernels.gluon_experts_fp8 is faster. Each step of 128 inputs is
+sizes serve how many pairs is data, in core/kernels/tuned/moe_fp8.json. Each step of 128 inputs is
 one fp8 product, scaled and summed in float32: fp8 tensor cores keep too few bits of longer sums
 (DeepSeek-V3, arXiv 2412.19437, 3.3.2). Shape legend: P places, L local experts, E hidden size, I
 middle size, M places of a tile, N and D columns of a product's result and operands.
@@ -11,9 +10,6 @@ middle size, M places of a tile, N and D columns of a product's result and opera
 
 # Kernels are written in Triton's language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-
-import importlib
-from types import ModuleType
 
 import torch
 import triton
@@ -31,7 +27,6 @@ from core.kernels.triton_fp8 import quantize_rows
 from core.kernels.tuning import choices, choose
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
-_GLUON = "core.kernels.gluon_experts_fp8"  # for Hopper, and for it alone to be imported
 
 
 @triton.jit
@@ -195,10 +190,6 @@ class Fp8Experts:
             hidden=size_E,
             middle=size_I,
         )
-        self._gluon: ModuleType | None = None
-        if any(choice.get("gluon") for choice in self._found):
-            gluon = importlib.import_module(_GLUON)
-            self._gluon = gluon if gluon.takes(gate_up_L2IE, down_LEI) else None
 
     def block_M(self, num_places: int, num_experts: int) -> int:
         """Places of one tile, for at most so many pairs of row and local expert."""
@@ -206,9 +197,6 @@ class Fp8Experts:
         if choice is not None:
             return int(choice["BLOCK_M"])
         return usual_block_M(num_places, num_experts, largest=64)
-
-    def stream(self, num_rows: int, num_pairs: int) -> None:
-        """No kernel does everything in one launch."""
 
     def rows(self, dispatched: Dispatched) -> ExpertRows:
         """The received rows, quantised here if they did not come so."""
@@ -219,13 +207,8 @@ class Fp8Experts:
         return ExpertRows(values_PE, scales, None, values_PE.shape[0])
 
     def routed_rows(self, x_TE: Tensor, source_P: Tensor) -> ExpertRows:
-        """Rows that lie as they came, quantised once each, each place reading its own; copied to
-        their places where the kernel takes them so."""
-        values, scales = quantize_rows(x_TE)
-        if self._in_gluon(source_P.shape[0]) is None:
-            return ExpertRows(values, scales, source_P, source_P.shape[0])
-        values = values.view(torch.int64)[source_P].view(FP8)  # 8 at once
-        return ExpertRows(values, scales[source_P], None, source_P.shape[0])
+        """Rows that lie as they came, quantised once each, each place reading its own."""
+        return ExpertRows(*quantize_rows(x_TE), source_P, source_P.shape[0])
 
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""
@@ -234,33 +217,14 @@ class Fp8Experts:
         middle_PI = torch.empty((rows.num_places, size_I), dtype=FP8, device=device)
         shape = (rows.num_places, num_blocks(size_I))
         scales = torch.empty(shape, dtype=torch.float32, device=device)
-        self._multiply(rows, self._gate_up_L2IE, tiles, middle_PI, scales)
+        tile = self._tile(rows.num_places, tiles.block_M, gated=True)
+        multiply(rows, self._gate_up_L2IE, tiles, middle_PI, scales, tile)
         return ExpertRows(middle_PI, scales, None, rows.num_places)
 
     def down(self, middle: ExpertRows, tiles: ExpertTiles, out_PE: Tensor) -> None:
         """middle @ down.T, into `out_PE`."""
-        self._multiply(middle, self._down_LEI, tiles, out_PE, None)
-
-    def _in_gluon(self, num_places: int) -> ModuleType | None:
-        """The kernel for so many, if that was measured to be the fastest."""
-        choice = choose(self._found, num_places)
-        return self._gluon if choice is not None and choice.get("gluon") else None
-
-    def _multiply(
-        self,
-        rows: ExpertRows,
-        weight: BlockFp8,
-        tiles: ExpertTiles,
-        out_PN: Tensor,
-        out_scales: Tensor | None,
-    ) -> None:
-        gluon = self._in_gluon(rows.num_places)
-        assert rows.scales is not None
-        if gluon is not None and rows.scales.dim() == 2 and tiles.block_M == gluon.ROWS:
-            gluon.multiply(rows, weight, tiles, out_PN, out_scales)
-            return
-        tile = self._tile(rows.num_places, tiles.block_M, gated=out_scales is not None)
-        multiply(rows, weight, tiles, out_PN, out_scales, tile)
+        tile = self._tile(middle.num_places, tiles.block_M, gated=False)
+        multiply(middle, self._down_LEI, tiles, out_PE, None, tile)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
         choice = choose(self._found, num_places)

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from core.interfaces.ops import AddingKernel, LinearKernel
+from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, LinearWeight
 from core.kernels import triton_fp8, triton_linear
-from core.kernels.adding_linear import GemmAdds, NormAdds
 from core.kernels.dependent_launch import options
 from core.kernels.triton_heads import TritonHeadOps
 from core.kernels.triton_kernels import (
@@ -60,14 +59,6 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
             return triton_fp8.linear(weight_OI, bias_O)
         vendor: LinearKernel = lambda x_TI: F.linear(x_TI, weight_OI, bias_O)  # noqa: E731
         return triton_linear.linear("linear", weight_OI, bias_O, vendor)
-
-    def adding_linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> AddingKernel:
-        """Many rows of a plain layer are added by the vendor's GEMM, whose sums are float32: the
-        norm that follows reads and writes half as much."""
-        kernel = self.linear(weight_OI, bias_O)
-        if isinstance(weight_OI, BlockFp8) or bias_O is not None:
-            return NormAdds(kernel)
-        return GemmAdds(kernel, weight_OI)
 
     def logits(self, weight_VE: Tensor) -> LinearKernel:
         """As `linear`, storing the float32 sums."""

@@ -32,10 +32,8 @@ from core.layers.row_exchange import row_exchange
 from core.parallel.rows import StepRows
 from core.parallel.sharding import Sharding
 
-# (normalised rows, positions of rows, step, residual) and the same without positions: what is to be
-# added to the residual, or None where the block added it there.
-AttentionBlock = Callable[[Tensor, Tensor, ModelStep, Tensor], Tensor | None]
-MLPBlock = Callable[[Tensor, ModelStep, Tensor], Tensor | None]
+AttentionBlock = Callable[[Tensor, Tensor, ModelStep], Tensor]
+MLPBlock = Callable[[Tensor, ModelStep], Tensor]
 
 
 class DecoderLayer:
@@ -115,10 +113,9 @@ class Decoder:
         residual_TE = self._embedding(input_ids_T, step.rows)
         x_TE = self._layers[0].input_norm(residual_TE)
         for layer, closing_norm in zip(self._layers, self._closing_norms, strict=True):
-            result_TE = layer.attention(x_TE, positions_T, step, residual_TE)
-            x_TE, residual_TE = layer.mlp_norm.add(result_TE, residual_TE)
-            result_TE = layer.mlp(x_TE, step, residual_TE)
-            x_TE, residual_TE = closing_norm.add(result_TE, residual_TE)
+            x_TE = layer.attention(x_TE, positions_T, step)
+            x_TE, residual_TE = layer.mlp_norm.add(x_TE, residual_TE)
+            x_TE, residual_TE = closing_norm.add(layer.mlp(x_TE, step), residual_TE)
         return self._exchange.gather(x_TE, step.rows)
 
     def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:

@@ -59,13 +59,10 @@ class GroupedQueryAttention:
         self._head_dim = sizes.head_dim
         self._layer = layer
 
-    def __call__(
-        self, x_TE: Tensor, positions_T: Tensor, step: ModelStep, residual_TE: Tensor
-    ) -> Tensor | None:
+    def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         if not step.rows.num_real:  # the same on all ranks of tp: this DP rank is idle
             return x_TE
         x_TE = self._exchange.gather(x_TE, step.rows)
         qkv_TFD = self._qkv(x_TE).view(x_TE.shape[0], self._num_merged_heads, self._head_dim)
         out_THD = step.attention.attend(self._layer, qkv_TFD, self._transform, positions_T)
-        heads_TI = out_THD.flatten(1)
-        return self._exchange.scatter_added(self._output, heads_TI, residual_TE, step.rows)
+        return self._exchange.scatter(self._output(out_THD.flatten(1)), step.rows)

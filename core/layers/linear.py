@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.interfaces.model import BuildContext
-from core.interfaces.ops import AddingKernel, LinearKernel
+from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import LinearWeight, WeightReader, join_rows
 from core.parallel.sharding import Shard, Sharding
 
@@ -79,7 +79,7 @@ def row_linear(
     *,
     bias: bool,
     axis: str = "tp",
-) -> AddingKernel:
+) -> LinearKernel:
     """(T, local inputs) -> (T, O), a part of the sum over the ranks of `axis`."""
     sharding = Sharding.over(context.comms.axes[axis])
     weight_OI = context.format.take(
@@ -87,4 +87,4 @@ def row_linear(
     )
     bias_O = weights.take(f"{name}.bias", (num_outputs,)) if bias else None
     # The bias enters the sum over ranks once.
-    return context.ops.adding_linear(weight_OI, bias_O if sharding.adds_bias() else None)
+    return context.ops.linear(weight_OI, bias_O if sharding.adds_bias() else None)

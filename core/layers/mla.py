@@ -83,9 +83,7 @@ class LatentAttention:
         self._qk_head_dim = sizes.qk_head_dim
         self._layer = layer
 
-    def __call__(
-        self, x_TE: Tensor, positions_T: Tensor, step: ModelStep, residual_TE: Tensor
-    ) -> Tensor | None:
+    def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         if not step.rows.num_real:  # the same on all ranks of tp: this DP rank is idle
             return x_TE
         x_TE = self._exchange.gather(x_TE, step.rows)
@@ -94,8 +92,7 @@ class LatentAttention:
         out_THV = step.latent_attention.attend_latent(
             self._layer, q_THD, cached_TZ, self._transform, positions_T, self._projections
         )
-        heads_TI = out_THV.flatten(1)
-        return self._exchange.scatter_added(self._output, heads_TI, residual_TE, step.rows)
+        return self._exchange.scatter(self._output(out_THV.flatten(1)), step.rows)
 
 
 class LatentExpansion:

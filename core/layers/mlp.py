@@ -10,8 +10,7 @@ from core.parallel.sharding import Sharding
 
 
 class PartialMLP:
-    """(T, E) -> (T, E), a part of the sum over the ranks of `axis` (core.interfaces.ops.
-    AddingKernel)."""
+    """(T, E) -> (T, E), a part of the sum over the ranks of `axis`."""
 
     __slots__ = ("_down", "_gated")
 
@@ -35,9 +34,6 @@ class PartialMLP:
     def __call__(self, x_TE: Tensor) -> Tensor:
         return self._down(self._gated(x_TE))
 
-    def add(self, x_TE: Tensor, residual_TE: Tensor) -> Tensor | None:
-        return self._down.add(self._gated(x_TE), residual_TE)
-
 
 class GatedMLP:
     """Rows in the stream's layout -> the same; computed by the ranks of the axis "dense"."""
@@ -58,7 +54,6 @@ class GatedMLP:
         )
         self._exchange = row_exchange(context, "dense")
 
-    def __call__(self, x_TE: Tensor, step: ModelStep, residual_TE: Tensor) -> Tensor | None:
+    def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
         rows = step.rows
-        gathered = self._exchange.gather(x_TE, rows)
-        return self._exchange.scatter_added(self._mlp, gathered, residual_TE, rows)
+        return self._exchange.scatter(self._mlp(self._exchange.gather(x_TE, rows)), rows)

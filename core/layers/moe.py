@@ -49,8 +49,7 @@ class MoELayer:
         self._shared = _shared_experts(context, weights, spec)
         self._beside = context.ops.beside
 
-    def __call__(self, x_TE: Tensor, step: ModelStep, residual_TE: Tensor | None = None) -> Tensor:
-        """The result is always the caller's to add to its residual."""
+    def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
         rows = step.rows
         shared = None if self._shared is None else self._beside(self._shared, x_TE)
         first_row = rows.first_of_part if self._shared_out else 0

@@ -21,8 +21,6 @@ class RMSNorm:
     def __call__(self, x_TE: Tensor) -> Tensor:
         return self._ops.rms_norm(x_TE, self._weight_E, self._eps)
 
-    def add(self, x_TE: Tensor | None, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm of the new residual, the new residual x + residual); None was added already."""
-        if x_TE is None:
-            return self(residual_TE), residual_TE
+    def add(self, x_TE: Tensor, residual_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the new residual, the new residual x + residual)."""
         return self._ops.add_rms_norm(x_TE, residual_TE, self._weight_E, self._eps)

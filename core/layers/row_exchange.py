@@ -10,7 +10,6 @@ from torch import Tensor
 
 from core.interfaces.comm import Communicator
 from core.interfaces.model import BuildContext
-from core.interfaces.ops import AddingKernel
 from core.kernels.ragged import gather_rows, scatter_rows
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows
@@ -28,13 +27,6 @@ class RowExchange(Protocol):
         overwrite its argument."""
         ...
 
-    def scatter_added(
-        self, partial: AddingKernel, x: Tensor, residual: Tensor, rows: StepRows
-    ) -> Tensor | None:
-        """`scatter` of what `partial` makes of rows; None if that was added to `residual`, which
-        it may be where it is no part of a sum."""
-        ...
-
 
 class _Alone:
     """An axis of one rank: it has its rows already."""
@@ -44,11 +36,6 @@ class _Alone:
 
     def scatter(self, partial: Tensor, rows: StepRows) -> Tensor:
         return partial
-
-    def scatter_added(
-        self, partial: AddingKernel, x: Tensor, residual: Tensor, rows: StepRows
-    ) -> Tensor | None:
-        return partial.add(x, residual)
 
 
 class _Replicated:
@@ -63,11 +50,6 @@ class _Replicated:
     def scatter(self, partial: Tensor, rows: StepRows) -> Tensor:
         return self._comm.all_reduce(partial) if partial.shape[0] else partial
 
-    def scatter_added(
-        self, partial: AddingKernel, x: Tensor, residual: Tensor, rows: StepRows
-    ) -> Tensor | None:
-        return self.scatter(partial(x), rows)
-
 
 class _SharedOut:
     """Each rank has rows of its own before and after."""
@@ -80,11 +62,6 @@ class _SharedOut:
 
     def scatter(self, partial: Tensor, rows: StepRows) -> Tensor:
         return scatter_rows(self._comm, partial, rows.along(self._axis))
-
-    def scatter_added(
-        self, partial: AddingKernel, x: Tensor, residual: Tensor, rows: StepRows
-    ) -> Tensor | None:
-        return self.scatter(partial(x), rows)
 
 
 def row_exchange(context: BuildContext, axis: str) -> RowExchange:

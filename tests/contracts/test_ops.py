@@ -13,7 +13,6 @@ from torch import Tensor
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.ops import Ops
 from core.kernels import cpu_ops
-from core.kernels.adding_linear import LEAST_ROWS
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_ops import TritonOps
@@ -50,30 +49,6 @@ def close(result: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         return
     error = (result.cpu().double() - expected).norm() / expected.norm()
     assert error.item() <= TOLERANCE[dtype]
-
-
-@each_set
-@each_dtype
-@pytest.mark.parametrize("rows", [0, 1, 33, LEAST_ROWS])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("wider", [False, True], ids=["same", "wider"])
-def test_adding_linear(
-    ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, biased: bool, wider: bool
-) -> None:
-    weight_OI = normal(1, 24, 40, dtype=dtype)
-    bias_O = normal(2, 24, dtype=dtype) if biased else None
-    x_TI = normal(3, rows, 40, dtype=dtype)
-    residual_TO = normal(4, rows, 24, dtype=torch.float32 if wider else dtype)
-    expected = ORACLE.linear(weight_OI.double(), None if bias_O is None else bias_O.double())
-    kernel = ops.adding_linear(weight_OI.to(device), None if bias_O is None else bias_O.to(device))
-    close(kernel(x_TI.to(device)), expected(x_TI.double()), dtype)
-    sum_TO = residual_TO.to(device, copy=True)
-    result = kernel.add(x_TI.to(device), sum_TO)
-    if result is None:
-        close(sum_TO, residual_TO.double() + expected(x_TI.double()), sum_TO.dtype)
-    else:
-        assert torch.equal(sum_TO.cpu(), residual_TO)
-        close(result, expected(x_TI.double()), dtype)
 
 
 @each_set

@@ -27,7 +27,6 @@ from core.interfaces.comm import SOLO, Comms
 from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
-from core.interfaces.ops import Ops
 from core.interfaces.weights import PlainFormat
 from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import transform_latent
@@ -206,10 +205,9 @@ def build_model(
     comms: Comms = SOLO,
     dtype: torch.dtype = torch.float32,
     a2a: str = "allgather",
-    ops: Ops | None = None,
 ) -> Model:
     """One rank's part of a checkpoint, on the CPU; alone without a plan. `a2a` carries rows to
-    experts where they are spread. Without `ops` it is the oracle's."""
+    experts where they are spread."""
     plan = plan or Plan()
     family = family_of(files.hf_config)
     spec = family.parse(files.hf_config)
@@ -235,7 +233,7 @@ def build_model(
         plan=plan,
         weights=reader,
         comms=comms,
-        ops=ops or TorchOps(),
+        ops=TorchOps(),
         dtype=dtype,
         device=CPU,
         form=PlainFormat(),

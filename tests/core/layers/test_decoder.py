@@ -7,10 +7,6 @@ import pytest
 import torch
 
 from core.interfaces.model import KVShape, LatentKVShape, ModelStep
-from core.interfaces.ops import AddingKernel
-from core.interfaces.weights import LinearWeight
-from core.kernels.adding_linear import GemmAdds
-from core.kernels.torch_ops import TorchOps
 from core.parallel.plan import Plan
 from core.parallel.rows import solo_rows
 from tests.support.models import (
@@ -43,24 +39,6 @@ def test_logits_are_those_of_transformers(tiny_folder: Folder, name: str) -> Non
     assert expected.std() > 0.5  # not a model that says the same everywhere
     model = build_model(folder_files(tiny_folder(name)))
     assert_close(run_model(model, PROMPT), expected)
-
-
-class _GemmsAdd(TorchOps):
-    """Results of one row stay the norm's to add, as those of few rows do on a GPU."""
-
-    def adding_linear(self, weight_OI: LinearWeight, bias_O: torch.Tensor | None) -> AddingKernel:
-        if bias_O is not None or not isinstance(weight_OI, torch.Tensor):
-            return super().adding_linear(weight_OI, bias_O)
-        return GemmAdds(self.linear(weight_OI, None), weight_OI, least_rows=2)
-
-
-@pytest.mark.parametrize("name", ["llama", "llama_biased", "qwen3", *EXPERT_MODELS])
-def test_products_may_be_added_to_the_residual(tiny_folder: Folder, name: str) -> None:
-    files = folder_files(tiny_folder(name))
-    model = build_model(files, ops=_GemmsAdd())
-    expected = run_model(build_model(files), PROMPT)
-    assert_close(run_model(model, PROMPT), expected)
-    assert_close(run_model(model, PROMPT, chunk=149), expected)  # the last token alone
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", *EXPERT_MODELS])
