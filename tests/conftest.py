@@ -1,9 +1,15 @@
-"""Fixtures that several test folders share."""
+"""What must hold before Triton is imported, and fixtures that several test folders share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU Triton's kernels run in its interpreter, which is chosen when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

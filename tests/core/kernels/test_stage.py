@@ -14,8 +14,6 @@ from core.kernels.stage import (
     packed_prompts_length,
 )
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
