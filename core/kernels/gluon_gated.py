@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.interfaces.ops import LinearKernel
-from core.kernels.gluon_common import release, warps_barrier
+from core.kernels.gluon_sync import release, warps_barrier
 
 HALF_ROWS = 64
 WEIGHT_ROWS = 256

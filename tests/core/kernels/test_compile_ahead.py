@@ -1,38 +1,22 @@
-"""Kernels compiled in a rehearsal are those that steps meet, and are kept where nobody else writes.
-
-Compiling needs no GPU: a driver that only names its target stands in for one, in a process of its
-own, because Triton has one driver, and chooses between interpreter and compiler when imported.
-"""
+"""Kernels compiled in a rehearsal are those that steps meet, and lie where nobody else writes."""
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from core.errors import ResourceError
+from tests.support.hopper import run_for_hopper
 
 pytest.importorskip("triton")
 
 from core.kernels.compile_ahead import CACHE_VARIABLE, keep_kernels_in
 
 SCRIPT = """
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Named:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Named())
 from core.kernels.compile_ahead import counted_compilations, rehearsal
 from core.kernels.triton_ops import TritonOps
 
-CPU = torch.device("cpu")
 ops, told = TritonOps(), []
 x_TE = torch.randn(32, 256, dtype=torch.bfloat16)
 
@@ -67,22 +51,8 @@ print("compiled", first)
 """
 
 
-def run_script(cache: Path) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        env=environment | {CACHE_VARIABLE: str(cache), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_rehearsal_compiles_what_is_launched_once(tmp_path: Path) -> None:
-    assert run_script(tmp_path).startswith("compiled ")
+    assert run_for_hopper(SCRIPT, tmp_path).startswith("compiled ")
     assert any(tmp_path.rglob("*.cubin"))
 
 

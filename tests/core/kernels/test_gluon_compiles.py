@@ -1,30 +1,19 @@
 """Gluon kernels compile for Hopper where there is no GPU, and fit in its shared memory.
 
 They run in no interpreter: what they compute is tested on a GPU. The launches are those of the
-code that serves, on CPU tensors, in a process of its own (see test_compile_ahead).
+code that serves, on CPU tensors.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.hopper import run_for_hopper
 
 pytest.importorskip("triton")
 
 SCRIPT = """
 import types
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Named:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Named())
 torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=132)
 
 from core.kernels import gluon_gated
@@ -33,8 +22,6 @@ from plugins.attention import _latent_gluon, _latent_gluon_kernels
 from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
 from plugins.attention._latent_stretches import Stretches
 from tests.contracts import attention_cases, latent_attention_cases
-
-CPU = torch.device("cpu")
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
@@ -84,14 +71,4 @@ for kernel in (
 
 
 def test_kernels_compile_and_fit(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3, done.stdout
+    assert len(run_for_hopper(SCRIPT, tmp_path).splitlines()) == 3
