@@ -1,4 +1,4 @@
-"""Launches the Gluon kernel of prompts without a cached prefix, where `fits` says that it can run.
+"""Launches the Gluon kernel of prompts, where `fits` says that it can run.
 
 Imported only where a Hopper GPU is: Gluon kernels run in no interpreter. Shape legend: see
 core.interfaces.attention.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from core.interfaces.attention import AttentionSpec, NewKV, SequenceBatch
+from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 from plugins.attention._prompt_gluon_kernels import (
     HALF_ROWS,
     HEAD_DIM,
@@ -21,12 +21,14 @@ from plugins.attention._prompt_gluon_kernels import (
 )
 from plugins.attention._triton_prompt_kernels import blocks_kernel
 
+_LEAST_PAGE = 8  # tokens: a swizzled tile of shared memory repeats after as many rows
 _LEAST_BLOCKS = 4  # of each multiprocessor; with fewer, Triton's small tiles are as fast
 
 
 def fits(spec: AttentionSpec) -> bool:
-    """Whether the kernel takes such heads, on a Hopper GPU."""
-    return spec.dtype is torch.bfloat16 and spec.head_dim == HEAD_DIM
+    """Whether the kernel takes such heads and pages, on a Hopper GPU."""
+    whole_pages = spec.page_size % _LEAST_PAGE == 0 == TOKENS % spec.page_size
+    return spec.dtype is torch.bfloat16 and spec.head_dim == HEAD_DIM and whole_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,55 +36,80 @@ class PromptBlocks:
     """The blocks of rows of a batch, in the order in which they are taken."""
 
     blocks_BX: Tensor  # int32: see plugins.attention._prompt_gluon_kernels
+    page_table_SM: Tensor
+    page_size: int  # 0: nothing is cached before the new rows, which are read where they lie
 
 
 class GluonPrompts:
-    """Attention of new rows that come after nothing."""
+    """Attention of many new rows."""
 
     def __init__(self, spec: AttentionSpec, scale_log2: float, num_multiprocessors: int) -> None:
         self._spec, self._scale_log2 = spec, scale_log2
         self._multiprocessors = num_multiprocessors
 
     def takes(self, batch: SequenceBatch) -> bool:
-        """Whether nothing is cached before the new rows, and every multiprocessor gets enough.
-
-        Sequences must end where tiles do: values of the rows behind are multiplied by 0, which a
-        NaN of another request survives. Lengths of a step that is being captured are bounds, which
-        don't say what is cached."""
-        num_blocks = sum(batch.query_lens) // ROWS * self._spec.num_heads
-        return (
-            num_blocks >= _LEAST_BLOCKS * self._multiprocessors
-            and batch.query_lens == batch.context_lens
-            and all(length % TOKENS == 0 for length in batch.query_lens)
-            and not torch.cuda.is_current_stream_capturing()
-        )
+        """Whether every multiprocessor gets enough, of long prompts."""
+        num_blocks = sum(rows // ROWS for rows in batch.query_lens) * self._spec.num_heads
+        return num_blocks >= _LEAST_BLOCKS * self._multiprocessors
 
     def plan(self, batch: SequenceBatch) -> PromptBlocks:
         """On the device; nothing waits for it."""
         num_sequences, num_rows = len(batch.query_lens), sum(batch.query_lens)
-        num_blocks = num_rows // ROWS + num_sequences + 1
-        blocks_BX = torch.empty((num_blocks, 4), dtype=torch.int32, device=self._spec.device)
+        # Lengths of a step that is being captured are bounds, and don't say what is cached.
+        prefix = batch.query_lens != batch.context_lens or _is_captured(self._spec.device)
+        num_blocks = num_rows // ROWS + (2 if prefix else 1) * num_sequences + 1
+        blocks_BX = torch.empty((num_blocks, 5), dtype=torch.int32, device=self._spec.device)
         blocks_kernel[(num_blocks,)](
-            batch.query_starts_S1, blocks_BX, num_sequences, num_blocks, num_rows, BLOCK_M=ROWS
+            batch.query_starts_S1,
+            batch.context_lens_S,
+            blocks_BX,
+            num_sequences,
+            num_blocks,
+            num_rows,
+            PREFIX=prefix,
+            BLOCK_M=ROWS,
         )
-        return PromptBlocks(blocks_BX)
+        page_size = self._spec.page_size if prefix else 0
+        return PromptBlocks(blocks_BX, batch.page_table_SM, page_size)
 
-    def attend(self, plan: PromptBlocks, q_THD: Tensor, new: NewKV, out_THD: Tensor) -> None:
+    def attend(
+        self, plan: PromptBlocks, kv: LayerKV, q_THD: Tensor, new: NewKV, out_THD: Tensor
+    ) -> None:
         """Launch the kernel."""
         spec, num_blocks = self._spec, plan.blocks_BX.shape[0]
         programs = min(self._multiprocessors, num_blocks * spec.num_heads)
+        if plan.page_size:
+            k_blocks, v_blocks = _pages(kv.k_NPGD), _pages(kv.v_NPGD)
+        else:
+            k_blocks, v_blocks = _blocks(new.k_TGD, TOKENS), _blocks(new.v_TGD, TOKENS)
         prompt_kernel[(programs,)](
             _blocks(q_THD, HALF_ROWS),
-            _blocks(new.k_TGD, TOKENS),
-            _blocks(new.v_TGD, TOKENS),
+            k_blocks,
+            v_blocks,
             out_THD,
             plan.blocks_BX,
+            plan.page_table_SM,
             num_blocks,
+            q_THD.shape[0],
+            plan.page_table_SM.stride(0),
             SCALE_LOG2=self._scale_log2,
             H=spec.num_heads,
             G=spec.num_kv_heads,
+            PAGE_SIZE=plan.page_size,
             num_warps=4,
         )
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _pages(x_NPGD: Tensor) -> TensorDescriptor:
+    """Half of the columns of a page in one head."""
+    num_pages, page_size, num_heads, head_dim = x_NPGD.shape
+    columns = num_heads * head_dim
+    shape, block = [num_pages * page_size, columns], [page_size, head_dim // 2]
+    return TensorDescriptor(x_NPGD, shape, [columns, 1], block, SHARED)
 
 
 def _blocks(x_TFD: Tensor, rows: int) -> TensorDescriptor:

@@ -1,4 +1,4 @@
-"""Gluon kernel of attention for prompts without a cached prefix, for Hopper.
+"""Gluon kernel of attention for prompts, for Hopper.
 
 It does what plugins.attention._triton_prompt_kernels does, for bfloat16 heads of 128 dimensions. A
 warp brings in tiles by the copy engine, as far ahead as there is room; two warpgroups, which wait
@@ -6,6 +6,11 @@ for nothing but those tiles, each take half of a block's rows. Each asks for the
 before it looks at those of the tile before, so that tensor cores work during the softmax. A fixed
 number of programs take blocks in turn, the longest contexts first: the tiles of the next block
 arrive while a block's result is stored.
+
+Without a cached prefix keys and values are read where they were projected. With one, those of the
+new rows too are read from the pages of the cache, where they are as well: tiles begin at positions
+that their size divides, so that pages end where tiles do, and blocks of rows as tiles do, so that
+only a block's last tile has tokens that not every row sees.
 
 Shape legend: M new rows of a block's half, N tokens of a tile, D head dimension, H and G query and
 KV heads.
@@ -35,6 +40,7 @@ _M = gl.constexpr(HALF_ROWS)
 _N = gl.constexpr(TOKENS)
 _D = gl.constexpr(HEAD_DIM)
 _BUFFERS = gl.constexpr(2)  # of keys and of values
+_CLEARED = gl.constexpr(16)  # rows at once
 SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 _SHARED = gl.constexpr(SHARED)
 _TILE = gl.constexpr(
@@ -44,18 +50,47 @@ _WEIGHTS = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_TILE.value,
 
 
 @gluon.jit
+def _copy_tile(
+    blocks, parts, place, full, first_row, column, table_ptr, first_page, num_pages,
+    PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """A tile of keys or values in one head: new rows from `first_row` on, or with a PAGE_SIZE
+    pages from `first_page` on. A column of pages is the swizzled half of a tile's columns."""
+    mbarrier.expect(full, 2 * _N * _D)
+    if PAGE_SIZE == 0:
+        tma.async_copy_global_to_shared(blocks, [first_row, column], full, parts.index(place))
+    else:
+        PAGES: gl.constexpr = _N // PAGE_SIZE
+        for index in gl.static_range(PAGES):
+            number = first_page + index
+            page = gl.load(table_ptr + number, mask=number < num_pages, other=0)
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    blocks,
+                    [page * PAGE_SIZE, column + half * (_D // 2)],
+                    full,
+                    parts.index((place * 2 + half) * PAGES + index),
+                )
+
+
+@gluon.jit
 def _copy_tiles(
-    q_blocks, k_blocks, v_blocks, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B,
-    v_free_B, blocks_ptr, num_blocks, H: gl.constexpr, G: gl.constexpr,
+    q_blocks, k_blocks, v_blocks, q_2MD, k_parts, v_parts, q_full, q_free, k_full_B, k_free_B,
+    v_full_B, v_free_B, blocks_ptr, table_ptr, num_blocks, table_stride, H: gl.constexpr,
+    G: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """What all blocks of this program read, in the order in which it is read."""
+    PAGES: gl.constexpr = _N // PAGE_SIZE if PAGE_SIZE else 0
     count = 0  # of tiles so far: buffers take turns
     turn = 0  # of blocks
     for item in range(gl.program_id(0), num_blocks * H, gl.num_programs(0)):
-        block_ptr = blocks_ptr + item // H * 4
+        block_ptr = blocks_ptr + item // H * 5
         start = gl.load(block_ptr)
         first_row = gl.load(block_ptr + 1)
-        if first_row >= 0:
+        num_rows = gl.load(block_ptr + 2)
+        position = gl.load(block_ptr + 3)
+        own_table_ptr = table_ptr + gl.load(block_ptr + 4).to(gl.int64) * table_stride
+        if position >= 0:
             head = item % H
             kv_column = head // (H // G) * _D
             mbarrier.wait(q_free, (turn & 1) ^ 1)
@@ -66,28 +101,45 @@ def _copy_tiles(
                     q_blocks, [row, head * _D], q_full, q_2MD.index(half)
                 )
             turn += 1
-            num_tiles = first_row // _N + 1
+            num_tiles = position // _N + 1
+            num_pages = 0
+            if PAGE_SIZE:
+                num_pages = (position - first_row + num_rows + PAGE_SIZE - 1) // PAGE_SIZE
             for index in range(num_tiles):
-                row = start + (num_tiles - 1 - index) * _N
+                tile = num_tiles - 1 - index
                 place = count % _BUFFERS
                 free_phase = (count // _BUFFERS & 1) ^ 1
                 mbarrier.wait(k_free_B.index(place), free_phase)
-                mbarrier.expect(k_full_B.index(place), 2 * _N * _D)
-                tma.async_copy_global_to_shared(
-                    k_blocks, [row, kv_column], k_full_B.index(place), k_BND.index(place)
-                )
+                _copy_tile(
+                    k_blocks, k_parts, place, k_full_B.index(place), start + tile * _N, kv_column,
+                    own_table_ptr, tile * PAGES, num_pages, PAGE_SIZE,
+                )  # fmt: skip
                 mbarrier.wait(v_free_B.index(place), free_phase)
-                mbarrier.expect(v_full_B.index(place), 2 * _N * _D)
-                tma.async_copy_global_to_shared(
-                    v_blocks, [row, kv_column], v_full_B.index(place), v_BND.index(place)
-                )
+                _copy_tile(
+                    v_blocks, v_parts, place, v_full_B.index(place), start + tile * _N, kv_column,
+                    own_table_ptr, tile * PAGES, num_pages, PAGE_SIZE,
+                )  # fmt: skip
                 count += 1
+
+
+@gluon.jit
+def _clear_rows(values_ND, num_tokens):
+    """Zeros for the rows behind a sequence's end, which a weight of 0 doesn't keep out if they are
+    NaN. Both halves do it, each before it looks: they store the same."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    for first in gl.static_range(0, _N, _CLEARED):
+        if num_tokens < first + _CLEARED:
+            part = values_ND.slice(first, _CLEARED)
+            rows = first + gl.arange(0, _CLEARED, layout=gl.SliceLayout(1, layout))
+            part.store(gl.where((rows < num_tokens)[:, None], part.load(layout), 0.0))
+    fence_async_shared()
+    warps_barrier()
 
 
 @gluon.jit
 def _attend_half(
     half: gl.constexpr, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B,
-    out_ptr, blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
+    out_ptr, blocks_ptr, num_blocks, most_rows, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
     """A half of the rows of all blocks of this program."""
     q_MD = q_2MD.index(half)
@@ -98,15 +150,16 @@ def _attend_half(
     count = 0
     turn = 0
     for item in range(gl.program_id(0), num_blocks * H, gl.num_programs(0)):
-        block_ptr = blocks_ptr + item // H * 4
+        block_ptr = blocks_ptr + item // H * 5
         start = gl.load(block_ptr)
         first_row = gl.load(block_ptr + 1)
         num_rows = gl.load(block_ptr + 2)
+        position = gl.load(block_ptr + 3)
         result_MD = gl.zeros([_M, _D], gl.float32, _TILE)
-        if first_row >= 0:
+        if position >= 0:
             mbarrier.wait(q_full, turn & 1)
             turn += 1
-            num_tiles = first_row // _N + 1
+            num_tiles = position // _N + 1
             # The tile of the block's own rows, of which each sees those up to itself.
             place = count % _BUFFERS
             phase = count // _BUFFERS & 1
@@ -123,6 +176,9 @@ def _attend_half(
             sum_M = gl.sum(weights_MN, axis=1)
             operand_MN = gl.convert_layout(weights_MN.to(gl.bfloat16), _WEIGHTS)
             acc_MD = gl.zeros([_M, _D], gl.float32, _TILE)
+            if num_rows < first_row + _N:
+                mbarrier.wait(v_full_B.index(place), phase)
+                _clear_rows(v_BND.index(place), num_rows - first_row)
             for _index in range(1, num_tiles):
                 count += 1
                 next_place = count % _BUFFERS
@@ -154,38 +210,39 @@ def _attend_half(
             acc_MD, _used = warpgroup_mma_wait(0, deps=[acc, operand_MN])
             release(v_free_B.index(place))
             result_MD = acc_MD / sum_M[:, None]
-        own_M = gl.maximum(first_row, 0) + rows_M
+        own_M = first_row + rows_M
         places_MD = ((start + own_M).to(gl.int64) * H + item % H)[:, None] * _D + columns_D[None, :]
-        gl.store(out_ptr + places_MD, result_MD.to(gl.bfloat16), mask=(own_M < num_rows)[:, None])
+        inside_M = (own_M >= 0) & (own_M < num_rows) & (start + own_M < most_rows)
+        gl.store(out_ptr + places_MD, result_MD.to(gl.bfloat16), mask=inside_M[:, None])
 
 
 @gluon.jit
 def _attend_first_half(
     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
-    blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
+    blocks_ptr, num_blocks, most_rows, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
     """The first one, as a function of its own: such is what warps are given to do."""
     _attend_half(
         0, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
-        blocks_ptr, num_blocks, SCALE_LOG2, H,
+        blocks_ptr, num_blocks, most_rows, SCALE_LOG2, H,
     )  # fmt: skip
 
 
 @gluon.jit
 def _attend_second_half(
     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
-    blocks_ptr, num_blocks, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
+    blocks_ptr, num_blocks, most_rows, SCALE_LOG2: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
     """The second one, as a function of its own: such is what warps are given to do."""
     _attend_half(
         1, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B, out_ptr,
-        blocks_ptr, num_blocks, SCALE_LOG2, H,
+        blocks_ptr, num_blocks, most_rows, SCALE_LOG2, H,
     )  # fmt: skip
 
 
 @gluon.jit(
-    do_not_specialize=["num_blocks"],
-    do_not_specialize_on_alignment=["blocks_ptr"],
+    do_not_specialize=["num_blocks", "most_rows", "table_stride"],
+    do_not_specialize_on_alignment=["blocks_ptr", "table_ptr"],
 )
 def prompt_kernel(
     q_blocks,
@@ -193,17 +250,29 @@ def prompt_kernel(
     v_blocks,
     out_ptr,
     blocks_ptr,
+    table_ptr,
     num_blocks,
+    most_rows,
+    table_stride,
     SCALE_LOG2: gl.constexpr,
     H: gl.constexpr,
     G: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
 ):
-    """Blocks of 128 new rows of one sequence in one query head. A block's numbers: its sequence's
-    first row, its own first row there, and the sequence's rows; or a row, -1, and how many rows
-    from there become zero, as no sequence has them (none: nothing). A fourth fills 16 bytes."""
+    """Blocks of 128 rows of one sequence in one query head. A block's numbers: its sequence's first
+    row, its own first row there (below 0: of a block that begins before the new rows), the
+    sequence's rows, the position of its first row, and the sequence; or, as no sequence has them, a
+    row, 0, how many rows from there become zero, and -1. With a PAGE_SIZE keys and values are those
+    of the cache, as its pages lie, else new rows."""
     q_2MD = gl.allocate_shared_memory(gl.bfloat16, [2, _M, _D], _SHARED)
     k_BND = gl.allocate_shared_memory(gl.bfloat16, [_BUFFERS, _N, _D], _SHARED)
     v_BND = gl.allocate_shared_memory(gl.bfloat16, [_BUFFERS, _N, _D], _SHARED)
+    k_parts = k_BND
+    v_parts = v_BND
+    if PAGE_SIZE:
+        parts: gl.constexpr = [_BUFFERS * 2 * (_N // PAGE_SIZE), PAGE_SIZE, _D // 2]
+        k_parts = k_BND._reinterpret(gl.bfloat16, parts, _SHARED)
+        v_parts = v_BND._reinterpret(gl.bfloat16, parts, _SHARED)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
     q_free = gl.allocate_shared_memory(gl.int64, [1], layout)
@@ -226,21 +295,22 @@ def prompt_kernel(
                 _attend_first_half,
                 (
                     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B,
-                    out_ptr, blocks_ptr, num_blocks, SCALE_LOG2, H,
+                    out_ptr, blocks_ptr, num_blocks, most_rows, SCALE_LOG2, H,
                 ),
             ),
             (
                 _attend_second_half,
                 (
                     q_2MD, k_BND, v_BND, q_full, q_free, k_full_B, k_free_B, v_full_B, v_free_B,
-                    out_ptr, blocks_ptr, num_blocks, SCALE_LOG2, H,
+                    out_ptr, blocks_ptr, num_blocks, most_rows, SCALE_LOG2, H,
                 ),
             ),
             (
                 _copy_tiles,
                 (
-                    q_blocks, k_blocks, v_blocks, q_2MD, k_BND, v_BND, q_full, q_free, k_full_B,
-                    k_free_B, v_full_B, v_free_B, blocks_ptr, num_blocks, H, G,
+                    q_blocks, k_blocks, v_blocks, q_2MD, k_parts, v_parts, q_full, q_free, k_full_B,
+                    k_free_B, v_full_B, v_free_B, blocks_ptr, table_ptr, num_blocks, table_stride,
+                    H, G, PAGE_SIZE,
                 ),
             ),
         ],

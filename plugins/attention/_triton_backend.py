@@ -1,8 +1,8 @@
 """Launches the Triton kernels of paged attention: which kernel, tile sizes, and workspaces.
 
 A step whose sequences all have one new row takes the decode kernel; one with long prompts the
-prompt kernel, which reads new rows where they were projected, or, where nothing is cached before
-them, the one for Hopper; any other the paged prefill kernel.
+prompt kernel, which reads new rows where they were projected, or the one for Hopper; any other the
+paged prefill kernel.
 Grids follow from bounds on the host alone; lengths are read on the device, so that a step
 can be captured as a CUDA graph, and eager steps run the same code. On CPU tensors the kernels run
 in Triton's interpreter (TRITON_INTERPRET=1), for tests.
@@ -121,7 +121,7 @@ class TritonBackend:
         if isinstance(plan, _PrefillPlan):
             if new is not None and plan.prompt_blocks is not None:
                 assert self._gluon is not None
-                self._gluon.attend(plan.prompt_blocks, q_THD, new, out_THD)
+                self._gluon.attend(plan.prompt_blocks, kv, q_THD, new, out_THD)
             elif new is not None and plan.prompt_tiles is not None:
                 self._prompt(plan.batch, plan.prompt_tiles, kv, q_THD, out_THD, new)
             else:

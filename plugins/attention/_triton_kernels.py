@@ -67,13 +67,14 @@ def attend_tile(
 
 
 @triton.jit
-def find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr):
-    """The sequence that `block` belongs to; the blocks of s begin at starts[s] // BLOCK_Q + s."""
+def find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr, MORE: tl.constexpr = 1):
+    """The sequence that `block` belongs to; the blocks of s begin at starts[s] // BLOCK_Q + MORE *
+    s."""
     left = 0
     right = num_sequences
     while left < right:
         middle = (left + right) // 2
-        if tl.load(starts_ptr + middle) // BLOCK_Q + middle <= block:
+        if tl.load(starts_ptr + middle) // BLOCK_Q + MORE * middle <= block:
             left = middle + 1
         else:
             right = middle

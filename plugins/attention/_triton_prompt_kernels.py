@@ -18,27 +18,47 @@ import triton.language as tl
 from plugins.attention._triton_kernels import find_sequence
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "most_rows"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_blocks", "most_rows"],
+    do_not_specialize_on_alignment=["starts_ptr", "context_lens_ptr"],
+)
 def blocks_kernel(
-    starts_ptr, blocks_ptr, num_sequences, num_blocks, most_rows, BLOCK_M: tl.constexpr
+    starts_ptr,
+    context_lens_ptr,
+    blocks_ptr,
+    num_sequences,
+    num_blocks,
+    most_rows,
+    PREFIX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """What plugins.attention._prompt_gluon_kernels takes block after block: BLOCK_M new rows of one
-    sequence, the last ones of each first, and rows beyond those of all sequences."""
+    """What plugins.attention._prompt_gluon_kernels takes block after block: BLOCK_M rows of one
+    sequence, the last ones of each first, and rows beyond those of all sequences. Blocks begin at
+    positions that BLOCK_M divides: with PREFIX the first one may begin before the new rows."""
+    MORE: tl.constexpr = 2 if PREFIX else 1  # blocks than BLOCK_M divides a sequence's rows in
     block = num_blocks - 1 - tl.program_id(0)
-    blocks_ptr += tl.program_id(0) * 4
-    sequence = find_sequence(starts_ptr, num_sequences, block, BLOCK_M)
+    blocks_ptr += tl.program_id(0) * 5
+    sequence = find_sequence(starts_ptr, num_sequences, block, BLOCK_M, MORE)
     start = tl.load(starts_ptr + sequence)
     num_rows = tl.load(starts_ptr + sequence + 1) - start
-    first_row = (block - start // BLOCK_M - sequence) * BLOCK_M
+    position = (block - start // BLOCK_M - MORE * sequence) * BLOCK_M
+    num_before = 0
+    if PREFIX:
+        num_before = tl.load(context_lens_ptr + sequence) - num_rows
+        position += num_before // BLOCK_M * BLOCK_M
+    first_row = position - num_before
     if first_row >= num_rows:
         num_used = tl.load(starts_ptr + num_sequences)
-        surplus = block - num_used // BLOCK_M - num_sequences
+        surplus = block - num_used // BLOCK_M - MORE * num_sequences
         start = num_used + tl.maximum(surplus, 0) * BLOCK_M
         num_rows = tl.where(surplus < 0, 0, tl.minimum(most_rows - start, BLOCK_M))
-        first_row = -1
+        first_row = 0
+        position = -1
     tl.store(blocks_ptr, start)
     tl.store(blocks_ptr + 1, first_row)
     tl.store(blocks_ptr + 2, num_rows)
+    tl.store(blocks_ptr + 3, position)
+    tl.store(blocks_ptr + 4, sequence)
 
 
 @triton.jit

@@ -30,15 +30,16 @@ def gated(O, I):
     assert gluon_gated.takes(zeros(2 * O, I), None, None)
     gluon_gated.gated(zeros(2 * O, I))(zeros(300, I))
 
-def prompts(H, G):
+def prompts(H, G, cached, page_size):
     case = attention_cases.Case(
-        rows=(300, 129), cached=(0, 0), num_heads=H, num_kv_heads=G, head_dim=128
+        rows=(300, 129), cached=cached, num_heads=H, num_kv_heads=G, head_dim=128,
+        page_size=page_size,
     )
     step = attention_cases.make_step(case, torch.bfloat16, CPU)
     assert _prompt_gluon.fits(step.spec)
     prompts = _prompt_gluon.GluonPrompts(step.spec, step.spec.scale * 1.44, 132)
     plan = prompts.plan(step.batch)
-    prompts.attend(plan, step.q_THD, step.new, torch.empty_like(step.q_THD))
+    prompts.attend(plan, step.kv, step.q_THD, step.new, torch.empty_like(step.q_THD))
 
 def latents(H):
     case = latent_attention_cases.Case(
@@ -54,7 +55,9 @@ def latents(H):
 
 with rehearsal(CPU, lambda *_: None, 2):
     gated(512, 256)
-    prompts(8, 2)
+    prompts(8, 2, (0, 0), 64)
+    prompts(8, 2, (70, 0), 64)
+    prompts(8, 2, (70, 0), 16)
     latents(128)
 
 for kernel in (
@@ -71,4 +74,4 @@ for kernel in (
 
 
 def test_kernels_compile_and_fit(tmp_path: Path) -> None:
-    assert len(run_for_hopper(SCRIPT, tmp_path).splitlines()) == 3
+    assert len(run_for_hopper(SCRIPT, tmp_path).splitlines()) == 5
