@@ -5,6 +5,7 @@ interface. Knows nothing of sampling. Shape legend: T tokens of the step, R rows
 V vocabulary, E hidden size.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +13,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from core.engine.batch import Batch, Ints, SlotState, stage
+from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
 from core.interfaces.messages import StepFacts, StepPlan
-from core.interfaces.model import Model, ModelStep
+from core.interfaces.model import Model, ModelStep, WantedRows
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
@@ -42,7 +43,7 @@ class AttentionOfRank(Protocol):
 class ComputedStep:
     """A step whose logits are under way. Its tensors hold until the next step is computed."""
 
-    hidden_TE: Tensor | None  # None where nobody can want prompt logprobs
+    hidden_TE: Tensor | None  # None where nobody wants prompt logprobs
     logits_RV: Tensor  # float32, of the plan's rows that sample
     best_R: Tensor | None  # int64: greedy tokens, stored already; None: nothing was chosen
     slots: Ints  # of those rows, on the host
@@ -98,6 +99,13 @@ class RankParts:
         """Rows of one step as this rank sees them."""
         return StepRows(self.plan, self.rank, tuple(by_dp))
 
+    def wanted(self, index_R: Tensor) -> WantedRows | None:
+        """The only rows of a step that are read; None, all of them, where ranks share out rows:
+        they would have to agree on other parts."""
+        if self.stream is Layout.ROWS or self.plan.dp > 1:
+            return None
+        return WantedRows(index_R, self.rows([index_R.shape[0]]))
+
 
 class EagerSteps:
     """Launches every kernel of every step; `reason` says to people why."""
@@ -126,13 +134,15 @@ class EagerSteps:
         rows = parts.rows(facts.rows)
         cut = parts.stream is Layout.ROWS
         batch, sampling = stage(plan, parts.state, rows.num_padded if cut else rows.num_real)
+        step = parts.attention.step(batch, rows, "prefill" if facts.has_prefill else "decode")
+        wanted = self._wanted(sampling, facts)
         hidden_TE = parts.model.forward(
-            batch.input_ids_T,
-            batch.positions_T,
-            parts.attention.step(batch, rows, "prefill" if facts.has_prefill else "decode"),
+            batch.input_ids_T, batch.positions_T, dataclasses.replace(step, wanted=wanted)
         )
         chosen_RE = hidden_TE
-        if len(sampling.slots) != hidden_TE.shape[0]:
+        if wanted is not None:
+            chosen_RE = hidden_TE[: len(sampling.slots)]
+        elif len(sampling.slots) != hidden_TE.shape[0]:
             chosen_RE = hidden_TE[sampling.last_R]
         if any(facts.samples):
             logits_RV = self.logits(chosen_RE, facts.samples)
@@ -143,11 +153,19 @@ class EagerSteps:
             tokens_SL = parts.state.tokens_SL
             tokens_SL[sampling.slots_R, sampling.positions_R] = ids_R.to(tokens_SL.dtype)
 
-        return ComputedStep(hidden_TE, logits_RV, None, sampling.slots, sampling.positions, store)
+        all_TE = hidden_TE if wanted is None else None
+        return ComputedStep(all_TE, logits_RV, None, sampling.slots, sampling.positions, store)
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
         return self._parts.model.logits(hidden_RE, self._parts.rows(by_dp))
+
+    def _wanted(self, sampling: SamplingRows, facts: StepFacts) -> WantedRows | None:
+        """Rows that sample, where prompts have others; one at least: no model takes none."""
+        if not facts.has_prefill or any(facts.logprob_rows):
+            return None
+        index_R = sampling.last_R
+        return self._parts.wanted(index_R if len(sampling.slots) else index_R.new_zeros(1))
 
 
 def row_starts(plan: StepPlan) -> list[int]:

@@ -9,6 +9,7 @@ nothing is recorded: they don't know how many sequences the others have.
 Shape legend: see core.kernels.stage.
 """
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,12 +181,14 @@ class PromptGraphs:
             decode=None,
             prefill=sequences,
         )
-        hidden_TE = parts.model.forward(
-            batch.input_ids_T,
-            batch.positions_T,
-            parts.attention.step(batch, parts.rows([num_rows]), "prefill"),
+        step = parts.attention.step(batch, parts.rows([num_rows]), "prefill")
+        wanted = parts.wanted(rows.last_S)
+        hidden_SE = parts.model.forward(
+            batch.input_ids_T, batch.positions_T, dataclasses.replace(step, wanted=wanted)
         )
-        logits_SV = parts.model.logits(hidden_TE[rows.last_S], parts.rows([size]))
+        if wanted is None:
+            hidden_SE = hidden_SE[rows.last_S]
+        logits_SV = parts.model.logits(hidden_SE, parts.rows([size]))
         best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
         self._staging.store(best_S, rows.places, state.tokens_SL)
         return logits_SV, best_S

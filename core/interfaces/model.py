@@ -127,6 +127,15 @@ class LatentKVShape:
 
 
 @dataclass(frozen=True, slots=True)
+class WantedRows:
+    """The rows of a step whose final hidden states are read. In its last layer a model needs no
+    more than keys and values of the others, and attention's result of these."""
+
+    index_R: Tensor  # int64 on the device: which rows of the step
+    rows: StepRows  # counts R
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStep:
     """What a model gets beside ids and positions in one step."""
 
@@ -137,6 +146,7 @@ class ModelStep:
     # int32 (1,) on the device: rows of this DP rank that are no padding. In a step captured as a
     # CUDA graph `rows` counts those it was captured for, and this alone says how many are real.
     num_real: Tensor
+    wanted: WantedRows | None = None  # None: all rows, as always where the stream is cut
 
 
 class ExpertLayer(Protocol):
@@ -164,7 +174,8 @@ class Model(Protocol):
     expert_layers: Sequence[ExpertLayer]  # empty where it has no experts
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
-        """Final hidden states (T, E), normalised, replicated over tp. Ids and positions int64."""
+        """Final hidden states (T, E), normalised, replicated over tp; (R, E) where the step says
+        which rows are wanted. Ids and positions int64."""
         ...
 
     def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:

@@ -7,6 +7,7 @@ Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -109,11 +110,13 @@ class Decoder:
         return short
 
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
-        """Final hidden states (T, E), normalised, replicated over tp."""
+        """Final hidden states (T, E), normalised, replicated over tp; (R, E) of wanted rows."""
         residual_TE = self._embedding(input_ids_T, step.rows)
         x_TE = self._layers[0].input_norm(residual_TE)
         for layer, closing_norm in zip(self._layers, self._closing_norms, strict=True):
             x_TE = layer.attention(x_TE, positions_T, step)
+            if layer is self._layers[-1]:
+                step, x_TE, residual_TE = _narrowed(step, x_TE, residual_TE)
             x_TE, residual_TE = layer.mlp_norm.add(x_TE, residual_TE)
             x_TE, residual_TE = closing_norm.add(layer.mlp(x_TE, step), residual_TE)
         return self._exchange.gather(x_TE, step.rows)
@@ -121,6 +124,17 @@ class Decoder:
     def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
         """Logits (R, V) in float32 over the whole vocabulary, replicated over tp."""
         return self._head(hidden_RE, rows)
+
+
+def _narrowed(
+    step: ModelStep, x_TE: Tensor, residual_TE: Tensor
+) -> tuple[ModelStep, Tensor, Tensor]:
+    """The step as the last layer's MLP sees it: nobody reads what it would give for other rows."""
+    wanted = step.wanted
+    if wanted is None:
+        return step, x_TE, residual_TE
+    step = dataclasses.replace(step, rows=wanted.rows, wanted=None)
+    return step, x_TE[wanted.index_R], residual_TE[wanted.index_R]
 
 
 def _cache_shape(spec: DecoderSpec, context: BuildContext) -> tuple[int, KVShape | LatentKVShape]:

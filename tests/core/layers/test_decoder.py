@@ -1,12 +1,13 @@
 """Whole decoders against transformers, in float32, alone and spread over ranks."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from core.interfaces.model import KVShape, LatentKVShape, ModelStep
+from core.interfaces.model import KVShape, LatentKVShape, ModelStep, WantedRows
 from core.parallel.plan import Plan
 from core.parallel.rows import solo_rows
 from tests.support.models import (
@@ -66,6 +67,23 @@ def test_ranks_agree_with_transformers(tiny_folder: Folder, name: str, tp: int) 
     ranks = tp_logits(folder_files(tiny_folder(name)), tp, PROMPT)
     for logits in ranks:
         assert_close(logits, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_wanted_rows_are_as_among_all(tiny_folder: Folder, name: str) -> None:
+    model = build_model(folder_files(tiny_folder(name)))
+    ids_T, count = torch.tensor(PROMPT), len(PROMPT)
+    index_R = torch.tensor([count - 1, 3, 70, 3])
+
+    def hidden(wanted: WantedRows | None) -> torch.Tensor:
+        attention = DenseAttention(model.kv.scale, num_real=count)
+        num_real = torch.tensor([count], dtype=torch.int32)
+        step = ModelStep(attention, attention, solo_rows(count), "prefill", num_real)
+        step = dataclasses.replace(step, wanted=wanted)
+        return model.forward(ids_T, torch.arange(count), step)
+
+    assert_close(hidden(WantedRows(index_R, solo_rows(4))), hidden(None)[index_R])
 
 
 PLANS = [(2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 4, 1), (4, 4, 2), (4, 4, 4), (4, 2, 2), (4, 1, 2)]
