@@ -14,6 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+if __package__:
+    from benchmarks import gpu_heat as heat
+else:  # beside gpu_peer.py
+    import gpu_heat as heat
+
 Generate = Callable[[list[list[int]], int], None]
 MIXED_REQUESTS = 64
 MIXED_SHORTEST, MIXED_LONGEST = 256, 16384
@@ -72,7 +77,18 @@ def limits(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def measure(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each cell, in the order in which they are worth having."""
+    """A row for each cell, in the order in which they are worth having. Ends the process where the
+    device gets too hot to be measured."""
+    before, begin = heat.counters_s(), time.perf_counter()
+    for row in _cells(generate, arguments):
+        after, cell_s = heat.counters_s(), time.perf_counter() - begin
+        hot = heat.hot_s(before, after)
+        yield row | {"cell_s": round(cell_s, 1), "hot_s": hot}
+        heat.check(hot, cell_s)
+        before, begin = heat.counters_s(), time.perf_counter()
+
+
+def _cells(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     repeats = arguments.repeats
 
     def best(lengths: list[int], new_tokens: int) -> float:

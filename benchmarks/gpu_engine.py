@@ -196,7 +196,9 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> None:
     cell_words = cells_only(arguments)
     found: dict[str, list[Row]] = {}
     for _ in range(arguments.rounds):
-        rows = child_rows([sys.executable, "-m", "benchmarks.gpu_engine", *words, "--ours"])
+        rows = child_rows(
+            [sys.executable, "-m", "benchmarks.gpu_engine", *words, "--ours"], needed=True
+        )
         found["nodeweave"] = better(found.get("nodeweave"), rows)
         for name, command in peers.items():
             rows = child_rows(f"{command} {' '.join(cell_words)}")
@@ -229,9 +231,10 @@ def cells_only(arguments: argparse.Namespace) -> list[str]:
     return words + [f"--{name}" for name in ("mixed", "ttft") if getattr(arguments, name)]
 
 
-def child_rows(command: list[str] | str) -> list[Row]:
+def child_rows(command: list[str] | str, *, needed: bool = False) -> list[Row]:
     """The JSON lines of a process, which go to our output too; one that fails is told of, and what
-    it had printed counts. `process_s`: from its start to the line with its start-up."""
+    it had printed counts, unless it is `needed`: then nothing more is run. `process_s`: from its
+    start to the line with its start-up."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command, shell=isinstance(command, str), stdout=subprocess.PIPE, text=True, env=os.environ
@@ -247,7 +250,10 @@ def child_rows(command: list[str] | str) -> list[Row]:
         rows.append(row)
         cells.put(row)
     if process.wait() != 0:
-        print(f"failed with {process.returncode}: {command}", file=sys.stderr, flush=True)
+        message = f"failed with {process.returncode}: {command}"
+        if needed:
+            raise SystemExit(message)
+        print(message, file=sys.stderr, flush=True)
     return rows
 
 

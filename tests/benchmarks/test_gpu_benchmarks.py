@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from benchmarks import gpu_cells as cells
-from benchmarks import gpu_engine, gpu_profile
+from benchmarks import gpu_engine, gpu_heat, gpu_profile
 from benchmarks.emulated_rank import DEEPSEEK_V3, first_plan, later_plan, layer_bytes
 from benchmarks.gpu_floor import Device, sizes_of
 
@@ -161,6 +161,35 @@ def test_every_cell_is_measured() -> None:
     rows = list(cells.measure(generate, arguments(*words)))
     assert [row["cell"] for row in rows] == ["decode", "prefill", "ttft", "mixed"]
     assert {(2, 16, 1), (2, 16, 5), (3, 32, 1), (1, 1024, 1)} <= set(asked)
+
+
+PERFORMANCE = """
+    Clocks Event Reasons
+            HW Thermal Slowdown                        : Not Active
+    Clocks Event Reasons Counters
+        SW Power Capping                               : 299071852 us
+        SW Thermal Slowdown                            : {} us
+        HW Thermal Slowdown                            : {} us
+"""
+
+
+def test_a_hot_device_is_not_measured() -> None:
+    before, after = (
+        gpu_heat.parsed(PERFORMANCE.format(*counts))
+        for counts in ((318700709, 84769323), (318900709, 86269323))
+    )
+    assert before == [318.700709, 84.769323]
+    assert gpu_heat.hot_s(before, after) == 1.5
+    gpu_heat.check(1.5, 30.1)
+    with pytest.raises(SystemExit, match=r"too hot for its clocks in 1\.5 of 20\.0 seconds"):
+        gpu_heat.check(1.5, 20.0)
+
+
+def test_nobody_counts_heat() -> None:
+    assert gpu_heat.parsed("Failed to initialize NVML: Driver Not Loaded") == []
+    assert gpu_heat.hot_s([], []) is None
+    assert gpu_heat.hot_s([1.0, 2.0], []) is None
+    gpu_heat.check(None, 1.0)
 
 
 def test_ratios_are_to_the_fastest_peer() -> None:
