@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.config import EngineConfig
-from core.engine.batch import SlotState
+from core.engine.batch import Batch, SlotState
 from core.engine.expert_balance import NoBalancer
 from core.engine.forward import EagerSteps, RankParts
 from core.engine.graphs import GraphedSteps, graph_sizes
@@ -36,9 +36,11 @@ from core.interfaces.messages import (
     RequestOutput,
     SamplingParams,
 )
+from core.interfaces.model import ModelStep
 from core.kernels.select import select_staging
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
+from core.parallel.rows import StepRows
 
 VOCAB_SIZE = 32
 MAX_MODEL_LEN = 4096
@@ -53,8 +55,9 @@ class NullModel:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: object) -> Tensor:
-        return torch.zeros((input_ids_T.shape[0], 1), device=self._device)
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        rows_T = input_ids_T if step.wanted is None else step.wanted.index_R
+        return torch.zeros((rows_T.shape[0], 1), device=self._device)
 
     def logits(self, hidden_RE: Tensor, rows: object) -> Tensor:
         return torch.zeros((hidden_RE.shape[0], VOCAB_SIZE), device=self._device)
@@ -65,8 +68,9 @@ class NullAttention:
 
     capturable = True
 
-    def step(self, batch: object, rows: object, phase: str) -> None:
-        return None
+    def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
+        nothing: Any = self
+        return ModelStep(nothing, nothing, rows, phase, batch.num_real)
 
 
 class NullRecorder:
@@ -169,7 +173,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
     return scheduler, runner
 
 
-def measure(batch: int, num_steps: int, context: int, device: torch.device) -> dict[str, object]:
+def measure(batch: int, num_steps: int, context: int, device: torch.device) -> dict[str, Any]:
     """Decode steps of a full batch, prompts of `context` tokens."""
     scheduler, runner = build(batch, device)
     planning: list[float] = []

@@ -99,6 +99,13 @@ class RankParts:
         """Rows of one step as this rank sees them."""
         return StepRows(self.plan, self.rank, tuple(by_dp))
 
+    def forward(
+        self, batch: Batch, rows: StepRows, phase: str, wanted: WantedRows | None = None
+    ) -> Tensor:
+        """Final hidden states of a staged step: of all its rows, or of those that are wanted."""
+        step = dataclasses.replace(self.attention.step(batch, rows, phase), wanted=wanted)
+        return self.model.forward(batch.input_ids_T, batch.positions_T, step)
+
     def wanted(self, index_R: Tensor) -> WantedRows | None:
         """The only rows of a step that are read; None, all of them, where ranks share out rows:
         they would have to agree on other parts."""
@@ -134,11 +141,9 @@ class EagerSteps:
         rows = parts.rows(facts.rows)
         cut = parts.stream is Layout.ROWS
         batch, sampling = stage(plan, parts.state, rows.num_padded if cut else rows.num_real)
-        step = parts.attention.step(batch, rows, "prefill" if facts.has_prefill else "decode")
         wanted = self._wanted(sampling, facts)
-        hidden_TE = parts.model.forward(
-            batch.input_ids_T, batch.positions_T, dataclasses.replace(step, wanted=wanted)
-        )
+        phase = "prefill" if facts.has_prefill else "decode"
+        hidden_TE = parts.forward(batch, rows, phase, wanted)
         chosen_RE = hidden_TE
         if wanted is not None:
             chosen_RE = hidden_TE[: len(sampling.slots)]

@@ -211,9 +211,7 @@ class GraphedSteps:
             prefill=None,
         )
         step_rows = parts.rows([size] * parts.plan.dp)
-        hidden_SE = parts.model.forward(
-            batch.input_ids_T, batch.positions_T, parts.attention.step(batch, step_rows, "decode")
-        )
+        hidden_SE = parts.forward(batch, step_rows, "decode")
         logits_SV = parts.model.logits(hidden_SE, step_rows)
         best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
         self._staging.store(best_S, rows.places, state.tokens_SL)

@@ -9,7 +9,6 @@ nothing is recorded: they don't know how many sequences the others have.
 Shape legend: see core.kernels.stage.
 """
 
-import dataclasses
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,11 +180,8 @@ class PromptGraphs:
             decode=None,
             prefill=sequences,
         )
-        step = parts.attention.step(batch, parts.rows([num_rows]), "prefill")
         wanted = parts.wanted(rows.last_S)
-        hidden_SE = parts.model.forward(
-            batch.input_ids_T, batch.positions_T, dataclasses.replace(step, wanted=wanted)
-        )
+        hidden_SE = parts.forward(batch, parts.rows([num_rows]), "prefill", wanted)
         if wanted is None:
             hidden_SE = hidden_SE[rows.last_S]
         logits_SV = parts.model.logits(hidden_SE, parts.rows([size]))

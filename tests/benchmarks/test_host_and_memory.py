@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import host_engine, soak
+from benchmarks import host_engine, host_step, soak
 from tests.support.models import write_tiny_model
 
 
@@ -41,3 +42,10 @@ def test_the_hosts_part_of_a_turn_is_what_it_does_not_wait(folder: Path) -> None
     assert 0 < row["launch_ms"] <= row["turn_ms"]
     assert 0 < row["busy_ms"] <= row["turn_ms"]
     assert row["idle_us"] is None
+
+
+def test_the_parts_of_a_step_without_a_model() -> None:
+    row = host_step.measure(3, 5, 20, torch.device("cpu"))
+    assert row["batch"] == 3
+    assert 0 < row["plan_and_commit_ms"]
+    assert 0 < row["launch_ms"] <= row["slowest_turn_ms"]
