@@ -102,10 +102,11 @@ class Decoder:
         return [layer.input_norm for layer in layers[1:]] + [self._norm]
 
     def shortened(self) -> "Decoder":
-        """The same weights with the first layer and one of each kind alone."""
-        of_kind = {type(layer.mlp): layer for layer in self._layers}
+        """The same weights with the first layer of each kind and the last one alone: that one's MLP
+        may get fewer rows than the others."""
+        of_kind = {type(layer.mlp): layer for layer in reversed(self._layers)}
         short = copy.copy(self)
-        short._layers = list(dict.fromkeys((self._layers[0], *of_kind.values())))
+        short._layers = [*reversed(of_kind.values()), self._layers[-1]]
         short._closing_norms = self._norms_after(short._layers)
         return short
 
@@ -113,11 +114,13 @@ class Decoder:
         """Final hidden states (T, E), normalised, replicated over tp; (R, E) of wanted rows."""
         residual_TE = self._embedding(input_ids_T, step.rows)
         x_TE = self._layers[0].input_norm(residual_TE)
-        for layer, closing_norm in zip(self._layers, self._closing_norms, strict=True):
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
             x_TE = layer.attention(x_TE, positions_T, step)
-            if layer is self._layers[-1]:
+            if index == last:
                 step, x_TE, residual_TE = _narrowed(step, x_TE, residual_TE)
             x_TE, residual_TE = layer.mlp_norm.add(x_TE, residual_TE)
+            closing_norm = self._closing_norms[index]
             x_TE, residual_TE = closing_norm.add(layer.mlp(x_TE, step), residual_TE)
         return self._exchange.gather(x_TE, step.rows)
 

@@ -1,13 +1,13 @@
 """Whole decoders against transformers, in float32, alone and spread over ranks."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from core.interfaces.model import KVShape, LatentKVShape, ModelStep, WantedRows
+from core.interfaces.model import KVShape, LatentKVShape, Model, ModelStep, WantedRows
 from core.parallel.plan import Plan
 from core.parallel.rows import solo_rows
 from tests.support.models import (
@@ -73,17 +73,50 @@ def test_ranks_agree_with_transformers(tiny_folder: Folder, name: str, tp: int) 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_wanted_rows_are_as_among_all(tiny_folder: Folder, name: str) -> None:
     model = build_model(folder_files(tiny_folder(name)))
-    ids_T, count = torch.tensor(PROMPT), len(PROMPT)
-    index_R = torch.tensor([count - 1, 3, 70, 3])
+    index_R = torch.tensor([len(PROMPT) - 1, 3, 70, 3])
+    wanted = hidden_states(model, WantedRows(index_R, solo_rows(4)))
+    assert_close(wanted, hidden_states(model, None)[index_R])
 
-    def hidden(wanted: WantedRows | None) -> torch.Tensor:
-        attention = DenseAttention(model.kv.scale, num_real=count)
-        num_real = torch.tensor([count], dtype=torch.int32)
-        step = ModelStep(attention, attention, solo_rows(count), "prefill", num_real)
-        step = dataclasses.replace(step, wanted=wanted)
-        return model.forward(ids_T, torch.arange(count), step)
 
-    assert_close(hidden(WantedRows(index_R, solo_rows(4))), hidden(None)[index_R])
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_shortened_model_meets_what_the_whole_one_does(tiny_folder: Folder, name: str) -> None:
+    model = build_model(folder_files(tiny_folder(name)))
+    wanted = WantedRows(torch.tensor([5, 7]), solo_rows(2))
+    met, met_short = (
+        {(type(mlp), num_rows) for mlp, num_rows in rows_of_mlps(each, wanted)}
+        for each in (model, model.shortened())
+    )
+    assert met_short == met
+    assert {num_rows for _, num_rows in met} == {2, len(PROMPT)}
+
+
+def hidden_states(model: Model, wanted: WantedRows | None) -> torch.Tensor:
+    count = len(PROMPT)
+    attention = DenseAttention(model.kv.scale, num_real=count)
+    num_real = torch.tensor([count], dtype=torch.int32)
+    step = ModelStep(attention, attention, solo_rows(count), "prefill", num_real, wanted)
+    return model.forward(torch.tensor(PROMPT), torch.arange(count), step)
+
+
+def rows_of_mlps(model: Any, wanted: WantedRows) -> list[tuple[object, int]]:
+    """Every MLP that a step calls, with the rows that it is given."""
+    called: list[tuple[object, int]] = []
+    mlps = {layer: layer.mlp for layer in model._layers}
+
+    def recorded(mlp: Any) -> Any:
+        def call(x_TE: torch.Tensor, step: ModelStep) -> torch.Tensor:
+            called.append((mlp, x_TE.shape[0]))
+            return mlp(x_TE, step)
+
+        return call
+
+    for layer, mlp in mlps.items():
+        layer.mlp = recorded(mlp)
+    hidden_states(model, wanted)
+    for layer, mlp in mlps.items():
+        layer.mlp = mlp
+    return called
 
 
 PLANS = [(2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 4, 1), (4, 4, 2), (4, 4, 4), (4, 2, 2), (4, 1, 2)]
