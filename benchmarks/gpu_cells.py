@@ -77,14 +77,14 @@ def limits(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def measure(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each cell, in the order in which they are worth having. Ends the process where the
-    device gets too hot to be measured."""
+    """A row for each cell, in the order in which they are worth having. Ends the process instead of
+    giving that of a device which is too hot."""
     before, begin = heat.counters_s(), time.perf_counter()
     for row in _cells(generate, arguments):
         after, cell_s = heat.counters_s(), time.perf_counter() - begin
         hot = heat.hot_s(before, after)
-        yield row | {"cell_s": round(cell_s, 1), "hot_s": hot}
         heat.check(hot, cell_s)
+        yield row | {"cell_s": round(cell_s, 1), "hot_s": hot}
         before, begin = heat.counters_s(), time.perf_counter()
 
 

@@ -232,9 +232,9 @@ def cells_only(arguments: argparse.Namespace) -> list[str]:
 
 
 def child_rows(command: list[str] | str, *, needed: bool = False) -> list[Row]:
-    """The JSON lines of a process, which go to our output too; one that fails is told of, and what
-    it had printed counts, unless it is `needed`: then nothing more is run. `process_s`: from its
-    start to the line with its start-up."""
+    """The JSON lines of a process, which go to our output too. One that fails is told of, and what
+    it had printed counts; if it is `needed`, nothing more is run. `process_s`: from its start to
+    the line with its start-up."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command, shell=isinstance(command, str), stdout=subprocess.PIPE, text=True, env=os.environ

@@ -1,7 +1,7 @@
 """How long a GPU was too hot for its clocks, by its driver's counters.
 
-A hot device computes a third as fast, and says so nowhere else. Imports nothing of Nodeweave and no
-engine, so that a peer's Python can run it too.
+A hot device may compute a third as fast, and says so nowhere else. Imports nothing of Nodeweave and
+no engine, so that a peer's Python can run it too.
 """
 
 import os
@@ -37,10 +37,10 @@ def hot_s(before: list[float], after: list[float]) -> float | None:
 
 
 def check(hot: float | None, cell_s: float) -> None:
-    """Stop where the figures of a cell are those of a device that is too hot."""
+    """Stop where what was measured is a device that is too hot."""
     if hot is not None and hot > MOST_OF_A_CELL * cell_s:
         raise SystemExit(
-            f"the GPU was too hot for its clocks in {hot:.1f} of {cell_s:.1f} seconds of this cell "
-            "(nvidia-smi -q -d PERFORMANCE counts them): its figures mean nothing. Let it cool "
-            "down, or take another"
+            f"the GPU was too hot for its clocks in {hot:.1f} of {cell_s:.1f} seconds "
+            "(nvidia-smi -q -d PERFORMANCE counts them): what it did in them means nothing. Let it "
+            "cool down, or take another"
         )

@@ -2,7 +2,8 @@
 
     python gpu_peer.py vllm|sglang MODEL_DIR BATCHES [PROMPT_TOKENS] [NEW_TOKENS] [--mixed] [--ttft]
 
-Run by `benchmarks.gpu_engine --peer`. Imports nothing of Nodeweave but the cells beside it. Prints
+Run by `benchmarks.gpu_engine --peer`. Imports nothing of Nodeweave but the cells and the
+device's heat beside it. Prints
 the same JSON lines. Routing is forced through the environment:
 
     VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random   draws with replacement

@@ -84,6 +84,7 @@ class SamplingRows:
     slots: Ints  # on the host (R,)
     positions: Ints  # of the tokens that are chosen, on the host (R,)
     last_R: Tensor  # int64 on the device: index of each row's last token
+    num_chosen: Tensor  # int32 (1,) on the device: R
     slots_R: Tensor  # int64 on the device
     positions_R: Tensor  # int64 on the device
 
@@ -121,7 +122,7 @@ def stage(plan: StepPlan, state: SlotState, num_rows: int) -> tuple[Batch, Sampl
     sampling = np.array(plan.samples, dtype=bool)
     split = plan.num_decodes
     parts = [part for part in (slice(0, split), slice(split, None)) if len(slots_S[part])]
-    token_slots_T, positions_T, last_R, slots_R, next_R, num_real, *sequences = send(
+    token_slots_T, positions_T, last_R, slots_R, next_R, num_real, num_chosen, *sequences = send(
         device,
         np.repeat(slots_S, lengths_S),
         np.repeat(starts_S, lengths_S) + offsets_T,
@@ -129,6 +130,7 @@ def stage(plan: StepPlan, state: SlotState, num_rows: int) -> tuple[Batch, Sampl
         slots_S[sampling],
         contexts_S[sampling],
         np.array([total], dtype=np.int32),
+        np.array([sampling.sum()], dtype=np.int32),
         *(array for part in parts for array in _sequences(lengths_S[part], contexts_S[part])),
         *(slots_S[part].astype(np.int32) for part in parts),
     )
@@ -158,7 +160,8 @@ def stage(plan: StepPlan, state: SlotState, num_rows: int) -> tuple[Batch, Sampl
         decode=batches[0] if split else None,
         prefill=batches[-1] if split < len(slots_S) else None,
     )
-    return batch, SamplingRows(slots_S[sampling], contexts_S[sampling], last_R, slots_R, next_R)
+    chosen = slots_S[sampling], contexts_S[sampling]
+    return batch, SamplingRows(*chosen, last_R, num_chosen, slots_R, next_R)
 
 
 def _sequences(lengths: Ints, contexts: Ints) -> tuple[npt.NDArray[np.int32], ...]:

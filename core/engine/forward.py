@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
+from core.errors import ModelError
 from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.model import Model, ModelStep, WantedRows
 from core.parallel.layout import Layout
@@ -43,7 +44,7 @@ class AttentionOfRank(Protocol):
 class ComputedStep:
     """A step whose logits are under way. Its tensors hold until the next step is computed."""
 
-    hidden_TE: Tensor | None  # None where nobody wants prompt logprobs
+    hidden_TE: Tensor | None  # of all tokens; None where rows were left out or replayed
     logits_RV: Tensor  # float32, of the plan's rows that sample
     best_R: Tensor | None  # int64: greedy tokens, stored already; None: nothing was chosen
     slots: Ints  # of those rows, on the host
@@ -104,14 +105,21 @@ class RankParts:
     ) -> Tensor:
         """Final hidden states of a staged step: of all its rows, or of those that are wanted."""
         step = dataclasses.replace(self.attention.step(batch, rows, phase), wanted=wanted)
-        return self.model.forward(batch.input_ids_T, batch.positions_T, step)
+        hidden = self.model.forward(batch.input_ids_T, batch.positions_T, step)
+        expected = (batch.input_ids_T if wanted is None else wanted.index_R).shape[0]
+        if hidden.shape[0] != expected:
+            raise ModelError(
+                f"the model's forward returned {hidden.shape[0]} rows of hidden states where "
+                f"{expected} are wanted: those of ModelStep.wanted, or all if that is None"
+            )
+        return hidden
 
-    def wanted(self, index_R: Tensor) -> WantedRows | None:
-        """The only rows of a step that are read; None, all of them, where ranks share out rows:
-        they would have to agree on other parts."""
+    def wanted(self, index_R: Tensor, num_real: Tensor) -> WantedRows | None:
+        """The only rows of a step that are read. None where ranks share out rows or there are
+        several DP ranks, who would have to agree on other parts: all are computed."""
         if self.stream is Layout.ROWS or self.plan.dp > 1:
             return None
-        return WantedRows(index_R, self.rows([index_R.shape[0]]))
+        return WantedRows(index_R, self.rows([index_R.shape[0]]), num_real)
 
 
 class EagerSteps:
@@ -166,11 +174,12 @@ class EagerSteps:
         return self._parts.model.logits(hidden_RE, self._parts.rows(by_dp))
 
     def _wanted(self, sampling: SamplingRows, facts: StepFacts) -> WantedRows | None:
-        """Rows that sample, where prompts have others; one at least: no model takes none."""
+        """Rows that sample, in steps with prompts, which have others; the first one where none
+        samples, as kernels are not made for no rows."""
         if not facts.has_prefill or any(facts.logprob_rows):
             return None
-        index_R = sampling.last_R
-        return self._parts.wanted(index_R if len(sampling.slots) else index_R.new_zeros(1))
+        index_R = sampling.last_R if len(sampling.slots) else sampling.last_R.new_zeros(1)
+        return self._parts.wanted(index_R, sampling.num_chosen)
 
 
 def row_starts(plan: StepPlan) -> list[int]:

@@ -180,7 +180,7 @@ class PromptGraphs:
             decode=None,
             prefill=sequences,
         )
-        wanted = parts.wanted(rows.last_S)
+        wanted = parts.wanted(rows.last_S, rows.num_real_sequences)
         hidden_SE = parts.forward(batch, parts.rows([num_rows]), "prefill", wanted)
         if wanted is None:
             hidden_SE = hidden_SE[rows.last_S]

@@ -143,7 +143,7 @@ class ModelRunner:
         if most == 0:
             return
         hidden_TE = computed.hidden_TE
-        assert hidden_TE is not None, "a step without prompts has no prompt logprobs"
+        assert hidden_TE is not None, "rows whose logprobs are wanted were left out"
         wanted = self._prompt_positions(plan)
         assert len(wanted) == plan.num_logprob_rows, (len(wanted), plan.num_logprob_rows)
         for first in range(0, most, PROMPT_LOGPROB_ROWS):

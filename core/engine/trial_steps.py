@@ -124,7 +124,8 @@ def row_counts(most: int) -> list[int]:
 
 def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> list[StepPlan]:
     """Steps of all row counts, none that a captured step is made for unless `decodes`: decodes of
-    short and long contexts beside a prompt, one prompt alone, and several."""
+    short and long contexts beside a prompt, one prompt alone, and several: the longest ones, and
+    as many as fit of each length, with and without a token in the cache."""
     steps = []
     count = engine.max_running_requests
     budget = most_prompt_tokens(engine, max_model_len)
@@ -145,4 +146,11 @@ def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> 
         lengths = [chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0)
         if 1 < len(lengths) < count:
             steps.append(step(decodes=[2], prompts=[(0, length) for length in lengths]))
+    for length in row_counts(chunk):
+        if length.bit_count() == 1:  # what kernels do with a power of two, they do with more
+            continue
+        num_prompts = min(count, budget // length)
+        steps.append(step(prompts=[(0, length)] * num_prompts))
+        if length < max_model_len:
+            steps.append(step(prompts=[(1, length)] * num_prompts))
     return steps

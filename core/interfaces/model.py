@@ -128,11 +128,12 @@ class LatentKVShape:
 
 @dataclass(frozen=True, slots=True)
 class WantedRows:
-    """The rows of a step whose final hidden states are read. In its last layer a model needs no
-    more than keys and values of the others, and attention's result of these."""
+    """The only rows of a step whose final hidden states are read, in the order in which they are
+    returned. Of the others the last layer has to compute no more than keys and values."""
 
     index_R: Tensor  # int64 on the device: which rows of the step
     rows: StepRows  # counts R
+    num_real: Tensor  # int32 (1,) on the device: how many of them are no padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class ModelStep:
     # int32 (1,) on the device: rows of this DP rank that are no padding. In a step captured as a
     # CUDA graph `rows` counts those it was captured for, and this alone says how many are real.
     num_real: Tensor
-    wanted: WantedRows | None = None  # None: all rows, as always where the stream is cut
+    wanted: WantedRows | None = None  # None: all rows
 
 
 class ExpertLayer(Protocol):

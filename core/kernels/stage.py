@@ -86,6 +86,11 @@ class PromptRows:
         return self.packed[:1]
 
     @property
+    def num_real_sequences(self) -> Tensor:
+        """int32 (1,)"""
+        return self.packed[1:2]
+
+    @property
     def starts_S1(self) -> Tensor:
         """int32: first row of each sequence"""
         return self.packed[HEADER : HEADER + self.num_sequences + 1]
@@ -99,7 +104,7 @@ class PromptRows:
     @property
     def places(self) -> "TokenPlaces":
         """Of the tokens that are chosen."""
-        return TokenPlaces(self.packed[1:2], self.field(0), self.field(2), 0)
+        return TokenPlaces(self.num_real_sequences, self.field(0), self.field(2), 0)
 
 
 @dataclass(frozen=True, slots=True)

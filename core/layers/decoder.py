@@ -136,7 +136,7 @@ def _narrowed(
     wanted = step.wanted
     if wanted is None:
         return step, x_TE, residual_TE
-    step = dataclasses.replace(step, rows=wanted.rows, wanted=None)
+    step = dataclasses.replace(step, rows=wanted.rows, num_real=wanted.num_real, wanted=None)
     return step, x_TE[wanted.index_R], residual_TE[wanted.index_R]
 
 

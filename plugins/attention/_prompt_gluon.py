@@ -26,9 +26,8 @@ _LEAST_BLOCKS = 4  # of each multiprocessor; with fewer, Triton's small tiles ar
 
 
 def fits(spec: AttentionSpec) -> bool:
-    """Whether the kernel takes such heads and pages, on a Hopper GPU."""
-    whole_pages = spec.page_size % _LEAST_PAGE == 0 == TOKENS % spec.page_size
-    return spec.dtype is torch.bfloat16 and spec.head_dim == HEAD_DIM and whole_pages
+    """Whether the kernel takes such heads, on a Hopper GPU."""
+    return spec.dtype is torch.bfloat16 and spec.head_dim == HEAD_DIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +45,19 @@ class GluonPrompts:
     def __init__(self, spec: AttentionSpec, scale_log2: float, num_multiprocessors: int) -> None:
         self._spec, self._scale_log2 = spec, scale_log2
         self._multiprocessors = num_multiprocessors
+        self._takes_pages = spec.page_size % _LEAST_PAGE == 0 == TOKENS % spec.page_size
 
     def takes(self, batch: SequenceBatch) -> bool:
-        """Whether every multiprocessor gets enough, of long prompts."""
+        """Whether every multiprocessor gets enough: of many short prompts, which fill no block,
+        Triton's kernels are as fast. Where something is cached pages must fill tiles."""
         num_blocks = sum(rows // ROWS for rows in batch.query_lens) * self._spec.num_heads
-        return num_blocks >= _LEAST_BLOCKS * self._multiprocessors
+        enough = num_blocks >= _LEAST_BLOCKS * self._multiprocessors
+        return enough and (self._takes_pages or not self._may_have_prefix(batch))
 
     def plan(self, batch: SequenceBatch) -> PromptBlocks:
         """On the device; nothing waits for it."""
         num_sequences, num_rows = len(batch.query_lens), sum(batch.query_lens)
-        # Lengths of a step that is being captured are bounds, and don't say what is cached.
-        prefix = batch.query_lens != batch.context_lens or _is_captured(self._spec.device)
+        prefix = self._may_have_prefix(batch)
         num_blocks = num_rows // ROWS + (2 if prefix else 1) * num_sequences + 1
         blocks_BX = torch.empty((num_blocks, 5), dtype=torch.int32, device=self._spec.device)
         blocks_kernel[(num_blocks,)](
@@ -71,6 +72,10 @@ class GluonPrompts:
         )
         page_size = self._spec.page_size if prefix else 0
         return PromptBlocks(blocks_BX, batch.page_table_SM, page_size)
+
+    def _may_have_prefix(self, batch: SequenceBatch) -> bool:
+        """Lengths of a step that is being captured are bounds, and don't say what is cached."""
+        return batch.query_lens != batch.context_lens or _is_captured(self._spec.device)
 
     def attend(
         self, plan: PromptBlocks, kv: LayerKV, q_THD: Tensor, new: NewKV, out_THD: Tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plugins.attention._triton_prompt_kernels import blocks_kernel
-from tests.contracts.attention_cases import Case, make_step
+from tests.contracts.attention_cases import Case, as_captured, make_step
 
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -86,6 +86,20 @@ def test_agrees_with_float64(case: Case) -> None:
     error_T = (outs[0].cpu().double() - step.expected_THD).flatten(1).norm(dim=1)
     assert torch.all(error_T <= 1e-2 * step.expected_THD.flatten(1).norm(dim=1))
     assert torch.equal(*outs)
+
+
+@pytest.mark.skipif(not HOPPER, reason="Gluon kernels run in no interpreter")
+@pytest.mark.parametrize(
+    ("case", "bounds"), [(CASES[0], (6, 3000, 2100)), (CASES[4], (4, 1001, 1500))], ids=str
+)
+def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) -> None:
+    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    step = as_captured(make_step(case, torch.bfloat16, DEVICE), *bounds)
+    prompts = gluon.GluonPrompts(step.spec, step.spec.scale * 1.4426950408889634, 132)
+    out_THD = torch.full_like(step.q_THD, torch.nan)
+    prompts.attend(prompts.plan(step.batch), step.kv, step.q_THD, step.new, out_THD)
+    error_T = (out_THD.cpu().double() - step.expected_THD).flatten(1).norm(dim=1)
+    assert torch.all(error_T <= 1e-2 * step.expected_THD.flatten(1).norm(dim=1))
 
 
 @pytest.mark.skipif(not HOPPER, reason="Gluon kernels run in no interpreter")

@@ -93,6 +93,20 @@ def test_prompt_logprobs_are_counted_as_wanted() -> None:
     assert wanted == plan.num_logprob_rows
 
 
+@pytest.mark.parametrize("max_model_len", [2048, 4096])
+def test_prompts_of_every_size_fill_a_step(max_model_len: int) -> None:
+    """Which kernel attends depends on both: short prompts in numbers take others than long ones."""
+    engine = EngineConfig()
+    met = {
+        (plan.starts[0] > 0, plan.lengths[0])
+        for plan in kernel_steps(engine, max_model_len, decodes=False)
+        if len(set(plan.lengths)) == 1
+        and len(plan.slots) == min(engine.max_running_requests, 8192 // plan.lengths[0])
+    }
+    for length in (25, 97, 193, 1537):
+        assert {(False, length), (True, length)} <= met
+
+
 def test_row_counts_hold_powers_of_two_and_numbers_nothing_divides() -> None:
     assert row_counts(1) == [1]
     assert row_counts(20) == [1, 2, 4, 7, 8, 13, 16, 20]

@@ -74,7 +74,9 @@ def test_ranks_agree_with_transformers(tiny_folder: Folder, name: str, tp: int) 
 def test_wanted_rows_are_as_among_all(tiny_folder: Folder, name: str) -> None:
     model = build_model(folder_files(tiny_folder(name)))
     index_R = torch.tensor([len(PROMPT) - 1, 3, 70, 3])
-    wanted = hidden_states(model, WantedRows(index_R, solo_rows(4)))
+    wanted = hidden_states(
+        model, WantedRows(index_R, solo_rows(4), torch.tensor([4], dtype=torch.int32))
+    )
     assert_close(wanted, hidden_states(model, None)[index_R])
 
 
@@ -82,7 +84,7 @@ def test_wanted_rows_are_as_among_all(tiny_folder: Folder, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_a_shortened_model_meets_what_the_whole_one_does(tiny_folder: Folder, name: str) -> None:
     model = build_model(folder_files(tiny_folder(name)))
-    wanted = WantedRows(torch.tensor([5, 7]), solo_rows(2))
+    wanted = WantedRows(torch.tensor([5, 7]), solo_rows(2), torch.tensor([2], dtype=torch.int32))
     met, met_short = (
         {(type(mlp), num_rows) for mlp, num_rows in rows_of_mlps(each, wanted)}
         for each in (model, model.shortened())
