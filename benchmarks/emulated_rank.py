@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_floor
+from benchmarks import gpu_floor, gpu_heat
 from core.resolve import LATENT_PAGE_SIZE
 
 NOMINAL_BYTES_PER_S = 3.35e12  # an H100 SXM's, which the known floors were taken at
@@ -189,7 +189,8 @@ def times_of(
     from core.engine.alone import build_alone
 
     lone = build_alone(configuration(shape, cells, arguments))
-    times = [step_us(lone, batch, context) for batch, context in cells]
+    with gpu_heat.cool():
+        times = [step_us(lone, batch, context) for batch, context in cells]
     del lone
     gc.collect()
     if arguments.device == "cuda":

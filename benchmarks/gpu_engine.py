@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_cells as cells
-from benchmarks import gpu_floor, gpu_profile
+from benchmarks import gpu_floor, gpu_heat, gpu_profile
 
 Row = dict[str, Any]
 PROFILED_STEPS = 8
@@ -61,7 +61,8 @@ def run_ours(arguments: argparse.Namespace) -> None:
         common["routing"] = "uniform_random"
     device = None
     if arguments.device == "cuda":
-        device = gpu_floor.measure_device()
+        with gpu_heat.cool():
+            device = gpu_floor.measure_device()
         cells.put(common | device.describe())
     begin = time.perf_counter()
     from core.engine.alone import build_alone, offline_alone

@@ -7,6 +7,9 @@ no engine, so that a peer's Python can run it too.
 import os
 import re
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MOST_OF_A_CELL = 0.05
 _COUNTER = re.compile(r"^ *[SH]W Thermal Slowdown *: *(\d+) us *$", re.MULTILINE)
@@ -44,3 +47,12 @@ def check(hot: float | None, cell_s: float) -> None:
             "(nvidia-smi -q -d PERFORMANCE counts them): what it did in them means nothing. Let it "
             "cool down, or take another"
         )
+
+
+@contextmanager
+def cool() -> Iterator[None]:
+    """Around a measurement: stops where the device was too hot meanwhile."""
+    before, begin = counters_s(), time.perf_counter()
+    yield
+    took_s = time.perf_counter() - begin
+    check(hot_s(before, counters_s()), took_s)

@@ -185,6 +185,15 @@ def test_a_hot_device_is_not_measured() -> None:
         gpu_heat.check(1.5, 20.0)
 
 
+def test_what_a_hot_device_did_meanwhile_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = iter([[1.0, 5.0], [1.0, 5.0], [2.0, 5.0], [1e9, 5.0]])
+    monkeypatch.setattr(gpu_heat, "counters_s", lambda: next(counters))
+    with gpu_heat.cool():
+        pass
+    with pytest.raises(SystemExit, match="too hot"), gpu_heat.cool():
+        pass
+
+
 def test_nobody_counts_heat() -> None:
     assert gpu_heat.parsed("Failed to initialize NVML: Driver Not Loaded") == []
     assert gpu_heat.hot_s([], []) is None
