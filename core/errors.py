@@ -34,7 +34,7 @@ class PlanError(ConfigError):
 
 
 class PluginError(ConfigError):
-    """A plugin failed to load, is missing, or is registered twice."""
+    """A plugin failed to load, is missing, is registered twice, or does not keep its contract."""
 
 
 class ModelError(NodeweaveError):

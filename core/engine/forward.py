@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
-from core.errors import ModelError
+from core.errors import PluginError
 from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.model import Model, ModelStep, WantedRows
 from core.parallel.layout import Layout
@@ -108,9 +108,10 @@ class RankParts:
         hidden = self.model.forward(batch.input_ids_T, batch.positions_T, step)
         expected = (batch.input_ids_T if wanted is None else wanted.index_R).shape[0]
         if hidden.shape[0] != expected:
-            raise ModelError(
-                f"the model's forward returned {hidden.shape[0]} rows of hidden states where "
-                f"{expected} are wanted: those of ModelStep.wanted, or all if that is None"
+            raise PluginError(
+                f"{type(self.model).__name__}.forward returned {hidden.shape[0]} rows of hidden "
+                f"states where {expected} are wanted: those of ModelStep.wanted, or all where that "
+                "is None (core.interfaces.model); the plugin of this model has to be changed"
             )
         return hidden
 
