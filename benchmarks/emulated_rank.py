@@ -189,8 +189,9 @@ def times_of(
     from core.engine.alone import build_alone
 
     lone = build_alone(configuration(shape, cells, arguments))
-    with gpu_heat.cool():
-        times = [step_us(lone, batch, context) for batch, context in cells]
+    watch = gpu_heat.Watch()
+    times = [step_us(lone, batch, context) for batch, context in cells]
+    watch.look()
     del lone
     gc.collect()
     if arguments.device == "cuda":

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 if __package__:
-    from benchmarks import gpu_heat as heat
+    from benchmarks import gpu_heat
 else:  # beside gpu_peer.py
-    import gpu_heat as heat
+    import gpu_heat
 
 Generate = Callable[[list[list[int]], int], None]
 MIXED_REQUESTS = 64
@@ -79,13 +79,10 @@ def limits(arguments: argparse.Namespace) -> tuple[int, int]:
 def measure(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each cell, in the order in which they are worth having. Ends the process instead of
     giving that of a device which is too hot."""
-    before, begin = heat.counters_s(), time.perf_counter()
+    watch = gpu_heat.Watch()
     for row in _cells(generate, arguments):
-        after, cell_s = heat.counters_s(), time.perf_counter() - begin
-        hot = heat.hot_s(before, after)
-        heat.check(hot, cell_s)
-        yield row | {"cell_s": round(cell_s, 1), "hot_s": hot}
-        before, begin = heat.counters_s(), time.perf_counter()
+        cell_s, hot_s = watch.look()
+        yield row | {"cell_s": round(cell_s, 1), "hot_s": hot_s}
 
 
 def _cells(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

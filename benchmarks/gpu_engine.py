@@ -61,8 +61,9 @@ def run_ours(arguments: argparse.Namespace) -> None:
         common["routing"] = "uniform_random"
     device = None
     if arguments.device == "cuda":
-        with gpu_heat.cool():
-            device = gpu_floor.measure_device()
+        watch = gpu_heat.Watch()
+        device = gpu_floor.measure_device()
+        watch.look()
         cells.put(common | device.describe())
     begin = time.perf_counter()
     from core.engine.alone import build_alone, offline_alone

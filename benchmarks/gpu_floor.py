@@ -77,7 +77,8 @@ class Sizes:
     def prefill_s(self, batch: int, tokens: int, device: Device) -> float:
         """Seconds of computing `batch` prompts of `tokens`, whatever the steps."""
         flops = device.fp8_flops if self.fp8 and device.fp8_flops else device.bf16_flops
-        # Only the last row of a prompt goes through the head, which is little of the whole.
+        # Only the last row of a prompt goes through the head, which is little of the whole. The
+        # last layer's MLP, which needs no more rows than the head, is counted with all of them.
         causal = batch * tokens * (tokens + 1) / 2 * self.attention_flops
         return self.row_flops() * batch * tokens / flops + causal / device.bf16_flops
 

@@ -8,10 +8,8 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-MOST_OF_A_CELL = 0.05
+MOST_OF_ITS_TIME = 0.05
 _COUNTER = re.compile(r"^ *[SH]W Thermal Slowdown *: *(\d+) us *$", re.MULTILINE)
 
 
@@ -39,20 +37,23 @@ def hot_s(before: list[float], after: list[float]) -> float | None:
     return round(max(late - early for early, late in zip(before, after, strict=True)), 3)
 
 
-def check(hot: float | None, cell_s: float) -> None:
-    """Stop where what was measured is a device that is too hot."""
-    if hot is not None and hot > MOST_OF_A_CELL * cell_s:
-        raise SystemExit(
-            f"the GPU was too hot for its clocks in {hot:.1f} of {cell_s:.1f} seconds "
-            "(nvidia-smi -q -d PERFORMANCE counts them): what it did in them means nothing. Let it "
-            "cool down, or take another"
-        )
+class Watch:
+    """What became of the device since the last look, or since this was made."""
 
+    def __init__(self) -> None:
+        self._before, self._begin = counters_s(), time.perf_counter()
 
-@contextmanager
-def cool() -> Iterator[None]:
-    """Around a measurement: stops where the device was too hot meanwhile."""
-    before, begin = counters_s(), time.perf_counter()
-    yield
-    took_s = time.perf_counter() - begin
-    check(hot_s(before, counters_s()), took_s)
+    def look(self) -> tuple[float, float | None]:
+        """(seconds, those of them in which it was slowed). Ends the process where it was too hot:
+        what it did meanwhile is not to be told."""
+        before, took_s = self._before, time.perf_counter() - self._begin
+        self._before = counters_s()
+        self._begin = time.perf_counter()
+        hot = hot_s(before, self._before)
+        if hot is not None and hot > MOST_OF_ITS_TIME * took_s:
+            raise SystemExit(
+                f"the GPU was too hot for its clocks in {hot:.1f} of {took_s:.1f} seconds "
+                "(nvidia-smi -q -d PERFORMANCE counts them): what it did in them means nothing. "
+                "Let it cool down, or take another"
+            )
+        return took_s, hot

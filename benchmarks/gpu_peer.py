@@ -2,9 +2,8 @@
 
     python gpu_peer.py vllm|sglang MODEL_DIR BATCHES [PROMPT_TOKENS] [NEW_TOKENS] [--mixed] [--ttft]
 
-Run by `benchmarks.gpu_engine --peer`. Imports nothing of Nodeweave but the cells and the
-device's heat beside it. Prints
-the same JSON lines. Routing is forced through the environment:
+Run by `benchmarks.gpu_engine --peer`. Imports nothing of Nodeweave but the cells and the watch over
+the device's heat beside it. Prints the same JSON lines. Routing is forced through the environment:
 
     VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random   draws with replacement
     SGLANG_SIMULATE_UNIFORM_EXPERTS=1   a random one and others in equal steps (Qwen)

@@ -68,8 +68,8 @@ def attend_tile(
 
 @triton.jit
 def find_sequence(starts_ptr, num_sequences, block, BLOCK_Q: tl.constexpr, MORE: tl.constexpr = 1):
-    """The sequence that `block` belongs to; the blocks of s begin at starts[s] // BLOCK_Q + MORE *
-    s."""
+    """The sequence that `block` belongs to; those of sequence s begin at block
+    starts[s] // BLOCK_Q + MORE * s."""
     left = 0
     right = num_sequences
     while left < right:

@@ -173,32 +173,32 @@ PERFORMANCE = """
 """
 
 
-def test_a_hot_device_is_not_measured() -> None:
+def test_the_drivers_counters_are_read() -> None:
     before, after = (
         gpu_heat.parsed(PERFORMANCE.format(*counts))
         for counts in ((318700709, 84769323), (318900709, 86269323))
     )
     assert before == [318.700709, 84.769323]
     assert gpu_heat.hot_s(before, after) == 1.5
-    gpu_heat.check(1.5, 30.1)
-    with pytest.raises(SystemExit, match=r"too hot for its clocks in 1\.5 of 20\.0 seconds"):
-        gpu_heat.check(1.5, 20.0)
-
-
-def test_what_a_hot_device_did_meanwhile_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = iter([[1.0, 5.0], [1.0, 5.0], [2.0, 5.0], [1e9, 5.0]])
-    monkeypatch.setattr(gpu_heat, "counters_s", lambda: next(counters))
-    with gpu_heat.cool():
-        pass
-    with pytest.raises(SystemExit, match="too hot"), gpu_heat.cool():
-        pass
-
-
-def test_nobody_counts_heat() -> None:
     assert gpu_heat.parsed("Failed to initialize NVML: Driver Not Loaded") == []
-    assert gpu_heat.hot_s([], []) is None
-    assert gpu_heat.hot_s([1.0, 2.0], []) is None
-    gpu_heat.check(None, 1.0)
+    assert gpu_heat.hot_s([], []) is gpu_heat.hot_s([1.0, 2.0], []) is None
+
+
+def test_a_hot_device_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look covers 30.1 seconds, the second 20."""
+    counters = iter([[1.0, 5.0], [1.2, 6.5], [1.2, 8.0]])
+    clock = iter([100.0, 130.1, 200.0, 220.0, 220.0])
+    monkeypatch.setattr(gpu_heat, "counters_s", lambda: next(counters))
+    monkeypatch.setattr(gpu_heat.time, "perf_counter", lambda: next(clock))
+    watch = gpu_heat.Watch()
+    assert watch.look() == (pytest.approx(30.1), 1.5)
+    with pytest.raises(SystemExit, match=r"too hot for its clocks in 1\.5 of 20\.0 seconds"):
+        watch.look()
+
+
+def test_nobody_counts_heat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_heat, "counters_s", list)
+    assert gpu_heat.Watch().look()[1] is None
 
 
 def test_ratios_are_to_the_fastest_peer() -> None:

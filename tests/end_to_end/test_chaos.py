@@ -69,7 +69,7 @@ async def one_client(client: httpx.AsyncClient, chooser: random.Random, deadline
 async def all_clients(url: str, seconds: float) -> int:
     limits = httpx.Limits(max_connections=NUM_CLIENTS)
     deadline = time.monotonic() + seconds
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=200) as client:
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
         counts = await asyncio.gather(
             *(one_client(client, random.Random(number), deadline) for number in range(NUM_CLIENTS))
         )
