@@ -22,9 +22,11 @@ from core.kernels.expert_tiles import ExpertTiles
 from core.kernels.moe_permute import group_rows
 from core.kernels.triton_expert_tiles import cut_into_tiles, most_tiles, new_tiles
 
-_FEW = 64  # pairs that are compared with each other
+_FEW = 32  # pairs that are compared with each other
 _BLOCK = 128  # pairs of one program
 _TURN = 16  # blocks whose counts are read at once
+_COMPARED = 1024  # pairs that each program compares its own with
+_COMPARED_BLOCK = 8  # pairs of one program then
 _COUNTED_BY_EACH = 4096  # pairs that every program counts by itself
 _CHUNK = 512  # of them at once
 MOST_PAIRS = 65536  # every program reads the counts of all blocks: beyond, sort
@@ -156,42 +158,55 @@ def place_pairs_kernel(
     KEYS: tl.constexpr,
     TURN: tl.constexpr,
     CHUNK: tl.constexpr,
+    ALL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """A pair's place is the number of pairs before it: those of smaller keys, those of its own in
     earlier blocks, and the earlier ones of its own block. Counts of blocks are read TURN at once,
-    or, with a CHUNK, all pairs counted here. With BLOCK_M places are cut into tiles too."""
+    or, with a CHUNK, all pairs counted here, or, where there are at most ALL, compared with each.
+    With BLOCK_M places are cut into tiles too."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     block = tl.program_id(0)
     # Read before anything is counted, as loads are not moved past each other.
     pairs_B = block * BLOCK + tl.arange(0, BLOCK)
     keys_B = _keys(experts_ptr, pairs_B, num_pairs, num_experts, KEYS - 1)
-    pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
-    keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
-    earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
-    own_ranks_B = tl.sum(earlier_BQ.to(tl.int32), 1)
     keys_X = tl.arange(0, KEYS)
     counts_X = tl.zeros((KEYS,), tl.int32)
-    before_X = tl.zeros((KEYS,), tl.int32)
-    if CHUNK > 0:
-        for first in range(0, num_pairs, CHUNK):
-            pairs_C = first + tl.arange(0, CHUNK)
-            keys_C = _keys(experts_ptr, pairs_C, num_pairs, num_experts, KEYS - 1)
-            counts_X += tl.histogram(keys_C, KEYS)
-            if first < block * BLOCK:
-                before_X += tl.histogram(tl.where(pairs_C < block * BLOCK, keys_C, KEYS - 1), KEYS)
+    if ALL > 0:
+        pairs_A = tl.arange(0, ALL)
+        keys_A = _keys(experts_ptr, pairs_A, num_pairs, num_experts, KEYS - 1)
+        earlier_BA = (keys_A[None, :] == keys_B[:, None]) & (pairs_A[None, :] < pairs_B[:, None])
+        # Both numbers, each less than 2^16, in one sum.
+        smaller_BA = (keys_A[None, :] < keys_B[:, None]).to(tl.int32)
+        sums_B = tl.sum((smaller_BA << 16) + earlier_BA.to(tl.int32), 1)
+        ranks_B, starts_B = sums_B & 65535, sums_B >> 16
+        counts_X += tl.histogram(keys_A, KEYS)
     else:
-        for first in range(0, num_blocks, TURN):
-            blocks_Q = first + tl.arange(0, TURN)
-            offsets_QX = blocks_Q[:, None] * KEYS + keys_X[None, :]
-            inside_QX = (blocks_Q < num_blocks)[:, None]
-            counts_QX = tl.load(block_counts_ptr + offsets_QX, mask=inside_QX, other=0)
-            counts_X += tl.sum(counts_QX, 0)
-            before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
-    starts_X = tl.cumsum(counts_X, 0) - counts_X
-    ranks_B = tl.gather(before_X, keys_B, 0) + own_ranks_B
-    starts_B = tl.gather(starts_X, keys_B, 0)
+        pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
+        keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
+        earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
+        own_ranks_B = tl.sum(earlier_BQ.to(tl.int32), 1)
+        before_X = tl.zeros((KEYS,), tl.int32)
+        if CHUNK > 0:
+            for first in range(0, num_pairs, CHUNK):
+                pairs_C = first + tl.arange(0, CHUNK)
+                keys_C = _keys(experts_ptr, pairs_C, num_pairs, num_experts, KEYS - 1)
+                counts_X += tl.histogram(keys_C, KEYS)
+                if first < block * BLOCK:
+                    keys_C = tl.where(pairs_C < block * BLOCK, keys_C, KEYS - 1)
+                    before_X += tl.histogram(keys_C, KEYS)
+        else:
+            for first in range(0, num_blocks, TURN):
+                blocks_Q = first + tl.arange(0, TURN)
+                offsets_QX = blocks_Q[:, None] * KEYS + keys_X[None, :]
+                inside_QX = (blocks_Q < num_blocks)[:, None]
+                counts_QX = tl.load(block_counts_ptr + offsets_QX, mask=inside_QX, other=0)
+                counts_X += tl.sum(counts_QX, 0)
+                before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
+        starts_X = tl.cumsum(counts_X, 0) - counts_X
+        ranks_B = tl.gather(before_X, keys_B, 0) + own_ranks_B
+        starts_B = tl.gather(starts_X, keys_B, 0)
     places_B = starts_B + ranks_B
     _store_places(
         source_ptr, positions_ptr, pairs_B, places_B, keys_B, num_pairs, num_experts, TOP_K
@@ -254,7 +269,9 @@ def _place(
     source_P = torch.empty(num_pairs, dtype=torch.int64, device=device)
     counts_L = torch.empty(num_experts, dtype=torch.int64, device=device)
     positions_TK = torch.empty_like(experts_TK)
-    num_blocks = triton.cdiv(num_pairs, _BLOCK)
+    compares = num_pairs <= _COMPARED
+    block = _COMPARED_BLOCK if compares else _BLOCK
+    num_blocks = triton.cdiv(num_pairs, block)
     num_keys = triton.next_power_of_2(num_experts + 2)
     block_counts, chunk = counts_L, _CHUNK
     if num_pairs > _COUNTED_BY_EACH:
@@ -272,10 +289,11 @@ def _place(
         0 if tiles is None else tiles.max_tiles,
         TOP_K=experts_TK.shape[1],
         BLOCK_M=0 if tiles is None else tiles.block_M,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         KEYS=num_keys,
         TURN=_TURN,
         CHUNK=chunk,
+        ALL=max(block, triton.next_power_of_2(num_pairs)) if compares else 0,
         num_warps=8,
         **options(device),
     )

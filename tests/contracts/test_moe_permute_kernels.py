@@ -71,7 +71,9 @@ def test_triton_groups_rows_as_torch_does(num_rows: int, top_k: int, num_experts
     assert torch.equal(positions_TK.cpu(), expected.positions_TK)
 
 
-@pytest.mark.parametrize(("num_rows", "top_k"), [(1, 1), (3, 8), (16, 8), (17, 8), (2500, 8)])
+@pytest.mark.parametrize(
+    ("num_rows", "top_k"), [(1, 1), (3, 8), (16, 8), (17, 8), (128, 8), (129, 8), (2500, 8)]
+)
 @pytest.mark.parametrize("case", ["one expert", "none", "few experts", "any"])
 def test_extreme_routings_are_grouped(num_rows: int, top_k: int, case: str) -> None:
     num_experts = 130
@@ -93,7 +95,9 @@ def test_extreme_routings_are_grouped(num_rows: int, top_k: int, case: str) -> N
 
 
 @pytest.mark.parametrize("block_M", [16, 64])
-@pytest.mark.parametrize(("num_rows", "top_k", "num_experts"), [*SHAPES[1:], (600, 8, 127)])
+@pytest.mark.parametrize(
+    ("num_rows", "top_k", "num_experts"), [*SHAPES[1:], (100, 8, 127), (200, 8, 127), (600, 8, 127)]
+)
 def test_groups_are_cut_into_tiles(
     num_rows: int, top_k: int, num_experts: int, block_M: int
 ) -> None:
