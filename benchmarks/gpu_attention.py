@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_attention
     python -m benchmarks.gpu_attention --sweep  # how decode is best launched: rows of its table
+    python -m benchmarks.gpu_attention --sweep --shapes qwen3_30b --sequences 4 8
 
 A cell is what a layer does between two projections: heads prepared and stored, then attention. It
 is compared with its floor: in decode the bytes of k and v over the bandwidth of a large copy, in
@@ -12,7 +13,7 @@ layer's would stay in the L2 cache. Knows nothing of models: shapes are those of
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 
@@ -69,6 +70,19 @@ SWEPT = [
     (128, 4, 3, 2),
     (128, 4, 4, 1),
 ]
+# Of few sequences, which have few tiles: as many programs as tiles, all of which fit beside each
+# other.
+SWEPT_FEW = [
+    (32, 4, 3, 4),
+    (32, 4, 2, 8),
+    (64, 4, 2, 3),
+    (64, 4, 2, 5),
+    (64, 8, 2, 3),
+    (128, 4, 2, 3),
+    (128, 8, 2, 2),
+    (128, 8, 2, 3),
+]
+MOST_FEW = 16
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -164,12 +178,13 @@ def time_layer(
     return microseconds(run) / num_layers
 
 
-def sweep(shape: Shape) -> Iterator[dict[str, object]]:
+def sweep(shape: Shape, sequences: Sequence[int]) -> Iterator[dict[str, object]]:
     """The fastest launch for each number of sequences, as core/kernels/tuned/attention_decode.json
     holds them."""
     num_heads, num_kv_heads, head_dim, _ = shape
-    for count in SWEPT_SEQUENCES:
-        choices = [DecodeChoice(count, *tile[:3], None, tile[3], levels=4) for tile in SWEPT]
+    for count in sequences:
+        tiles = SWEPT + (SWEPT_FEW if count <= MOST_FEW else [])
+        choices = [DecodeChoice(count, *tile[:3], None, tile[3], levels=4) for tile in tiles]
         contexts = [SWEPT_CONTEXT] * count
         time_layer(shape, [1] * count, contexts, choices[0])  # clocks rise
         times = [time_layer(shape, [1] * count, contexts, choice) for choice in choices]
@@ -202,9 +217,13 @@ def time_fused(shape: Shape, sequences: int, rows: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="launches of decode, by sequences")
-    if parser.parse_args().sweep:
-        for shape in (SHAPES["llama31_8b"], SHAPES["qwen3_30b"]):
-            for row in sweep(shape):
+    swept = ["llama31_8b", "qwen3_30b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=swept, help="of the sweep")
+    parser.add_argument("--sequences", nargs="+", type=int, default=SWEPT_SEQUENCES)
+    arguments = parser.parse_args()
+    if arguments.sweep:
+        for name in arguments.shapes:
+            for row in sweep(SHAPES[name], arguments.sequences):
                 print(json.dumps(row), flush=True)
         return
     bandwidth, rate = copy_bandwidth(), matrix_rate()
