@@ -186,6 +186,7 @@ def sweep_cell(name: str, rows: int, weights: list[BlockFp8]) -> list[dict[str, 
 
 def sweep(names: list[str], all_rows: list[int], folder: Path, until_s: float) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
+    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     compile_all(names, all_rows)
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)

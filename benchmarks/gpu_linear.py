@@ -145,7 +145,7 @@ def matrices(rows: int, tiles: dict[int, list[tuple[int, ...]]]) -> Iterator[Til
             yield {"path": "matrix", **tile, "PREFETCH_I": prefetched}
 
 
-# (rows of a tile, outputs, inputs, warps, stages), for 128 rows and more
+# (rows of a tile, outputs, inputs, warps, stages), for more than 64 rows
 _WIDES = [
     (128, 128, 64, 8, 4),
     (128, 128, 64, 8, 3),
@@ -164,7 +164,7 @@ def candidates(operation: str, size_I: int, rows: int) -> list[Tile]:
     found = [] if rows > 8 else list(vectors(size_I, rows))
     if rows > 1:
         found += matrices(rows, _GATES if operation == "gate" else _MATRICES)
-    if rows >= 128 and operation != "gate":
+    if rows > 64 and operation != "gate":
         found += wides()
     least = 2 if operation == "gated_linear" else 1
     found = [tile for tile in found if tile["BLOCK_O"] >= least]
@@ -285,6 +285,8 @@ def sweep_cell(name: str, rows: int, weights: Tensor) -> list[dict[str, Any]]:
 
 
 def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     compile_all([(name, rows) for rows in all_rows for name in names])
     gc.freeze()  # each capture of a graph collects garbage
     everything: list[dict[str, Any]] = []

@@ -237,6 +237,8 @@ def compile_all(shape: Shape, all_rows: list[int]) -> None:
 
 def sweep(name: str, all_rows: list[int], folder: Path | None) -> None:
     shape, table = SHAPES[name], []
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     compile_all(shape, all_rows)
     weights = weights_of(shape, shape.num_experts)
     for rows in all_rows:
