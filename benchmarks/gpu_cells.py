@@ -113,15 +113,18 @@ def _cells(generate: Generate, arguments: argparse.Namespace) -> Iterator[dict[s
 def rates(
     best: Callable[[list[int], int], float], lengths: list[int], new_tokens: int
 ) -> dict[str, Any]:
-    """Prefill and decode rates of prompts of these lengths."""
+    """Prefill and decode rates of prompts of these lengths, and that of all tokens of a whole run:
+    an engine may decode in the steps of prompts, so that what it does there is in neither alone."""
     prefill = best(lengths, 1)
-    decode = best(lengths, new_tokens + 1) - prefill
+    whole = best(lengths, new_tokens + 1)
+    decode = whole - prefill
     return {
         "isl": round(sum(lengths) / len(lengths)),
         "osl": new_tokens,
         "prefill_tok_s": round(sum(lengths) / prefill),
         "decode_tok_s": round(len(lengths) * new_tokens / decode),
         "tpot_ms": round(decode / new_tokens * 1e3, 3),
+        "run_tok_s": round((sum(lengths) + len(lengths) * (new_tokens + 1)) / whole),
     }
 
 

@@ -228,3 +228,13 @@ def test_the_better_of_two_runs() -> None:
 def test_our_child_gets_no_peers() -> None:
     words = ["m", "1", "--peer", "vllm=x y", "--ttft", "--rounds=2", "--peer-python", "p"]
     assert gpu_engine.without_peer_options(words) == ["m", "1", "--ttft"]
+
+
+def test_rates_of_a_cell_are_those_of_its_seconds() -> None:
+    seconds = {1: 2.0, 9: 2.5}  # by new tokens
+    row = cells.rates(lambda _, new_tokens: seconds[new_tokens], [100, 300], 8)
+    assert (row["isl"], row["osl"]) == (200, 8)
+    assert row["prefill_tok_s"] == 200
+    assert row["decode_tok_s"] == 2 * 8 / 0.5
+    assert row["tpot_ms"] == 500 / 8
+    assert row["run_tok_s"] == round((400 + 2 * 9) / 2.5)
