@@ -17,19 +17,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.interfaces.moe_a2a import Dispatched
-from core.kernels.dependent_launch import (
-    fetch_lines,
-    let_successor_start,
-    options,
-    wait_for_predecessor,
-)
+from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.torch_moe import plain_rows
-from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
+from core.kernels.triton_expert_tiles import (
+    fetch_weights,
+    fetched_columns,
+    has_tma,
+    num_programs,
+    usual_block_M,
+)
 from core.kernels.tuning import choices, choose
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
-_MOST_FETCHED = 1024  # columns of a weight's row that are asked for ahead
 
 
 @triton.jit
@@ -64,29 +64,6 @@ def _add_product(total, x_MD, weight_ND, WIDE: tl.constexpr, SWAP: tl.constexpr)
     else:
         total = tl.dot(x_MD, weight_ND.T, total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def _fetch_weights(
-    weights_ptr,
-    tiles_ptr,
-    ROWS: tl.constexpr,
-    SIZE_N: tl.constexpr,
-    SIZE_D: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FETCHED_D: tl.constexpr,
-):
-    """Ask the second-level cache for the beginning of this program's first rows of a weight."""
-    program = tl.program_id(0)
-    # Not through the first-level cache, which may hold what stood there before.
-    if program < tl.load(tiles_ptr, cache_modifier=".cg") * NUM_COLUMNS:
-        tile_ptr = tiles_ptr + 1 + program // NUM_COLUMNS
-        row = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64) * ROWS
-        rows_N = row + (program % NUM_COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)) % SIZE_N
-        LINE: tl.constexpr = 1024 // weights_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        lines_D = tl.minimum(tl.arange(0, FETCHED_D // LINE) * LINE, SIZE_D - 1)
-        fetch_lines(weights_ptr + rows_N[:, None] * SIZE_D + lines_D[None, :])
 
 
 @triton.jit(
@@ -127,9 +104,7 @@ def grouped_product_kernel(
     TOTAL_M: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     TOTAL_N: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
     if DEPENDENT and FETCHED_D > 0:
-        _fetch_weights(
-            weights_ptr, tiles_ptr, ROWS, SIZE_N, SIZE_D, NUM_COLUMNS, BLOCK_N, FETCHED_D
-        )
+        fetch_weights(weights_ptr, tiles_ptr, ROWS, SIZE_N, SIZE_D, NUM_COLUMNS, BLOCK_N, FETCHED_D)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     # Beside their number, not after it; there is room for a tile that there isn't.
@@ -296,7 +271,7 @@ def multiply(
         BLOCK_M=tiles.block_M,
         BLOCK_N=tile.block_N,
         BLOCK_D=tile.block_D,
-        FETCHED_D=min(_MOST_FETCHED, triton.next_power_of_2(size_D)) if ahead else 0,
+        FETCHED_D=fetched_columns(size_D) if ahead else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),
