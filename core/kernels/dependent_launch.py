@@ -1,11 +1,8 @@
 """Programmatic dependent launch: a kernel may start while the one before ends (Hopper and later).
 
 A kernel launched with `options(device)` begins when its predecessor says so or ends. It must call
-`wait_for_predecessor` before it touches anything that earlier kernels wrote or still read. Before
-that it may load what no kernel writes (weights); what was complete when a kernel before its
-predecessor was launched plainly (a step's slots and positions: the embedding is such a kernel); and
-what the predecessor itself had waited for, if that one waits before it lets its successor start.
-Only kernels that do so may be launched this way.
+`wait_for_predecessor` before it touches anything that earlier kernels wrote or still read, and may
+before that load what no kernel writes (weights). Only kernels that do so may be launched this way.
 Source: CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 
@@ -32,19 +29,6 @@ def let_successor_start(DEPENDENT: tl.constexpr):
     """The next kernel may be set up from here on; it still waits for this one's results."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def fetch_lines(addresses):
-    """Ask the second-level cache for a line of 128 bytes at each address; waits for none."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [addresses],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @lru_cache(maxsize=16)

@@ -14,17 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.kernels.dependent_launch import (
-    fetch_lines,
-    let_successor_start,
-    options,
-    wait_for_predecessor,
-)
+from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertTiles
 
 _TILES_OF_A_PROGRAM = 32
 _INTERPRETED_PROGRAMS = 4
-_MOST_FETCHED = 1024
 
 
 @triton.jit(
@@ -64,34 +58,6 @@ def expert_tiles_kernel(
     tl.store(places_T + 2 * max_tiles, start_T + count_T, mask=inside_T)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.sum(num_tiles_L, axis=0))
-
-
-@triton.jit
-def fetch_weights(
-    weights_ptr,
-    tiles_ptr,
-    ROWS: tl.constexpr,
-    SIZE_N: tl.constexpr,
-    SIZE_D: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FETCHED_D: tl.constexpr,
-):
-    """Ask the second-level cache for the beginning of this program's first rows of a weight."""
-    program = tl.program_id(0)
-    # Not through the first-level cache, which may hold what stood there before.
-    if program < tl.load(tiles_ptr, cache_modifier=".cg") * NUM_COLUMNS:
-        tile_ptr = tiles_ptr + 1 + program // NUM_COLUMNS
-        row = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64) * ROWS
-        rows_N = row + (program % NUM_COLUMNS * BLOCK_N + tl.arange(0, BLOCK_N)) % SIZE_N
-        LINE: tl.constexpr = 1024 // weights_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        lines_D = tl.minimum(tl.arange(0, FETCHED_D // LINE) * LINE, SIZE_D - 1)
-        fetch_lines(weights_ptr + rows_N[:, None] * SIZE_D + lines_D[None, :])
-
-
-def fetched_columns(size_D: int) -> int:
-    """How many of `size_D` columns of a weight `fetch_weights` asks for."""
-    return min(_MOST_FETCHED, int(triton.next_power_of_2(size_D)))
 
 
 def cut_into_tiles(

@@ -59,22 +59,20 @@ def prepare_heads_kernel(
         second_norm_BU = _load_norm(
             q_norm_ptr + HALF, k_norm_ptr + HALF, is_q_B1, is_k_B1, columns_U, HALF
         )
-    inside_U = columns_U < HALF
-    # A step's slots and positions were complete before its first layer. Not through the first-level
-    # cache, which may hold what stood there before.
-    slot = tl.load(slots_ptr + row, cache_modifier=".cg")
-    position = tl.load(positions_ptr + row, cache_modifier=".cg")  # padding has one too
-    angles_ptr = cos_sin_ptr + position * (2 * HALF) + columns_U
-    cos_U = tl.load(angles_ptr, mask=inside_U, other=0.0)
-    sin_U = tl.load(angles_ptr + HALF, mask=inside_U, other=0.0)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
+    slot = tl.load(slots_ptr + row)
+    position = tl.load(positions_ptr + row)  # beside that of the slot: padding has one too
     if slot < 0:
         return
+    inside_U = columns_U < HALF
     inside_BU = (heads_B[:, None] < H + 2 * G) & inside_U[None, :]
     places_BU = qkv_ptr + (row * (H + 2 * G) + heads_B[:, None]) * (2 * HALF) + columns_U[None, :]
     first_BU = tl.load(places_BU, mask=inside_BU, other=0.0).to(tl.float32)
     second_BU = tl.load(places_BU + HALF, mask=inside_BU, other=0.0).to(tl.float32)
+    angles_ptr = cos_sin_ptr + position * (2 * HALF) + columns_U
+    cos_U = tl.load(angles_ptr, mask=inside_U, other=0.0)
+    sin_U = tl.load(angles_ptr + HALF, mask=inside_U, other=0.0)
     if NORM:
         squares_B = tl.sum(first_BU * first_BU + second_BU * second_BU, axis=1)
         scale_B1 = tl.rsqrt(squares_B / (2 * HALF) + EPS)[:, None]

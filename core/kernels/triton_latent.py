@@ -125,12 +125,10 @@ def prepare_latent_kernel(
     columns_C = tl.arange(0, BLOCK_C)
     inside_C = columns_C < LATENT_DIM
     norm_C = tl.load(norm_ptr + columns_C, mask=inside_C, other=0.0).to(tl.float32)
-    # A step's slots and positions were complete before its first layer. Not through the first-level
-    # cache, which may hold what stood there before.
-    slot = tl.load(slots_ptr + row, cache_modifier=".cg")
-    position = tl.load(positions_ptr + row, cache_modifier=".cg")  # padding has one too
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
+    slot = tl.load(slots_ptr + row)
+    position = tl.load(positions_ptr + row)  # beside that of the slot: padding has one too
     if slot < 0:
         return
     angles_ptr = cos_sin_ptr + position * (2 * HALF)

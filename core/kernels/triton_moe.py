@@ -70,8 +70,7 @@ class TritonExperts:
         groups = group_into_tiles(routes.experts_TK, num_experts, block_M)
         rows = self._products.routed_rows(x_TE, groups.source_P)
         results_PE = self._results(rows, groups.tiles)
-        # Routes and groups came before both products.
-        return sum_results(results_PE, groups.positions_TK, routes.weights_TK, out_TE, ahead=True)
+        return sum_results(results_PE, groups.positions_TK, routes.weights_TK, out_TE)
 
     def _results(self, rows: ExpertRows, tiles: ExpertTiles) -> Tensor:
         """(P, E): what each place becomes."""

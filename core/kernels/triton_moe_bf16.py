@@ -20,13 +20,7 @@ from core.interfaces.moe_a2a import Dispatched
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.torch_moe import plain_rows
-from core.kernels.triton_expert_tiles import (
-    fetch_weights,
-    fetched_columns,
-    has_tma,
-    num_programs,
-    usual_block_M,
-)
+from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
 from core.kernels.tuning import choices, choose
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
@@ -66,14 +60,11 @@ def _add_product(total, x_MD, weight_ND, WIDE: tl.constexpr, SWAP: tl.constexpr)
     return total
 
 
-@triton.jit(
-    do_not_specialize=["max_tiles"], do_not_specialize_on_alignment=["tiles_ptr", "weights_ptr"]
-)
+@triton.jit(do_not_specialize=["max_tiles"], do_not_specialize_on_alignment=["tiles_ptr"])
 def grouped_product_kernel(
     x_ptr,
     source_ptr,
     weight,
-    weights_ptr,
     out_ptr,
     tiles_ptr,
     max_tiles,
@@ -88,38 +79,27 @@ def grouped_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    FETCHED_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x @ W.T of each expert's places; with GATED silu(x @ W[:N].T) * (x @ W[N:].T).
 
     With GATHER place p reads row source[p] of x, else row p. With TMA `weight` is a descriptor of
-    all experts' rows as one matrix, whose columns past the end read as zero; else a pointer. With
-    FETCHED_D the tiles were known to the kernel before this one, and so many columns of weights are
-    asked for while that one ends.
+    all experts' rows as one matrix, whose columns past the end read as zero; else a pointer.
     """
     EVEN: tl.constexpr = SIZE_D % BLOCK_D == 0
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
     NUM_COLUMNS: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
     TOTAL_M: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     TOTAL_N: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
-    if DEPENDENT and FETCHED_D > 0:
-        fetch_weights(weights_ptr, tiles_ptr, ROWS, SIZE_N, SIZE_D, NUM_COLUMNS, BLOCK_N, FETCHED_D)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
-    # Beside their number, not after it; there is room for a tile that there isn't.
-    tile_ptr = tiles_ptr + 1 + tl.program_id(0) // NUM_COLUMNS
-    expert, first_place = tl.load(tile_ptr), tl.load(tile_ptr + max_tiles)
-    end_place = tl.load(tile_ptr + 2 * max_tiles)
     work = tl.load(tiles_ptr) * NUM_COLUMNS
     columns_D = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        row = expert * ROWS
-        places_M = first_place + tl.arange(0, BLOCK_M)
-        inside_M = places_M < end_place
-        tile_ptr = tiles_ptr + 1 + tl.minimum(item + tl.num_programs(0), work - 1) // NUM_COLUMNS
-        expert, first_place = tl.load(tile_ptr), tl.load(tile_ptr + max_tiles)
-        end_place = tl.load(tile_ptr + 2 * max_tiles)
+        tile_ptr = tiles_ptr + 1 + item // NUM_COLUMNS
+        row = tl.load(tile_ptr) * ROWS
+        places_M = tl.load(tile_ptr + max_tiles) + tl.arange(0, BLOCK_M)
+        inside_M = places_M < tl.load(tile_ptr + 2 * max_tiles)
         rows_M = places_M
         if GATHER:
             rows_M = tl.load(source_ptr + places_M, mask=inside_M, other=0)
@@ -131,15 +111,13 @@ def grouped_product_kernel(
             mask = inside_M[:, None]
             if not EVEN:
                 mask = mask & (columns_D < SIZE_D - step)[None, :]
-            # Weights first: where they lie is known before which rows are read.
+            x_MD = tl.load(x_ptrs + step, mask=mask, other=0.0)
             gate_ND = _weights(weight, row, step, SIZE_N, SIZE_D, TMA, BLOCK_N, BLOCK_D, first_N)
+            first = _add_product(first, x_MD, gate_ND, WIDE, SWAP)
             if GATED:
                 up_ND = _weights(
                     weight, row + SIZE_N, step, SIZE_N, SIZE_D, TMA, BLOCK_N, BLOCK_D, first_N
                 )
-            x_MD = tl.load(x_ptrs + step, mask=mask, other=0.0)
-            first = _add_product(first, x_MD, gate_ND, WIDE, SWAP)
-            if GATED:
                 second = _add_product(second, x_MD, up_ND, WIDE, SWAP)
         if GATED:
             first = first / (1.0 + tl.exp(-first)) * second
@@ -203,7 +181,7 @@ class PlainExperts:
     def down(self, middle: ExpertRows, tiles: ExpertTiles, out_PE: Tensor) -> None:
         """middle @ down.T, into `out_PE`."""
         tile = self._tile(middle.num_places, tiles.block_M, gated=False)
-        multiply(middle.values, None, self._down_LEI, out_PE, tiles, tile, gated=False, ahead=True)
+        multiply(middle.values, None, self._down_LEI, out_PE, tiles, tile, gated=False)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
         choice = choose(self._found, num_places)
@@ -230,11 +208,8 @@ def multiply(
     tile: ProductTile,
     *,
     gated: bool,
-    ahead: bool = False,
 ) -> None:
-    """One product of every expert; with `gated` the weights hold the gate's rows, then up's. Only
-    where the kernel launched before had the same tiles may weights be asked for `ahead` of its end.
-    """
+    """One product of every expert; with `gated` the weights hold the gate's rows, then up's."""
     num_experts, num_rows, size_D = weight_LND.shape
     size_N = num_rows // 2 if gated else num_rows
     assert x.stride(1) == 1
@@ -255,7 +230,6 @@ def multiply(
         x,
         tiles.tiles if source_P is None else source_P,
         weight,
-        weight_LND,
         out_PN,
         tiles.tiles,
         tiles.max_tiles,
@@ -271,7 +245,6 @@ def multiply(
         BLOCK_M=tiles.block_M,
         BLOCK_N=tile.block_N,
         BLOCK_D=tile.block_D,
-        FETCHED_D=fetched_columns(size_D) if ahead else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),

@@ -22,13 +22,7 @@ from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
-from core.kernels.triton_expert_tiles import (
-    fetch_weights,
-    fetched_columns,
-    has_tma,
-    num_programs,
-    usual_block_M,
-)
+from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
 from core.kernels.triton_fp8 import quantize_rows
 from core.kernels.tuning import choices, choose
 
@@ -82,14 +76,13 @@ def _scaled(product, scale_M, SWAP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["max_tiles", "scale_expert_stride"],
-    do_not_specialize_on_alignment=["source_ptr", "tiles_ptr", "weights_ptr"],
+    do_not_specialize_on_alignment=["source_ptr", "tiles_ptr"],
 )
 def experts_fp8_kernel(
     x_ptr,
     x_blocks,
     x_scales_ptr,
     weight,
-    weights_ptr,
     weight_scales_ptr,
     out_ptr,
     out_scales_ptr,
@@ -107,16 +100,13 @@ def experts_fp8_kernel(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     GATHER: tl.constexpr,
-    FETCHED_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x @ W.T of each expert's rows; with GATED silu(x @ W[:N].T) * (x @ W[N:].T), stored in fp8
     with a scale for each 128 columns: BLOCK_N is 128 then. With GATHER place p reads row source[p].
     With TMA the weights are a descriptor, and without GATHER `x_blocks` is one of tiles of x, of
     which rows past the end are other experts'. With SWAP the weights are the left operand, of
-    which tensor cores take 64 rows at once: few rows of x waste nothing. With FETCHED_D the tiles
-    were known to the kernel before this one, and so many columns of weights are asked for while
-    that one ends.
+    which tensor cores take 64 rows at once: few rows of x waste nothing.
     """
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
     NUM_COLUMNS: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
@@ -124,21 +114,15 @@ def experts_fp8_kernel(
     SCALES_N: tl.constexpr = (SIZE_N + 127) // 128
     SHAPE_0: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     SHAPE_1: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
-    if DEPENDENT and FETCHED_D > 0:
-        fetch_weights(weights_ptr, tiles_ptr, ROWS, SIZE_N, SIZE_D, NUM_COLUMNS, BLOCK_N, FETCHED_D)
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
-    # Beside their number, not after it; there is room for a tile that there isn't.
-    tile_ptr = tiles_ptr + 1 + tl.program_id(0) // NUM_COLUMNS
-    next_expert, next_start = tl.load(tile_ptr), tl.load(tile_ptr + max_tiles)
-    next_end = tl.load(tile_ptr + 2 * max_tiles)
     work = tl.load(tiles_ptr) * NUM_COLUMNS
     columns_D = tl.arange(0, 128)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        expert, start, end = next_expert.to(tl.int64), next_start, next_end
-        tile_ptr = tiles_ptr + 1 + tl.minimum(item + tl.num_programs(0), work - 1) // NUM_COLUMNS
-        next_expert, next_start = tl.load(tile_ptr), tl.load(tile_ptr + max_tiles)
-        next_end = tl.load(tile_ptr + 2 * max_tiles)
+        tile_ptr = tiles_ptr + 1 + item // NUM_COLUMNS
+        expert = tl.load(tile_ptr).to(tl.int64)
+        start = tl.load(tile_ptr + max_tiles)
+        end = tl.load(tile_ptr + 2 * max_tiles)
         # Past the end come values of whatever lies there, or of the last row again, with its scale;
         # their results are not stored.
         places_M = start + tl.arange(0, BLOCK_M)
@@ -157,8 +141,6 @@ def experts_fp8_kernel(
         second = tl.zeros((SHAPE_0, SHAPE_1), tl.float32)
         for block in range(SCALES_D):
             step = block * 128
-            # Weights first: where they lie is known before which rows are read.
-            weight_ND = _weight_tile(weight, row, first_N, step, SIZE_D, SIZE_N, BLOCK_N, TMA)
             if TMA and not GATHER:
                 x_MD = x_blocks.load([start, step])
             elif SIZE_D % 128 == 0:
@@ -166,6 +148,7 @@ def experts_fp8_kernel(
             else:
                 x_MD = tl.load(x_ptrs + step, mask=(columns_D < SIZE_D - step)[None, :], other=0.0)
             scale_M = tl.load(scale_ptrs + block * scale_column_stride)
+            weight_ND = _weight_tile(weight, row, first_N, step, SIZE_D, SIZE_N, BLOCK_N, TMA)
             scale = tl.load(block_ptr + block)
             first += _scaled(_product(x_MD, weight_ND, SWAP), scale_M * scale, SWAP)
             if GATED:
@@ -241,7 +224,7 @@ class Fp8Experts:
     def down(self, middle: ExpertRows, tiles: ExpertTiles, out_PE: Tensor) -> None:
         """middle @ down.T, into `out_PE`."""
         tile = self._tile(middle.num_places, tiles.block_M, gated=False)
-        multiply(middle, self._down_LEI, tiles, out_PE, None, tile, ahead=True)
+        multiply(middle, self._down_LEI, tiles, out_PE, None, tile)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
         choice = choose(self._found, num_places)
@@ -264,11 +247,8 @@ def multiply(
     out_PN: Tensor,
     out_scales: Tensor | None,
     tile: ProductTile,
-    *,
-    ahead: bool = False,
 ) -> None:
-    """One product of every expert; gated where the result's scales are asked for. Only where the
-    kernel launched before had the same tiles may weights be asked for `ahead` of its end."""
+    """One product of every expert; gated where the result's scales are asked for."""
     assert rows.scales is not None
     assert rows.values.is_contiguous()
     gated, values = out_scales is not None, weight.values_OI
@@ -295,7 +275,6 @@ def multiply(
         x_blocks,
         rows.scales,
         source,
-        values,
         weight.scales,
         out_PN,
         out_PN if out_scales is None else out_scales,
@@ -311,7 +290,6 @@ def multiply(
         SWAP=tile.swap,
         TMA=tma,
         GATHER=rows.source_P is not None,
-        FETCHED_D=fetched_columns(size_D) if ahead else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),

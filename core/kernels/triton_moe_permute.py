@@ -27,28 +27,18 @@ def sum_results_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Part of one row: its results, all read at once where they lie, added up in float32. AHEAD:
-    positions and weights were known to the kernel before this one."""
-    if not AHEAD:
-        wait_for_predecessor(DEPENDENT)
+    """Part of one row: its results, all read at once where they lie, added up in float32."""
+    wait_for_predecessor(DEPENDENT)
+    let_successor_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     columns_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     choices_K = tl.arange(0, BLOCK_K)
     inside_K = choices_K < TOP_K
-    # Not through the first-level cache, which may hold what stood there before.
-    positions_K = tl.load(
-        positions_ptr + row * TOP_K + choices_K, mask=inside_K, other=-1, cache_modifier=".cg"
-    )
+    positions_K = tl.load(positions_ptr + row * TOP_K + choices_K, mask=inside_K, other=-1)
     if WEIGHTED:
-        weights_K = tl.load(
-            weights_ptr + row * TOP_K + choices_K, mask=inside_K, other=0.0, cache_modifier=".cg"
-        )
-    if AHEAD:
-        wait_for_predecessor(DEPENDENT)
-    let_successor_start(DEPENDENT)
+        weights_K = tl.load(weights_ptr + row * TOP_K + choices_K, mask=inside_K, other=0.0)
     # What no position names may be NaN, so that it must not even be multiplied by 0.
     inside_KE = (positions_K >= 0)[:, None] & (columns_E < hidden_size)[None, :]
     places_KE = positions_K.to(tl.int64)[:, None] * hidden_size + columns_E[None, :]
@@ -60,16 +50,9 @@ def sum_results_kernel(
 
 
 def sum_results(
-    results_ME: Tensor,
-    positions_TK: Tensor,
-    weights_TK: Tensor | None,
-    out_TE: Tensor,
-    *,
-    ahead: bool = False,
+    results_ME: Tensor, positions_TK: Tensor, weights_TK: Tensor | None, out_TE: Tensor
 ) -> Tensor:
-    """Fill `out_TE`; see core.kernels.moe_permute.sum_results. Only where positions and weights,
-    both contiguous, were known to the kernel launched before may they be read `ahead` of its end.
-    """
+    """Fill `out_TE`; see core.kernels.moe_permute.sum_results."""
     num_rows, hidden_size = out_TE.shape
     block = min(triton.next_power_of_2(hidden_size), _MOST_COLUMNS)
     if num_rows:
@@ -84,7 +67,6 @@ def sum_results(
             WEIGHTED=weights_TK is not None,
             BLOCK_K=triton.next_power_of_2(positions_TK.shape[1]),
             BLOCK_E=block,
-            AHEAD=ahead,
             num_warps=1,
             **options(out_TE.device),
         )

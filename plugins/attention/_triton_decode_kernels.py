@@ -15,13 +15,22 @@ heads.
 import triton
 import triton.language as tl
 
-from core.kernels.dependent_launch import (
-    fetch_lines,
-    let_successor_start,
-    wait_for_predecessor,
-)
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 from plugins.attention._triton_kernels import attend_tile
+
+
+@triton.jit
+def _fetch_lines(addresses, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [addresses],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -52,9 +61,8 @@ def _fetch_tile(
     slots_N = (pages_N * PAGE_SIZE + tokens_N % PAGE_SIZE) * G + kv_head
     lines_L = tl.minimum(tl.arange(0, BLOCK_L) * LINE, HEAD_DIM - 1)
     places_NL = slots_N[:, None] * HEAD_DIM + lines_L[None, :]
-    if DEPENDENT:
-        fetch_lines(k_ptr + places_NL)
-        fetch_lines(v_ptr + places_NL)
+    _fetch_lines(k_ptr + places_NL, DEPENDENT)
+    _fetch_lines(v_ptr + places_NL, DEPENDENT)
 
 
 @triton.jit
