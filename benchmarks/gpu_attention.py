@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="launches of decode, by sequences")
     swept = ["llama31_8b", "qwen3_30b"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=swept, help="of the sweep")
-    parser.add_argument("--sequences", nargs="+", type=int, default=SWEPT_SEQUENCES)
+    parser.add_argument(
+        "--sequences", nargs="+", type=int, default=SWEPT_SEQUENCES, help="of the sweep"
+    )
     arguments = parser.parse_args()
     if arguments.sweep:
         for name in arguments.shapes:

@@ -22,7 +22,7 @@ from core.kernels.expert_tiles import ExpertTiles
 from core.kernels.moe_permute import group_rows
 from core.kernels.triton_expert_tiles import cut_into_tiles, most_tiles, new_tiles
 
-_FEW = 32  # pairs that are compared with each other
+_FEW = 32  # pairs that one program groups
 _BLOCK = 128  # pairs of one program
 _TURN = 16  # blocks whose counts are read at once
 _COMPARED = 1024  # pairs that each program compares its own with
@@ -140,6 +140,55 @@ def count_pairs_kernel(
     tl.store(block_counts_ptr + block * KEYS + tl.arange(0, KEYS), counts_X)
 
 
+@triton.jit
+def _compared(
+    experts_ptr, pairs_B, keys_B, num_pairs, num_experts, KEYS: tl.constexpr, ALL: tl.constexpr
+):
+    """(pairs of its own key before each pair, those of smaller keys, pairs of each key), of at most
+    ALL pairs, each of which is compared with."""
+    pairs_A = tl.arange(0, ALL)
+    keys_A = _keys(experts_ptr, pairs_A, num_pairs, num_experts, KEYS - 1)
+    earlier_BA = (keys_A[None, :] == keys_B[:, None]) & (pairs_A[None, :] < pairs_B[:, None])
+    # Both numbers, each less than 2^16, in one sum.
+    smaller_BA = (keys_A[None, :] < keys_B[:, None]).to(tl.int32)
+    sums_B = tl.sum((smaller_BA << 16) + earlier_BA.to(tl.int32), 1)
+    return sums_B & 65535, sums_B >> 16, tl.histogram(keys_A, KEYS)
+
+
+@triton.jit
+def _counted(
+    experts_ptr, block_counts_ptr, block, pairs_B, keys_B, num_pairs, num_experts, num_blocks,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, TURN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The same of any number of pairs: those of its own block are compared with, those of others
+    counted, CHUNK at once or, without, from what is known of TURN blocks at once."""
+    pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
+    keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
+    earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
+    own_ranks_B = tl.sum(earlier_BQ.to(tl.int32), 1)
+    counts_X = tl.zeros((KEYS,), tl.int32)
+    before_X = tl.zeros((KEYS,), tl.int32)
+    if CHUNK > 0:
+        for first in range(0, num_pairs, CHUNK):
+            pairs_C = first + tl.arange(0, CHUNK)
+            keys_C = _keys(experts_ptr, pairs_C, num_pairs, num_experts, KEYS - 1)
+            counts_X += tl.histogram(keys_C, KEYS)
+            if first < block * BLOCK:
+                keys_C = tl.where(pairs_C < block * BLOCK, keys_C, KEYS - 1)
+                before_X += tl.histogram(keys_C, KEYS)
+    else:
+        for first in range(0, num_blocks, TURN):
+            blocks_Q = first + tl.arange(0, TURN)
+            offsets_QX = blocks_Q[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+            inside_QX = (blocks_Q < num_blocks)[:, None]
+            counts_QX = tl.load(block_counts_ptr + offsets_QX, mask=inside_QX, other=0)
+            counts_X += tl.sum(counts_QX, 0)
+            before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
+    starts_X = tl.cumsum(counts_X, 0) - counts_X
+    ranks_B = tl.gather(before_X, keys_B, 0) + own_ranks_B
+    return ranks_B, tl.gather(starts_X, keys_B, 0), counts_X
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks", "max_tiles"])
 def place_pairs_kernel(
     experts_ptr,
@@ -161,10 +210,8 @@ def place_pairs_kernel(
     ALL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A pair's place is the number of pairs before it: those of smaller keys, those of its own in
-    earlier blocks, and the earlier ones of its own block. Counts of blocks are read TURN at once,
-    or, with a CHUNK, all pairs counted here, or, where there are at most ALL, compared with each.
-    With BLOCK_M places are cut into tiles too."""
+    """A pair's place is the number of pairs before it: those of smaller keys, and the earlier ones
+    of its own; ALL > 0: of at most so many. With BLOCK_M places are cut into tiles too."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     block = tl.program_id(0)
@@ -172,41 +219,15 @@ def place_pairs_kernel(
     pairs_B = block * BLOCK + tl.arange(0, BLOCK)
     keys_B = _keys(experts_ptr, pairs_B, num_pairs, num_experts, KEYS - 1)
     keys_X = tl.arange(0, KEYS)
-    counts_X = tl.zeros((KEYS,), tl.int32)
     if ALL > 0:
-        pairs_A = tl.arange(0, ALL)
-        keys_A = _keys(experts_ptr, pairs_A, num_pairs, num_experts, KEYS - 1)
-        earlier_BA = (keys_A[None, :] == keys_B[:, None]) & (pairs_A[None, :] < pairs_B[:, None])
-        # Both numbers, each less than 2^16, in one sum.
-        smaller_BA = (keys_A[None, :] < keys_B[:, None]).to(tl.int32)
-        sums_B = tl.sum((smaller_BA << 16) + earlier_BA.to(tl.int32), 1)
-        ranks_B, starts_B = sums_B & 65535, sums_B >> 16
-        counts_X += tl.histogram(keys_A, KEYS)
+        ranks_B, starts_B, counts_X = _compared(
+            experts_ptr, pairs_B, keys_B, num_pairs, num_experts, KEYS, ALL
+        )
     else:
-        pairs_Q = block * BLOCK + tl.arange(0, BLOCK)
-        keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, KEYS - 1)
-        earlier_BQ = (keys_Q[None, :] == keys_B[:, None]) & (pairs_Q[None, :] < pairs_B[:, None])
-        own_ranks_B = tl.sum(earlier_BQ.to(tl.int32), 1)
-        before_X = tl.zeros((KEYS,), tl.int32)
-        if CHUNK > 0:
-            for first in range(0, num_pairs, CHUNK):
-                pairs_C = first + tl.arange(0, CHUNK)
-                keys_C = _keys(experts_ptr, pairs_C, num_pairs, num_experts, KEYS - 1)
-                counts_X += tl.histogram(keys_C, KEYS)
-                if first < block * BLOCK:
-                    keys_C = tl.where(pairs_C < block * BLOCK, keys_C, KEYS - 1)
-                    before_X += tl.histogram(keys_C, KEYS)
-        else:
-            for first in range(0, num_blocks, TURN):
-                blocks_Q = first + tl.arange(0, TURN)
-                offsets_QX = blocks_Q[:, None] * KEYS + keys_X[None, :]
-                inside_QX = (blocks_Q < num_blocks)[:, None]
-                counts_QX = tl.load(block_counts_ptr + offsets_QX, mask=inside_QX, other=0)
-                counts_X += tl.sum(counts_QX, 0)
-                before_X += tl.sum(tl.where((blocks_Q < block)[:, None], counts_QX, 0), 0)
-        starts_X = tl.cumsum(counts_X, 0) - counts_X
-        ranks_B = tl.gather(before_X, keys_B, 0) + own_ranks_B
-        starts_B = tl.gather(starts_X, keys_B, 0)
+        ranks_B, starts_B, counts_X = _counted(
+            experts_ptr, block_counts_ptr, block, pairs_B, keys_B, num_pairs, num_experts,
+            num_blocks, BLOCK, KEYS, TURN, CHUNK,
+        )  # fmt: skip
     places_B = starts_B + ranks_B
     _store_places(
         source_ptr, positions_ptr, pairs_B, places_B, keys_B, num_pairs, num_experts, TOP_K
