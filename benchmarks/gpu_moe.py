@@ -98,7 +98,7 @@ def product(
         out = torch.zeros((places, size), dtype=torch.bfloat16, device="cuda")
 
         def plain(tiles: ExpertTiles, tile: ProductTile) -> None:
-            triton_moe_bf16.multiply(rows.values, None, weight, out, tiles, tile, gated=gated)
+            triton_moe_bf16.multiply(rows, weight, out, tiles, tile, gated=gated)
 
         return plain, ExpertRows(out, None, None, places)
     out = torch.zeros((places, size), dtype=FP8 if gated else torch.bfloat16, device="cuda")

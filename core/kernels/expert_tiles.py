@@ -1,7 +1,8 @@
 """What the grouped products of a mixture of experts read: rows, and tiles of places.
 
-A place is a position in the order sorted by expert. Only data: knows no kernel, no layout of the
-network and no weights. Shape legend: T rows, E hidden size, P places.
+A place is a position in the order sorted by expert; of few rows pairs of row and expert stay in
+theirs. Only data: knows no kernel, no layout of the network and no weights. Shape legend: T rows, E
+hidden size, P places, K experts of a row.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,14 @@ from torch import Tensor
 class ExpertTiles:
     """Which places belong to which expert, on the device."""
 
-    tiles: Tensor  # int32 (1 + 3 * max_tiles,): how many, then (expert, first place, end place)
+    # int32 (1 + 3 * max_tiles,): how many, then (expert, first place, end place); with `top_k`
+    # int64 (T, K): the expert of each pair, or -1 for none.
+    tiles: Tensor
     max_tiles: int  # the host's bound of the grid
     block_M: int  # places of one tile
+    # K where places are pairs, of at most block_M rows: the first pair of an expert is the tile of
+    # all of its pairs. 0: places are sorted.
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +31,9 @@ class ExpertRows:
     values: Tensor  # (T, E): bfloat16, float32, or fp8 with
     # float32 (T, E / 128), or (L, C, E / 128) in the batched layout, of any strides
     scales: Tensor | None
-    source_P: Tensor | None  # int: the row that each place reads; None: place p reads row p
+    source_P: Tensor | None  # int: the row of each place; None: place p reads row p // shared_by
     num_places: int  # P, the host's bound
+    shared_by: int = 1  # places that read the same row, one behind another
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Cuts experts' rows into tiles on the device, which alone knows how many rows each expert has.
 
 A fixed number of programs then takes tiles in turn, so that neither the host waits nor empty tiles
-cost a launch. Knows nothing of the products. Shape legend: L local experts, T tiles of a program.
+cost a launch. Knows nothing of the products. Shape legend: L local experts, T tiles of a program, M
+places of a tile or rows of pairs, K experts of a row.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -58,6 +59,38 @@ def expert_tiles_kernel(
     tl.store(places_T + 2 * max_tiles, start_T + count_T, mask=inside_T)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, tl.sum(num_tiles_L, axis=0))
+
+
+@triton.jit
+def num_tiles(tiles_ptr, max_tiles, TOP_K: tl.constexpr):
+    """That a product goes through; see core.kernels.expert_tiles.ExpertTiles."""
+    if TOP_K > 0:
+        return max_tiles
+    else:
+        return tl.load(tiles_ptr)
+
+
+@triton.jit
+def tile_at(tiles_ptr, max_tiles, index, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first place, last place, places_M, which of them are the tile's): none of a pair
+    that is not the first of its expert."""
+    if TOP_K > 0:
+        expert = tl.load(tiles_ptr + index).to(tl.int32)
+        choices_K = tl.arange(0, triton.next_power_of_2(TOP_K))
+        pairs_MK = tl.arange(0, BLOCK_M)[:, None] * TOP_K + choices_K[None, :]
+        exists_MK = (choices_K < TOP_K)[None, :] & (pairs_MK < max_tiles)
+        experts_MK = tl.load(tiles_ptr + pairs_MK, mask=exists_MK, other=-1).to(tl.int32)
+        mine_MK = (experts_MK == expert) & (expert >= 0)
+        first_M = tl.min(tl.where(mine_MK, pairs_MK, max_tiles), axis=1)
+        is_first = tl.min(first_M, axis=0) == index
+        places_M = tl.where(first_M < max_tiles, first_M, index)  # a row has an expert but once
+        return expert, index, index, places_M, (first_M < max_tiles) & is_first
+    else:
+        tile_ptr = tiles_ptr + 1 + index
+        start = tl.load(tile_ptr + max_tiles)
+        end = tl.load(tile_ptr + 2 * max_tiles)
+        places_M = start + tl.arange(0, BLOCK_M)
+        return tl.load(tile_ptr), start, end - 1, places_M, places_M < end
 
 
 def cut_into_tiles(

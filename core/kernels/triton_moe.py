@@ -33,6 +33,7 @@ from core.kernels.triton_moe_kernels import choose_experts_kernel
 from core.kernels.triton_moe_permute import sum_results
 
 _MOST_ROWS_BESIDE = 256  # beyond, products alone keep every processor busy
+_MOST_ROWS_IN_ORDER = 16  # whose pairs each program looks through, instead of a launch that sorts
 
 
 class TritonExperts:
@@ -66,9 +67,16 @@ class TritonExperts:
         if routes.experts_TK.numel() == 0:
             return out_TE
         num_experts = experts_of(self._down_LEI)
-        block_M = self._products.block_M(routes.experts_TK.numel(), num_experts)
+        num_pairs, top_k = routes.experts_TK.numel(), routes.experts_TK.shape[1]
+        block_M = self._products.block_M(num_pairs, num_experts)
+        values, scales = self._products.operands(x_TE)
+        if x_TE.shape[0] <= min(block_M, _MOST_ROWS_IN_ORDER):
+            experts_TK = routes.experts_TK.contiguous()
+            tiles = ExpertTiles(experts_TK, num_pairs, block_M, top_k)
+            results_PE = self._results(ExpertRows(values, scales, None, num_pairs, top_k), tiles)
+            return sum_results(results_PE, experts_TK, routes.weights_TK, out_TE, in_order=True)
         groups = group_into_tiles(routes.experts_TK, num_experts, block_M)
-        rows = self._products.routed_rows(x_TE, groups.source_P)
+        rows = ExpertRows(values, scales, groups.source_P, num_pairs)
         results_PE = self._results(rows, groups.tiles)
         return sum_results(results_PE, groups.positions_TK, routes.weights_TK, out_TE)
 

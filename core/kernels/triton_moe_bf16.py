@@ -20,7 +20,13 @@ from core.interfaces.moe_a2a import Dispatched
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.torch_moe import plain_rows
-from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
+from core.kernels.triton_expert_tiles import (
+    has_tma,
+    num_programs,
+    num_tiles,
+    tile_at,
+    usual_block_M,
+)
 from core.kernels.tuning import choices, choose
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
@@ -79,12 +85,15 @@ def grouped_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SHARED_BY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x @ W.T of each expert's places; with GATED silu(x @ W[:N].T) * (x @ W[N:].T).
 
-    With GATHER place p reads row source[p] of x, else row p. With TMA `weight` is a descriptor of
-    all experts' rows as one matrix, whose columns past the end read as zero; else a pointer.
+    With GATHER place p reads row source[p] of x, else row p // SHARED_BY. With TMA `weight` is a
+    descriptor of all experts' rows as one matrix, whose columns past the end read as zero; else a
+    pointer.
     """
     EVEN: tl.constexpr = SIZE_D % BLOCK_D == 0
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
@@ -93,21 +102,24 @@ def grouped_product_kernel(
     TOTAL_N: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
-    work = tl.load(tiles_ptr) * NUM_COLUMNS
+    work = num_tiles(tiles_ptr, max_tiles, TOP_K) * NUM_COLUMNS
     columns_D = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        tile_ptr = tiles_ptr + 1 + item // NUM_COLUMNS
-        row = tl.load(tile_ptr) * ROWS
-        places_M = tl.load(tile_ptr + max_tiles) + tl.arange(0, BLOCK_M)
-        inside_M = places_M < tl.load(tile_ptr + 2 * max_tiles)
-        rows_M = places_M
+        expert, _, _, places_M, inside_M = tile_at(
+            tiles_ptr, max_tiles, item // NUM_COLUMNS, TOP_K, BLOCK_M
+        )
+        row = expert * ROWS
+        rows_M = places_M // SHARED_BY
         if GATHER:
             rows_M = tl.load(source_ptr + places_M, mask=inside_M, other=0)
         x_ptrs = x_ptr + rows_M.to(tl.int64)[:, None] * x_stride + columns_D[None, :]
         first_N = item % NUM_COLUMNS * BLOCK_N
         first = tl.zeros((TOTAL_M, TOTAL_N), tl.float32)
         second = tl.zeros((TOTAL_M, TOTAL_N), tl.float32)
-        for step in range(0, SIZE_D, BLOCK_D):
+        end_D = SIZE_D
+        if TOP_K > 0:
+            end_D = tl.where(tl.max(inside_M.to(tl.int32), axis=0) > 0, SIZE_D, 0)
+        for step in range(0, end_D, BLOCK_D):
             mask = inside_M[:, None]
             if not EVEN:
                 mask = mask & (columns_D < SIZE_D - step)[None, :]
@@ -165,9 +177,9 @@ class PlainExperts:
         rows_PE = plain_rows(dispatched, self._dtype).flatten(0, -2)
         return ExpertRows(rows_PE, None, None, rows_PE.shape[0])
 
-    def routed_rows(self, x_TE: Tensor, source_P: Tensor) -> ExpertRows:
-        """Rows that lie as they came, each place reading its own."""
-        return ExpertRows(x_TE, None, source_P, source_P.shape[0])
+    def operands(self, x_TE: Tensor) -> tuple[Tensor, None]:
+        """Rows as the first product reads them, and their scales."""
+        return x_TE, None
 
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""
@@ -175,13 +187,13 @@ class PlainExperts:
         shape = (places, self._down_LEI.shape[2])
         middle_PI = torch.empty(shape, dtype=values.dtype, device=values.device)
         tile = self._tile(places, tiles.block_M, gated=True)
-        multiply(values, rows.source_P, self._gate_up_L2IE, middle_PI, tiles, tile, gated=True)
+        multiply(rows, self._gate_up_L2IE, middle_PI, tiles, tile, gated=True)
         return ExpertRows(middle_PI, None, None, places)
 
     def down(self, middle: ExpertRows, tiles: ExpertTiles, out_PE: Tensor) -> None:
         """middle @ down.T, into `out_PE`."""
         tile = self._tile(middle.num_places, tiles.block_M, gated=False)
-        multiply(middle.values, None, self._down_LEI, out_PE, tiles, tile, gated=False)
+        multiply(middle, self._down_LEI, out_PE, tiles, tile, gated=False)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
         choice = choose(self._found, num_places)
@@ -200,8 +212,7 @@ def usual_tile(block_M: int, value_bytes: int, *, gated: bool) -> ProductTile:
 
 
 def multiply(
-    x: Tensor,
-    source_P: Tensor | None,
+    rows: ExpertRows,
     weight_LND: Tensor,
     out_PN: Tensor,
     tiles: ExpertTiles,
@@ -212,6 +223,7 @@ def multiply(
     """One product of every expert; with `gated` the weights hold the gate's rows, then up's."""
     num_experts, num_rows, size_D = weight_LND.shape
     size_N = num_rows // 2 if gated else num_rows
+    x = rows.values
     assert x.stride(1) == 1
     assert out_PN.is_contiguous()
     assert out_PN.shape[1] == size_N
@@ -228,7 +240,7 @@ def multiply(
         programs = min(programs, num_programs(device, tile.programs))
     grouped_product_kernel[(programs,)](
         x,
-        tiles.tiles if source_P is None else source_P,
+        tiles.tiles if rows.source_P is None else rows.source_P,
         weight,
         out_PN,
         tiles.tiles,
@@ -237,7 +249,7 @@ def multiply(
         SIZE_D=size_D,
         SIZE_N=size_N,
         GATED=gated,
-        GATHER=source_P is not None,
+        GATHER=rows.source_P is not None,
         TMA=tma,
         # The interpreter's dot takes no bfloat16.
         WIDE=x.dtype is torch.float32 or device.type == "cpu",
@@ -245,6 +257,8 @@ def multiply(
         BLOCK_M=tiles.block_M,
         BLOCK_N=tile.block_N,
         BLOCK_D=tile.block_D,
+        TOP_K=tiles.top_k,
+        SHARED_BY=rows.shared_by,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),

@@ -22,7 +22,13 @@ from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
-from core.kernels.triton_expert_tiles import has_tma, num_programs, usual_block_M
+from core.kernels.triton_expert_tiles import (
+    has_tma,
+    num_programs,
+    num_tiles,
+    tile_at,
+    usual_block_M,
+)
 from core.kernels.triton_fp8 import quantize_rows
 from core.kernels.tuning import choices, choose
 
@@ -100,13 +106,16 @@ def experts_fp8_kernel(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     GATHER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SHARED_BY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x @ W.T of each expert's rows; with GATED silu(x @ W[:N].T) * (x @ W[N:].T), stored in fp8
-    with a scale for each 128 columns: BLOCK_N is 128 then. With GATHER place p reads row source[p].
-    With TMA the weights are a descriptor, and without GATHER `x_blocks` is one of tiles of x, of
-    which rows past the end are other experts'. With SWAP the weights are the left operand, of
-    which tensor cores take 64 rows at once: few rows of x waste nothing.
+    with a scale for each 128 columns: BLOCK_N is 128 then. With GATHER place p reads row source[p],
+    else row p // SHARED_BY. With TMA the weights are a descriptor, and `x_blocks`, where places are
+    sorted rows, is one of tiles of x, of which rows past the end are other experts'. With SWAP the
+    weights are the left operand, of which tensor cores take 64 rows at once: few rows of x waste
+    nothing.
     """
     ROWS: tl.constexpr = 2 * SIZE_N if GATED else SIZE_N
     NUM_COLUMNS: tl.constexpr = (SIZE_N + BLOCK_N - 1) // BLOCK_N
@@ -114,19 +123,19 @@ def experts_fp8_kernel(
     SCALES_N: tl.constexpr = (SIZE_N + 127) // 128
     SHAPE_0: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
     SHAPE_1: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
+    X_TILES: tl.constexpr = TMA and not GATHER and TOP_K == 0
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
-    work = tl.load(tiles_ptr) * NUM_COLUMNS
+    work = num_tiles(tiles_ptr, max_tiles, TOP_K) * NUM_COLUMNS
     columns_D = tl.arange(0, 128)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        tile_ptr = tiles_ptr + 1 + item // NUM_COLUMNS
-        expert = tl.load(tile_ptr).to(tl.int64)
-        start = tl.load(tile_ptr + max_tiles)
-        end = tl.load(tile_ptr + 2 * max_tiles)
+        expert, start, last, places_M, inside_M = tile_at(
+            tiles_ptr, max_tiles, item // NUM_COLUMNS, TOP_K, BLOCK_M
+        )
+        expert = expert.to(tl.int64)
         # Past the end come values of whatever lies there, or of the last row again, with its scale;
         # their results are not stored.
-        places_M = start + tl.arange(0, BLOCK_M)
-        read_M = tl.minimum(places_M, end - 1)
+        read_M = tl.where(inside_M, places_M, last) // SHARED_BY
         if GATHER:
             read_M = tl.load(source_ptr + read_M)
         read_M = read_M.to(tl.int64)
@@ -139,9 +148,12 @@ def experts_fp8_kernel(
         )
         first = tl.zeros((SHAPE_0, SHAPE_1), tl.float32)
         second = tl.zeros((SHAPE_0, SHAPE_1), tl.float32)
-        for block in range(SCALES_D):
+        num_steps = SCALES_D
+        if TOP_K > 0:
+            num_steps = tl.where(tl.max(inside_M.to(tl.int32), axis=0) > 0, SCALES_D, 0)
+        for block in range(num_steps):
             step = block * 128
-            if TMA and not GATHER:
+            if X_TILES:
                 x_MD = x_blocks.load([start, step])
             elif SIZE_D % 128 == 0:
                 x_MD = tl.load(x_ptrs + step)
@@ -160,7 +172,6 @@ def experts_fp8_kernel(
         if GATED:
             first = first / (1.0 + tl.exp(-first)) * second
         out_MN = tl.trans(first) if SWAP else first
-        inside_M = places_M < end
         places_M = places_M.to(tl.int64)
         columns_N = first_N + tl.arange(0, BLOCK_N)
         if GATED:
@@ -206,9 +217,9 @@ class Fp8Experts:
             values_PE, scales = quantize_rows(values_PE.contiguous())
         return ExpertRows(values_PE, scales, None, values_PE.shape[0])
 
-    def routed_rows(self, x_TE: Tensor, source_P: Tensor) -> ExpertRows:
-        """Rows that lie as they came, quantised once each, each place reading its own."""
-        return ExpertRows(*quantize_rows(x_TE), source_P, source_P.shape[0])
+    def operands(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows as the first product reads them, quantised once each, and their scales."""
+        return quantize_rows(x_TE)
 
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""
@@ -265,7 +276,7 @@ def multiply(
     if tma:
         shape = [num_experts * num_rows, size_D]
         source = TensorDescriptor(values, shape, [size_D, 1], [tile.block_N, BLOCK])
-        if rows.source_P is None:
+        if rows.source_P is None and not tiles.top_k:
             x_blocks = TensorDescriptor.from_tensor(rows.values, [tiles.block_M, BLOCK])
     programs = tiles.max_tiles * triton.cdiv(size_N, tile.block_N)
     if tile.programs or device.type != "cuda":
@@ -290,6 +301,8 @@ def multiply(
         SWAP=tile.swap,
         TMA=tma,
         GATHER=rows.source_P is not None,
+        TOP_K=tiles.top_k,
+        SHARED_BY=rows.shared_by,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **options(device),

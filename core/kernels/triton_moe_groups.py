@@ -22,7 +22,6 @@ from core.kernels.expert_tiles import ExpertTiles
 from core.kernels.moe_permute import group_rows
 from core.kernels.triton_expert_tiles import cut_into_tiles, most_tiles, new_tiles
 
-_FEW = 32  # pairs that one program groups
 _BLOCK = 128  # pairs of one program
 _TURN = 16  # blocks whose counts are read at once
 _COMPARED = 1024  # pairs that each program compares its own with
@@ -73,51 +72,6 @@ def _store_places(
     tl.store(source_ptr + places_B, (pairs_B // TOP_K).to(tl.int64), mask=inside_B)
     positions_B = tl.where(keys_B < num_experts, places_B, -1)
     tl.store(positions_ptr + pairs_B, positions_B.to(tl.int64), mask=inside_B)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "max_tiles"])
-def group_few_kernel(
-    experts_ptr,
-    source_ptr,
-    positions_ptr,
-    tiles_ptr,
-    num_pairs,
-    num_experts,
-    max_tiles,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """One program: a pair's place is the number of pairs that come before it."""
-    BEYOND: tl.constexpr = 2147483647
-    wait_for_predecessor(DEPENDENT)
-    let_successor_start(DEPENDENT)
-    pairs_B, pairs_Q = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    keys_B = _keys(experts_ptr, pairs_B, num_pairs, num_experts, BEYOND)
-    keys_Q = _keys(experts_ptr, pairs_Q, num_pairs, num_experts, BEYOND)
-    same_BQ = keys_B[:, None] == keys_Q[None, :]
-    q_first_BQ = same_BQ & (pairs_Q[None, :] < pairs_B[:, None])
-    b_first_BQ = same_BQ & (pairs_B[:, None] < pairs_Q[None, :])
-    # Numbers up to BLOCK share an integer, so that they are summed at once: each sum takes long.
-    smaller_BQ = (keys_Q[None, :] < keys_B[:, None]).to(tl.int32)
-    sums_B = tl.sum(q_first_BQ.to(tl.int32) + (same_BQ.to(tl.int32) << 8) + (smaller_BQ << 16), 1)
-    ranks_B = sums_B & 255
-    places_B = ranks_B + (sums_B >> 16)
-    ends_B = (sums_B >> 16) + (sums_B >> 8 & 255)
-    larger_BQ = (keys_B[:, None] < keys_Q[None, :]).to(tl.int32)
-    sums_Q = tl.sum(b_first_BQ.to(tl.int32) + (larger_BQ << 16), 0)
-    ranks_Q = sums_Q & 255
-    places_Q = ranks_Q + (sums_Q >> 16)
-    is_first_Q = (ranks_Q % BLOCK_M == 0) & (keys_Q < num_experts)
-    tiles_BQ = is_first_Q[None, :] & (places_Q[None, :] < places_B[:, None])
-    tiles_B = tl.sum(tiles_BQ.to(tl.int32), 1)
-    is_first_B = (ranks_B % BLOCK_M == 0) & (keys_B < num_experts)
-    _store_places(
-        source_ptr, positions_ptr, pairs_B, places_B, keys_B, num_pairs, num_experts, TOP_K
-    )
-    _store_tiles(tiles_ptr, max_tiles, tiles_B, keys_B, places_B, ends_B, is_first_B)
-    tl.store(tiles_ptr, tl.sum(is_first_Q.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -258,26 +212,7 @@ def group_into_tiles(experts_TK: Tensor, num_experts: int, block_M: int) -> Grou
         tiles = cut_into_tiles(grouping.counts_L, num_pairs, None, block_M)
         return Groups(grouping.source, grouping.positions_TK, tiles)
     tiles = new_tiles(most_tiles(num_pairs, num_experts, block_M), block_M, device)
-    if num_pairs > _FEW:
-        source_P, _, positions_TK = _place(experts_TK, num_experts, tiles)
-        return Groups(source_P, positions_TK, tiles)
-    experts_TK = experts_TK.contiguous()
-    source_P = torch.empty(num_pairs, dtype=torch.int64, device=device)
-    positions_TK = torch.empty_like(experts_TK)
-    group_few_kernel[(1,)](
-        experts_TK,
-        source_P,
-        positions_TK,
-        tiles.tiles,
-        num_pairs,
-        num_experts,
-        tiles.max_tiles,
-        TOP_K=experts_TK.shape[1],
-        BLOCK_M=block_M,
-        BLOCK=max(16, triton.next_power_of_2(num_pairs)),
-        num_warps=4,
-        **options(device),
-    )
+    source_P, _, positions_TK = _place(experts_TK, num_experts, tiles)
     return Groups(source_P, positions_TK, tiles)
 
 

@@ -25,6 +25,7 @@ def sum_results_kernel(
     hidden_size,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -37,6 +38,8 @@ def sum_results_kernel(
     choices_K = tl.arange(0, BLOCK_K)
     inside_K = choices_K < TOP_K
     positions_K = tl.load(positions_ptr + row * TOP_K + choices_K, mask=inside_K, other=-1)
+    if IN_ORDER:
+        positions_K = tl.where(positions_K >= 0, row * TOP_K + choices_K, -1)
     if WEIGHTED:
         weights_K = tl.load(weights_ptr + row * TOP_K + choices_K, mask=inside_K, other=0.0)
     # What no position names may be NaN, so that it must not even be multiplied by 0.
@@ -50,9 +53,15 @@ def sum_results_kernel(
 
 
 def sum_results(
-    results_ME: Tensor, positions_TK: Tensor, weights_TK: Tensor | None, out_TE: Tensor
+    results_ME: Tensor,
+    positions_TK: Tensor,
+    weights_TK: Tensor | None,
+    out_TE: Tensor,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
-    """Fill `out_TE`; see core.kernels.moe_permute.sum_results."""
+    """Fill `out_TE`; see core.kernels.moe_permute.sum_results. `in_order`: the results are those of
+    all pairs, (T * K, E), and of positions only matters which are none."""
     num_rows, hidden_size = out_TE.shape
     block = min(triton.next_power_of_2(hidden_size), _MOST_COLUMNS)
     if num_rows:
@@ -65,6 +74,7 @@ def sum_results(
             hidden_size,
             TOP_K=positions_TK.shape[1],
             WEIGHTED=weights_TK is not None,
+            IN_ORDER=in_order,
             BLOCK_K=triton.next_power_of_2(positions_TK.shape[1]),
             BLOCK_E=block,
             num_warps=1,

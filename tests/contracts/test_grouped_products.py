@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.interfaces.moe_a2a import Dispatched, Routes
 from core.kernels.expert_tiles import ExpertRows, ProductTile
 from core.kernels.triton_expert_tiles import cut_into_tiles
 from core.kernels.triton_moe_bf16 import PlainExperts, multiply
+from core.kernels.triton_ops import TritonOps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -68,8 +70,12 @@ def test_agrees_with_float64(
     out = torch.full((places + spare, outputs), torch.nan, dtype=dtype, device=DEVICE)
     for block_M in (16, 64):
         multiply(
-            rows.to(DEVICE),
-            source.to(DEVICE, torch.int32) if gathered else None,
+            ExpertRows(
+                rows.to(DEVICE),
+                None,
+                source.to(DEVICE, torch.int32) if gathered else None,
+                places + spare,
+            ),
             weight.to(DEVICE),
             out,
             cut_into_tiles(torch.tensor(counts, device=DEVICE), places + spare, None, block_M),
@@ -105,3 +111,27 @@ def test_chosen_tiles_agree_with_float64(num_rows: int) -> None:
         if x.shape[0]:
             right = F.linear(product(x, first, True), second.double())
             assert float((result.double() - right).norm() / right.norm()) <= 1e-2
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 16, 17])
+def test_routed_rows_agree_with_float64(num_rows: int) -> None:
+    """The same sizes, from routes to sums; padding has no experts."""
+    num_experts, size_E, size_I, top_k = 128, 2048, 768, 8
+    gate_up = torch.randn((num_experts, 2 * size_I, size_E), dtype=torch.bfloat16, device=DEVICE)
+    down = torch.randn((num_experts, size_E, size_I), dtype=torch.bfloat16, device=DEVICE)
+    gate_up, down = gate_up * size_E**-0.5, down * size_I**-0.5
+    experts = TritonOps().experts(zip(gate_up, down, strict=True), num_experts, torch.bfloat16)
+    drawn = torch.rand((num_rows + 2, num_experts), device=DEVICE).topk(top_k, dim=1)
+    ids_TK, weights_TK = drawn.indices, drawn.values
+    ids_TK[num_rows:] = -1
+    x_TE = torch.randn((num_rows + 2, size_E), dtype=torch.bfloat16, device=DEVICE)
+    no_counts = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    out = experts(Dispatched(x_TE, no_counts, None, routes=Routes(ids_TK, weights_TK)))
+    right = torch.zeros((num_rows + 2, size_E), dtype=torch.float64, device=DEVICE)
+    for row in range(num_rows):
+        for expert, weight in zip(ids_TK[row].tolist(), weights_TK[row].tolist(), strict=True):
+            middle = product(x_TE[row, None], gate_up[expert], True)
+            right[row] += weight * F.linear(middle, down[expert].double())[0]
+    assert float((out.double() - right).norm() / right.norm()) <= 1e-2
+    assert not out[num_rows:].any()

@@ -285,7 +285,9 @@ def test_an_expert_can_be_read_and_replaced(
 
 @each_set
 @each_dtype
-@pytest.mark.parametrize(("num_rows", "top_k"), [(0, 2), (1, 3), (9, 7), (40, 2), (130, 4)])
+@pytest.mark.parametrize(
+    ("num_rows", "top_k"), [(0, 2), (1, 3), (9, 7), (16, 8), (17, 8), (40, 2), (130, 4)]
+)
 def test_experts_sum_rows_with_routes(
     ops: Ops, device: torch.device, dtype: torch.dtype, num_rows: int, top_k: int
 ) -> None:
@@ -456,7 +458,7 @@ def test_experts_drawn_at_random_are_uniform(ops: Ops, device: torch.device) -> 
 
 
 @needs_fp8
-@pytest.mark.parametrize("num_rows", [1, 40])
+@pytest.mark.parametrize("num_rows", [1, 9, 16, 40])
 def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> None:
     """The same as the same rows grouped beforehand."""
     _, make, device = TRITON
