@@ -117,6 +117,7 @@ def choose_experts_kernel(
 ):
     """One row. Of equals the first is chosen. NaN is worth less than any number, so that ids are
     valid and differ whatever the logits. With MOST_COPIES ids are those of where experts stand."""
+    NUM_PLACES: tl.constexpr = BLOCK_G * BLOCK_S
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
@@ -134,22 +135,20 @@ def choose_experts_kernel(
     worth_GS = tl.where(inside_GS, worth_GS, least)
     if NUM_GROUPS > 1:
         worth_GS = _in_chosen_groups(worth_GS, NUM_CHOSEN, GROUP_TOP, BLOCK_G, BLOCK_S)
-    places_F = tl.arange(0, BLOCK_G * BLOCK_S)
-    worth_F = tl.reshape(worth_GS, (BLOCK_G * BLOCK_S,))
-    scores_F = tl.reshape(scores_GS, (BLOCK_G * BLOCK_S,))
+    places_F = tl.arange(0, NUM_PLACES)
+    worth_F = tl.reshape(worth_GS, (NUM_PLACES,))
+    scores_F = tl.reshape(scores_GS, (NUM_PLACES,))
     choices_K = tl.arange(0, BLOCK_K)
-    weights_K = tl.zeros((BLOCK_K,), tl.float32)
-    ids_K = tl.zeros((BLOCK_K,), tl.int32)
-    # A look at the second best, even if nobody asks for it: Triton reorders what is reshaped for
-    # one reduction alone, whose index then names another place.
-    for choice in tl.static_range(TOP_K if TOP_K > 1 else 2):
-        _best, place = tl.max(worth_F, axis=0, return_indices=True)
-        weight = tl.sum(tl.where(places_F == place, scores_F, 0.0), axis=0)
-        expert = place // BLOCK_S * GROUP_SIZE + place % BLOCK_S
-        if choice < TOP_K:
-            weights_K = tl.where(choices_K == choice, weight, weights_K)
-        ids_K = tl.where(choices_K == choice, expert, ids_K)
-        worth_F = tl.where(places_F == place, least, worth_F)
+    places_K = tl.zeros((BLOCK_K,), tl.int32)
+    # As integers of the same order, of which a warp finds the largest in one instruction.
+    keys_F = worth_F.to(tl.int32, bitcast=True)
+    keys_F = keys_F ^ (keys_F >> 31 & 0x7FFFFFFF)
+    for choice in tl.static_range(TOP_K):
+        place = tl.min(tl.where(keys_F == tl.max(keys_F, axis=0), places_F, NUM_PLACES), axis=0)
+        places_K = tl.where(choices_K == choice, place, places_K)
+        keys_F = tl.where(places_F == place, -2147483648, keys_F)
+    weights_K = tl.where(choices_K < TOP_K, tl.gather(scores_F, places_K, axis=0), 0.0)
+    ids_K = places_K // BLOCK_S * GROUP_SIZE + places_K % BLOCK_S
     if NORMALISE:
         weights_K = weights_K / (tl.sum(weights_K, axis=0) + 1e-20)
     weights_ptr += row * TOP_K
