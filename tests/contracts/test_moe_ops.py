@@ -286,7 +286,7 @@ def test_an_expert_can_be_read_and_replaced(
 @each_set
 @each_dtype
 @pytest.mark.parametrize(
-    ("num_rows", "top_k"), [(0, 2), (1, 3), (9, 7), (16, 8), (17, 8), (40, 2), (130, 4)]
+    ("num_rows", "top_k"), [(0, 2), (1, 3), (5, 1), (9, 7), (16, 8), (17, 8), (40, 2), (130, 4)]
 )
 def test_experts_sum_rows_with_routes(
     ops: Ops, device: torch.device, dtype: torch.dtype, num_rows: int, top_k: int
