@@ -56,6 +56,7 @@ class FakeEngine:
         self.changed = threading.Condition()  # guards the four above
         self.stepping = threading.Event()  # cleared: requests are taken in, no step is made
         self.stepping.set()
+        self.permits: threading.Semaphore | None = None  # one for each step, where they are given
         self.steps_per_second = 0.0  # 0: as fast as it can
         self.expert_loads: ExpertLoads | None = None  # sent along with the gauges
         self._steps = 0
@@ -92,11 +93,14 @@ class FakeEngine:
             while self._socket.poll(0 if busy else 5):
                 self._take(self._decoder.decode(self._socket.recv()))
                 busy = True
-            if self.live and self.stepping.is_set():
+            if self.live and self.stepping.is_set() and self._permitted():
                 self._step()
                 if self.steps_per_second:
                     next_step_s = max(next_step_s + 1 / self.steps_per_second, time.monotonic() - 1)
                     time.sleep(max(next_step_s - time.monotonic(), 0))
+
+    def _permitted(self) -> bool:
+        return self.permits is None or self.permits.acquire(timeout=0.005)
 
     def _take(self, message: Generate | Abort) -> None:
         with self.changed:

@@ -108,6 +108,7 @@ class Stack:
         """Back to the answer and pace a test begins with."""
         self.engine.reply = self.reply
         self.engine.stepping.set()
+        self.engine.permits = None
         self.engine.steps_per_second = 0.0
         with self.engine.changed:
             self.engine.seen.clear()

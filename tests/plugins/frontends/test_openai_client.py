@@ -1,5 +1,7 @@
 """The real `openai` client against the real server over a fake engine."""
 
+import threading
+
 import openai
 import pytest
 
@@ -55,22 +57,38 @@ def test_chat_streamed_with_usage(client, stack):
     assert chunks[-1].usage.completion_tokens == len(stack.answer_ids) + 1
 
 
+def events_one_by_one(client, stack, event_of, **arguments):
+    """For each token that ends a character: (tokens so far, what `event_of` finds in the first
+    chunk in which it finds something); the next token is not computed before. Then the rest."""
+    permits = stack.engine.permits = threading.Semaphore(1)
+    events = (
+        event for chunk in chat(client, stream=True, **arguments) if (event := event_of(chunk))
+    )
+    for count in range(1, len(stack.answer_ids) + 1):
+        if not stack.tokenizer.decode(stack.answer_ids[:count]).endswith("\ufffd"):
+            yield count, next(events)
+        permits.release()
+    yield from ((None, event) for event in events)
+
+
 def test_a_token_is_an_event(client, stack):
-    stack.engine.steps_per_second = 100
-    texts = [c.choices[0].delta.content for c in chat(client, stream=True) if c.choices]
-    visible = [text for text in texts if text]
-    emoji_parts = len(stack.tokenizer.encode(" 🎉")) - 1
-    assert len(visible) >= len(stack.answer_ids) - emoji_parts - 1
-    assert not any("\ufffd" in text for text in visible)
+    def text_of(chunk):
+        return chunk.choices and chunk.choices[0].delta.content
+
+    events = list(events_one_by_one(client, stack, text_of))
+    assert all(count is not None for count, _ in events), "nothing is left for the last event"
+    assert "".join(text for _, text in events) == ANSWER
 
 
 def test_continuous_usage(client, stack):
-    stack.engine.steps_per_second = 100  # the tokens of a faster engine may come as one event
+    def tokens_of(chunk):
+        has_text = chunk.choices and chunk.choices[0].delta.content
+        return chunk.usage.completion_tokens if has_text or not chunk.choices else None
+
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = list(chat(client, stream=True, stream_options=options))
-    counts = [chunk.usage.completion_tokens for chunk in chunks]
-    assert counts == sorted(counts)
-    assert counts[-1] > counts[0]
+    *events, (_, total) = events_one_by_one(client, stack, tokens_of, stream_options=options)
+    assert all(told == count for count, told in events), events
+    assert total == len(stack.answer_ids) + 1, "with the eos token"
 
 
 @pytest.mark.parametrize("stream", [False, True])
