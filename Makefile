@@ -4,7 +4,6 @@
 PYTHON ?= python3
 MODEL ?= smollm2
 ARGS ?=
-PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,14 +13,23 @@ TEST_STAMP := $(VENV)/.installed-test
 REQUIREMENTS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
+KERNEL_TESTS := $(filter-out %/test_comm.py %/test_moe_a2a.py,$(wildcard tests/contracts/test_*.py))
+
 .PHONY: serve test lint
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_STAMP)
 	@$(BIN)/python -m core.run +model=$(MODEL) $(ARGS)
 
+# All of it, unless PYTEST_ARGS says what. Triton's interpreter takes one core for minutes, so that the
+# tests of kernels run on all; those that start ranks, servers and nodes run one after the other.
 test: lint
+ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(KERNEL_TESTS)
+	$(BIN)/python -m pytest $(KERNEL_TESTS:%=--ignore=%)
+endif
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
