@@ -72,8 +72,8 @@ def num_tiles(tiles_ptr, max_tiles, TOP_K: tl.constexpr):
 
 @triton.jit
 def tile_at(tiles_ptr, max_tiles, index, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, first place, last place, places_M, which of them are the tile's): none of a pair
-    that is not the first of its expert."""
+    """(expert, first place, last place, places_M, which of those are the tile's). A pair that is
+    not the first of its expert, or has none, is a tile without places; its weights are not read."""
     if TOP_K > 0:
         expert = tl.load(tiles_ptr + index).to(tl.int32)
         choices_K = tl.arange(0, triton.next_power_of_2(TOP_K))

@@ -56,6 +56,22 @@ def _in_chosen_groups(
 
 
 @triton.jit
+def _best_places(worth_F, NUM_PLACES: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where the TOP_K largest stand, the largest first; of equals the first. Neither NaN nor -0."""
+    places_F = tl.arange(0, NUM_PLACES)
+    choices_K = tl.arange(0, BLOCK_K)
+    places_K = tl.zeros((BLOCK_K,), tl.int32)
+    # As integers of the same order, of which a warp finds the largest in one instruction.
+    keys_F = worth_F.to(tl.int32, bitcast=True)
+    keys_F = keys_F ^ (keys_F >> 31 & 0x7FFFFFFF)
+    for choice in tl.static_range(TOP_K):
+        place = tl.min(tl.where(keys_F == tl.max(keys_F, axis=0), places_F, NUM_PLACES), axis=0)
+        places_K = tl.where(choices_K == choice, place, places_K)
+        keys_F = tl.where(places_F == place, -2147483648, keys_F)
+    return places_K
+
+
+@triton.jit
 def _store_physical(
     weights_ptr,
     ids_ptr,
@@ -135,18 +151,10 @@ def choose_experts_kernel(
     worth_GS = tl.where(inside_GS, worth_GS, least)
     if NUM_GROUPS > 1:
         worth_GS = _in_chosen_groups(worth_GS, NUM_CHOSEN, GROUP_TOP, BLOCK_G, BLOCK_S)
-    places_F = tl.arange(0, NUM_PLACES)
     worth_F = tl.reshape(worth_GS, (NUM_PLACES,))
     scores_F = tl.reshape(scores_GS, (NUM_PLACES,))
     choices_K = tl.arange(0, BLOCK_K)
-    places_K = tl.zeros((BLOCK_K,), tl.int32)
-    # As integers of the same order, of which a warp finds the largest in one instruction.
-    keys_F = worth_F.to(tl.int32, bitcast=True)
-    keys_F = keys_F ^ (keys_F >> 31 & 0x7FFFFFFF)
-    for choice in tl.static_range(TOP_K):
-        place = tl.min(tl.where(keys_F == tl.max(keys_F, axis=0), places_F, NUM_PLACES), axis=0)
-        places_K = tl.where(choices_K == choice, place, places_K)
-        keys_F = tl.where(places_F == place, -2147483648, keys_F)
+    places_K = _best_places(worth_F, NUM_PLACES, TOP_K, BLOCK_K)
     weights_K = tl.where(choices_K < TOP_K, tl.gather(scores_F, places_K, axis=0), 0.0)
     ids_K = places_K // BLOCK_S * GROUP_SIZE + places_K % BLOCK_S
     if NORMALISE:

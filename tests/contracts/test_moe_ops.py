@@ -4,56 +4,30 @@ Triton's kernels run in its interpreter where there is no GPU; with one, `-k cud
 Shape legend: see core.kernels.torch_moe.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-
 import pytest
 import torch
 from torch import Tensor
 
-from core.interfaces.moe_a2a import Dispatched, Routes
-from core.interfaces.ops import ExpertWeights, LinearKernel, Ops
+from core.interfaces.moe_a2a import Dispatched
+from core.interfaces.ops import LinearKernel, Ops
 from core.interfaces.routing import Routing
-from core.interfaces.weights import BlockFp8
-from core.kernels.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.moe_permute import sum_grouped
 from core.kernels.torch_ops import TorchOps
-from core.kernels.triton_ops import TritonOps
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SETS: list[tuple[str, Callable[[], Ops], torch.device]] = [
-    ("torch", TorchOps, CPU),
-    ("cpu", CpuOps, CPU),
-]
-if torch.cuda.is_available():
-    SETS += [("torch-cuda", TorchOps, GPU), ("triton-cuda", TritonOps, GPU)]
-else:
-    SETS.append(("triton-interpreted", TritonOps, CPU))
-TRITON = SETS[-1]
-
-# Results are rounded more than once: products, silu and sums in the model's dtype on a CPU.
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-each_set = pytest.mark.parametrize(
-    ("ops", "device"), [(make(), device) for _, make, device in SETS], ids=[s[0] for s in SETS]
+from tests.contracts.moe_cases import (
+    TOLERANCE,
+    arranged,
+    arrived,
+    each_counts,
+    each_dtype,
+    each_layout,
+    each_set,
+    expected_of,
+    normal,
+    pairs_of,
+    relative_error,
+    results_of,
+    routes_of,
+    weights,
 )
-each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-    needs_fp8 = pytest.mark.skip("needs a GPU that multiplies fp8")
-else:
-    needs_fp8 = pytest.mark.filterwarnings("default")
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """By norm, which is NaN if any value is."""
-    if expected.numel() == 0:
-        return 0.0
-    return ((result.cpu().double() - expected).norm() / expected.norm()).item()
-
 
 # --- routing -------------------------------------------------------------------------------------
 
@@ -121,11 +95,11 @@ def test_grouped_top_k(ops: Ops, device: torch.device, name: str, biased: bool, 
     assert ids_TK.dtype == torch.int64
     assert weights_TK.shape == ids_TK.shape == (rows, routing.top_k)
     biases = [0.0] * num_experts if bias_X is None else bias_X.tolist()
-    for logits, weights, ids in zip(
+    for logits, found, ids in zip(
         logits_TX.tolist(), weights_TK.tolist(), ids_TK.tolist(), strict=True
     ):
         expected = route(logits, biases, routing)
-        assert dict(zip(ids, weights, strict=True)) == pytest.approx(expected, rel=2e-5)
+        assert dict(zip(ids, found, strict=True)) == pytest.approx(expected, rel=2e-5)
 
 
 @each_set
@@ -157,69 +131,27 @@ def test_gate_does_not_round(ops: Ops, device: torch.device, dtype: torch.dtype,
     assert relative_error(result_TX, x_TE.double() @ weight_XE.double().T) <= 2e-6
 
 
+@each_set
+def test_experts_drawn_at_random_are_uniform(ops: Ops, device: torch.device) -> None:
+    """Every expert about as often, whatever the bias; the same ids on every device."""
+    num_experts, num_rows = 16, 400
+    routing = Routing(
+        top_k=4, scoring="sigmoid", normalise=False, num_groups=4, num_chosen_groups=2
+    ).uniform()
+    logits_TX = normal(1, num_rows, num_experts) * 0.01 + 3
+    bias_X = torch.arange(num_experts, dtype=torch.float32)
+    weights_TK, ids_TK = ops.grouped_top_k(logits_TX.to(device), bias_X.to(device), routing)
+    assert torch.allclose(weights_TK.sum(1).cpu(), torch.ones(num_rows))
+    assert all(len(set(ids)) == 4 for ids in ids_TK.tolist())
+    counts_X = torch.bincount(ids_TK.flatten().cpu(), minlength=num_experts).double()
+    expected = num_rows * 4 / num_experts
+    chi_square = ((counts_X - expected) ** 2 / expected).sum().item()
+    assert chi_square < 37.7  # 15 degrees of freedom, p = 0.001
+    same_ids_TK = TorchOps().grouped_top_k(logits_TX, None, routing)[1]
+    assert torch.equal(ids_TK.cpu().sort(1).values, same_ids_TK.sort(1).values)
+
+
 # --- experts -------------------------------------------------------------------------------------
-
-COUNTS = {
-    "mixed": [3, 0, 17, 1],
-    "one": [0, 70, 0, 0],
-    "first": [5, 0, 0, 0],
-    "none": [0, 0, 0, 0],
-    "even": [16, 16, 16, 16],
-}
-each_counts = pytest.mark.parametrize("counts", list(COUNTS.values()), ids=list(COUNTS))
-each_layout = pytest.mark.parametrize("batched", [False, True], ids=["contiguous", "batched"])
-
-
-def weights(num_experts: int, hidden_size: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    gate_up = normal(1, num_experts, 2 * size, hidden_size) * hidden_size**-0.5
-    down = normal(2, num_experts, hidden_size, size) * size**-0.5
-    return [gate_up.to(dtype), down.to(dtype)]
-
-
-def pairs_of(
-    gate_up_L: Sequence[BlockFp8] | Tensor,
-    down_L: Sequence[BlockFp8] | Tensor,
-    device: torch.device,
-) -> Iterator[ExpertWeights]:
-    """One expert after the other, as `Ops.experts` takes them in."""
-
-    def there(matrix: BlockFp8 | Tensor) -> BlockFp8 | Tensor:
-        if isinstance(matrix, BlockFp8):
-            return BlockFp8(matrix.values_OI.to(device), matrix.scales.to(device))
-        return matrix.to(device)
-
-    for gate_up, down in zip(gate_up_L, down_L, strict=True):
-        yield there(gate_up), there(down)
-
-
-def expected_of(x_ME: Tensor, gate_up_2IE: Tensor, down_EI: Tensor) -> Tensor:
-    """One expert in float64."""
-    gate, up = (x_ME.double() @ gate_up_2IE.double().T).chunk(2, dim=-1)
-    return (gate / (1 + (-gate).exp()) * up) @ down_EI.double().T
-
-
-def arranged(
-    parts: Sequence[Tensor], batched: bool, device: torch.device, scales: Sequence[Tensor] = ()
-) -> Dispatched:
-    """Rows of each expert as a dispatcher hands them over; what is in between is NaN."""
-    counts_L = torch.tensor([len(part) for part in parts], device=device)
-
-    def lie(parts: Sequence[Tensor]) -> Tensor:
-        if not batched:
-            return torch.cat(list(parts)).to(device)
-        capacity = max(len(part) for part in parts)
-        whole = torch.full((len(parts), capacity, parts[0].shape[1]), torch.nan)
-        for place, part in zip(whole, parts, strict=True):
-            place[: len(part)] = part.float()
-        return whole.to(device, parts[0].dtype)
-
-    return Dispatched(lie(parts), counts_L, None, lie(scales) if scales else None)
-
-
-def results_of(out: Tensor, counts: list[int]) -> list[Tensor]:
-    if out.dim() == 3:
-        return [rows[:count] for rows, count in zip(out, counts, strict=True)]
-    return list(out[: sum(counts)].split(counts))
 
 
 @each_set
@@ -306,171 +238,6 @@ def test_experts_sum_rows_with_routes(
     assert out.dtype == dtype
     assert relative_error(out, expected) <= TOLERANCE[dtype]
     assert not out.cpu()[(routes.experts_TK < 0).all(1)].any()
-
-
-def routes_of(num_rows: int, top_k: int, num_experts: int) -> Routes:
-    generator = torch.Generator().manual_seed(num_rows)
-    order = torch.rand(num_rows, num_experts + 3, generator=generator).argsort(1)[:, :top_k]
-    experts_TK = torch.where(order < num_experts, order, -1)
-    experts_TK[num_rows - num_rows // 5 :] = -1
-    return Routes(experts_TK, torch.rand(num_rows, top_k, generator=generator))
-
-
-def arrived(x_TE: Tensor, routes: Routes, device: torch.device) -> Dispatched:
-    moved = Routes(routes.experts_TK.to(device), routes.weights_TK.to(device))
-    no_counts = torch.empty(0, dtype=torch.int64, device=device)
-    return Dispatched(x_TE.to(device), no_counts, None, routes=moved)
-
-
-# --- fp8 blocks ----------------------------------------------------------------------------------
-
-
-def uneven(seed: int, matrix: Tensor, rows: int = 128) -> Tensor:
-    """Blocks of very different sizes, so that a scale taken for another's shows."""
-    shape = (-(-matrix.shape[0] // rows), -(-matrix.shape[1] // 128))
-    powers = 2.0 ** torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed))
-    spread = powers.repeat_interleave(rows, 0).repeat_interleave(128, 1)
-    return (matrix.float() * spread[: matrix.shape[0], : matrix.shape[1]]).to(matrix.dtype)
-
-
-def quantized(weight_LOI: Tensor) -> list[BlockFp8]:
-    return [quantize(uneven(i, matrix)) for i, matrix in enumerate(weight_LOI)]
-
-
-# A GPU's sums of fp8 products keep some 14 bits, so that values between two fp8 numbers go the
-# other way now and then; Triton's interpreter cuts to fp8 what a GPU rounds.
-ROUGH = 3e-2 if torch.cuda.is_available() else 1.5e-1
-
-
-def rounded(x_ME: Tensor) -> Tensor:
-    """What fp8 leaves of rows."""
-    return dequantize_rows(*quantize_rows(x_ME), torch.float32)
-
-
-@needs_fp8
-@pytest.mark.parametrize("given", ["rows", "fp8 rows"])
-@each_counts
-@each_layout
-def test_triton_experts_of_fp8_blocks(counts: list[int], batched: bool, given: str) -> None:
-    """The same as computing with what fp8 leaves of weights, rows, and rows in between."""
-    _, make, device = TRITON
-    hidden_size, size, dtype = 200, 256, torch.bfloat16
-    gate_up_L, down_L = (
-        quantized(w) for w in weights(len(counts), hidden_size, size, torch.float32)
-    )
-    parts = [
-        uneven(7 + i, normal(3 + i, n, hidden_size, dtype=dtype), rows=1)
-        for i, n in enumerate(counts)
-    ]
-    kernel = make().experts(pairs_of(gate_up_L, down_L, device), len(down_L), dtype)
-    if given == "rows":
-        dispatched = arranged(parts, batched, device)
-    else:
-        pairs = [quantize_rows(part) for part in parts]
-        dispatched = arranged([p[0] for p in pairs], batched, device, [p[1] for p in pairs])
-        if batched:  # DeepEP's scales lie by columns
-            assert dispatched.scales is not None
-            by_columns = dispatched.scales.transpose(1, 2).contiguous().transpose(1, 2)
-            dispatched = Dispatched(dispatched.hidden, dispatched.counts_L, None, by_columns)
-    out = kernel(dispatched)
-    assert out.dtype == dtype
-    assert out.shape == dispatched.hidden.shape
-    for result, part, gate_up, down in zip(
-        results_of(out, counts), parts, gate_up_L, down_L, strict=True
-    ):
-        gate, up = (
-            (rounded(part).double() @ dequantize(gate_up, torch.float64).T).float().chunk(2, dim=-1)
-        )
-        middle = rounded(gate.sigmoid() * gate * up).double()
-        # A value at the edge of two fp8 numbers may go either way.
-        assert relative_error(result, middle @ dequantize(down, torch.float64).T) <= ROUGH
-
-
-@each_set
-@each_layout
-def test_every_set_takes_fp8_blocks_and_rows(ops: Ops, device: torch.device, batched: bool) -> None:
-    counts, dtype = [3, 0, 5], torch.float32
-    gate_up_L, down_L = (quantized(w) for w in weights(3, 128, 128, torch.float32))
-    parts = [quantize_rows(normal(3 + i, n, 128)) for i, n in enumerate(counts)]
-    dispatched = arranged([p[0] for p in parts], batched, device, [p[1] for p in parts])
-    out = ops.experts(pairs_of(gate_up_L, down_L, device), len(down_L), dtype)(dispatched)
-    for result, part, *matrices in zip(
-        results_of(out, counts), parts, gate_up_L, down_L, strict=True
-    ):
-        x_ME = dequantize_rows(*part, torch.float32)
-        expected = expected_of(x_ME, *(dequantize(m, torch.float32) for m in matrices))
-        assert relative_error(result, expected) <= 5e-2 + ROUGH  # rows in between may be fp8
-
-
-@needs_fp8
-@pytest.mark.parametrize("rows", [0, 1, 17, 130])
-@pytest.mark.parametrize(("outputs", "inputs"), [(128, 128), (300, 200), (64, 384)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_triton_linear_of_fp8_blocks(rows: int, outputs: int, inputs: int, biased: bool) -> None:
-    _, make, device = TRITON
-    weight = quantize(uneven(1, normal(1, outputs, inputs)))
-    bias_O = normal(2, outputs).bfloat16() * 100 if biased else None
-    # Values that fp8 holds, and one in each block that makes its scale a power of two.
-    wide_TX = normal(3, rows, 2 * inputs).to(torch.float8_e4m3fn).float()
-    wide_TX[:, inputs % 128 :: 128] = 448.0
-    x_TI = uneven(4, wide_TX[:, inputs:], rows=1)
-    wide_TX[:, inputs:] = x_TI
-    x_TI = wide_TX.bfloat16()[:, inputs:]  # rows lie apart
-    assert torch.equal(rounded(x_TI), x_TI.float())
-    kernel = make().linear(
-        BlockFp8(weight.values_OI.to(device), weight.scales.to(device)),
-        None if bias_O is None else bias_O.to(device),
-    )
-    result = kernel(x_TI.to(device))
-    assert result.dtype == torch.bfloat16
-    assert result.shape == (rows, outputs)
-    expected = x_TI.double() @ dequantize(weight, torch.float64).T
-    expected += 0 if bias_O is None else bias_O.double()
-    assert relative_error(result, expected) <= 5e-3
-
-
-@each_set
-def test_every_set_takes_linear_layers_of_fp8_blocks(ops: Ops, device: torch.device) -> None:
-    weight, x_TI = quantize(normal(1, 160, 256)), normal(3, 5, 256)
-    moved = BlockFp8(weight.values_OI.to(device), weight.scales.to(device))
-    expected = x_TI.double() @ dequantize(weight, torch.float64).T
-    assert relative_error(ops.linear(moved, None)(x_TI.to(device)), expected) <= 5e-2
-
-
-@each_set
-def test_experts_drawn_at_random_are_uniform(ops: Ops, device: torch.device) -> None:
-    """Every expert about as often, whatever the bias; the same ids on every device."""
-    num_experts, num_rows = 16, 400
-    routing = Routing(
-        top_k=4, scoring="sigmoid", normalise=False, num_groups=4, num_chosen_groups=2
-    ).uniform()
-    logits_TX = normal(1, num_rows, num_experts) * 0.01 + 3
-    bias_X = torch.arange(num_experts, dtype=torch.float32)
-    weights_TK, ids_TK = ops.grouped_top_k(logits_TX.to(device), bias_X.to(device), routing)
-    assert torch.allclose(weights_TK.sum(1).cpu(), torch.ones(num_rows))
-    assert all(len(set(ids)) == 4 for ids in ids_TK.tolist())
-    counts_X = torch.bincount(ids_TK.flatten().cpu(), minlength=num_experts).double()
-    expected = num_rows * 4 / num_experts
-    chi_square = ((counts_X - expected) ** 2 / expected).sum().item()
-    assert chi_square < 37.7  # 15 degrees of freedom, p = 0.001
-    same_ids_TK = TorchOps().grouped_top_k(logits_TX, None, routing)[1]
-    assert torch.equal(ids_TK.cpu().sort(1).values, same_ids_TK.sort(1).values)
-
-
-@needs_fp8
-@pytest.mark.parametrize("num_rows", [1, 9, 16, 40])
-def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> None:
-    """The same as the same rows grouped beforehand."""
-    _, make, device = TRITON
-    hidden_size, size, dtype = 200, 256, torch.bfloat16
-    pairs = (quantized(w) for w in weights(5, hidden_size, size, torch.float32))
-    kernel = make().experts(pairs_of(*pairs, device), 5, dtype)
-    x_TE, routes = normal(3, num_rows, hidden_size, dtype=dtype), routes_of(num_rows, 3, 5)
-    out = kernel(arrived(x_TE, routes, device))
-    on_device = arrived(x_TE, routes, device)
-    assert on_device.routes is not None
-    expected = sum_grouped(kernel, on_device.hidden, on_device.routes, 5, dtype)
-    assert relative_error(out, expected.cpu().double()) <= 1e-2
 
 
 # --- work beside other work ----------------------------------------------------------------------
