@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 from core.cluster import lead as lead_module
-from core.cluster import member as member_module
 from core.cluster.display import Display
 from core.cluster.exchange import Exchange
 from core.cluster.group import Alone, DrainAsked, Ended, GroupError, GroupEvent, Heard, Stopped
@@ -286,8 +286,9 @@ def test_a_node_that_comes_first_waits(cluster: Callable[..., Cluster]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with ThreadPoolExecutor(1) as threads:
-        outcome = threads.submit(reach, "127.0.0.1", port, KEY, LIMIT_S, lambda text: None)
-        time.sleep(2 * member_module.RETRY_S)  # so that it is refused at least once
+        told: SimpleQueue[str] = SimpleQueue()
+        outcome = threads.submit(reach, "127.0.0.1", port, KEY, LIMIT_S, told.put)
+        assert "refused" in told.get(timeout=LIMIT_S)
         exchange = Exchange(interval_s=1, timeout_s=10, key=KEY)
         exchange.listen(socket.create_server(("127.0.0.1", port)))
         outcome.result(LIMIT_S).close()
