@@ -255,7 +255,7 @@ def test_usual_tiles_hold_for_any_shape() -> None:
     "operation", ["linear_bf16", "gated_linear_bf16", "logits_bf16", "gate_bf16"]
 )
 def test_tables_name_what_kernels_take(operation: str) -> None:
-    rows = tuning.rows_of(operation, "NVIDIA H100 80GB HBM3")
+    rows = tuning.rows_of(operation, "H100")
     assert rows
     for row in rows:
         if row["path"] == "vector":

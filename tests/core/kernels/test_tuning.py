@@ -1,0 +1,60 @@
+"""Which device's rows a shape takes."""
+
+import json
+from importlib import resources
+
+import pytest
+import torch
+
+from core.kernels import tuning
+from core.kernels.tuning import TunedDevice, choices, choose, tables_for
+
+H100 = TunedDevice("NVIDIA H100 80GB HBM3", (9, 0), 132)
+H100_PCIE = TunedDevice("NVIDIA H100 PCIe", (9, 0), 114)
+H200 = TunedDevice("NVIDIA H200", (9, 0), 132)
+GH200 = TunedDevice("NVIDIA GH200 480GB", (9, 0), 132)
+A100 = TunedDevice("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+
+
+@pytest.mark.parametrize(
+    ("device", "first"), [(H100, "H100"), (H100_PCIE, "H100"), (H200, "H200"), (GH200, "H200")]
+)
+def test_a_device_prefers_its_own_rows(device: TunedDevice, first: str) -> None:
+    tables = tables_for(device)
+    assert tables[0] == first
+    assert sorted(tables) == ["H100", "H200"]
+
+
+def test_rows_of_another_compute_capability_are_never_taken() -> None:
+    assert tables_for(A100) == ()
+    assert choices("linear_bf16", torch.device("cpu"), outputs=4096, inputs=4096) == ()
+
+
+@pytest.fixture
+def two_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shape 1 measured on both devices, shape 2 on one."""
+    rows = {
+        "H100": ({"size": 1, "max_rows": 8, "from": "H100"}, {"size": 2, "max_rows": 8, "from": 2}),
+        "H200": ({"size": 1, "max_rows": 4, "from": "H200"},),
+    }
+    monkeypatch.setattr(tuning, "rows_of", lambda operation, table: rows[table])
+    monkeypatch.setattr(tuning, "describe", lambda device: H200)
+
+
+def test_each_shape_is_borrowed_by_itself(two_tables: None) -> None:
+    device = torch.device("cpu")
+    assert [row["from"] for row in choices("any", device, size=1)] == ["H200"]
+    assert [row["from"] for row in choices("any", device, size=2)] == [2]
+    assert choices("any", device, size=3) == ()
+    # Rows of two devices are not mixed: their bounds belong together.
+    assert choose(choices("any", device, size=1), 8) is None
+
+
+def test_every_row_is_of_a_device_that_is_described() -> None:
+    known = {device.name for device in tuning.measured_devices()}
+    for file in (resources.files("core.kernels") / "tuned").iterdir():
+        if file.name == "devices.json":
+            continue
+        rows = json.loads(file.read_text())
+        assert {row["device"] for row in rows} <= known, file.name
+        assert all(row["max_rows"] >= 1 for row in rows), file.name
