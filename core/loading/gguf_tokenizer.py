@@ -31,8 +31,8 @@ from core.loading.tokenizer_json import (
     tokenizer_json,
 )
 
-_FORMAT_VERSION = "1"  # of the files written: raise it where their contents change
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_FORMAT_VERSION = "2"  # of the files written: raise it where their contents change
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 _NFC = {"type": "NFC"}
 _UNDERLINE = "\u2581"  # SentencePiece's space
 
@@ -153,7 +153,8 @@ def _sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> tuple[bytes, 
 
 
 def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[dict[str, Any]]:
-    """Control tokens (special) and user-defined ones, which are never cut into pieces."""
+    """Control tokens and the unknown one (special: they have no text), and user-defined ones,
+    which are never cut into pieces."""
     if "tokenizer.ggml.token_type" not in file.metadata:
         return []
     types = file.sequence("tokenizer.ggml.token_type", int)
@@ -162,9 +163,9 @@ def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[dict[str, Any]]:
             f"{file.path}: {len(types)} token types for {len(tokens)} tokens; fetch the file again"
         )
     return [
-        added_token(token_id, text, special=token_type == _CONTROL)
+        added_token(token_id, text, special=token_type != _USER_DEFINED)
         for token_id, (text, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token_type in (_CONTROL, _USER_DEFINED)
+        if token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
 
 

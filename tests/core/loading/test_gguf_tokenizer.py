@@ -179,6 +179,9 @@ def test_sentencepiece_vocabulary(own_cache: Path, tmp_path: Path) -> None:
         assert expected[0] == 1
         assert ours.encode(text).ids == expected
         assert ours.decode(expected, skip_special_tokens=False) == theirs.decode(expected)
+    cat = ours.encode("cat", add_special_tokens=False).ids
+    assert ours.decode([0, *cat, 0]) == theirs.decode([0, *cat, 0], skip_special_tokens=True)
+    assert ours.decode([0, *cat, 0]) == "cat", "the unknown token has no text"
 
 
 def test_bos_and_eos_are_added_where_the_file_says_so(own_cache: Path, tmp_path: Path) -> None:
