@@ -56,7 +56,20 @@ class ZmqMailbox:
             return
         if due:
             self._stats, self._next_stats_s = stats, now + STATS_INTERVAL_S
+        if any(output.prompt_logprobs is not None for output in outputs):
+            outputs = self._send_large(outputs)
         self.socket.send(self._encoder.encode(StepOutput(outputs, stats if due else None)))
+
+    def _send_large(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Send each output that has prompt logprobs in a message of its own, as one alone may be
+        tens of MB and the frontend takes no message beyond its limit; returns the others."""
+        others = []
+        for output in outputs:
+            if output.prompt_logprobs is None:
+                others.append(output)
+            else:
+                self.socket.send(self._encoder.encode(StepOutput([output])))
+        return others
 
     def send_expert_loads(self, loads: ExpertLoads | None) -> None:
         """A message of its own, if there are any."""

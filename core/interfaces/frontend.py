@@ -74,11 +74,19 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, prompt_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
     ) -> OutputStream:
-        """Submit a request, at once and without blocking.
+        """Submit a request, at once and without blocking. Of those that wait the ones with the
+        lowest `priority` are computed first.
 
-        Raises RequestError (status 503) unless the state is SERVING.
+        Raises RequestError: status 503 unless the state is SERVING; status 400 for anything that
+        could hurt a worker, with `param` naming the argument or the field of `sampling`
+        (core.serve.request_check has every range). Frontends need no checks of their own.
         """
         ...
 

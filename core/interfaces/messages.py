@@ -8,7 +8,7 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are chosen. Checked by the frontend; the engine trusts it."""
+    """How tokens are chosen. `Engine.generate` checks every field; workers trust them."""
 
     max_tokens: int
     temperature: float = 1.0  # 0: greedy
@@ -33,6 +33,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
+    priority: int = 0  # of those that wait the lowest is computed first
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

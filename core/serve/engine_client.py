@@ -29,6 +29,7 @@ from core.interfaces.messages import (
     StepOutput,
 )
 from core.serve.balancer import Balancer
+from core.serve.request_check import RequestLimits
 from core.wire import Wire
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
@@ -47,13 +48,19 @@ class ZmqEngine:
 
     SERVING begins with the parent's word that all workers are ready, or once every scheduler has
     sent its gauges, whichever comes first. Which side of a socket starts first does not matter.
+    `limits` keep whatever could hurt a worker from being sent, whoever asks.
     """
 
     def __init__(
-        self, endpoints: Endpoints, loop: asyncio.AbstractEventLoop, balancer: Balancer
+        self,
+        endpoints: Endpoints,
+        loop: asyncio.AbstractEventLoop,
+        balancer: Balancer,
+        limits: RequestLimits,
     ) -> None:
         self._loop = loop
         self._balancer = balancer
+        self._limits = limits
         self._wire = Wire(endpoints.key)
         self._socket = self._wire.bind(endpoints.engine, max_message_bytes=MAX_MESSAGE_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
@@ -102,20 +109,32 @@ class ZmqEngine:
         return self._info
 
     def generate(
-        self, request_id: str, prompt_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
     ) -> "ZmqStream":
         if self._state is not EngineState.SERVING:
             raise self._refusal()
-        assert request_id not in self._streams, request_id
+        self._limits.check(request_id, prompt_ids, sampling, priority)
+        if request_id in self._streams:
+            raise RequestError(
+                f"a request with the id {request_id!r} is live; ids are unique among those",
+                param="request_id",
+                code="duplicate_request_id",
+            )
         dp_rank = self._balancer.add(request_id, prompt_ids, sampling)
         stream = ZmqStream(self, request_id, dp_rank)
         self._streams[request_id] = stream
-        self._send(dp_rank, Generate(request_id, prompt_ids, sampling))
+        self._send(dp_rank, Generate(request_id, prompt_ids, sampling, priority))
         return stream
 
     def engine_ready(self, info: dict[str, Any]) -> None:
         """Every worker is up; `info` is what the first one said of itself."""
         self._info = info
+        self._limits = self._limits.at_most(info.get("max_model_len"))
         self._begin_serving()
 
     def drain(self) -> None:

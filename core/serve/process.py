@@ -7,6 +7,7 @@ is gone. Knows nothing of models, weights or devices: it imports neither torch n
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
@@ -35,11 +36,14 @@ from core.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, is_loopback, url_of
+from core.serve.request_check import RequestLimits, size_problem
 from core.serve.tokenizer import HfTokenizer
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s
 SHUTTING_DOWN = "the server is shutting down and its grace time is over"
+
+log = logging.getLogger(__name__)
 
 
 def read_api_key(config: FrontendConfig) -> str | None:
@@ -83,7 +87,9 @@ class Frontend:
         loop = asyncio.get_running_loop()
         endpoints = self._boot.endpoints
         balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.plans))
-        self._engine = ZmqEngine(endpoints, loop, balancer)
+        served = self._boot.served
+        limits = RequestLimits(vocab_size=served.vocab_size, max_model_len=served.max_model_len)
+        self._engine = ZmqEngine(endpoints, loop, balancer, limits)
         application = self._application()
         url = url_of(listener)
         self._server = Server(
@@ -116,6 +122,8 @@ class Frontend:
         tokenizer = HfTokenizer.from_folder(
             self._boot.files.tokenizer_dir, self._boot.files.eos_ids
         )
+        if (problem := size_problem(tokenizer, served.vocab_size)) is not None:
+            log.warning("%s", problem)
         context = FrontendContext(
             engine=self._engine,
             tokenizer=tokenizer,

@@ -52,9 +52,10 @@ class HfTokenizer:
             self._text_byte_table = [
                 b"" if i in self._special_ids else piece for i, piece in enumerate(table)
             ]
-        self.max_token_characters = max(
-            (len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1
-        )
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.max_token_characters = max(map(len, vocabulary), default=1)
+        # May lie beyond `vocab_size`, which counts: ids can have gaps.
+        self.max_token_id = max(vocabulary.values(), default=0)
 
     @classmethod
     def from_folder(cls, folder: str | Path, eos_ids: Iterable[int] = ()) -> "HfTokenizer":

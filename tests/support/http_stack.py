@@ -16,6 +16,7 @@ from core.interfaces.messages import Generate
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, url_of
+from core.serve.request_check import RequestLimits
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.app import create_app
 from plugins.frontends.openai import OpenAIOptions
@@ -40,6 +41,7 @@ class Stack:
         default_sampling: dict[str, float] | None = None,
         serving: bool = True,
         num_dp: int = 1,
+        vocab_size: int | None = None,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -52,6 +54,8 @@ class Stack:
             for dp_rank in range(num_dp)
         ]
         self.engine = self.engines[0]
+        # Rows of the model's embedding; None: as many as the tokenizer has.
+        self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self._serving = serving
         self._config = FrontendConfig(port=0, **frontend)
         self._options = OpenAIOptions(allowed_hosts=list(allowed_hosts))
@@ -68,14 +72,19 @@ class Stack:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         balancer = make_balancer("round_robin", len(self.engines))
-        self.client = ZmqEngine(self.endpoints, self._loop, balancer)
+        self.client = ZmqEngine(
+            self.endpoints,
+            self._loop,
+            balancer,
+            RequestLimits(vocab_size=self._vocab_size, max_model_len=MAX_MODEL_LEN),
+        )
         context = FrontendContext(
             engine=self.client,
             tokenizer=self.tokenizer,
             model=ServedModel(
                 name=MODEL,
                 max_model_len=MAX_MODEL_LEN,
-                vocab_size=self.tokenizer.vocab_size,
+                vocab_size=self._vocab_size,
                 created=1,
                 info={"architecture": "Fake"},
                 default_sampling=self._default_sampling,

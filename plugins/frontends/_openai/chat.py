@@ -26,6 +26,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     route = "/v1/chat/completions"
     body_type = ChatRequest
+    prompt_param = "messages"
 
     async def handle(self, body: ChatRequest, receive: Receive, send: Send) -> None:
         self._check(body)

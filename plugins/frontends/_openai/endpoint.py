@@ -39,6 +39,7 @@ class Endpoint(ABC, Generic[Body]):
 
     route: str
     body_type: type[Body]
+    prompt_param = "prompt"  # the field that prompts come from
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -99,11 +100,16 @@ class Endpoint(ABC, Generic[Body]):
     async def _run(
         self, request_id: str, choices: Sequence[Choice], receive: Receive, on_pieces: OnPieces
     ) -> None:
-        with (
-            Generation(self.service, request_id, choices) as generation,
-            watch_disconnect(receive, generation.disconnect),
-        ):
-            await generation.run(on_pieces)
+        try:
+            with (
+                Generation(self.service, request_id, choices) as generation,
+                watch_disconnect(receive, generation.disconnect),
+            ):
+                await generation.run(on_pieces)
+        except RequestError as error:
+            if error.param == "prompt_ids":  # as the engine calls it
+                error.param = self.prompt_param
+            raise
         if generation.disconnected:
             raise ClientGone
 

@@ -31,6 +31,7 @@ from core.interfaces.messages import (
 from core.parallel.plan import Plan
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
+from core.serve.request_check import RequestLimits
 from core.wire import Wire
 from tests.support.fake_engine import endpoints_in
 from tests.support.fake_runner import VOCAB_SIZE, FakeRunner, expected_answer
@@ -167,7 +168,8 @@ def test_requests_over_all_ranks(tmp_path: Path, over: str, dp: int, tp: int) ->
 
     async def main() -> EngineStats:
         balancer = make_balancer("least_tokens", dp)
-        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer)
+        limits = RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer, limits)
         try:
             async with asyncio.timeout(60):
                 await load(engine, seed=dp, num_requests=120)

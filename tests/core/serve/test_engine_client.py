@@ -22,9 +22,11 @@ from core.interfaces.messages import (
 from core.serve import engine_client
 from core.serve.balancer import LeastTokens, RoundRobin, SoloBalancer
 from core.serve.engine_client import STEPS_PER_WAKEUP, ZmqEngine
+from core.serve.request_check import RequestLimits
 from tests.support.fake_engine import endpoints_in
 
 SAMPLING = SamplingParams(max_tokens=4)
+LIMITS = RequestLimits(vocab_size=100, max_model_len=64)
 
 
 class Peer:
@@ -70,7 +72,7 @@ def run_dp(tmp_path, scenario, *, num_dp, balancer, peer_first=True):
 
     async def main():
         peers = make_peers() if peer_first else []
-        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer)
+        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer, LIMITS)
         peers = peers or make_peers()
         try:
             assert engine.state is EngineState.STARTING

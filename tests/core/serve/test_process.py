@@ -50,7 +50,7 @@ class Process:
                 tokenizer_dir=str(write_folder(folder / "tokenizer")), eos_ids=[2],
                 default_sampling={},
             ),
-            served=Served(name="m", max_model_len=512, vocab_size=400, info={"a": 1}),
+            served=Served(name="m", max_model_len=512, vocab_size=421, info={"a": 1}),
         )  # fmt: skip
         read_fd, write_fd = os.pipe()
         self._popen = subprocess.Popen(

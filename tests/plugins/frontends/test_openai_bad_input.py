@@ -3,9 +3,10 @@
 import json
 import socket
 
+import httpx
 import pytest
 
-from tests.support.http_stack import ANSWER, MAX_MODEL_LEN, MODEL
+from tests.support.http_stack import ANSWER, MAX_MODEL_LEN, MODEL, Stack
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
@@ -207,3 +208,26 @@ def test_tokenize_and_detokenize(http, stack):
 def test_it_still_answers_after_all_that(http):
     response = http.post(CHAT, json=chat_body())
     assert response.json()["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_text_whose_tokens_are_beyond_the_models_embedding():
+    """A tokenizer that was extended without the model: its last token is part of the text."""
+    beyond = "a<é tool>b"
+    with Stack(vocab_size=420) as stack, httpx.Client(base_url=stack.url, timeout=20) as http:
+        assert max(stack.tokenizer.encode(beyond)) == 420
+        messages = [{"role": "user", "content": beyond}]
+        for path, body, param in (
+            (COMPLETIONS, completion_body(prompt=beyond), "prompt"),
+            (COMPLETIONS, completion_body(prompt=["hi", beyond]), "prompt"),
+            (COMPLETIONS, completion_body(prompt=beyond, stream=True), "prompt"),
+            (CHAT, chat_body(messages=messages), "messages"),
+            (CHAT, chat_body(messages=messages, stream=True), "messages"),
+        ):
+            response = http.post(path, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, param)
+            assert error["code"] == "out_of_range"
+            assert "420" in error["message"]
+            assert "0 to 419" in error["message"]
+        assert stack.client.num_live == 0, "what came before the bad prompt was not aborted"
+        assert http.post(COMPLETIONS, json=completion_body()).status_code == 200
