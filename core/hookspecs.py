@@ -114,8 +114,9 @@ def check_plan(config: "AppConfig") -> Sequence[str]:
 
 
 @hookspec(firstresult=True)
-def default_backend(family: str, device: str) -> str | None:
+def default_backend(family: str, device: str, config: "AppConfig") -> str | None:
     """The name that `auto` means in a family ("attention.prefill", "attention.decode",
     "latent_attention.prefill", "latent_attention.decode", "moe_a2a.prefill", "moe_a2a.decode",
-    "comm") on a device ("cpu", "cuda"). The first plugin that returns a name decides."""
+    "comm") on a device ("cpu", "cuda"), for a plan and a number of nodes as `config` says. The
+    first plugin that returns a name decides; one that needs no `config` leaves it out."""
     raise AssertionError("a specification is never called")

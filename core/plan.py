@@ -6,7 +6,7 @@ Takes the settings that `core.run` takes. Prints tables for a person, or JSON.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -115,6 +115,7 @@ def plan_of(
     from core.resolve import find_family, resolve
 
     num_nodes = num_nodes or config.launch.nnodes
+    config = replace(config, launch=replace(config.launch, nnodes=num_nodes))
     device = "cuda" if config.engine.device == "auto" else config.engine.device
     files = _files(config.model)
     resolved = resolve(config, plugins, files, device)

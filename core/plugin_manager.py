@@ -225,10 +225,10 @@ class PluginManager:
             problems += error.problems
         return [*problems, *self.check_plan(config)]
 
-    def default_backend(self, family: str, device: str) -> str:
+    def default_backend(self, family: str, device: str, config: AppConfig) -> str:
         """What `auto` means in a family (see the hook) on a device. Raises ConfigError where no
         plugin knows."""
-        name = self._manager.hook.default_backend(family=family, device=device)
+        name = self._manager.hook.default_backend(family=family, device=device, config=config)
         table = self.table(family.partition(".")[0])
         if name is None:
             raise ConfigError(

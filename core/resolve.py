@@ -45,6 +45,7 @@ def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device
     )
     config = settle_page_size(config, spec)
     config = settle_backends(config, plugins, device, spec, plan)
+    plan = dataclasses.replace(plan, replicated_rows=experts_add_up(config, plan))
     problems = [
         *expert_plan_problems(config, spec, plan),
         *family.plan_problems(spec, plan),
@@ -88,7 +89,7 @@ def settle_backends(
     def settle(family: str, choice: PluginChoice) -> PluginChoice:
         if choice.name != "auto":
             return choice
-        return dataclasses.replace(choice, name=plugins.default_backend(family, device))
+        return dataclasses.replace(choice, name=plugins.default_backend(family, device, config))
 
     def settle_attention(phase: str, choice: PluginChoice) -> PluginChoice:
         family = attention_family(spec)
@@ -96,12 +97,18 @@ def settle_backends(
         plugins.table(family).get(settled.name)
         return settled
 
+    comm, attention, moe_a2a = config.comm, config.attention, config.moe_a2a
+    # On one host all ranks of tensor-parallel attention have all rows already, and adding up costs
+    # the all-reduce that the layer would end with anyway.
+    one_host = plan.dp == 1 and config.launch.nnodes == 1
+    both_free = {moe_a2a.prefill.name, moe_a2a.decode.name} <= {"auto", "local"}
+    stays = plan.ep == 1 or (one_host and both_free)
+
     def settle_a2a(phase: str, choice: PluginChoice) -> PluginChoice:
-        if choice.name == "auto" and plan.ep == 1:
+        if choice.name == "auto" and stays:
             return dataclasses.replace(choice, name="local")
         return settle(f"moe_a2a.{phase}", choice)
 
-    comm, attention, moe_a2a = config.comm, config.attention, config.moe_a2a
     return dataclasses.replace(
         config,
         engine=dataclasses.replace(config.engine, device=device),
@@ -117,6 +124,12 @@ def settle_backends(
             decode=settle_a2a("decode", moe_a2a.decode),
         ),
     )
+
+
+def experts_add_up(config: AppConfig, plan: Plan) -> bool:
+    """Whether rows stay where they are though experts are spread over ranks."""
+    names = {config.moe_a2a.prefill.name, config.moe_a2a.decode.name}
+    return plan.ep > 1 and plan.dp == 1 and names == {"local"}
 
 
 def expert_plan_problems(config: AppConfig, spec: ModelSpec, plan: Plan) -> list[str]:

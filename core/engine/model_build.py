@@ -31,10 +31,9 @@ META = torch.device("meta")
 
 
 def stream_of(spec: ModelSpec, plan: Plan) -> Layout:
-    """How rows lie over tp between blocks: cut where other ranks' rows come in anyway."""
-    shares_experts = spec.moe is not None and (plan.dp > 1 or plan.ep > 1)
-    shares_dense = plan.axis_size("dense") > plan.tp_attn
-    return Layout.ROWS if shares_experts or shares_dense else Layout.REPLICATED
+    """How rows lie over tp between blocks."""
+    cut = plan.cuts_rows(has_experts=spec.moe is not None)
+    return Layout.ROWS if cut else Layout.REPLICATED
 
 
 def head_axis_of(plan: Plan) -> str:

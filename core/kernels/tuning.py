@@ -1,8 +1,8 @@
 """Which kernel and which tile sizes for which shape: data in core/kernels/tuned/<operation>.json.
 
 A file holds a list of rows, e.g. {"device": "H100", "outputs": 4096, "inputs": 4096,
-"max_rows": 16, "path": "skinny", "BLOCK_O": 32}. `device` is a key of tuned/devices.json, which says
-what those devices are. A row applies to shapes that equal the keys it names, and to at most
+"max_rows": 16, "path": "skinny", "BLOCK_O": 32}. `device` is a key of tuned/devices.json, which
+says what those devices are. A row applies to shapes that equal the keys it names, and to at most
 `max_rows` rows; the one with the least `max_rows` that still suffices is taken. A shape that was
 not measured on a device takes the rows of the nearest one of the same compute capability. The
 programs that measured them are in benchmarks/.
@@ -105,4 +105,3 @@ def _tell_borrowed(device_name: str, table: str) -> None:
 def _read(file_name: str) -> Any:
     file = resources.files("core.kernels") / "tuned" / file_name
     return json.loads(file.read_text()) if file.is_file() else []
-

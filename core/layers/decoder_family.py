@@ -27,7 +27,7 @@ class DecoderFamily(ABC):
         those of the axis "dense", each expert over tp_expert; quantised weights between blocks."""
         assert isinstance(spec, DecoderSpec)
         by_setting: dict[tuple[str, int], list[Clauses]] = {}
-        for axis, clauses in _cuts(spec, plan).items():
+        for axis, clauses in _cuts(spec, plan):
             by_setting.setdefault((_setting(plan, axis), plan.axis_size(axis)), []).append(clauses)
         return [
             problem
@@ -43,19 +43,21 @@ class DecoderFamily(ABC):
         return Decoder(spec, context)
 
 
-def _cuts(spec: DecoderSpec, plan: Plan) -> dict[str, Clauses]:
-    """By mesh axis: what is wrong with cutting this model over some number of ranks."""
+def _cuts(spec: DecoderSpec, plan: Plan) -> list[tuple[str, Clauses]]:
+    """Mesh axes, and what is wrong with cutting a part of this model over some number of ranks."""
     block = None if spec.quantization is None else spec.quantization.rows
-    cuts = {"tp": _attention_clauses(spec, block)}
+    cuts = [("tp", _attention_clauses(spec, block))]
     if spec.moe is None or len(spec.moe.layers) < spec.num_layers:
         dense = {"intermediate_size": spec.dense_mlp.intermediate_size}
-        cuts["dense"] = lambda ranks: size_problems(dense, ranks, block)
+        cuts.append(("dense", lambda ranks: size_problems(dense, ranks, block)))
     if spec.experts is not None:
         expert = {"size of one expert": spec.experts.expert_intermediate_size}
-        shares_rows_out = plan.dp > 1 or plan.ep > 1  # each rank has all of the shared experts then
-        if spec.experts.shared_intermediate_size is not None and not shares_rows_out:
-            expert["size of the shared experts"] = spec.experts.shared_intermediate_size
-        cuts["tp_expert"] = lambda ranks: size_problems(expert, ranks, block)
+        cuts.append(("tp_expert", lambda ranks: size_problems(expert, ranks, block)))
+        shared_size = spec.experts.shared_intermediate_size
+        # A rank with rows of its own has all of the shared experts.
+        if shared_size is not None and not plan.cuts_rows(has_experts=True):
+            shared = {"size of the shared experts": shared_size}
+            cuts.append(("tp", lambda ranks: size_problems(shared, ranks, block)))
     return cuts
 
 

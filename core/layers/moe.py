@@ -29,8 +29,8 @@ _AXIS = "tp_expert"
 class MoELayer:
     """Routed and shared experts of one layer. `weights` are scoped to the block.
 
-    With replicated rows the shared experts are cut like the routed ones, and both are summed over
-    ranks at once. With rows shared out each rank computes the shared experts whole for its own.
+    With replicated rows the shared experts are cut over the ranks of tp, and all experts' sums are
+    added up at once. With rows shared out each rank computes the shared experts whole for its own.
     They need nothing of routing, and are computed beside it.
     """
 
@@ -40,11 +40,13 @@ class MoELayer:
         assert context.experts is not None, "a model with experts is built with dispatchers"
         self._shared_out = context.stream is Layout.ROWS
         ep, tp_expert = (context.comms.axes[axis] for axis in ("ep", _AXIS))
-        assert self._shared_out or ep.size == 1, "spread experts take rows that are shared out"
+        # Rows that all ranks have may have experts on any of them.
+        axis = _AXIS if self._shared_out else "tp"
+        assert self._shared_out or context.comms.axes["tp"].size == ep.size * tp_expert.size
         self.experts = LocalExperts(context, weights, spec, layer)
         self._router = Router(context, weights, spec)
         self._dispatchers = context.experts.dispatchers
-        self._exchange = row_exchange(context, _AXIS)
+        self._exchange = row_exchange(context, axis)
         self._gathers_routes = self._shared_out and tp_expert.size > 1
         self._shared = _shared_experts(context, weights, spec)
         self._beside = context.ops.beside
@@ -82,7 +84,7 @@ class MoELayer:
 def _shared_experts(
     context: BuildContext, weights: WeightReader, spec: MoELayerSpec
 ) -> Callable[[Tensor], Tensor] | None:
-    """A part of their sum over tp_expert; all of it where rows are shared out."""
+    """A part of their sum over tp; all of it where rows are shared out."""
     if spec.shared_intermediate_size is None:
         return None
     whole = context.stream is Layout.ROWS
@@ -92,7 +94,7 @@ def _shared_experts(
         spec.hidden_size,
         spec.shared_intermediate_size,
         bias=False,
-        axis=_AXIS,
+        axis="tp",
     )
 
 

@@ -42,14 +42,17 @@ class ExpertMap:
     """Logical experts -> the physical ones of a placement; counts the rows of each.
 
     The copies of an expert are taken in turn by a row's position. Where ranks have rows of their
-    own each starts at another copy, so that steps of few rows are spread too; where they all
-    route the same rows, they choose the same copies. Never waits for the device, and keeps its
+    own each starts at another copy, so that steps of few rows are spread too. Where they all route
+    the same rows they choose the same copies, and each is told of its own alone: ids are those of
+    its local experts, and -1 for all others. Never waits for the device, and keeps its
     tensors where they are: a CUDA graph knows their addresses.
     """
 
     def __init__(self, context: BuildContext, placement: LayerPlacement) -> None:
         alone = context.stream is Layout.REPLICATED
         self._first_copy = 0 if alone else context.comms.axes["world"].rank
+        self._local_ids = range(placement.num_local) if alone else None
+        self._first_local = context.comms.axes["ep"].rank * placement.num_local
         num_logical, device = placement.num_logical, context.device
         most_copies = len(placement.logical_of) - num_logical + 1
         self._copies = Copies(
@@ -63,9 +66,17 @@ class ExpertMap:
         """Route by this placement from now on; it has as many physical experts as the first."""
         copies = [placement.copies(expert) for expert in range(placement.num_logical)]
         most = self._copies.physical_XC.shape[1]
-        padded = [[*of_expert, *[-1] * (most - len(of_expert))] for of_expert in copies]
+        padded = [
+            [*map(self._id_of, of_expert), *[-1] * (most - len(of_expert))] for of_expert in copies
+        ]
         self._copies.physical_XC.copy_(torch.tensor(padded))
         self._copies.num_copies_X.copy_(torch.tensor([len(of_expert) for of_expert in copies]))
+
+    def _id_of(self, physical: int) -> int:
+        if self._local_ids is None:
+            return physical
+        local = physical - self._first_local
+        return local if local in self._local_ids else -1
 
     def __call__(self, num_real: Tensor, first_row: int) -> Destinations:
         """Where a step's rows go, and where they are counted: `num_real` (int32 (1,), on the

@@ -25,6 +25,9 @@ class Plan:
     tp_dense: int | None = None  # neighbouring ranks that share a dense MLP; None: tp_attn
     dp_lm_head: bool = False  # the output head works on each dp rank's own rows
     redundant_experts: int = 0  # extra copies of busy experts, over all ranks
+    # Ranks that share experts have the same rows, and add up what their experts make of them: no
+    # row travels. Only without data-parallel attention.
+    replicated_rows: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -38,6 +41,8 @@ class Plan:
             )
             if size < 1
         ]
+        if self.replicated_rows and self.dp > 1:
+            problems.append(f"replicated_rows=True: the dp={self.dp} ranks have rows of their own")
         if self.redundant_experts < 0:
             problems.append(f"redundant_experts={self.redundant_experts}: must be at least 0")
         dense, sparse = self.dp * self.tp_attn, self.ep * self.tp_expert
@@ -61,6 +66,12 @@ class Plan:
     def stage_size(self) -> int:
         """Ranks of one pipeline stage: the axis "world"."""
         return self.dp * self.tp_attn
+
+    def cuts_rows(self, *, has_experts: bool) -> bool:
+        """Whether the rows of a step are cut over "tp" between the blocks of a layer: where other
+        ranks' rows come in anyway, because experts or dense MLPs are shared with them."""
+        shares_experts = has_experts and (self.dp > 1 or self.ep > 1) and not self.replicated_rows
+        return shares_experts or self.axis_size("dense") > self.tp_attn
 
     def axis_size(self, axis: str) -> int:
         """Ranks along a mesh axis, one of `AXES`; "tp" is that of attention and dense layers."""

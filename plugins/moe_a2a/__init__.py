@@ -21,13 +21,13 @@ def register_moe_a2a() -> Sequence[Registration]:
         Registration(
             name="local",
             factory="plugins.moe_a2a.local:LocalDispatcher",
-            summary="no expert parallelism: rows stay where they are",
+            summary="rows stay where they are; sums of experts on other ranks are added up",
         ),
         Registration(
             name="allgather",
             factory="plugins.moe_a2a.allgather:AllGatherDispatcher",
             config=AllGatherOptions,
-            summary="every rank gets all rows; simple, for few ranks and for checking the others",
+            summary="every rank gets all rows; for the ranks of one host",
         ),
         Registration(
             name="nccl",
@@ -52,12 +52,14 @@ def register_moe_a2a() -> Sequence[Registration]:
 
 
 @hookimpl
-def default_backend(family: str, device: str) -> str | None:
-    """What `moe_a2a.<phase>=auto` means on a device, where experts are spread over ranks."""
+def default_backend(family: str, device: str, config: AppConfig) -> str | None:
+    """What `moe_a2a.<phase>=auto` means on a device, where rows travel to experts."""
     if family not in ("moe_a2a.prefill", "moe_a2a.decode"):
         return None
     if device == "cuda" and importlib.util.find_spec("deep_ep") is not None:
         return "deepep"
+    if device == "cuda" and config.launch.nnodes == 1:
+        return "allgather"  # needs no counts, so that the host never waits in a layer
     return {"cpu": "nccl", "cuda": "nccl"}.get(device)
 
 
@@ -68,10 +70,27 @@ def check_plan(config: AppConfig) -> Sequence[str]:
     for phase in ("prefill", "decode"):
         choice = config.moe_a2a.prefill if phase == "prefill" else config.moe_a2a.decode
         if choice.name == "local" and config.parallel.ep > 1:
-            problems.append(
-                f"moe_a2a.{phase}=local carries rows to no other rank, but "
-                f"parallel.ep={config.parallel.ep}; set moe_a2a.{phase}=auto or parallel.ep=1"
-            )
+            problems += _local_problems(config, phase)
         if choice.name == "deepep":
             problems += config_problems(config, phase)
     return problems
+
+
+def _local_problems(config: AppConfig, phase: str) -> list[str]:
+    """Why rows can't stay where they are, though experts are spread over ranks."""
+    parallel, a2a = config.parallel, config.moe_a2a
+    if parallel.dp_attention > 1:
+        return [
+            f"moe_a2a.{phase}=local carries rows to no other rank, but with "
+            f"parallel.dp_attention={parallel.dp_attention} and parallel.ep={parallel.ep} ranks "
+            f"have rows and experts of their own; set moe_a2a.{phase}=auto"
+        ]
+    other, name = (
+        ("decode", a2a.decode.name) if phase == "prefill" else ("prefill", a2a.prefill.name)
+    )
+    if name in ("local", "auto"):
+        return []
+    return [
+        f"moe_a2a.{phase}=local leaves all rows on every rank and moe_a2a.{other}={name} shares "
+        f"them out, but weights are cut for one of both; set moe_a2a=local or moe_a2a={name}"
+    ]

@@ -6,6 +6,7 @@ from core.config import require_choice, require_range
 from core.errors import ConfigError
 
 LAYOUTS = ("contiguous", "batched")
+ALL_LAYOUTS = ("routed", *LAYOUTS)
 LOW_LATENCY_ROWS = 1024  # DeepEP counts a rank's rows for one expert below this (FINISHED_SUM_TAG)
 
 
@@ -13,10 +14,12 @@ LOW_LATENCY_ROWS = 1024  # DeepEP counts a rank's rows for one expert below this
 class AllGatherOptions:
     """Of `allgather`."""
 
-    layout: str = "contiguous"  # batched: to check expert kernels of that layout without DeepEP
+    # routed: the experts' kernels group and sum by themselves, as on one rank. The others, to check
+    # kernels of those layouts: contiguous rows, and batched ones as DeepEP's low latency gives.
+    layout: str = "routed"
 
     def __post_init__(self) -> None:
-        require_choice("moe_a2a.<phase>.options.layout", self.layout, LAYOUTS)
+        require_choice("moe_a2a.<phase>.options.layout", self.layout, ALL_LAYOUTS)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,11 +1,14 @@
-"""No expert parallelism: every rank of the axis (itself) holds all experts, rows stay here."""
+"""Rows stay where they are: a rank has all experts, or it has all rows of those that share them.
+
+In the second case the ids of rows are those of its own experts, or -1 (core.layers.router), and
+what it returns is its part of a sum over ranks.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError
 from core.hookspecs import NoOptions
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
 
@@ -17,12 +20,6 @@ class LocalDispatcher:
     capturable = True
 
     def __init__(self, options: NoOptions, spec: A2ASpec) -> None:
-        """Raises ConfigError where experts are spread over ranks."""
-        if spec.comm.size != 1:
-            raise ConfigError(
-                f"moe_a2a.{spec.phase}=local carries rows to no other rank, but the experts lie on "
-                f"parallel.ep={spec.comm.size} ranks; set moe_a2a.{spec.phase}=auto"
-            )
         self._no_counts = torch.empty(0, dtype=torch.int64, device=spec.device)
 
     def dispatch(

@@ -46,6 +46,7 @@ def fake_deepep(options: DeepEPOptions, spec: A2ASpec) -> Dispatcher:
 BACKENDS = {
     "local": Parameters(LocalDispatcher, NoOptions(), sizes=(1,)),
     "allgather": Parameters(AllGatherDispatcher, AllGatherOptions()),
+    "allgather-contiguous": Parameters(AllGatherDispatcher, AllGatherOptions(layout="contiguous")),
     "allgather-batched": Parameters(AllGatherDispatcher, AllGatherOptions(layout="batched")),
     "nccl": Parameters(NcclDispatcher, NcclOptions(), fp8=True),
     "nccl-plain": Parameters(NcclDispatcher, NcclOptions(fp8=False)),

@@ -299,16 +299,18 @@ def test_default_backend_is_the_first_answer_the_latest_plugin_first():
         c=Default("cpu", "split"),
         d=Default("cpu", "paged"),
     )
-    assert manager.default_backend("attention.decode", "cpu") == "paged"
+    assert manager.default_backend("attention.decode", "cpu", config_with()) == "paged"
     with pytest.raises(
         ConfigError, match=r"attention\.decode backend for device 'cuda'.*paged, split"
     ):
-        manager.default_backend("attention.decode", "cuda")
+        manager.default_backend("attention.decode", "cuda", config_with())
 
 
 def test_a_default_that_does_not_exist_is_refused():
     with pytest.raises(PluginError, match="no attention plugin 'gone'"):
-        load(a=Attention(), b=Default("cpu", "gone")).default_backend("attention.decode", "cpu")
+        load(a=Attention(), b=Default("cpu", "gone")).default_backend(
+            "attention.decode", "cpu", config_with()
+        )
 
 
 def test_config_searchpaths_are_collected_in_order_and_checked():
@@ -418,7 +420,8 @@ AUTO_FAMILIES = [
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_means_something_on_every_device(family, device):
     manager = PluginManager.load()
-    assert manager.default_backend(family, device) in manager.table(family.partition(".")[0])
+    name = manager.default_backend(family, device, config_with())
+    assert name in manager.table(family.partition(".")[0])
 
 
 def test_discovery_imports_no_torch():

@@ -45,6 +45,7 @@ GROUPED = {"num_groups": 4, "num_chosen_groups": 2}
 DISPATCHERS: dict[str, Callable[[A2ASpec], Dispatcher]] = {
     "local": lambda spec: LocalDispatcher(NoOptions(), spec),
     "allgather": lambda spec: AllGatherDispatcher(AllGatherOptions(), spec),
+    "contiguous": lambda spec: AllGatherDispatcher(AllGatherOptions(layout="contiguous"), spec),
     "batched": lambda spec: AllGatherDispatcher(AllGatherOptions(layout="batched"), spec),
     "nccl": lambda spec: NcclDispatcher(NcclOptions(), spec),
 }
@@ -219,8 +220,8 @@ class Setup:
 
     @property
     def stream(self) -> Layout:
-        spread = self.plan.dp > 1 or self.plan.ep > 1
-        return Layout.ROWS if spread else Layout.REPLICATED
+        cut = self.plan.cuts_rows(has_experts=True)
+        return Layout.ROWS if cut else Layout.REPLICATED
 
     def layer(
         self,

@@ -49,7 +49,9 @@ GPU = torch.device("cuda")
 ALONE = Setup(Plan(), default_placement(NUM_EXPERTS, 1, 0))
 PLANS = {
     "tp2": (Plan(tp_attn=2, tp_expert=2), ["local"]),
-    "tp2_ep2": (Plan(tp_attn=2, ep=2), ["allgather", "batched", "nccl"]),
+    "tp2_ep2": (Plan(tp_attn=2, ep=2), ["allgather", "contiguous", "batched", "nccl"]),
+    "tp2_ep2_stay": (Plan(tp_attn=2, ep=2, replicated_rows=True), ["local"]),
+    "tp4_ep2_stay": (Plan(tp_attn=4, ep=2, tp_expert=2, replicated_rows=True), ["local"]),
     "dp2_tp_expert2": (Plan(dp=2, tp_expert=2), ["local"]),
     "dp2_ep2": (Plan(dp=2, ep=2), ["nccl"]),
     "tp4_ep2": (Plan(tp_attn=4, ep=2, tp_expert=2), ["allgather"]),

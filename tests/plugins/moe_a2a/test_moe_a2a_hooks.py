@@ -30,6 +30,7 @@ def config(
     decode: str = "auto",
     *,
     ep: int = 8,
+    dp: int = 1,
     device: str = "cuda",
     nnodes: int = 1,
     dtype: str = "bfloat16",
@@ -37,7 +38,7 @@ def config(
 ) -> AppConfig:
     return AppConfig(
         model=ModelConfig(name="m", dtype=dtype, shape=shape),
-        parallel=ParallelConfig(tp=ep, ep=ep),
+        parallel=ParallelConfig(tp=ep, ep=ep, dp_attention=dp),
         moe_a2a=MoEAllToAllConfig(
             prefill=PluginChoice(name=prefill), decode=PluginChoice(name=decode)
         ),
@@ -56,30 +57,43 @@ def with_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_auto_is_nccl_without_the_package() -> None:
+def test_auto_without_the_package() -> None:
     if importlib.util.find_spec("deep_ep") is not None:
         pytest.skip("deep_ep is installed")
+    one, two = config(), config(nnodes=2)
     for phase in ("prefill", "decode"):
-        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "cpu") == "nccl"
-        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "cuda") == "nccl"
-        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "tpu") is None
-    assert moe_a2a.default_backend("comm", "cpu") is None
+        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "cpu", one) == "nccl"
+        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "cuda", one) == "allgather"
+        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "cuda", two) == "nccl"
+        assert moe_a2a.default_backend(f"moe_a2a.{phase}", "tpu", one) is None
+    assert moe_a2a.default_backend("comm", "cpu", one) is None
 
 
 @pytest.mark.usefixtures("with_deep_ep")
 def test_auto_is_deepep_on_gpus_with_the_package() -> None:
-    assert moe_a2a.default_backend("moe_a2a.decode", "cuda") == "deepep"
-    assert moe_a2a.default_backend("moe_a2a.decode", "cpu") == "nccl"
+    assert moe_a2a.default_backend("moe_a2a.decode", "cuda", config()) == "deepep"
+    assert moe_a2a.default_backend("moe_a2a.decode", "cpu", config()) == "nccl"
 
 
-def test_local_with_experts_on_several_ranks_is_a_problem() -> None:
+def test_local_needs_ranks_that_have_the_same_rows() -> None:
     assert not moe_a2a.check_plan(config("local", "local", ep=1))
-    problems = moe_a2a.check_plan(config("local", "local", ep=4))
+    assert not moe_a2a.check_plan(config("local", "local", ep=4))
+    assert not moe_a2a.check_plan(config("local", "auto", ep=4))
+    problems = moe_a2a.check_plan(config("local", "local", ep=4, dp=2))
     assert [problem.split(" ")[0] for problem in problems] == [
         "moe_a2a.prefill=local",
         "moe_a2a.decode=local",
     ]
-    assert "parallel.ep=4; set moe_a2a.prefill=auto or parallel.ep=1" in problems[0]
+    assert "parallel.dp_attention=2 and parallel.ep=4 ranks have rows" in problems[0]
+    assert problems[0].endswith("set moe_a2a.prefill=auto")
+
+
+def test_local_in_one_phase_alone_is_a_problem() -> None:
+    (problem,) = moe_a2a.check_plan(config("local", "nccl", ep=4))
+    assert "moe_a2a.prefill=local" in problem
+    assert problem.endswith("set moe_a2a=local or moe_a2a=nccl")
+    (problem,) = moe_a2a.check_plan(config("nccl", "local", ep=4))
+    assert problem.startswith("moe_a2a.decode=local")
 
 
 @pytest.mark.parametrize("name", ["nccl", "allgather"])
@@ -139,7 +153,7 @@ def test_what_deepep_can_not_do_is_said_before_anything_starts(
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
-        (lambda: AllGatherOptions(layout="diagonal"), "allowed: contiguous, batched"),
+        (lambda: AllGatherOptions(layout="diagonal"), "allowed: routed, contiguous, batched"),
         (lambda: DeepEPOptions(num_sms=7), "an even number"),
         (lambda: DeepEPOptions(num_sms=0), "at least 2"),
         (lambda: DeepEPOptions(low_latency_max_rows=1025), "allowed: 1 to 1024"),
@@ -160,7 +174,7 @@ def test_every_plugin_has_a_config_of_its_name() -> None:
 def test_registering_imports_no_torch() -> None:
     code = (
         "import sys, plugins.moe_a2a\n"
-        "plugins.moe_a2a.register_moe_a2a(); plugins.moe_a2a.default_backend('comm', 'cpu')\n"
+        "plugins.moe_a2a.register_moe_a2a(); plugins.moe_a2a.default_backend('comm', 'cpu', None)\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
