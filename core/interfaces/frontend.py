@@ -92,7 +92,12 @@ class Engine(Protocol):
 
 
 class IncrementalDetokenizer(Protocol):
-    """Text of one answer, token by token."""
+    """Text of one answer, token by token: that of prompt and answer without the prompt's."""
+
+    @property
+    def holding(self) -> bool:
+        """Whether a part of a character is held back."""
+        ...
 
     def add(self, token_ids: Sequence[int]) -> str:
         """The text these tokens complete; a partial UTF-8 character is held back."""
@@ -136,7 +141,11 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer: ...
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
+        """For an answer that follows these tokens; () where it begins a text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

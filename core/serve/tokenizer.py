@@ -14,8 +14,9 @@ import tokenizers
 
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
+from core.serve.byte_table import REPLACEMENT, byte_table
 from core.serve.chat_template import ChatTemplate
-from core.serve.detokenizer import REPLACEMENT, ByteDetokenizer, WindowDetokenizer
+from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
 
 SPECIAL_TOKEN_NAMES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -44,14 +45,9 @@ class HfTokenizer:
         }
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._byte_table: list[bytes] | None = None
-        self._text_byte_table: list[bytes] = []
-        if _is_byte_level(backend):
-            table = _byte_table(backend)
-            self._byte_table = table
-            self._text_byte_table = [
-                b"" if i in self._special_ids else piece for i, piece in enumerate(table)
-            ]
+        table = byte_table(backend)
+        self._byte_table = table
+        self._text_byte_table = table and table.without(self._special_ids)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.max_token_characters = max(map(len, vocabulary), default=1)
         # May lie beyond `vocab_size`, which counts: ids can have gaps.
@@ -89,8 +85,8 @@ class HfTokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
-        return detokenizer.add(token_ids) + detokenizer.finish()
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def token_text(self, token_id: int) -> str:
         """The token alone as text, as logprobs report it; "" beyond the vocabulary."""
@@ -98,12 +94,11 @@ class HfTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         if self._byte_table is not None:
-            return self._byte_table[token_id] if token_id < len(self._byte_table) else b""
+            pieces = self._byte_table.of_token
+            return pieces[token_id] if token_id < len(pieces) else b""
         piece = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes.fromhex(piece[3:5])
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         # Decoders drop the space before a text's first word; alone, the token keeps it.
         if piece.startswith("▁") and not text.startswith(" ") and REPLACEMENT not in text:
@@ -133,13 +128,14 @@ class HfTokenizer:
             variables=variables,
         )
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        if self._byte_table is not None:
-            return ByteDetokenizer(
-                self._text_byte_table if skip_special_tokens else self._byte_table
-            )
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> IncrementalDetokenizer:
+        table = self._text_byte_table if skip_special_tokens else self._byte_table
+        if table is not None:
+            return ByteDetokenizer(table, prompt_ids)
         skip = self._special_ids if skip_special_tokens else frozenset()
-        return WindowDetokenizer(self._decode_window, skip)
+        return WindowDetokenizer(self._decode_window, skip, prompt_ids)
 
     def _decode_window(self, token_ids: Sequence[int]) -> str:
         text: str = self._backend.decode(token_ids, skip_special_tokens=False)
@@ -205,34 +201,3 @@ def _eos_ids(
     if token_id is not None and token_id not in found:
         found.append(token_id)
     return tuple(found)
-
-
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the decoder is ByteLevel alone (or a sequence of it and Fuse, which joins)."""
-    if backend.decoder is None:
-        return False
-    decoder = json.loads(backend.decoder.__getstate__())
-    parts = decoder.get("decoders", [decoder])
-    types = [part.get("type") for part in parts]
-    return "ByteLevel" in types and set(types) <= {"ByteLevel", "Fuse"}
-
-
-def _byte_table(backend: tokenizers.Tokenizer) -> list[bytes]:
-    """The bytes of every token: each character of a piece stands for one byte (the GPT-2
-    alphabet); a piece with other characters is its own UTF-8, as the decoder has it."""
-    byte_of = _gpt2_alphabet()
-    table = [b""] * (max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
-    for piece, token_id in backend.get_vocab(with_added_tokens=True).items():
-        try:
-            table[token_id] = bytes([byte_of[character] for character in piece])
-        except KeyError:
-            table[token_id] = piece.encode()
-    return table
-
-
-def _gpt2_alphabet() -> dict[str, int]:
-    """Character -> byte: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
