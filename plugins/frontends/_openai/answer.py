@@ -13,10 +13,15 @@ from core.interfaces.messages import RequestOutput, TokenLogprobs
 
 
 class Piece(NamedTuple):
-    """What becomes visible at once: text, and the logprobs of the tokens it came from."""
+    """What becomes visible at once: text, and the logprobs of the tokens it came from.
+
+    `offsets` has one entry a logprob: the characters of the answer that begin before the token. A
+    character of several tokens begins with its first.
+    """
 
     text: str
     logprobs: list[TokenLogprobs]
+    offsets: list[int]
 
 
 class StopMatcher:
@@ -31,12 +36,16 @@ class StopMatcher:
         self._stops = stops
         self._held = ""
 
-    def add(self, text: str) -> tuple[str, str | None]:
-        """(text to give out, the stop string that was found or None)."""
+    def add(self, text: str, counts: bool = True) -> tuple[str, str | None]:
+        """(text to give out, the stop string that was found or None).
+
+        Where the text does not count, no stop string ends in it, but one may begin.
+        """
         buffer = self._held + text
         best_end, best_begin, found = len(buffer) + 1, 0, None
-        for stop in self._stops:
-            begin = buffer.find(stop)
+        for stop in self._stops if counts else ():
+            # What was held ends no stop string: either none was complete, or it did not count.
+            begin = buffer.find(stop, max(len(self._held) - len(stop) + 1, 0))
             if begin >= 0 and (begin + len(stop), begin) < (best_end, best_begin):
                 best_end, best_begin, found = begin + len(stop), begin, stop
         if found is not None:
@@ -68,14 +77,15 @@ class Answer:
     """One choice. `finish_reason` is set by the piece that ends it."""
 
     __slots__ = (
-        "_detokenizer", "_include_stop", "_matcher", "_min_tokens", "_plain", "_unseen",
-        "_wants_logprobs", "finish_reason", "num_cached_tokens", "num_tokens", "prompt_logprobs",
-        "stop_reason",
+        "_detokenizer", "_include_stop", "_matcher", "_min_tokens", "_num_characters", "_offsets",
+        "_plain", "_unseen", "_wants_logprobs", "finish_reason", "num_cached_tokens", "num_tokens",
+        "prompt_logprobs", "stop_reason",
     )  # fmt: skip
 
     def __init__(
         self,
         tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
         *,
         stops: Sequence[str],
         include_stop: bool,
@@ -83,14 +93,18 @@ class Answer:
         min_tokens: int,
         wants_logprobs: bool,
     ) -> None:
-        """Stop strings count only after `min_tokens` tokens."""
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+        """Only stop strings that end after `min_tokens` tokens count."""
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids
+        )
         self._matcher = StopMatcher(stops)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._wants_logprobs = wants_logprobs
         self._plain = not stops and not wants_logprobs
         self._unseen: list[TokenLogprobs] = []  # of tokens whose text is held back
+        self._offsets: list[int] = []  # of those tokens
+        self._num_characters = 0  # of all tokens so far, given out or held back
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
@@ -117,7 +131,9 @@ class Answer:
             self.num_tokens += len(token_ids)
             add = self._detokenizer.add
             pieces = [
-                Piece(text, []) for token_id in token_ids[:visible] if (text := add((token_id,)))
+                Piece(text, [], [])
+                for token_id in token_ids[:visible]
+                if (text := add((token_id,)))
             ]
         else:
             pieces = self._feed_checked(output, visible)
@@ -136,17 +152,17 @@ class Answer:
                 break  # the hidden stop token
             if self._wants_logprobs and output.logprobs:
                 self._unseen.append(output.logprobs[index])
+                self._offsets.append(self._num_characters + self._detokenizer.holding)
             text = self._detokenizer.add((token_id,))
-            if text and self.num_tokens > self._min_tokens:
+            if text:
                 self._match(text, pieces)
                 if self.finish_reason is not None:
                     break
-            elif text:
-                self._give(text, pieces)
         return pieces
 
     def _match(self, text: str, pieces: list[Piece]) -> None:
-        text, stop = self._matcher.add(text)
+        self._num_characters += len(text)
+        text, stop = self._matcher.add(text, self.num_tokens > self._min_tokens)
         if stop is not None:
             self.finish_reason = "stop"
             self.stop_reason = stop
@@ -156,16 +172,13 @@ class Answer:
 
     def _flush(self, pieces: list[Piece]) -> None:
         """The engine ended the answer: give out what was held back, unless it holds a stop."""
-        text = self._detokenizer.finish()
-        if text and self.num_tokens > self._min_tokens:
+        if text := self._detokenizer.finish():
             self._match(text, pieces)
-        elif text:
-            self._give(text, pieces)
         if not isinstance(self.stop_reason, str) and (held := self._matcher.finish()):
             self._give(held, pieces)
         if self._unseen:
             self._give("", pieces)
 
     def _give(self, text: str, pieces: list[Piece]) -> None:
-        pieces.append(Piece(text, self._unseen))
-        self._unseen = []
+        pieces.append(Piece(text, self._unseen, self._offsets))
+        self._unseen, self._offsets = [], []

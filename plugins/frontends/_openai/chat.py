@@ -90,9 +90,10 @@ class ChatCompletions(Endpoint[ChatRequest]):
         )
         stops = stop_strings(body, service.config)
 
-        def make_answer() -> Answer:
+        def make_answer(prompt_ids: list[int]) -> Answer:
             return Answer(
                 service.tokenizer,
+                prompt_ids,
                 stops=stops,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,

@@ -17,7 +17,12 @@ from plugins.frontends._openai.limits import (
     sampling_params,
     stop_strings,
 )
-from plugins.frontends._openai.logprobs import CompletionLogprobs, join, prompt_logprobs
+from plugins.frontends._openai.logprobs import (
+    completion_logprobs,
+    echoed_logprobs,
+    join,
+    prompt_logprobs,
+)
 from plugins.frontends._openai.protocol import CompletionRequest
 from plugins.frontends._openai.streaming import EventStream, TextShape
 
@@ -119,9 +124,10 @@ class Completions(Endpoint[CompletionRequest]):
                 model=service.model,
             )
 
-        def make_answer() -> Answer:
+        def make_answer(prompt_ids: list[int]) -> Answer:
             return Answer(
                 service.tokenizer,
+                prompt_ids,
                 stops=stops,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
@@ -192,22 +198,46 @@ class _Job:
         self._tokenizer = tokenizer
         self._echoes = echoes
         self.num_per_prompt = len(choices) // len(echoes)
-        self._logprobs = [CompletionLogprobs(tokenizer, body.logprobs or 0) for _ in choices]
+        self._echo_logprobs: dict[int, dict[str, Any]] = {}  # by prompt: built once, not n times
+        self._prompt_logprobs: dict[int, Any] = {}
 
     def echo(self, choice: Choice) -> str:
-        return self._echoes[choice.index // self.num_per_prompt]
+        return self._echoes[self._prompt_of(choice)]
 
     def echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
-        entries = choice.answer.prompt_logprobs or []
-        return self._logprobs[choice.index].prompt(choice.prompt_ids, entries)
+        prompt = self._prompt_of(choice)
+        if prompt not in self._echo_logprobs:
+            self._echo_logprobs[prompt] = echoed_logprobs(
+                self._tokenizer,
+                choice.prompt_ids,
+                choice.answer.prompt_logprobs or [],
+                self._echoes[prompt],
+                self.body.logprobs,
+            )
+        return self._echo_logprobs[prompt]
 
     def logprobs(self, choice: Choice, pieces: list[Piece]) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
-        entries = [entry for piece in pieces for entry in piece.logprobs]
-        return self._logprobs[choice.index].add(entries)
+        before = len(self.echo(choice))
+        return completion_logprobs(
+            self._tokenizer,
+            [entry for piece in pieces for entry in piece.logprobs],
+            [before + offset for piece in pieces for offset in piece.offsets],
+            self.body.logprobs,
+        )
+
+    def prompt_logprobs(self, choice: Choice) -> Any:
+        prompt = self._prompt_of(choice)
+        if prompt not in self._prompt_logprobs:
+            entries = choice.answer.prompt_logprobs
+            self._prompt_logprobs[prompt] = prompt_logprobs(self._tokenizer, entries)
+        return self._prompt_logprobs[prompt]
+
+    def _prompt_of(self, choice: Choice) -> int:
+        return choice.index // self.num_per_prompt
 
     def choice(self, choice: Choice, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -220,8 +250,7 @@ class _Job:
             **ending(choice),
         }
         if self.body.prompt_logprobs is not None:
-            entries = choice.answer.prompt_logprobs
-            result["prompt_logprobs"] = prompt_logprobs(self._tokenizer, entries)
+            result["prompt_logprobs"] = self.prompt_logprobs(choice)
         return result
 
 

@@ -37,9 +37,12 @@ class Choice:
 
 
 def make_choices(
-    prompts: Sequence[tuple[list[int], SamplingParams]], n: int, make_answer: Callable[[], Answer]
+    prompts: Sequence[tuple[list[int], SamplingParams]],
+    n: int,
+    make_answer: Callable[[list[int]], Answer],
 ) -> list[Choice]:
-    """prompts x n choices, the answers of a prompt next to each other."""
+    """prompts x n choices, the answers of a prompt next to each other. `make_answer` gets the
+    prompt's tokens."""
     choices: list[Choice] = []
     for prompt_ids, sampling in prompts:
         for i in range(n):
@@ -47,7 +50,7 @@ def make_choices(
             own = (
                 sampling if seed == sampling.seed else msgspec.structs.replace(sampling, seed=seed)
             )
-            choices.append(Choice(len(choices), prompt_ids, own, make_answer()))
+            choices.append(Choice(len(choices), prompt_ids, own, make_answer(prompt_ids)))
     return choices
 
 

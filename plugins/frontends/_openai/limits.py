@@ -56,8 +56,6 @@ def check_generation(body: Generation, config: FrontendConfig, model: ServedMode
     check_model(body.model, model)
     for param, (least, most) in _RANGES.items():
         check_range(param, getattr(body, param), least, most)
-    if body.top_p == 0.0:
-        raise RequestError("top_p must be above 0", param="top_p", code="out_of_range")
     check_range("n", body.n, 1, config.max_n)
     check_range("prompt_logprobs", body.prompt_logprobs, 0, config.max_logprobs)
     check_token_ids("stop_token_ids", body.stop_token_ids or (), model, MAX_STOP_TOKEN_IDS)
@@ -169,11 +167,13 @@ def sampling_params(
 
     min_tokens = body.min_tokens or 0
     check_range("min_tokens", body.min_tokens, 0, max_tokens)
+    top_p = value("top_p", 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=value("temperature", 1.0),
+        # No share of the probability at all leaves the best token, as temperature 0 does.
+        temperature=value("temperature", 1.0) if top_p else 0.0,
         top_k=max(int(value("top_k", 0)), 0),
-        top_p=value("top_p", 1.0),
+        top_p=top_p or 1.0,
         min_p=value("min_p", 0.0),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,

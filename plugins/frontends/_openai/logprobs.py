@@ -41,48 +41,84 @@ def chat_logprobs(
     }
 
 
-class CompletionLogprobs:
-    """`logprobs` of a completion choice; text offsets run on over a stream's chunks."""
+def completion_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], offsets: Sequence[int], num_top: int
+) -> dict[str, Any]:
+    """`logprobs` of a completion choice. `offsets`: where each token begins in the text."""
+    tokens = [completion_token(tokenizer, entry.token_id) for entry in entries]
+    return {
+        "text_offset": list(offsets),
+        "token_logprobs": [max(entry.logprob, LEAST) for entry in entries],
+        "tokens": tokens,
+        "top_logprobs": [
+            _top(tokenizer, entry, text, num_top)
+            for entry, text in zip(entries, tokens, strict=True)
+        ],
+    }
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
-        self._tokenizer = tokenizer
-        self._num_top = num_top
-        self._offset = 0
 
-    def prompt(self, prompt_ids: Sequence[int], entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """For an echoed prompt: its first token has no probability."""
-        text = self._tokenizer.token_text(prompt_ids[0])
-        result: dict[str, Any] = {
-            "text_offset": [0],
-            "token_logprobs": [None],
-            "tokens": [text],
-            "top_logprobs": [None],
-        }
-        self._offset = len(text)
-        return join(result, self.add(entries))
+def echoed_logprobs(
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    entries: Sequence[TokenLogprobs],
+    text: str,
+    num_top: int,
+) -> dict[str, Any]:
+    """The same of a prompt that `text` repeats: its first token has no probability."""
+    offsets = prompt_offsets(tokenizer, prompt_ids, text)
+    first: dict[str, Any] = {
+        "text_offset": offsets[:1],
+        "token_logprobs": [None],
+        "tokens": [completion_token(tokenizer, prompt_ids[0])],
+        "top_logprobs": [None],
+    }
+    return join(first, completion_logprobs(tokenizer, entries, offsets[1:], num_top))
 
-    def add(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": [],
-        }  # fmt: skip
-        for entry in entries:
-            text = self._tokenizer.token_text(entry.token_id)
-            result["text_offset"].append(self._offset)
-            result["token_logprobs"].append(max(entry.logprob, LEAST))
-            result["tokens"].append(text)
-            result["top_logprobs"].append(self._top(entry, text))
-            self._offset += len(text)
-        return result
 
-    def _top(self, entry: TokenLogprobs, chosen: str) -> dict[str, float]:
-        """Text -> logprob, the chosen token always among them."""
-        top: dict[str, float] = {}
-        for token_id, logprob in zip(
-            entry.top_ids[: self._num_top], entry.top_logprobs[: self._num_top], strict=True
-        ):
-            top.setdefault(self._tokenizer.token_text(token_id), max(logprob, LEAST))
-        top.setdefault(chosen, max(entry.logprob, LEAST))
-        return top
+def prompt_offsets(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -> list[int]:
+    """Where each token of a prompt begins in its text, in characters.
+
+    The tokens' text may have more around it, such as a bos token: that has no place of its own.
+    Where the tokenizer changed the text (NFC), offsets are those in what it made of it.
+    """
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
+    pieces: list[str] = []
+    offsets: list[int] = []
+    size = 0
+    for token_id in prompt_ids:
+        offsets.append(size + detokenizer.holding)
+        pieces.append(detokenizer.add((token_id,)))
+        size += len(pieces[-1])
+    pieces.append(detokenizer.finish())
+    whole = "".join(pieces)
+    at_end = whole.endswith(text)
+    before = len(whole) - len(text) if at_end else max(whole.find(text), 0)
+    return [min(max(offset - before, 0), len(text)) for offset in offsets]
+
+
+def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; bytes that are no whole characters as OpenAI writes them,
+    `bytes:\\xf0\\x9f`."""
+    content = tokenizer.token_bytes(token_id)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + repr(content)[2:-1]
+
+
+def _top(tokenizer: Tokenizer, entry: TokenLogprobs, chosen: str, num_top: int) -> dict[str, float]:
+    """Text -> logprob, best first, the chosen token always among them and under its own text. Of
+    other tokens with the same text the less likely are named by their ids."""
+    top: dict[str, float] = {}
+    for token_id, logprob in zip(
+        entry.top_ids[:num_top], entry.top_logprobs[:num_top], strict=True
+    ):
+        text = completion_token(tokenizer, token_id)
+        if token_id != entry.token_id and (text == chosen or text in top):
+            text = f"token_id:{token_id}"
+        top[text] = max(logprob, LEAST)
+    top.setdefault(chosen, max(entry.logprob, LEAST))
+    return top
 
 
 def join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
