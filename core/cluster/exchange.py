@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 
 from core.cluster.link import Link, LinkError, WrongToken
 from core.cluster.node_messages import Alive, NodeMessage
+from core.cluster.strangers import Strangers
+from core.cluster.watch_clock import WatchClock
 
-HANDSHAKE_S = 5.0  # for a stranger to prove itself
-MAX_STRANGERS = 64  # at a time; more wait in the system's queue
+MAX_TURNED_WAITING = 32  # events about strangers that the main thread did not take yet
+ACCEPT_AGAIN_S = 1.0  # after the system could not accept a connection
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,13 @@ class Turned:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnedMore:
+    """So many more were refused than the main thread could be told of."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message from a peer."""
 
@@ -58,7 +67,14 @@ class Lost:
     silent: bool  # no sign of life for the timeout, where the connection itself said nothing
 
 
-Event = Arrived | Turned | Received | Lost
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The thread ended because of a bug: there are no links any more, and nobody is let in."""
+
+    reason: str
+
+
+Event = Arrived | Turned | TurnedMore | Received | Lost | Broken
 
 
 @dataclass(slots=True)
@@ -67,7 +83,7 @@ class _Peer:
 
     number: int
     link: Link
-    heard_s: float  # monotonic, of the last message (or of its arrival)
+    heard_s: float = 0.0  # of the thread's clock: of the last message, or of its arrival
     watched: bool = True  # by the thread, which takes over an adopted one at its next turn
     told: deque[NodeMessage] = field(default_factory=deque)  # not given to the link yet
 
@@ -79,11 +95,12 @@ class Exchange:
         self._interval_s = interval_s
         self._timeout_s = timeout_s
         self._key = key
-        self._lock = threading.Lock()  # of what both threads use: the next six
+        self._lock = threading.Lock()  # of what both threads use: the next seven
         self._peers: dict[int, _Peer] = {}
         self._arriving: list[socket.socket | _Peer] = []
         self._dropped: set[int] = set()
         self._events: deque[Event] = deque()
+        self._num_turned_waiting = self._num_turned_untold = 0
         self._num_peers = 0
         self._close_at_s: float | None = None
         self._wake_read, self._wake_write = _pipe()
@@ -91,6 +108,10 @@ class Exchange:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._next_beat_s = 0.0
+        self._strangers = Strangers()
+        self._resting: dict[socket.socket, float] = {}  # listeners, and when they go on
+        # A turn is at most an interval after the last; one that is later was kept from running.
+        self._clock = WatchClock(longest_gap_s=2 * interval_s)
         self._thread = threading.Thread(target=self._run, name="nodeweave-links", daemon=True)
         self._thread.start()
 
@@ -106,7 +127,7 @@ class Exchange:
         assert link.established
         with self._lock:
             number = self._new_number()
-            self._peers[number] = peer = _Peer(number, link, time.monotonic(), watched=False)
+            self._peers[number] = peer = _Peer(number, link, watched=False)
             self._arriving.append(peer)
         self._wake()
         return number
@@ -133,6 +154,9 @@ class Exchange:
         with self._lock:
             found = list(self._events)
             self._events.clear()
+            if self._num_turned_untold:
+                found.append(TurnedMore(self._num_turned_untold))
+            self._num_turned_waiting = self._num_turned_untold = 0
         return found
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -156,33 +180,37 @@ class Exchange:
     # Everything below runs in the thread.
 
     def _run(self) -> None:
-        strangers: dict[Link, float] = {}  # and the end of their time
         try:
             while not self._finished():
-                self._take_arriving()
-                self._beat()
-                for key, events in self._selector.select(self._pause_s(strangers)):
-                    if key.fileobj == self._wake_read:
-                        with contextlib.suppress(BlockingIOError):
-                            os.read(self._wake_read, 4096)
-                    elif isinstance(key.data, socket.socket):
-                        self._accept(key.data, strangers)
-                    elif isinstance(key.data, Link) and events & selectors.EVENT_READ:
-                        self._read(key.data, strangers)
-                self._turn_late(strangers)
-                self._judge_silence()
-                self._flush(strangers)
-        except Exception:  # a bug: without links the engine must not go on
+                self._turn()
+        except Exception as error:  # a bug: without links the engine must not go on
             log.exception("the thread of the node links failed")
-            with self._lock:
-                numbers = list(self._peers)
-            for number in numbers:
-                self._say(Lost(number, "this node's links failed, see above", False))
+            self._say(Broken(f"this node's links failed ({type(error).__name__}), see above"))
         finally:
+            for listener in self._resting:
+                listener.close()
             for key in list(self._selector.get_map().values()):
                 if key.fileobj != self._wake_read:
                     key.fileobj.close()  # type: ignore[union-attr]
             self._selector.close()
+
+    def _turn(self) -> None:
+        self._clock.tick()
+        self._take_arriving()
+        self._beat()
+        for key, events in self._selector.select(self._pause_s()):
+            if key.fileobj == self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+            elif isinstance(key.data, socket.socket):
+                self._accept(key.data)
+            elif isinstance(key.data, Link) and events & selectors.EVENT_READ:
+                self._read(key.data)
+        self._clock.tick()
+        for link in self._strangers.late():
+            self._turn_away(link, self._strangers.late_text)
+        self._judge_silence()
+        self._flush()
 
     def _finished(self) -> bool:
         with self._lock:
@@ -201,14 +229,18 @@ class Exchange:
             arriving, self._arriving = self._arriving, []
         for found in arriving:
             if isinstance(found, _Peer):
-                found.watched = True
+                found.watched, found.heard_s = True, self._clock.now_s
                 self._selector.register(found.link, selectors.EVENT_READ, found.link)
             else:
                 self._selector.register(found, selectors.EVENT_READ, found)
-
-    def _pause_s(self, strangers: dict[Link, float]) -> float:
         now = time.monotonic()
-        return max(min([self._next_beat_s, *strangers.values()]) - now, 0.0)
+        for listener in [found for found, until_s in self._resting.items() if until_s <= now]:
+            del self._resting[listener]
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+
+    def _pause_s(self) -> float:
+        times = [self._next_beat_s, self._strangers.next_late_s, *self._resting.values()]
+        return max(min(times) - time.monotonic(), 0.0)
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -219,66 +251,81 @@ class Exchange:
             for peer in self._peers.values():
                 peer.told.append(Alive())
 
-    def _accept(self, listener: socket.socket, strangers: dict[Link, float]) -> None:
-        if len(strangers) >= MAX_STRANGERS:
-            oldest = min(strangers, key=strangers.__getitem__)
-            self._turn(oldest, strangers, "too many others came at the same time")
+    # Strangers. Nothing that one of them does may reach further than its own connection.
+
+    def _accept(self, listener: socket.socket) -> None:
+        if (crowded := self._strangers.crowded_out()) is not None:
+            self._turn_away(crowded, "too many others came at the same time")
         try:
             connected, _ = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):  # it left again
             return
-        except OSError as error:
-            log.error("can't accept a connection of another node: %s", error)
-            time.sleep(0.05)  # out of descriptors: don't spin
+        except OSError as error:  # out of descriptors or memory: it stays so for a while
+            log.error("can't accept connections of other nodes for now: %s", error)
+            self._selector.unregister(listener)
+            self._resting[listener] = time.monotonic() + ACCEPT_AGAIN_S
             return
-        link = Link(connected, self._key, serves=True)
-        strangers[link] = time.monotonic() + HANDSHAKE_S
+        try:
+            link = Link(connected, self._key, serves=True)
+        except OSError:  # it left again
+            connected.close()
+            return
+        self._strangers.add(link)
         self._selector.register(link, selectors.EVENT_READ, link)
 
-    def _read(self, link: Link, strangers: dict[Link, float]) -> None:
+    def _read(self, link: Link) -> None:
         peer = self._peer_of(link)
-        try:
-            messages = link.read()
-        except LinkError as error:
-            if peer is not None:
-                self._lose(peer, str(error), silent=False)
-            else:
-                self._turn(link, strangers, str(error), isinstance(error, WrongToken))
+        if peer is not None:
+            self._read_peer(peer)
             return
-        if peer is None and link.established:
-            del strangers[link]
+        try:
+            link.read()  # the frame that makes it a peer is the last one it takes
+        except Exception as error:
+            self._turn_away(link, _reason(error), isinstance(error, WrongToken))
+            return
+        if link.established:
+            self._strangers.remove(link)
             with self._lock:
-                peer = _Peer(self._new_number(), link, time.monotonic())
+                peer = _Peer(self._new_number(), link, self._clock.now_s)
                 self._peers[peer.number] = peer
             self._say(Arrived(peer.number, link.peer))
-        if peer is not None and messages:
-            peer.heard_s = time.monotonic()
-            for message in messages:
-                if not isinstance(message, Alive):
-                    self._say(Received(peer.number, message))
 
-    def _turn_late(self, strangers: dict[Link, float]) -> None:
-        now = time.monotonic()
-        for link in [link for link, deadline_s in strangers.items() if deadline_s <= now]:
-            self._turn(link, strangers, f"it did not prove itself within {HANDSHAKE_S:g} s")
-
-    def _turn(
-        self, link: Link, strangers: dict[Link, float], reason: str, wrong_token: bool = False
-    ) -> None:
-        del strangers[link]
+    def _turn_away(self, link: Link, reason: str, wrong_token: bool = False) -> None:
+        self._strangers.remove(link)
+        with self._lock:
+            told = self._num_turned_waiting < MAX_TURNED_WAITING
+            self._num_turned_waiting += told
+            self._num_turned_untold += not told
+        if told:
+            self._say(Turned(link.peer, reason, wrong_token))
         self._close_link(link)
-        self._say(Turned(link.peer, reason, wrong_token))
+
+    # Peers.
+
+    def _read_peer(self, peer: _Peer) -> None:
+        try:
+            messages = peer.link.read()
+        except LinkError as error:
+            self._lose(peer, str(error), silent=False)
+            return
+        if messages:
+            peer.heard_s = self._clock.now_s
+        for message in messages:
+            if not isinstance(message, Alive):
+                self._say(Received(peer.number, message))
 
     def _judge_silence(self) -> None:
-        now = time.monotonic()
         for peer in self._watched_peers():
-            if now - peer.heard_s >= self._timeout_s:
+            if self._is_silent(peer):
                 # This thread may have been kept from running itself: what came meanwhile counts.
-                self._read(peer.link, {})
-                if now - peer.heard_s >= self._timeout_s and peer.number in self._peers:
+                self._read_peer(peer)
+                if self._is_silent(peer) and peer.number in self._peers:
                     self._lose(peer, f"nothing was heard for {self._timeout_s:g} s", silent=True)
 
-    def _flush(self, strangers: dict[Link, float]) -> None:
+    def _is_silent(self, peer: _Peer) -> bool:
+        return self._clock.now_s - peer.heard_s >= self._timeout_s
+
+    def _flush(self) -> None:
         for peer in self._watched_peers():
             with self._lock:
                 told, peer.told = peer.told, deque()
@@ -288,18 +335,18 @@ class Exchange:
                     peer.link.send(message)
                 waiting = peer.link.flush()
             except LinkError as error:
-                self._read(peer.link, {})  # its last words may tell more than a broken connection
+                self._read_peer(peer)  # its last words may tell more than a broken connection
                 if peer.number in self._peers:
                     self._lose(peer, str(error), silent=False)
                 continue
             self._watch(peer.link, waiting)
             if dropped and not waiting:
                 self._forget(peer)
-        for link in list(strangers):
+        for link in self._strangers.links():
             try:
                 self._watch(link, link.flush())
-            except LinkError as error:
-                self._turn(link, strangers, str(error))
+            except Exception as error:
+                self._turn_away(link, _reason(error))
 
     def _watch(self, link: Link, for_writing: bool) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if for_writing else 0)
@@ -338,6 +385,11 @@ class Exchange:
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"w")
+
+
+def _reason(error: Exception) -> str:
+    """Why a stranger is turned away; a kind of error that nobody thought of is enough for that."""
+    return str(error) if isinstance(error, LinkError) else f"it caused {type(error).__name__}"
 
 
 def _pipe() -> tuple[int, int]:

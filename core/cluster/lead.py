@@ -29,6 +29,7 @@ from core.cluster.node_messages import (
 )
 from core.cluster.ports import join_address, split_address
 from core.cluster.process import heard_text
+from core.cluster.strangers import RefusalLog
 from core.config import ClusterConfig, LaunchConfig
 from core.errors import ResourceError
 from core.interfaces.control import ChildStatus, Ready
@@ -87,7 +88,8 @@ class Lead:
         self._nodes: dict[int, _Node] = {}  # by rank
         self._ranks: dict[int, int] = {}  # by peer
         self._peers: dict[int, str] = {}  # addresses of all links, also before they joined
-        self._turned: set[tuple[str, str]] = set()
+        # By whether they had a wrong token: scanners of ports must not hide a node set up wrong.
+        self._refusals = {False: RefusalLog(), True: RefusalLog()}
         self._agreed = False
         self._ended = False  # everyone was told, one way or the other
         self._stopping = False
@@ -209,13 +211,18 @@ class Lead:
                 self._peers[peer] = address
             case net.Turned():
                 self._show_turned(event)
+            case net.TurnedMore(number):
+                self._refusals[False].count(number)
             case net.Received(peer, Join() as join):
                 return self._on_join(peer, join)
             case net.Received(peer, message):
                 if peer in self._ranks:
                     return self._on_message(self._nodes[self._ranks[peer]], message)
-            case net.Lost(peer):
+            case net.Lost():
                 return self._on_lost(event)
+            case net.Broken(reason):
+                text = f"node 0: {reason}; the engine ends"
+                return self._end(Ended(text, "node 0 failed", 1), None)
         return None
 
     def _on_message(self, node: _Node, message: NodeMessage) -> GroupEvent | None:
@@ -315,11 +322,11 @@ class Lead:
 
     def _show_turned(self, event: net.Turned) -> None:
         host = split_address(event.address)[0] if event.address[-1:].isdigit() else event.address
-        if (host, event.reason) in self._turned:
-            return
-        self._turned.add((host, event.reason))
         advice = "; give every node the same token" if event.wrong_token else ""
-        self._note(f"error: {event.address} came to join and was refused: {event.reason}{advice}")
+        text = f"error: {event.address} came to join and was refused: {event.reason}{advice}"
+        line = self._refusals[event.wrong_token].line(host, event.reason, text)
+        if line is not None:
+            self._note(line)
 
     # Deadlines.
 

@@ -29,6 +29,7 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 MAX_HANDSHAKE_BYTES = 1024  # of a frame of somebody unknown
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # beyond it the other side does not read
 _READ_BYTES = 1 << 16
+_MAX_REASON_CHARACTERS = 200  # of a decoder's error, which may quote what was sent
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class Link:
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.peer = _address_text(connected.getpeername)  # host:port
+        self.peer_host = _host(connected.getpeername)
         self.own_address = _host(connected.getsockname)
         self._key = key
         self._received = bytearray()
@@ -119,12 +121,12 @@ class Link:
         be; messages before that are lost, as the link is then worth nothing."""
         closed: LinkClosed | None = None
         try:
-            while chunk := self._socket.recv(_READ_BYTES):
-                self._received += chunk
-                if len(self._received) > MAX_FRAME_BYTES + _READ_BYTES:
+            while (room := self._room()) > 0:
+                chunk = self._socket.recv(room)
+                if not chunk:
+                    closed = LinkClosed("the other side closed the connection")
                     break
-            else:
-                closed = LinkClosed("the other side closed the connection")
+                self._received += chunk
         except BlockingIOError:
             pass
         except OSError as error:
@@ -139,6 +141,12 @@ class Link:
         self._socket.close()
 
     # Frames.
+
+    def _room(self) -> int:
+        """Bytes to take at once. Of somebody unknown never more than one frame is held."""
+        if not self.established:
+            return 4 + MAX_HANDSHAKE_BYTES - len(self._received)
+        return min(MAX_FRAME_BYTES + _READ_BYTES - len(self._received), _READ_BYTES)
 
     def _take_frames(self) -> list[NodeMessage]:
         messages = []
@@ -232,11 +240,13 @@ def _mac(key: bytes, number: int, payload: bytes) -> bytes:
 
 
 def _decoded(decode: Callable[[bytes], T], payload: bytes) -> T:
+    """Whatever a decoder makes of strange bytes (RecursionError of deep ones) is this one error."""
     try:
         return decode(payload)
-    except msgspec.DecodeError as error:
+    except Exception as error:
+        reason = str(error)[:_MAX_REASON_CHARACTERS]
         raise LinkError(
-            f"it sent what is no message ({error}); it is no node of this engine, or of another "
+            f"it sent what is no message ({reason}); it is no node of this engine, or of another "
             "version"
         ) from error
 

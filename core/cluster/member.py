@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from core.cluster import exchange as net
-from core.cluster.exchange import HANDSHAKE_S, Exchange
+from core.cluster.exchange import Exchange
 from core.cluster.group import Ended, GroupError, GroupEvent, Stopped, farewell
 from core.cluster.link import Link, LinkClosed, LinkError, WrongToken
 from core.cluster.node_messages import (
@@ -29,6 +29,7 @@ from core.cluster.node_messages import (
     WorkersReady,
 )
 from core.cluster.ports import join_address
+from core.cluster.strangers import HANDSHAKE_S
 from core.errors import ConfigError, ResourceError
 from core.interfaces.control import Beat, ChildStatus, Failed, Progress, Ready
 from core.interfaces.launcher import Site
@@ -154,6 +155,10 @@ class Member:
             case net.Lost(_, reason, silent):
                 self._ended = True
                 return Ended(self._lost_text(reason, silent), "node 0 is gone", 1)
+            case net.Broken(reason):
+                self._ended = True
+                text = f"node {self.site.node_rank}: {reason}; the engine ends"
+                return Ended(text, f"node {self.site.node_rank} failed", 1)
         return None
 
     def _lost_text(self, reason: str, silent: bool) -> str:
@@ -199,20 +204,34 @@ def reach(
 
 
 def _connect(host: str, port: int, key: bytes) -> Link:
-    """One attempt, handshake included. Raises LinkError or OSError."""
-    link = Link(socket.create_connection((host, port), CONNECT_S), key, serves=False)
-    deadline = time.monotonic() + HANDSHAKE_S
+    """One attempt, handshake included. Raises LinkError or OSError, whatever answers there."""
+    connected = socket.create_connection((host, port), CONNECT_S)
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(link, selectors.EVENT_READ)
-            while not link.established:
-                waiting = link.flush()
-                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
-                selector.modify(link, events)
-                if not selector.select(max(deadline - time.monotonic(), 0.0)):
-                    raise LinkError(f"it said nothing for {HANDSHAKE_S:g} s")
-                assert not link.read()  # node 0 speaks after `Join`
+        link = Link(connected, key, serves=False)
+        _shake_hands(link)
+    except (LinkError, OSError):
+        connected.close()
+        raise
+    except Exception as error:
+        connected.close()
+        raise LinkError(f"it caused {type(error).__name__}: {error}") from error
     except BaseException:
-        link.close()
+        connected.close()
         raise
     return link
+
+
+def _shake_hands(link: Link) -> None:
+    """Until both sides proved themselves. What follows is for whoever reads the link then."""
+    deadline = time.monotonic() + HANDSHAKE_S
+    with selectors.DefaultSelector() as selector:
+        selector.register(link, selectors.EVENT_READ)
+        while not link.established:
+            waiting = link.flush()
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if waiting else 0)
+            selector.modify(link, events)
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise LinkError(f"it did not prove itself within {HANDSHAKE_S:g} s")
+            if selector.select(left_s):
+                link.read()

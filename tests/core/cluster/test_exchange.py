@@ -12,8 +12,18 @@ from typing import TypeVar
 
 import pytest
 
-from core.cluster import exchange as module
-from core.cluster.exchange import Arrived, Event, Exchange, Lost, Received, Turned
+from core.cluster import strangers as module
+from core.cluster.exchange import (
+    MAX_TURNED_WAITING,
+    Arrived,
+    Broken,
+    Event,
+    Exchange,
+    Lost,
+    Received,
+    Turned,
+    TurnedMore,
+)
 from core.cluster.member import _connect
 from core.cluster.node_messages import Doing, Stop
 
@@ -202,3 +212,47 @@ def test_a_dropped_peer_gets_its_last_message(
     assert coming.next(Received).message == Stop()
     coming.next(Lost)
     assert serving.exchange.events() == []
+
+
+def test_a_bug_in_the_thread_is_told_and_never_a_silent_end(
+    server: tuple[Side, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(link: object) -> None:
+        raise KeyError("a bug")
+
+    serving, port = server
+    monkeypatch.setattr(serving.exchange, "_read", fail)
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(b"x")
+        assert serving.next(Broken).reason == "this node's links failed (KeyError), see above"
+
+
+def test_refusals_nobody_asked_for_yet_are_counted(server: tuple[Side, int]) -> None:
+    serving, port = server
+    number = MAX_TURNED_WAITING + 20
+    for _ in range(number):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"\xff" * 8)
+            stranger.shutdown(socket.SHUT_WR)
+            while stranger.recv(4096):  # until it was turned away
+                pass
+    seen = serving.exchange.wait(10)
+    assert [type(event) for event in seen] == [Turned] * MAX_TURNED_WAITING + [TurnedMore]
+    assert seen[-1] == TurnedMore(20)
+
+
+def test_a_pause_of_the_whole_machine_loses_nobody(
+    server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
+) -> None:
+    """Both sides wake at the same time, with clocks far ahead of what they heard last."""
+    serving, port = server
+    coming, number = client(port)
+    serving.next(Arrived)
+    for side in (serving, coming):
+        side.exchange._clock._last_s -= 60
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:  # waits for what must not come
+        events = serving.exchange.wait(deadline - time.monotonic()) + coming.exchange.events()
+        assert events == []
+    coming.exchange.send(number, Stop())
+    assert serving.next(Received).message == Stop()

@@ -12,7 +12,7 @@ import pytest
 
 from core.cluster import lead as lead_module
 from core.cluster.display import Display
-from core.cluster.exchange import Exchange
+from core.cluster.exchange import Broken, Exchange, Turned
 from core.cluster.group import Alone, DrainAsked, Ended, GroupError, GroupEvent, Heard, Stopped
 from core.cluster.lead import Lead
 from core.cluster.member import Member, reach
@@ -386,6 +386,29 @@ def test_silence_names_the_link_on_both_sides(
         assert "dead: nothing was heard for 0.5 s" in event.text or "is gone" in event.text
         assert event.exit_code == 1
     assert any("dead: nothing was heard" in event.text for event in sides.values())
+
+
+def test_a_node_whose_links_broke_ends_the_engine(cluster: Callable[..., Cluster]) -> None:
+    """Node 0 with nobody to hear of it as well: it must not wait for ever."""
+    made = cluster(2)
+    made.lead._exchange._say(Broken("this node's links failed"))
+    with pytest.raises(GroupError, match="node 0: this node's links failed; the engine ends"):
+        made.agree(made.lead).result(LIMIT_S)
+    member = made.join(1)
+    member._exchange._say(Broken("this node's links failed"))
+    with pytest.raises(GroupError, match="node 1: this node's links failed; the engine ends"):
+        made.agree(member).result(LIMIT_S)
+
+
+def test_strangers_get_few_lines(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(2)
+    made.agreed()
+    for number in range(100):
+        made.lead._take(Turned(f"10.0.0.{number}:1", f"reason {number}", False))
+    made.lead._take(Turned("10.0.1.1:1", "it has another cluster token", True))
+    *strangers, wrong = [note for note in made.notes if "was refused" in note]
+    assert len(strangers) < 10
+    assert wrong.startswith("error: 10.0.1.1:1 came to join and was refused: it has another")
 
 
 def test_an_orderly_end(cluster: Callable[..., Cluster]) -> None:
