@@ -165,6 +165,13 @@ class Child:
             os.close(self.status_fd)
         return True
 
+    def forgive(self, paused_s: float) -> None:
+        """The parent did not run for so long: what it heard last is that much younger."""
+        now = time.monotonic()
+        self.moved_s = min(self.moved_s + paused_s, now)
+        if self.beat_s is not None:
+            self.beat_s = min(self.beat_s + paused_s, now)
+
     def exit_text(self) -> str:
         """How it ended, for people."""
         assert self.returncode is not None

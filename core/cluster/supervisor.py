@@ -129,7 +129,9 @@ class Supervisor:
             for child in self._children:
                 if child.has_exited():
                     self._read(child)  # its last words, sent before its end
-        self._vigil.look(self._children)
+        paused_s = self._vigil.look(self._children)
+        if self._deadline is not None:
+            self._deadline += paused_s  # the children were paused too, or were not heard
         for event in self._group.events():
             self._on_group_event(event)
         self._judge()

@@ -3,7 +3,8 @@
 Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how many steps it
 began and finished (`Channel.beat`); that needs Python's lock now and then, so that on a machine
 with too much to do beats come late, and silence must be long to count. A process that is stopped
-is told apart by the kernel's word, which needs no patience.
+is told apart by the kernel's word, which needs no patience. Only time in which this watcher ran
+itself counts: where both were paused (`docker pause`), nobody is to blame.
 """
 
 import time
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.cluster.process import Child
+from core.cluster.watch_clock import WatchClock
 
 LOOK_S = 0.25  # between two looks
+LONGEST_GAP_S = 1.0  # between two looks, as far as it counts against those who are watched
 STOPPED_S = 0.75  # in the stopped state, before that counts as lasting
 SILENT_S = 15.0  # without a beat, after the first
 
@@ -23,6 +26,7 @@ class Vigil:
     def __init__(self, step_timeout_s: float) -> None:
         self._step_timeout_s = step_timeout_s
         self._next_look_s = 0.0
+        self._clock = WatchClock(longest_gap_s=LONGEST_GAP_S)
         self._stopped_since: dict[int, float] = {}  # by process id
 
     @property
@@ -30,13 +34,21 @@ class Vigil:
         """Until `look` has something to do."""
         return max(self._next_look_s - time.monotonic(), 0.0)
 
-    def look(self, children: Sequence[Child]) -> None:
-        """Set `frozen` of children that are. Call after what they said was read."""
+    def look(self, children: Sequence[Child]) -> float:
+        """Set `frozen` of children that are. Call after what they said was read.
+
+        Returns the time (s) since the last look that does not count: this process did not run.
+        """
         now = time.monotonic()
         if now < self._next_look_s:
-            return
+            return 0.0
         self._next_look_s = now + LOOK_S
         living = [child for child in children if child.returncode is None]
+        paused_s = self._clock.tick()
+        if paused_s:
+            for child in living:
+                child.forgive(paused_s)
+            self._stopped_since.clear()
         for child in living:
             self._look_at_state(child, now)
             heard_s = child.beat_s
@@ -44,6 +56,7 @@ class Vigil:
                 child.frozen = f"is frozen: it said nothing for {now - heard_s:.0f} s"
         if not any(child.frozen for child in living):
             self._look_for_stuck_step(living, now)
+        return paused_s
 
     def _look_at_state(self, child: Child, now: float) -> None:
         if process_state(child.pid) != "T":

@@ -26,6 +26,7 @@ STATS_INTERVAL_S = 0.25
 MAX_INPUT_BYTES = 64 * 1024 * 1024
 MAX_PLAN_BYTES = 256 * 1024 * 1024  # many such prompts can enter in one step
 MAX_FACTS_BYTES = 1024 * 1024
+_ONE_WAIT_S = 1.0
 
 
 class ZmqMailbox:
@@ -157,5 +158,12 @@ class ZmqHubLink:
 
 
 def _wait(socket: Socket, timeout_s: float) -> None:
-    if not socket.poll(int(timeout_s * 1000)):
-        raise TimeoutError(f"{timeout_s:g} s passed")
+    """Until there is a message. Time in which this process did not run (`docker pause`) counts as
+    one short wait: the others did not run then either."""
+    waited_s = 0.0
+    while waited_s < timeout_s:
+        wait_s = min(timeout_s - waited_s, _ONE_WAIT_S)
+        if socket.poll(max(int(wait_s * 1000), 1)):
+            return
+        waited_s += wait_s
+    raise TimeoutError(f"{timeout_s:g} s passed")

@@ -12,13 +12,14 @@ import pytest
 
 from core.cluster import process as process_module
 from core.cluster import vigil as module
+from core.cluster import watch_clock as watch_clock_module
 from core.cluster.process import Child
 from core.cluster.vigil import Vigil, process_state
 from core.interfaces.control import Beat
 
 
 class Clock:
-    """Stands in for `time` in both modules."""
+    """Stands in for `time` in the modules that measure."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -32,6 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
     monkeypatch.setattr(process_module, "time", made)
+    monkeypatch.setattr(watch_clock_module, "time", made)
     return made
 
 
@@ -86,11 +88,10 @@ def test_silence_is_found_but_not_before_the_first_beat(clock: Clock) -> None:
     starting, silent = child(clock), child(clock)
     vigil = Vigil(60.0)
     silent._count(Beat(0, 0))
-    clock.now_s += module.SILENT_S - 0.1
-    vigil.look([starting, silent])
-    assert silent.frozen is None
-    clock.now_s += module.LOOK_S
-    vigil.look([starting, silent])
+    for _ in range(int(module.SILENT_S / module.LOOK_S)):
+        assert silent.frozen is None
+        clock.now_s += module.LOOK_S
+        vigil.look([starting, silent])
     assert silent.frozen == "is frozen: it said nothing for 15 s"
     assert starting.frozen is None
 
@@ -136,3 +137,30 @@ def test_a_stopped_process_is_found_if_it_stays_so(
 
 def test_a_process_that_is_gone_has_no_state() -> None:
     assert process_state(2**22 + 1) == ""
+
+
+def test_a_pause_of_the_watcher_itself_is_nobody_s_silence(clock: Clock) -> None:
+    """As after `docker pause` for longer than all limits together."""
+    stepping, idle = child(clock), child(clock)
+    vigil = Vigil(2.0)
+    run(clock, vigil, {stepping: [(8, 7)] * 4, idle: [(7, 7)] * 4})
+    clock.now_s += 100.0
+    assert vigil.look([stepping, idle]) == pytest.approx(100.0 - module.LONGEST_GAP_S)
+    assert (stepping.frozen, idle.frozen) == (None, None)
+    run(clock, vigil, {stepping: [(9, 8)] * 7, idle: [(7, 7)] * 7})
+    assert (stepping.frozen, idle.frozen) == (None, None)
+    run(clock, vigil, {stepping: [(9, 8)] * 2, idle: [(7, 7)] * 2})
+    assert stepping.frozen == "is frozen: step 9 did not end within 2 s (launch.step_timeout_s)"
+
+
+def test_who_stays_silent_after_a_pause_is_found(clock: Clock) -> None:
+    silent = child(clock)
+    vigil = Vigil(60.0)
+    run(clock, vigil, {silent: [(0, 0)]})
+    clock.now_s += 100.0
+    vigil.look([silent])
+    assert silent.frozen is None
+    for _ in range(int((module.SILENT_S - module.LONGEST_GAP_S) / module.LOOK_S)):
+        clock.now_s += module.LOOK_S
+        vigil.look([silent])
+    assert silent.frozen == "is frozen: it said nothing for 15 s"
