@@ -5,7 +5,7 @@ traceback is never part of it. `exit_code` is what the command line returns. Vio
 own invariants are `assert`s, not these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class NodeweaveError(Exception):
@@ -41,6 +41,22 @@ class ModelError(NodeweaveError):
     """The model's files are missing, corrupt, or do not match its configuration."""
 
     exit_code = 2
+
+
+class ModelKeyError(ModelError):
+    """A key of a model's configuration is missing, or says what is not supported.
+
+    `rest` continues the sentence that `key` begins: "=3 is not supported; allowed: ...".
+    """
+
+    def __init__(self, key: str, rest: str) -> None:
+        self.key, self.rest = key, rest
+        super().__init__(f"config.json: {key}{rest}")
+
+    def named(self, names: Mapping[str, str]) -> ModelError:
+        """The same in the terms of files without a config.json: `names` says what they call each
+        key, the place included."""
+        return ModelError(f"{names[self.key]}{self.rest}") if self.key in names else self
 
 
 class ResourceError(NodeweaveError):

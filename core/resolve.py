@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from core.config import AppConfig, PluginChoice
-from core.errors import PlanError
+from core.errors import ModelKeyError, PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.parallel.eplb import nodes_of_groups
@@ -166,4 +166,7 @@ def find_family(
     if name == "auto":
         name = files.hf_config["architectures"][0]
     family: ModelFamily = plugins.table("model").create(PluginChoice(name=name))
-    return family, family.parse(files.hf_config)
+    try:
+        return family, family.parse(files.hf_config)
+    except ModelKeyError as error:
+        raise error.named(files.key_names) from error

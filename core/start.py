@@ -73,6 +73,9 @@ def _prepare(
     machine = find_machine(config.engine.device)
     files = resolve_files(config.model, _progress(display, group))
     resolved = resolve(config, plugins, files, machine.device)
+    if group.site.node_rank == 0:
+        for warning in (*files.warnings, *resolved.spec.warnings):
+            display.note(f"warning: {warning}")
     placements = launcher.placements(resolved.plan, machine)
     return _Node(resolved=resolved, machine=machine, placements=placements)
 

@@ -82,8 +82,11 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     weight_files: list[str]
     weight_format: str  # "safetensors", "gguf" or "dummy"
     tokenizer_dir: str
-    eos_ids: list[int]
+    eos_ids: list[int]  # every id that ends an answer
     default_sampling: dict[str, float]
+    warnings: list[str] = []  # what a user should know of the files; shown once at start
+    # How files without a config.json call the keys of `hf_config`, the place included.
+    key_names: dict[str, str] = {}
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,7 +40,7 @@ class MoESpec:
 
 @dataclass(frozen=True, slots=True)
 class BlockQuantization:
-    """Weights stored as float8_e4m3fn with one float32 scale for each block (rows, columns)."""
+    """Weights stored as float8_e4m3fn with one scale for each block (rows, columns)."""
 
     rows: int
     columns: int
@@ -58,7 +58,7 @@ class ModelSpec:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    max_position_embeddings: int  # longest context trained for, in tokens
+    max_position_embeddings: int  # longest context, in tokens, extension by YaRN included
     dtype: str  # of the checkpoint: "float32", "bfloat16" or "float16"
     moe: MoESpec | None = None
     quantization: BlockQuantization | None = None  # of linear and expert weights
@@ -66,6 +66,7 @@ class ModelSpec:
     # How the names of stored tensors begin that are no part of what is run (a checkpoint's extra
     # layers for drafting tokens); a reader doesn't call them surplus.
     ignored_tensors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what a user should know of the config; shown once at start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,14 @@
 Knows nothing of any model family, nor of torch.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import ModelError
+from core.errors import ModelKeyError
+
+MAX_SIZE = 1 << 31  # no dimension of a model comes near; sizes beyond would exhaust memory
+_MAX_SHOWN = 100  # characters of a value in an error
 
 
 class ConfigReader:
@@ -17,17 +21,21 @@ class ConfigReader:
         self._config = hf_config
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """A whole number above 0, and below 2**31."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(key, value, "a whole number above 0")
+        if value >= MAX_SIZE:
+            raise self.error(key, value, f"a whole number below {MAX_SIZE}")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number, 0 or more."""
+        """A whole number, 0 or more, and below 2**31."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(key, value, "a whole number, 0 or more")
+        if value >= MAX_SIZE:
+            raise self.error(key, value, f"a whole number below {MAX_SIZE}")
         return value
 
     def optional_size(self, key: str) -> int | None:
@@ -37,7 +45,7 @@ class ConfigReader:
     def number(self, key: str, default: float) -> float:
         """A number above 0."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if not is_positive(value):
             raise self.error(key, value, "a number above 0")
         return float(value)
 
@@ -51,9 +59,9 @@ class ConfigReader:
     def choice(self, key: str, allowed: tuple[str, ...], default: str) -> str:
         """One of `allowed`."""
         value = self._value(key, default)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise self.error(key, value, ", ".join(allowed))
-        return str(value)
+        return value
 
     def indices(self, key: str, below: int) -> tuple[int, ...]:
         """A list of whole numbers from 0 to `below` - 1; empty where the key is missing."""
@@ -64,12 +72,28 @@ class ConfigReader:
             raise self.error(key, value, f"a list of whole numbers from 0 to {below - 1}")
         return tuple(value)
 
-    def error(self, key: str, value: object, allowed: str) -> ModelError:
+    def error(self, key: str, value: object, allowed: str) -> ModelKeyError:
         """The error of a value that is not supported."""
         if value is None and key not in self._config:
-            return ModelError(f"config.json: {key} is missing; needed: {allowed}")
-        return ModelError(f"config.json: {key}={value!r} is not supported; allowed: {allowed}")
+            return ModelKeyError(key, f" is missing; needed: {allowed}")
+        return ModelKeyError(key, f"={shown(value)} is not supported; allowed: {allowed}")
 
     def _value(self, key: str, default: Any) -> Any:
         value = self._config.get(key)
         return default if value is None else value
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value is a finite number above 0, small enough to be a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
+def shown(value: object) -> str:
+    """A value of a stranger's file, as errors show it."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -5,16 +5,34 @@ about its family and calls these for the rest. Knows nothing of torch.
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import ModelError
+from core.errors import ModelKeyError
 from core.interfaces.model import BlockQuantization, MoESpec
-from core.layers.config_reader import ConfigReader
+from core.layers.config_keys import ConfigKeys
+from core.layers.config_reader import ConfigReader, shown
 from core.layers.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec, GroupedQuerySizes
 from core.layers.mla_spec import LatentAttentionSizes
 from core.layers.moe_spec import MoELayerSpec, Routing
-from core.layers.rope_spec import parse_rope
+from core.layers.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings
 
 DTYPES = ("float32", "bfloat16", "float16")
 FP8_BLOCK = 128  # rows and columns of a block that has one scale
+_BLOCKS = [FP8_BLOCK, FP8_BLOCK]
+# Key of a quantisation config -> what it may say, and what its absence means.
+_QUANTIZATION: Mapping[str, tuple[tuple[object, ...], object]] = {
+    "quant_method": (("fp8",), None),
+    "fmt": (("e4m3",), "e4m3"),
+    "activation_scheme": (("dynamic",), "dynamic"),
+    "weight_block_size": ((_BLOCKS, tuple(_BLOCKS)), None),
+    # How scales are stored: their dtype in the files decides, and both are widened to float32.
+    "scale_fmt": (("float", "ue8m0"), "float"),
+    "expert_dtype": (("fp8",), "fp8"),
+}
+QUANTIZATION_IGNORED: Mapping[str, str] = {
+    "dequantize": "it chooses how transformers computes, not what",
+    "modules_to_not_convert": "the dtype of each stored tensor says whether it is quantised",
+    "ignored_layers": "the dtype of each stored tensor says whether it is quantised",
+    "modules_to_convert": "the dtype of each stored tensor says whether it is quantised",
+}
 
 
 def parse_grouped_query(
@@ -31,15 +49,14 @@ def parse_grouped_query(
     hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads != 0:
-        raise ModelError(
-            f"config.json: num_key_value_heads={num_kv_heads} must divide "
-            f"num_attention_heads={num_heads}"
+        raise ModelKeyError(
+            "num_key_value_heads", f"={num_kv_heads} must divide num_attention_heads={num_heads}"
         )
     return GroupedQuerySizes(
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=config.size("head_dim", default_head_dim or hidden_size // num_heads),
+        head_dim=config.size("head_dim", default_head_dim or max(1, hidden_size // num_heads)),
         norm_eps=config.number("rms_norm_eps", 1e-6),
         qkv_bias=qkv_bias,
         output_bias=output_bias,
@@ -51,6 +68,7 @@ def parse_decoder(
     hf_config: Mapping[str, Any],
     *,
     architecture: str,
+    keys: ConfigKeys,
     attention: AttentionSizes,
     mlp_bias: bool = False,
     experts: MoELayerSpec | None = None,
@@ -58,10 +76,11 @@ def parse_decoder(
     ignored_tensors: tuple[str, ...] = (),
 ) -> DecoderSpec:
     """Read what every decoder family has, around its attention and experts. `experts` are those
-    of `expert_layers`. Raises ModelError for what is not supported."""
+    of `expert_layers`; `hf_config` is complete (see ConfigKeys). Raises ModelError for what is not
+    supported."""
     config = ConfigReader(hf_config)
-    _refuse_windowed_layers(hf_config)
-    config.choice("hidden_act", ("silu",), "silu")
+    rope = parse_rope(hf_config)
+    config.choice("hidden_act", ("silu", "swish"), "silu")
     if isinstance(attention, LatentAttentionSizes):
         num_kv_heads, head_dim = attention.num_heads, attention.qk_head_dim
     else:
@@ -87,13 +106,14 @@ def parse_decoder(
         head_dim=head_dim,
         intermediate_size=intermediate_size,
         vocab_size=config.size("vocab_size"),
-        max_position_embeddings=config.size("max_position_embeddings"),
+        max_position_embeddings=context_length(hf_config, rope),
         dtype=config.choice(dtype_key, DTYPES, "float32"),
         moe=moe,
         quantization=parse_quantization(hf_config),
         latent_attention=isinstance(attention, LatentAttentionSizes),
         ignored_tensors=ignored_tensors,
-        rope=parse_rope(hf_config),
+        warnings=tuple(_warnings(hf_config, keys)),
+        rope=rope,
         norm_eps=config.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
         attention=attention,
@@ -106,23 +126,40 @@ def parse_decoder(
     return spec
 
 
+def context_length(hf_config: Mapping[str, Any], rope: RopeSpec | None = None) -> int:
+    """The longest context, in tokens: what the positions reach."""
+    max_positions = ConfigReader(hf_config).size("max_position_embeddings")
+    return extended_positions(rope or parse_rope(hf_config), max_positions)
+
+
+def _warnings(hf_config: Mapping[str, Any], keys: ConfigKeys) -> list[str]:
+    quantization = hf_config.get("quantization_config") or {}
+    return [
+        *keys.warnings(hf_config),
+        *rope_warnings(hf_config),
+        *quantization_warnings(quantization),
+    ]
+
+
 def check_routing(routing: Routing, num_experts: int) -> None:
     """Raise ModelError where so many experts or groups can't be chosen from what there is."""
     groups, chosen = routing.num_groups, routing.num_chosen_groups
     if num_experts % groups != 0:
-        raise ModelError(f"config.json: n_group={groups} must divide the {num_experts} experts")
+        raise ModelKeyError("n_group", f"={groups} must divide the {num_experts} experts")
     if chosen > groups:
-        raise ModelError(f"config.json: topk_group={chosen} must be at most n_group={groups}")
+        raise ModelKeyError("topk_group", f"={chosen} must be at most n_group={groups}")
     group_size = num_experts // groups
     if routing.top_k > chosen * group_size:
-        raise ModelError(
-            f"config.json: num_experts_per_tok={routing.top_k} must be at most the "
-            f"{chosen * group_size} experts that are chosen from"
+        raise ModelKeyError(
+            "num_experts_per_tok",
+            f"={routing.top_k} must be at most the {chosen * group_size} experts that are chosen "
+            "from",
         )
     if routing.group_top > group_size:
-        raise ModelError(
-            f"config.json: n_group={groups} leaves {group_size} of {num_experts} experts in a "
-            f"group; needed: {routing.group_top} or more"
+        raise ModelKeyError(
+            "n_group",
+            f"={groups} leaves {group_size} of {num_experts} experts in a group; needed: "
+            f"{routing.group_top} or more",
         )
 
 
@@ -132,50 +169,95 @@ def parse_quantization(hf_config: Mapping[str, Any]) -> BlockQuantization | None
     if not raw:
         return None
     if not isinstance(raw, Mapping):
-        raise ModelError(f"config.json: quantization_config={raw!r} must be an object or null")
-    blocks = [FP8_BLOCK, FP8_BLOCK]
-    for key, allowed, default in (
-        ("quant_method", ("fp8",), None),
-        ("fmt", ("e4m3",), "e4m3"),
-        ("activation_scheme", ("dynamic",), "dynamic"),
-        ("weight_block_size", (blocks,), None),
-    ):
-        value = raw.get(key, default)
-        if (list(value) if isinstance(value, tuple) else value) not in allowed:
-            raise ModelError(
-                f"config.json: quantization_config.{key}={value!r} is not supported; allowed: "
-                f"{allowed[0]} (fp8 weights in blocks of {FP8_BLOCK} x {FP8_BLOCK}), checkpoints "
-                "without quantization_config, or a .gguf file"
+        raise ModelKeyError("quantization_config", f"={shown(raw)} must be an object or null")
+    for key, (allowed, default) in _QUANTIZATION.items():
+        value = raw.get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            raise ModelKeyError(
+                "quantization_config",
+                f".{key}={shown(value)} is not supported; allowed: {allowed[0]} (fp8 weights in "
+                f"blocks of {FP8_BLOCK} x {FP8_BLOCK}), checkpoints without quantization_config, "
+                "or a .gguf file",
             )
     return BlockQuantization(rows=FP8_BLOCK, columns=FP8_BLOCK)
 
 
-def refuse_sliding_window(hf_config: Mapping[str, Any], *, default_on: bool) -> None:
-    """Raise ModelError where a config asks for windowed attention, which no backend has.
+def quantization_warnings(raw: Mapping[str, Any]) -> list[str]:
+    """Keys of a quantisation config that say something unknown."""
+    known = _QUANTIZATION.keys() | QUANTIZATION_IGNORED.keys()
+    unknown = sorted(key for key, value in raw.items() if key not in known and value is not None)
+    if not unknown:
+        return []
+    return [
+        "config.json: quantization_config has keys that are not known and are ignored: "
+        + ", ".join(shown(key)[1:-1] for key in unknown[:10])
+    ]
 
-    `default_on`: whether a `sliding_window` counts without `use_sliding_window`.
-    """
-    window = hf_config.get("sliding_window")
-    if window is not None and hf_config.get("use_sliding_window", default_on):
-        raise ModelError(f"config.json: sliding_window={window!r} is not supported; allowed: null")
+
+def refuse_sliding_window(hf_config: Mapping[str, Any], *, from_layer: int = 0) -> None:
+    """Raise ModelError where a config asks for windowed attention, which no backend has, in a layer
+    from `from_layer` on. A window that holds the whole context is none."""
+    config = ConfigReader(hf_config)
+    window = config.optional_size("sliding_window")
+    context = context_length(hf_config)
+    if window is None or window >= context or from_layer >= config.size("num_hidden_layers"):
+        return
+    raise ModelKeyError(
+        "sliding_window",
+        f"={window} is not supported; allowed: null, or at least the context of {context} tokens: "
+        f"with max_position_embeddings={window} in config.json the model is served, exactly, up to "
+        "that length",
+    )
 
 
-def _refuse_windowed_layers(hf_config: Mapping[str, Any]) -> None:
-    for layer_type in hf_config.get("layer_types") or []:
+def refuse_windowed_layers(hf_config: Mapping[str, Any]) -> None:
+    """Raise ModelError where a config names a kind of layer other than full attention."""
+    layer_types = hf_config.get("layer_types")
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list):
+        raise ModelKeyError("layer_types", f"={shown(layer_types)} must be a list or null")
+    for layer_type in layer_types:
         if layer_type != "full_attention":
-            raise ModelError(
-                f"config.json: layer_types has {layer_type!r}, which is not supported; "
-                "allowed: 'full_attention'"
+            raise ModelKeyError(
+                "layer_types",
+                f" has {shown(layer_type)}, which is not supported; allowed: 'full_attention'",
             )
+
+
+def refuse_qwen_windows(hf_config: Mapping[str, Any]) -> None:
+    """Raise ModelError where a layer of a dense Qwen model has a window: those that `layer_types`
+    names, else those from `max_window_layers` on, and none without `use_sliding_window`."""
+    config = ConfigReader(hf_config)
+    if hf_config.get("layer_types") is not None:
+        if not _has_whole_windows(hf_config):
+            refuse_windowed_layers(hf_config)
+    elif config.flag("use_sliding_window", False):
+        refuse_sliding_window(hf_config, from_layer=config.count("max_window_layers"))
+
+
+def _has_whole_windows(hf_config: Mapping[str, Any]) -> bool:
+    """Whether layers with windows, if there are any, see the whole context."""
+    config = ConfigReader(hf_config)
+    window = config.optional_size("sliding_window")
+    types = hf_config["layer_types"]
+    return (
+        config.flag("use_sliding_window", False)
+        and window is not None
+        and window >= context_length(hf_config)
+        and isinstance(types, list)
+        and all(kind in ("full_attention", "sliding_attention") for kind in types)
+    )
 
 
 def _check_rope(spec: DecoderSpec) -> None:
     dim = spec.rope_dim
     if dim % 2 != 0:
         name = "qk_rope_head_dim" if spec.latent_attention else "head_dim"
-        raise ModelError(f"config.json: {name}={dim} must be even (rotary embedding)")
+        raise ModelKeyError(name, f"={dim} must be even (rotary embedding)")
     factors = spec.rope.frequency_factors
     if factors and len(factors) != dim // 2:
-        raise ModelError(
-            f"config.json: {len(factors)} rope factors for a head_dim of {dim}; needed: {dim // 2}"
+        raise ModelKeyError(
+            "rope_scaling", f": {len(factors)} factors for a head_dim of {dim}; needed: {dim // 2}"
         )

@@ -1,15 +1,40 @@
 """Rotary position embeddings as a config.json describes them. Knows nothing of torch.
 
-Reads both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5.
+Reads both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5; where
+a config has both, `rope_scaling` is the one that transformers reads.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core.errors import ModelError
+from core.errors import ModelError, ModelKeyError
+from core.layers.config_reader import MAX_SIZE, is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+DEFAULT_THETA = 10000.0  # of configs that don't say it
+# What an object of each kind may hold beside what every one does.
+_KEYS_OF_ALL = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_KEYS = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "yarn": frozenset(
+        {
+            "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+            "beta_slow", "mscale", "mscale_all_dim", "truncate",
+        }
+    ),
+    "longrope": frozenset(
+        {
+            "factor", "original_max_position_embeddings", "attention_factor", "short_factor",
+            "long_factor",
+        }
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +42,7 @@ class RopeSpec:
     """How positions turn into angles. Fields beyond `theta` matter to some `kind`s only."""
 
     kind: str = "default"
-    theta: float = 10000.0
+    theta: float = DEFAULT_THETA
     factor: float = 1.0  # of context extension: linear, llama3, yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -33,52 +58,104 @@ class RopeSpec:
 
 def parse_rope(hf_config: Mapping[str, Any]) -> RopeSpec:
     """Read a config's rotary embedding. Raises ModelError for what is not supported."""
-    key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
-    raw = hf_config.get(key) or {}
-    if not isinstance(raw, Mapping):
-        raise ModelError(f"config.json: {key}={raw!r} must be an object or null")
+    key, raw = _rope_object(hf_config)
     kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ModelError(
-            f"config.json: {key}.rope_type={kind!r} is not supported; "
-            f"supported: {', '.join(ROPE_TYPES)}"
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ModelKeyError(
+            key, f".rope_type={shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            raise ModelKeyError(
+                key, f".{name}={shown(value)} (by type of layer) is not supported; allowed: numbers"
+            )
     fraction = raw.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
     if fraction not in (None, 1, 1.0):
-        raise ModelError(
-            f"config.json: partial_rotary_factor={fraction!r} is not supported; allowed: 1.0"
+        raise ModelKeyError(
+            "partial_rotary_factor", f"={shown(fraction)} is not supported; allowed: 1.0"
         )
-    fields = _Fields(key, kind, raw)
-    theta = fields.number("rope_theta", hf_config.get("rope_theta") or 10000.0)
+    fields = _Fields(key, kind, raw, hf_config)
+    theta = raw.get("rope_theta")
+    if theta is None:
+        theta = hf_config.get("rope_theta")
+    theta = fields.checked("rope_theta", DEFAULT_THETA if theta is None else theta)
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind == "linear":
         return RopeSpec(kind=kind, theta=theta, factor=fields.number("factor"))
     if kind == "longrope":
         return _parse_longrope(fields, theta, raw)
-    original = raw.get("original_max_position_embeddings") or hf_config.get(
-        "original_max_position_embeddings", hf_config.get("max_position_embeddings")
+    original = fields.original()
+    if kind == "yarn" and raw.get("factor") is None:
+        factor = fields.stretch(original)
+    else:
+        factor = fields.number("factor")
+    common = RopeSpec(kind=kind, theta=theta, factor=factor, original_max_positions=original)
+    return _with_llama3(common, fields) if kind == "llama3" else _with_yarn(common, fields)
+
+
+def extended_positions(rope: RopeSpec, max_positions: int) -> int:
+    """Tokens that a model's positions reach, where config.json says `max_positions`: model cards
+    tell users to add YaRN and leave that number, as vLLM and SGLang reckon with."""
+    if rope.kind == "yarn":
+        return max(max_positions, _within_size(rope.original_max_positions * rope.factor))
+    if rope.kind == "linear":
+        return max(max_positions, _within_size(max_positions * rope.factor))
+    return max_positions
+
+
+def rope_warnings(hf_config: Mapping[str, Any]) -> list[str]:
+    """What a user should know of an object that `parse_rope` reads."""
+    key, raw = _rope_object(hf_config)
+    found = []
+    other = hf_config.get("rope_parameters")
+    if key == "rope_scaling" and other and other != raw:
+        found.append(
+            "config.json has both rope_scaling and rope_parameters, and they differ; rope_scaling "
+            "counts, as in transformers: remove the other"
+        )
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    unknown = sorted(
+        name
+        for name, value in raw.items()
+        if value is not None and name not in _KEYS_OF_ALL | _KEYS[kind]
     )
-    common = RopeSpec(
-        kind=kind,
-        theta=theta,
-        factor=fields.number("factor"),
-        original_max_positions=int(fields.checked("original_max_position_embeddings", original)),
-    )
-    return _with_llama3(common, fields) if kind == "llama3" else _with_yarn(common, fields, raw)
+    if unknown:
+        found.append(
+            f"config.json: {key} has keys that rope_type={kind!r} doesn't have, which are ignored: "
+            + ", ".join(shown(name)[1:-1] for name in unknown[:10])
+        )
+    return found
+
+
+def _rope_object(hf_config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    key = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    raw = hf_config.get(key) or {}
+    if not isinstance(raw, Mapping):
+        raise ModelKeyError(key, f"={shown(raw)} must be an object or null")
+    return key, raw
+
+
+def _within_size(positions: float) -> int:
+    return int(min(positions, MAX_SIZE - 1))
 
 
 class _Fields:
     """Numbers of one rope object, with errors that name it."""
 
-    def __init__(self, key: str, kind: str, raw: Mapping[str, Any]) -> None:
-        self._key, self._kind, self._raw = key, kind, raw
+    def __init__(
+        self, key: str, kind: str, raw: Mapping[str, Any], hf_config: Mapping[str, Any]
+    ) -> None:
+        self._key, self._kind, self._raw, self._config = key, kind, raw, hf_config
+
+    def error(self, name: str, rest: str) -> ModelError:
+        return ModelKeyError(self._key, f".{name}{rest}")
 
     def checked(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ModelError(
-                f"config.json: {self._key}.{name}={value!r} is needed by "
-                f"rope_type={self._kind!r}; allowed: a number above 0"
+        if not is_positive(value):
+            raise self.error(
+                name,
+                f"={shown(value)} is needed by rope_type={self._kind!r}; allowed: a number above 0",
             )
         return float(value)
 
@@ -88,28 +165,60 @@ class _Fields:
 
     def optional(self, name: str) -> float | None:
         value = self._raw.get(name)
-        return None if not value else self.checked(name, value)
+        return None if value is None else self.checked(name, value)
+
+    def weight(self, name: str) -> float | None:
+        """A number that counts as absent where it is 0."""
+        return None if self._raw.get(name) == 0 else self.optional(name)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._raw.get(name, default)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(name, f"={shown(value)} is not supported; allowed: true or false")
+        return bool(value)
+
+    def original(self) -> int:
+        """Tokens before the context was extended. A key beside the object counts before the one
+        in it, as in transformers."""
+        name = "original_max_position_embeddings"
+        value = self._config.get(name)
+        if value is None:
+            value = self._raw.get(name)
+        if value is None:
+            value = self._config.get("max_position_embeddings")
+        number = self.checked(name, value)
+        if not 1 < number < MAX_SIZE:
+            raise self.error(
+                name, f"={shown(value)} is not supported; allowed: from 2 to {MAX_SIZE - 1}"
+            )
+        return int(number)
+
+    def stretch(self, original: int) -> float:
+        """How much longer than `original` the context is, where no factor says it."""
+        key = "max_position_embeddings"
+        return self.checked("factor", self._config.get(key, original)) / original
 
 
 def _with_llama3(common: RopeSpec, fields: _Fields) -> RopeSpec:
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
     if low >= high:
-        raise ModelError(
-            f"config.json: low_freq_factor={low} of rope_type='llama3' must be below "
-            f"high_freq_factor={high}"
+        raise fields.error(
+            "low_freq_factor", f"={low} of rope_type='llama3' must be below high_freq_factor={high}"
         )
     return replace(common, low_freq_factor=low, high_freq_factor=high)
 
 
-def _with_yarn(common: RopeSpec, fields: _Fields, raw: Mapping[str, Any]) -> RopeSpec:
+def _with_yarn(common: RopeSpec, fields: _Fields) -> RopeSpec:
+    if common.theta == 1:
+        raise fields.error("rope_theta", "=1 is not supported with rope_type='yarn'")
     return replace(
         common,
         attention_factor=fields.optional("attention_factor"),
         beta_fast=fields.number("beta_fast", 32.0),
         beta_slow=fields.number("beta_slow", 1.0),
-        mscale=fields.optional("mscale"),
-        mscale_all_dim=fields.optional("mscale_all_dim"),
-        truncate=bool(raw.get("truncate", True)),
+        mscale=fields.weight("mscale"),
+        mscale_all_dim=fields.weight("mscale_all_dim"),
+        truncate=fields.flag("truncate", True),
     )
 
 
@@ -117,14 +226,23 @@ def _parse_longrope(fields: _Fields, theta: float, raw: Mapping[str, Any]) -> Ro
     """Frequency factors that do not depend on the length, as GGUF files carry them."""
     short, long = raw.get("short_factor"), raw.get("long_factor")
     if not isinstance(short, list) or short != long:
-        raise ModelError(
-            "config.json: rope_type='longrope' is supported only where short_factor equals "
-            "long_factor (frequencies that do not change with the length)"
+        raise fields.error(
+            "short_factor",
+            ": rope_type='longrope' is supported only where short_factor equals long_factor "
+            "(frequencies that do not change with the length)",
         )
     factors = tuple(fields.checked("short_factor", factor) for factor in short)
+    attention_factor = fields.optional("attention_factor")
+    if attention_factor is None:
+        original = fields.original()
+        factor = fields.optional("factor") or fields.stretch(original)
+        attention_factor = longrope_attention_factor(factor, original)
     return RopeSpec(
-        kind="longrope",
-        theta=theta,
-        attention_factor=fields.number("attention_factor", 1.0),
-        frequency_factors=factors,
+        kind="longrope", theta=theta, attention_factor=attention_factor, frequency_factors=factors
     )
+
+
+def longrope_attention_factor(factor: float, original: int) -> float:
+    """The factor on cos and sin of a context that was `original` tokens and became `factor` times
+    as long. Source: LongRoPE, arXiv 2402.13753, as transformers computes it."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

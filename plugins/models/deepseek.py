@@ -8,10 +8,11 @@ DeepSeek publishes with its checkpoints. Does not import torch until a model is 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.errors import ModelError
+from core.errors import ModelKeyError
 from core.hookspecs import NoOptions, Registration, hookimpl
+from core.layers.config_keys import ConfigKeys
 from core.layers.config_reader import ConfigReader
-from core.layers.decoder_config import check_routing, parse_decoder
+from core.layers.decoder_config import check_routing, parse_decoder, refuse_windowed_layers
 from core.layers.decoder_family import DecoderFamily
 from core.layers.decoder_spec import DecoderSpec
 from core.layers.mla_spec import LatentAttentionSizes, latent_scale
@@ -19,6 +20,54 @@ from core.layers.moe_spec import MoELayerSpec, Routing
 from core.layers.rope_spec import parse_rope
 
 ROPE_KINDS = ("default", "yarn")
+_READ = frozenset(
+    {
+        "attention_bias", "first_k_dense_replace", "kv_lora_rank", "moe_intermediate_size",
+        "moe_layer_freq", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
+        "num_experts_per_tok", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+        "routed_scaling_factor", "scoring_func", "topk_group", "topk_method", "v_head_dim",
+    }
+)  # fmt: skip
+_TRAINING = "only training reads it"
+_IGNORED = {
+    "output_router_logits": _TRAINING,
+    "aux_loss_alpha": _TRAINING,
+    "seq_aux": _TRAINING,
+    "router_aux_loss_coef": _TRAINING,
+    "ep_size": "parallel.ep says how experts are spread",
+    "num_key_value_heads": "all heads share one latent",
+    "head_dim": "qk_nope_head_dim, qk_rope_head_dim and v_head_dim say it",
+    "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim",
+    "auto_map": "code of a checkpoint is not run; the family's is built in",
+}
+V3_KEYS = ConfigKeys(
+    model_type="deepseek_v3",
+    read=_READ | {"num_nextn_predict_layers", "rope_interleave"},
+    defaults={
+        "q_lora_rank": 1536,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+    },
+    aliases={
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
+    },
+    ignored=_IGNORED,
+)
+V2_KEYS = ConfigKeys(
+    model_type="deepseek_v2",
+    read=_READ | {"mlp_bias"},
+    defaults={"q_lora_rank": 1536, "n_shared_experts": 2},
+    aliases={"num_experts": "n_routed_experts"},
+    ignored=_IGNORED,
+)
 
 
 class DeepseekV3Family(DecoderFamily):
@@ -26,17 +75,18 @@ class DeepseekV3Family(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a DeepSeek-V3 config.json."""
+        hf_config = V3_KEYS.complete(hf_config)
         config = ConfigReader(hf_config)
         config.choice("scoring_func", ("sigmoid",), "sigmoid")
         config.choice("topk_method", ("noaux_tc",), "noaux_tc")
         num_layers = config.size("num_hidden_layers")
         routing = Routing(
-            top_k=config.size("num_experts_per_tok", 8),
+            top_k=config.size("num_experts_per_tok"),
             scoring="sigmoid",
             normalise=config.flag("norm_topk_prob", True),
             scale=config.number("routed_scaling_factor", 2.5),
-            num_groups=config.size("n_group", 8),
-            num_chosen_groups=config.size("topk_group", 4),
+            num_groups=config.size("n_group"),
+            num_chosen_groups=config.size("topk_group"),
             group_top=2,
         )
         # Layers for drafting tokens, behind those that are run.
@@ -44,6 +94,7 @@ class DeepseekV3Family(DecoderFamily):
         return parse_decoder(
             hf_config,
             architecture="DeepseekV3ForCausalLM",
+            keys=V3_KEYS,
             attention=_attention(hf_config, interleaved=config.flag("rope_interleave", True)),
             experts=_experts(hf_config, routing, has_bias=True),
             expert_layers=_expert_layers(config, default_first=3),
@@ -56,6 +107,7 @@ class DeepseekV2Family(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a DeepSeek-V2 config.json."""
+        hf_config = V2_KEYS.complete(hf_config)
         config = ConfigReader(hf_config)
         config.choice("scoring_func", ("softmax",), "softmax")
         method = config.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy")
@@ -75,6 +127,7 @@ class DeepseekV2Family(DecoderFamily):
         return parse_decoder(
             hf_config,
             architecture="DeepseekV2ForCausalLM",
+            keys=V2_KEYS,
             attention=_attention(hf_config, interleaved=True),
             experts=_experts(hf_config, routing, has_bias=False),
             expert_layers=_expert_layers(config, default_first=0),
@@ -83,11 +136,13 @@ class DeepseekV2Family(DecoderFamily):
 
 def _attention(hf_config: Mapping[str, Any], *, interleaved: bool) -> LatentAttentionSizes:
     config = ConfigReader(hf_config)
+    refuse_windowed_layers(hf_config)
     rope = parse_rope(hf_config)
     if rope.kind not in ROPE_KINDS:
-        raise ModelError(
-            f"config.json: rope type {rope.kind!r} is not supported with latent attention; "
-            f"allowed: {', '.join(ROPE_KINDS)}"
+        raise ModelKeyError(
+            "rope_scaling",
+            f": rope type {rope.kind!r} is not supported with latent attention; allowed: "
+            + ", ".join(ROPE_KINDS),
         )
     nope_dim, rope_dim = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
     return LatentAttentionSizes(

@@ -7,12 +7,24 @@ model is built.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.errors import ModelError
 from core.hookspecs import NoOptions, Registration, hookimpl
+from core.layers.config_keys import ConfigKeys
 from core.layers.config_reader import ConfigReader
-from core.layers.decoder_config import parse_decoder, parse_grouped_query, refuse_sliding_window
+from core.layers.decoder_config import (
+    parse_decoder,
+    parse_grouped_query,
+    refuse_sliding_window,
+    refuse_windowed_layers,
+)
 from core.layers.decoder_family import DecoderFamily
 from core.layers.decoder_spec import DecoderSpec
+
+LLAMA_KEYS = ConfigKeys(model_type="llama", read=frozenset({"attention_bias", "mlp_bias"}))
+MISTRAL_KEYS = ConfigKeys(
+    model_type="mistral",
+    read=frozenset({"sliding_window"}),
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+)
 
 
 class LlamaFamily(DecoderFamily):
@@ -20,11 +32,14 @@ class LlamaFamily(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Llama config.json."""
+        hf_config = LLAMA_KEYS.complete(hf_config)
+        refuse_windowed_layers(hf_config)
         config = ConfigReader(hf_config)
         attention_bias = config.flag("attention_bias", False)
         return parse_decoder(
             hf_config,
             architecture="LlamaForCausalLM",
+            keys=LLAMA_KEYS,
             attention=parse_grouped_query(
                 hf_config, qkv_bias=attention_bias, output_bias=attention_bias
             ),
@@ -33,19 +48,17 @@ class LlamaFamily(DecoderFamily):
 
 
 class MistralFamily(LlamaFamily):
-    """Mistral without sliding-window attention: Llama without biases."""
+    """Mistral where its window holds the whole context: Llama without biases."""
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Mistral config.json."""
-        refuse_sliding_window(hf_config, default_on=True)
-        if "sliding_window" not in hf_config:
-            raise ModelError(
-                "config.json: sliding_window is missing, which means 4096 to this family and is "
-                "not supported; allowed: null"
-            )
+        hf_config = MISTRAL_KEYS.complete(hf_config)
+        refuse_windowed_layers(hf_config)
+        refuse_sliding_window(hf_config)
         return parse_decoder(
             hf_config,
             architecture="MistralForCausalLM",
+            keys=MISTRAL_KEYS,
             attention=parse_grouped_query(hf_config, qkv_bias=False, output_bias=False),
         )
 
@@ -72,6 +85,6 @@ def register_model() -> Sequence[Registration]:
         Registration(
             name="MistralForCausalLM",
             factory="plugins.models.llama:mistral_family",
-            summary="Mistral without sliding-window attention",
+            summary="Mistral where the window holds the context",
         ),
     ]

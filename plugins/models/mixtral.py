@@ -7,18 +7,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.hookspecs import NoOptions, Registration, hookimpl
+from core.layers.config_keys import ConfigKeys
 from core.layers.config_reader import ConfigReader
 from core.layers.decoder_config import (
     check_routing,
     parse_decoder,
     parse_grouped_query,
     refuse_sliding_window,
+    refuse_windowed_layers,
 )
 from core.layers.decoder_family import DecoderFamily
 from core.layers.decoder_spec import DecoderSpec
 from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec, Routing
 
-DEFAULT_ROPE_THETA = 1e6  # of configs that don't say it; other families mean 10000
+_TRAINING = "only training reads it"
+KEYS = ConfigKeys(
+    model_type="mixtral",
+    read=frozenset({"num_experts_per_tok", "num_local_experts", "sliding_window"}),
+    defaults={
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+    },
+    aliases={"num_experts": "num_local_experts"},
+    ignored=dict.fromkeys(
+        ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"), _TRAINING
+    ),
+)
 
 
 class MixtralFamily(DecoderFamily):
@@ -26,17 +43,19 @@ class MixtralFamily(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Mixtral config.json."""
-        refuse_sliding_window(hf_config, default_on=True)
+        hf_config = KEYS.complete(hf_config)
+        refuse_windowed_layers(hf_config)
+        refuse_sliding_window(hf_config)
         config = ConfigReader(hf_config)
         routing = Routing(
-            top_k=config.size("num_experts_per_tok", 2), scoring="softmax", normalise=True
+            top_k=config.size("num_experts_per_tok"), scoring="softmax", normalise=True
         )
-        num_experts = config.size("num_local_experts", 8)
+        num_experts = config.size("num_local_experts")
         check_routing(routing, num_experts)
-        theta = hf_config.get("rope_theta") or DEFAULT_ROPE_THETA
         return parse_decoder(
-            {**hf_config, "rope_theta": theta},
+            hf_config,
             architecture="MixtralForCausalLM",
+            keys=KEYS,
             attention=parse_grouped_query(hf_config, qkv_bias=False, output_bias=False),
             experts=MoELayerSpec(
                 hidden_size=config.size("hidden_size"),

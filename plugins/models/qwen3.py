@@ -8,10 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.hookspecs import NoOptions, Registration, hookimpl
+from core.layers.config_keys import ConfigKeys
 from core.layers.config_reader import ConfigReader
-from core.layers.decoder_config import parse_decoder, parse_grouped_query, refuse_sliding_window
+from core.layers.decoder_config import parse_decoder, parse_grouped_query, refuse_qwen_windows
 from core.layers.decoder_family import DecoderFamily
 from core.layers.decoder_spec import DecoderSpec
+
+_WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
+_DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+QWEN3_KEYS = ConfigKeys(
+    model_type="qwen3", read=_WINDOWS | {"attention_bias"}, defaults=_DEFAULTS | {"head_dim": 128}
+)
+QWEN2_KEYS = ConfigKeys(model_type="qwen2", read=_WINDOWS, defaults=_DEFAULTS)
 
 
 class Qwen3Family(DecoderFamily):
@@ -19,11 +27,13 @@ class Qwen3Family(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Qwen3 config.json."""
-        refuse_sliding_window(hf_config, default_on=False)
+        hf_config = QWEN3_KEYS.complete(hf_config)
+        refuse_qwen_windows(hf_config)
         attention_bias = ConfigReader(hf_config).flag("attention_bias", False)
         return parse_decoder(
             hf_config,
             architecture="Qwen3ForCausalLM",
+            keys=QWEN3_KEYS,
             attention=parse_grouped_query(
                 hf_config,
                 qkv_bias=attention_bias,
@@ -39,10 +49,12 @@ class Qwen2Family(DecoderFamily):
 
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
         """Read a Qwen2 config.json."""
-        refuse_sliding_window(hf_config, default_on=False)
+        hf_config = QWEN2_KEYS.complete(hf_config)
+        refuse_qwen_windows(hf_config)
         return parse_decoder(
             hf_config,
             architecture="Qwen2ForCausalLM",
+            keys=QWEN2_KEYS,
             attention=parse_grouped_query(hf_config, qkv_bias=True, output_bias=False),
         )
 

@@ -24,6 +24,11 @@ def fp8(**changes: Any) -> dict[str, Any]:
     return config(quantization_config=quantization | changes)
 
 
+def qwen3_windows(**changes: Any) -> dict[str, Any]:
+    windows: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 64}
+    return config("Qwen3ForCausalLM", **(windows | changes))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_read(name: str) -> None:
     hf_config = config(name, dtype="bfloat16", tie_word_embeddings=True)
@@ -71,11 +76,30 @@ def test_old_dtype_key_is_read() -> None:
         (fp8(activation_scheme="static"), ["activation_scheme='static'", "dynamic"]),
         (config(rope_scaling={"type": "dynamic"}), ["dynamic"]),
         (config(layer_types=["sliding_attention"]), ["sliding_attention", "full_attention"]),
-        (config("MistralForCausalLM", sliding_window=4096), ["sliding_window=4096", "null"]),
         (
-            config("Qwen3ForCausalLM", use_sliding_window=True, sliding_window=64),
+            config("MistralForCausalLM", sliding_window=511),
+            ["sliding_window=511", "null", "512 tokens", "max_position_embeddings=511"],
+        ),
+        # Mistral doesn't read `use_sliding_window`.
+        (
+            config("MistralForCausalLM", sliding_window=64, use_sliding_window=False),
             ["sliding_window=64"],
         ),
+        (qwen3_windows(max_window_layers=2), ["sliding_window=64"]),
+        (qwen3_windows(max_window_layers=3, rope_scaling={"type": "x"}), ["rope_type='x'"]),
+        (
+            qwen3_windows(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+            ["layer_types", "sliding_attention"],
+        ),
+        (config(layer_types=3), ["layer_types=3"]),
+        (config(per_layer_config={"0": {"head_dim": 8}}), ["per_layer_config", "null"]),
+        (config(rope_interleaved=True), ["rope_interleaved=True", "false"]),
+        (config(num_hidden_layers=10**400), ["num_hidden_layers", "below"]),
+        (config(vocab_size=1 << 31), ["vocab_size=2147483648", "below 2147483648"]),
+        (config(rms_norm_eps=10**400), ["rms_norm_eps", "above 0"]),
+        (config(hidden_act=["silu"]), ["hidden_act=['silu']"]),
+        (fp8(scale_fmt="int"), ["scale_fmt='int'", "float"]),
+        (fp8(expert_dtype="fp4"), ["expert_dtype='fp4'", "fp8"]),
     ],
 )
 def test_what_is_not_supported_is_named(hf_config: dict[str, Any], words: list[str]) -> None:
@@ -91,6 +115,51 @@ def test_fp8_blocks_are_read() -> None:
     assert family_of(config()).parse(config()).quantization is None
 
 
-def test_unused_sliding_window_is_ignored() -> None:
-    hf_config = config("Qwen2ForCausalLM", use_sliding_window=False, sliding_window=64)
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        config("Qwen2ForCausalLM", use_sliding_window=False, sliding_window=64),
+        qwen3_windows(max_window_layers=3),  # of the three layers none has a window
+        qwen3_windows(),  # max_window_layers is 28 where nothing is said
+        qwen3_windows(max_window_layers=0, layer_types=["full_attention"] * 3),
+        qwen3_windows(max_window_layers=0, sliding_window=512),
+        qwen3_windows(layer_types=["sliding_attention"] * 3, sliding_window=512),
+        config("MistralForCausalLM", sliding_window=512),
+        config("MistralForCausalLM", sliding_window=4096),
+        {k: v for k, v in config("MistralForCausalLM").items() if k != "sliding_window"},
+    ],
+)
+def test_windows_that_no_layer_uses_or_that_hold_the_context_are_none(
+    hf_config: dict[str, Any],
+) -> None:
     assert family_of(hf_config).parse(hf_config).num_layers == 3
+
+
+def test_a_window_must_hold_what_yarn_extends_to() -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    for window, served in ((2047, False), (2048, True)):
+        hf_config = config("MistralForCausalLM", sliding_window=window, rope_scaling=yarn)
+        if served:
+            assert family_of(hf_config).parse(hf_config).max_position_embeddings == 2048
+        else:
+            with pytest.raises(ModelError, match="2048 tokens"):
+                family_of(hf_config).parse(hf_config)
+
+
+def test_keys_that_are_not_known_are_warned_of() -> None:
+    hf_config = config(
+        model_type="granite",
+        logits_scaling=8.0,
+        unknown=None,
+        rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 3},
+        quantization_config={
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            "kv_cache_scheme": {"type": "float"},
+        },
+    )
+    warnings = family_of(hf_config).parse(hf_config).warnings
+    for words in ("model_type='granite'", "logits_scaling", "beta_fast", "kv_cache_scheme"):
+        assert any(words in warning for warning in warnings), words
+    assert not any("unknown" in warning for warning in warnings)
+    assert family_of(config()).parse(config()).warnings == ()

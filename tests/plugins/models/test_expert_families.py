@@ -197,7 +197,12 @@ def test_mixtral_is_read() -> None:
             {"use_sliding_window": True, "sliding_window": 64},
             ["sliding_window=64", "null"],
         ),
-        ("mixtral", {"sliding_window": 4096}, ["sliding_window=4096", "null"]),
+        ("mixtral", {"sliding_window": 511}, ["sliding_window=511", "null"]),
+        (
+            "qwen",
+            {"num_local_experts": 8},
+            ["num_experts=16", "num_local_experts=8", "contradict"],
+        ),
         ("mixtral", {"num_local_experts": "8"}, ["num_local_experts='8'"]),
     ],
 )
