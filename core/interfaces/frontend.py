@@ -141,6 +141,13 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def check_chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    ) -> int:
+        """The characters of a conversation. Raises RequestError where a message is not in order or
+        the template would drop a part of it, tools for example."""
+        ...
+
     def detokenizer(
         self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
     ) -> IncrementalDetokenizer:

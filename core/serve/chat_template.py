@@ -6,26 +6,20 @@ the checkpoint, never from a request, and still run in the immutable sandbox, wi
 and a size limit: loops, macros and calls count as steps, at which both are checked.
 """
 
-import json
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.meta
-import jinja2.nodes as nodes
-import jinja2.visitor
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from core.errors import ModelError, RequestError
+from core.serve.messages import MessageForm, shape_messages
+from core.serve.template_probe import probe
+from core.serve.template_sandbox import TemplateEnvironment, TemplateLimit
 
 DEADLINE_S = 2.0
 MAX_CHARACTERS = 64 * 1024 * 1024
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_PROBE = "nodeweave-probe"
 # What a request may not set: they are ours, or the checkpoint's.
 RESERVED_VARIABLES = frozenset(
     {
@@ -33,10 +27,6 @@ RESERVED_VARIABLES = frozenset(
         "chat_template", "tokenize", "bos_token", "eos_token", "unk_token", "pad_token",
     }
 )  # fmt: skip
-
-
-class TemplateLimit(Exception):
-    """A template ran too long or grew too large. Not a jinja2 error: templates can't catch it."""
 
 
 class ChatTemplate:
@@ -51,7 +41,7 @@ class ChatTemplate:
         max_characters: int = MAX_CHARACTERS,
     ) -> None:
         """Raises ModelError where the template has a syntax error."""
-        self._environment = _Environment(deadline_s, max_characters)
+        self._environment = TemplateEnvironment(deadline_s, max_characters)
         self._special_tokens = dict(special_tokens)
         try:
             self._template = self._environment.from_string(source)
@@ -60,7 +50,9 @@ class ChatTemplate:
             raise ModelError(f"the checkpoint's chat template is broken: {error}") from error
         undeclared = jinja2.meta.find_undeclared_variables(tree)
         self.variables = frozenset(undeclared - self._environment.globals.keys())
-        self._content_in_parts, self._content_as_text = self._probe_content_forms()
+        self.form: MessageForm = probe(
+            lambda messages, tools: self._render(messages, tools, True, {}), source
+        )
 
     def render(
         self,
@@ -71,13 +63,13 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of a conversation.
+        """The prompt text of a conversation that `check_messages` let pass.
 
         `variables` beyond those the template reads are ignored, reserved ones refused. Raises
         RequestError where the template refuses the messages, with its own words.
         """
         chosen = self._allowed(variables or {})
-        chat = [self._normalise(message) for message in messages]
+        chat = shape_messages(messages, self.form)
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
@@ -121,6 +113,29 @@ class ChatTemplate:
                 pieces.append(piece)
         return "".join(pieces)
 
+    def check_reads(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> None:
+        """Raise RequestError for what the template would drop without a word."""
+        if tools and not self.form.reads_tools:
+            raise RequestError(
+                "this model's chat template does not read tools, so that the model would not see "
+                'them; leave tools out, or send tool_choice="none"',
+                param="tools",
+                code="unsupported",
+            )
+        if self.form.reads_system:
+            return
+        named = {"system"} if self.form.reads_developer else {"system", "developer"}
+        for index, message in enumerate(messages):
+            if message.get("role") in named:
+                raise RequestError(
+                    "this model's chat template does not read messages of role "
+                    f"{message['role']}; put the text into the first message of role user",
+                    param=f"messages[{index}]",
+                    code="unsupported",
+                )
+
     def _allowed(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         for name in variables:
             if name in RESERVED_VARIABLES:
@@ -128,39 +143,6 @@ class ChatTemplate:
                     f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
                 )
         return {name: value for name, value in variables.items() if name in self.variables}
-
-    def _normalise(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy without None values, reasoning under the standard name, and the content in the
-        form that this template understands."""
-        plain = {key: value for key, value in message.items() if value is not None}
-        for name in ("reasoning_content", "thinking", "reasoning"):
-            if name in plain:
-                plain = {"thinking": plain[name], **plain, "reasoning_content": plain[name]}
-                break
-        content = plain.get("content")
-        if isinstance(content, list) and not self._content_in_parts:
-            plain["content"] = "\n".join(part["text"] for part in content)
-        elif isinstance(content, str) and not self._content_as_text:
-            plain["content"] = [{"type": "text", "text": content}]
-        elif isinstance(content, list):
-            plain["content"] = [dict(part) for part in content]
-        return plain
-
-    def _probe_content_forms(self) -> tuple[bool, bool]:
-        """Whether a list of text parts, and whether a string, is rendered as its text.
-
-        A template that understands neither (it refuses a lone user message) gets strings.
-        """
-        parts = self._renders_probe([{"type": "text", "text": _PROBE}])
-        text = self._renders_probe(_PROBE)
-        return parts, text or not parts
-
-    def _renders_probe(self, content: Any) -> bool:
-        try:
-            text = self._render([{"role": "user", "content": content}], None, True, {})
-        except Exception:  # whatever a template does to a form of content it doesn't expect
-            return False
-        return _PROBE in text and "'type'" not in text and '"type"' not in text
 
 
 def _tag_final_message(chat: list[dict[str, Any]]) -> str:
@@ -190,159 +172,3 @@ def _cut_at_tag(text: str, final_text: str) -> str:
     if text[at : at + len(_CONTINUE_TAG)] == _CONTINUE_TAG:
         return text[:at]
     return text[:at].rstrip()  # the template trims its messages
-
-
-class _Limits(threading.local):
-    """Time and size left to the rendering under way in this thread."""
-
-    def __init__(self, deadline_s: float, max_characters: int) -> None:
-        self.deadline_s = deadline_s
-        self.max_characters = max_characters
-        self.ends_at = float("inf")
-        self.characters = 0
-
-    def __enter__(self) -> None:
-        self.ends_at = time.monotonic() + self.deadline_s
-        self.characters = 0
-
-    def __exit__(self, *_: object) -> None:
-        self.ends_at = float("inf")
-
-    def step(self, characters: int = 0) -> str:
-        self.characters += characters
-        if self.characters > self.max_characters:
-            raise TemplateLimit(f"made more than {self.max_characters} characters")
-        if time.monotonic() > self.ends_at:
-            raise TemplateLimit(f"took more than {self.deadline_s} s")
-        return ""
-
-    def check_size(self, size: int) -> None:
-        if size > self.max_characters:
-            raise TemplateLimit(f"made a value of more than {self.max_characters} elements")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox that transformers uses, plus limits."""
-
-    intercepted_binops = frozenset({"*", "**", "+"})
-
-    def __init__(self, deadline_s: float, max_characters: int) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-        )
-        self.limits = _Limits(deadline_s, max_characters)
-        self.count_step: Callable[[], str] = self.limits.step
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-        self.globals["namespace"] = _Namespace
-        self.globals["dict"] = _dict
-
-    def _generate(
-        self,
-        source: nodes.Template,
-        name: str | None,
-        filename: str | None,
-        defer_init: bool = False,
-    ) -> str:
-        """Compile with a counted step at the start of every loop body, and `~` as a checked call.
-
-        Macros need none: calling one is a counted step.
-        """
-        _Counting().visit(source)
-        return super()._generate(source, name, filename, defer_init)
-
-    def checked_concat(self, *parts: Any) -> str:
-        """What `~` does, within the size limit."""
-        texts = [str(part) for part in parts]
-        self.limits.check_size(sum(map(len, texts)))
-        return "".join(texts)
-
-    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.limits.step()
-        return super().call(context, function, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.limits.step()
-        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
-        if operator == "+":
-            self.limits.check_size(sum(sizes))
-        elif operator == "*" and len(sizes) == 1:
-            times = next((side for side in (left, right) if isinstance(side, int)), 0)
-            self.limits.check_size(sizes[0] * times)
-        elif operator == "**" and isinstance(right, int):
-            self.limits.check_size(abs(right) * 1024)
-        return super().call_binop(context, operator, left, right)
-
-
-class _Counting(jinja2.visitor.NodeTransformer):
-    """Puts the calls that check limits into a parsed template."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        step = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        function = nodes.EnvironmentAttribute("checked_concat")
-        return nodes.Call(function, node.nodes, [], None, None).set_lineno(node.lineno)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it
-    is its contents."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own annotation)
-
-    def parse(self, parser: Any) -> Any:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(lineno)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's, without names that could reach into Python."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be an attribute's name
-        self, rest = args[0], args[1:]
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError("names in a namespace can't begin with _")
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

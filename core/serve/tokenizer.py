@@ -17,6 +17,7 @@ from core.interfaces.frontend import IncrementalDetokenizer
 from core.serve.byte_table import REPLACEMENT, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
+from core.serve.messages import check_messages, text_size
 
 SPECIAL_TOKEN_NAMES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -114,19 +115,31 @@ class HfTokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            raise RequestError(
-                "this model has no chat template; send the prompt to /v1/completions instead",
-                code="no_chat_template",
-            )
-        return self._templates[name].render(
+        return self._template(tools).render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
         )
+
+    def check_chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    ) -> int:
+        """The characters of a conversation. Raises RequestError where a message is not in order or
+        the template would drop a part of it."""
+        size = check_messages(messages)
+        self._template(tools).check_reads(messages, tools)
+        return size + text_size(tools)
+
+    def _template(self, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise RequestError(
+                "this model has no chat template; send the prompt to /v1/completions instead",
+                code="no_chat_template",
+            )
+        return self._templates[name]
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()

@@ -16,8 +16,6 @@ from plugins.frontends._openai.protocol import Generation
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
-MAX_MESSAGES = 16_384
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),

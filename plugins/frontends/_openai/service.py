@@ -7,11 +7,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import msgspec
-
 from core.errors import RequestError
 from core.interfaces.frontend import EngineState, FrontendContext
-from plugins.frontends._openai.limits import MAX_MESSAGES, ROLES, context_too_long
+from plugins.frontends._openai.limits import context_too_long
 from plugins.frontends._openai.metrics import Metrics
 
 # Shorter texts are tokenized in the event loop; longer ones in a thread, which the tokenizer
@@ -79,15 +77,14 @@ class Service:
         variables: dict[str, Any],
     ) -> str:
         """The text of a conversation. Raises RequestError for messages that are not in form."""
-        size = check_messages(messages)
         for name in _OWN_VARIABLES & variables.keys():
             raise RequestError(
                 f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
             )
         return await _maybe_in_thread(
-            size,
+            self.tokenizer.check_chat(messages, tools),
             lambda: self.tokenizer.apply_chat_template(
-                [_parse_tool_calls(message) for message in messages],
+                messages,
                 tools=tools or None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -100,62 +97,3 @@ async def _maybe_in_thread(num_characters: int, work: Callable[[], T]) -> T:
     if num_characters <= INLINE_CHARACTERS:
         return work()
     return await asyncio.to_thread(work)
-
-
-def check_messages(messages: list[dict[str, Any]]) -> int:
-    """Raise RequestError unless all have a known role and text; returns the size of the text."""
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise RequestError(
-            f"messages has {len(messages)} entries; allowed: 1 to {MAX_MESSAGES}", param="messages"
-        )
-    size = 0
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}", param=where)
-        size += _content_size(message, where)
-    return size
-
-
-def _content_size(message: dict[str, Any], where: str) -> int:
-    content = message.get("content")
-    if isinstance(content, str):
-        return len(content)
-    if content is None and message["role"] == "assistant":
-        return 0  # it may consist of tool calls
-    if not isinstance(content, list):
-        raise RequestError(
-            f"{where}.content must be text or a list of parts", param=f"{where}.content"
-        )
-    size = 0
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise RequestError(
-                f"{where}.content may hold parts of type text only: this model reads no others",
-                param=f"{where}.content",
-            )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}.content: text is missing", param=f"{where}.content")
-        size += len(part["text"])
-    return size
-
-
-def _parse_tool_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its tool calls' arguments as objects: OpenAI has them as JSON text,
-    templates want to format them themselves."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_parse_arguments(call) for call in calls]}
-
-
-def _parse_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = msgspec.json.decode(function["arguments"])
-    except (msgspec.DecodeError, RecursionError):
-        return call  # text is what the model once wrote; the template gets it as it is
-    return {**call, "function": {**function, "arguments": arguments}}

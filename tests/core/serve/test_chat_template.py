@@ -175,7 +175,7 @@ def test_a_template_refuses_in_its_own_words():
     with pytest.raises(RequestError, match="only supports single tool-calls"):
         ours(LLAMA31_STYLE, messages)
     with pytest.raises(RequestError, match="refuses these messages") as caught:
-        ours(SMOLLM2_TEMPLATE, [{"role": "user"}])
+        ours("{{ messages[0]['name'] + messages[0]['content'] }}", [USER])
     assert caught.value.param == "messages"
 
 

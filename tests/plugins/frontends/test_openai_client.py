@@ -288,7 +288,10 @@ def test_content_parts_tools_and_continuing(client, stack):
     messages = [*USER, {"role": "assistant", "content": "It is"}]
     chat(client, messages=messages, extra_body={"continue_final_message": True})
     assert stack.tokenizer.decode(stack.engine.seen[-1].prompt_ids).endswith("assistant\nIt is")
-    chat(client, tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="auto")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(openai.BadRequestError, match="does not read tools"):
+        chat(client, tools=tools, tool_choice="auto")
+    chat(client, tools=tools, tool_choice="none")
 
 
 def test_harmless_fields_of_openai_are_ignored(client):
