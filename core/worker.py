@@ -13,6 +13,7 @@ import msgspec
 
 from core.cluster.boot import WorkerBoot
 from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.signals import leave_signals_to_parent
 from core.interfaces.control import Phase, Progress, Ready
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     """Entry point of `python -m core.worker`."""
     channel = Channel.open()
     exit_with_parent()
+    leave_signals_to_parent()
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
         channel.exit_at_end()

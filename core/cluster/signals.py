@@ -5,7 +5,8 @@ import signal
 import socket
 from collections.abc import Iterator
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (*_ENDING, signal.SIGCHLD)
 
 
 @contextlib.contextmanager
@@ -29,3 +30,15 @@ def signal_pipe() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(fd_before)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def leave_signals_to_parent() -> None:
+    """In a child: a signal that asks to end does nothing, as the parent decides for all.
+
+    systemd, Slurm and `kill` of a whole group send it to every process; a worker that obeyed would
+    take the requests with it that its parent lets finish. A handler of Python's, not SIG_IGN, which
+    programs that this process starts would inherit.
+    """
+    for number in _ENDING:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)

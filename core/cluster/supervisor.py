@@ -32,6 +32,7 @@ FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
 STOP_S = 1.0  # for processes to end by themselves after a failure, before they are killed
 CLEAN_STOP_S = 5.0  # the same where nothing failed
 SETTLE_S = 0.25  # in which a failure that may be the echo of another waits for its cause
+ENDED_BY_SIGNAL = "the server was told to end at once"
 KILL_S = 5.0  # for the kernel to end what was killed
 
 _ECHOES = (INTERNAL, WorkerDied.__name__)  # kinds of Failed that another process's death causes
@@ -93,7 +94,8 @@ class Supervisor:
 
         SIGTERM, SIGINT and SIGHUP, on whichever node, drain: the frontends get
         `launch.shutdown_grace_s` for running requests. Before all processes are ready they end the
-        start instead, and a second one ends everything at once, both with status 128 + signal.
+        start instead. A second one ends everything at once, streams with an error event. Both give
+        status 128 + signal.
         """
         with signal_pipe() as pipe, self._selector:
             try:
@@ -226,7 +228,7 @@ class Supervisor:
             self._told_frontends = True
             for child in self._children:
                 if not child.spec.is_worker:
-                    child.send(EngineReady(infos[0]))
+                    child.send(EngineReady(infos[0], {c.spec.name: c.pid for c in workers}))
 
     def _infos(self) -> dict[str, Ready]:
         own = {child.spec.name: child.ready for child in self._children if child.ready}
@@ -296,9 +298,13 @@ class Supervisor:
         """The engine fails while it runs: workers end at once, frontends tell their clients."""
         self._exit_code = exit_code
         self._on_error(text)
+        self._abandon(brief, culprit)
+
+    def _abandon(self, brief: str, culprit: Child | None) -> None:
+        """Compute nothing more; frontends end every stream with an error that says `brief`."""
         for child in self._children:
             if child.spec.is_worker:
-                child.kill()  # the others may hang in a collective with the dead one
+                child.kill()  # the others may hang in a collective with a dead one
             elif child is not culprit:
                 child.send(EngineDied(brief))
         self._enter(Stage.FAILING, FAREWELL_S)
@@ -327,9 +333,7 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         self._num_signals += 1
         if self._num_signals > 1:
-            self._exit_code = 128 + number
-            self._kill()
-            self._tell_signal(number)
+            self._end_at_once(number)
         elif self._stage is Stage.STARTING:
             self._exit_code = 128 + number
             self._stop(STOP_S)
@@ -339,6 +343,16 @@ class Supervisor:
                 self._enter(Stage.LEAVING, self._launch.shutdown_grace_s + 2 * CLEAN_STOP_S)
             else:
                 self._drain()
+
+    def _end_at_once(self, number: int) -> None:
+        """Asked twice: nothing is finished, but clients are still told. A third signal, or one in a
+        stage that ends anyway, spares nobody."""
+        self._exit_code = 128 + number
+        if self._num_signals == 2 and self._stage in (Stage.DRAINING, Stage.LEAVING):
+            self._abandon(ENDED_BY_SIGNAL, None)
+        else:
+            self._kill()
+        self._tell_signal(number)
 
     def _tell_signal(self, number: int) -> None:
         node = f"node {self._group.site.node_rank}"

@@ -53,6 +53,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True):
     """To the frontend, once: every worker is ready. `info` is what the first one's Ready said."""
 
     info: dict[str, Any]
+    workers: dict[str, int] = {}  # name -> process id of those on this node
 
 
 class EngineDied(msgspec.Struct, frozen=True, tag=True):

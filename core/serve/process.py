@@ -8,11 +8,13 @@ is gone. Knows nothing of models, weights or devices: it imports neither torch n
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import uvloop
 
 from core.cluster.boot import FrontendBoot
 from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
 from core.errors import ConfigError
 from core.interfaces.control import (
@@ -36,6 +39,7 @@ from core.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.http_server import Server, bind, is_loopback, url_of
+from core.serve.lookout import LOOK_S, Lookout
 from core.serve.request_check import RequestLimits, size_problem
 from core.serve.tokenizer import HfTokenizer
 
@@ -105,6 +109,7 @@ class Frontend:
         )
         # The terminal's ctrl-c reaches every process of the group; the parent decides for all.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         grace = Drain(config.launch.shutdown_grace_s)
         loop.add_signal_handler(signal.SIGTERM, self._handle, grace)
         gc.collect()
@@ -152,6 +157,7 @@ class Frontend:
     def _handle(self, message: ParentControl | None) -> None:
         if isinstance(message, EngineReady):
             self._engine.engine_ready(message.info)
+            self._watch(message.workers)
         elif isinstance(message, EngineDied):
             self._engine.engine_died(message.cause)
             asyncio.get_running_loop().call_later(FAREWELL_S, self._exit)
@@ -163,6 +169,26 @@ class Frontend:
             self._exit_status = 1
             self._engine.fail_all(SHUTTING_DOWN)
             self._exit()
+
+    def _watch(self, workers: Mapping[str, int]) -> None:
+        """Look after the workers as well; the parent is faster and knows more, while it runs."""
+        config = self._boot.config.cluster
+        several_nodes = bool(self._boot.endpoints.key)
+        lookout = Lookout(
+            workers,
+            os.getppid(),
+            parent_limit_s=config.heartbeat_timeout_s if several_nodes else math.inf,
+        )
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            cause = lookout.look()
+            if cause is None:
+                loop.call_later(LOOK_S, look)
+            else:  # the parent ends this process, when it can
+                self._engine.engine_died(cause)
+
+        look()
 
     def _exit(self) -> None:
         self._server.should_exit = True
@@ -189,6 +215,7 @@ def run(channel: Channel, boot: FrontendBoot) -> int:
 def main() -> int:
     channel = Channel.open()
     exit_with_parent()
+    leave_signals_to_parent()  # until the server is up
     try:
         return run(channel, msgspec.json.decode(channel.boot_line(), type=FrontendBoot))
     except Exception as error:  # reported by the parent, once, for all its processes

@@ -89,8 +89,8 @@ def run_frontend(channel: Channel, boot: dict[str, Any], info: dict[str, Any], l
 
     def handler(message: Any) -> None:
         match message:
-            case EngineReady(engine_info):
-                log("engine_ready", info=engine_info)
+            case EngineReady(engine_info, workers):
+                log("engine_ready", info=engine_info, workers=workers)
                 channel.send(Ready(info))
             case EngineDied(cause):
                 log("engine_died", cause=cause)

@@ -17,7 +17,7 @@ import pytest
 
 from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import ProcessSpec
-from core.cluster.supervisor import Supervisor
+from core.cluster.supervisor import FAREWELL_S, Supervisor
 from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Phase, Progress, Ready
 from core.interfaces.launcher import Site
@@ -135,6 +135,8 @@ def test_statuses_arrive_in_order_and_frontends_hear_when_the_workers_are_ready(
     (greeting,) = run.events("engine_ready")
     assert greeting["info"] == run.infos["worker 0"]
     assert greeting["info"]["kv_tokens"] == 4096
+    workers = {name: run.infos[name]["pid"] for name in ("worker 0", "worker 1")}
+    assert greeting["workers"] == workers
 
 
 def test_a_boot_line_larger_than_a_pipe_arrives_whole(engine: Callable[..., Run]) -> None:
@@ -309,7 +311,19 @@ def test_a_second_signal_ends_everything_at_once(
     children = HEALTHY | {"frontend": {"mode": "frontend", "ignore_drain": True}}
     run = engine(children, when_ready=signal_self(signal.SIGTERM, second))
     assert run.exit_code == exit_code
+    assert [died["cause"] for died in run.events("engine_died")] == [
+        "the server was told to end at once"
+    ]
     assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_third_signal_waits_for_nobody(engine: Callable[..., Run]) -> None:
+    deaf = {"mode": "frontend", "ignore_drain": True, "ignore_death": True}
+    run = engine(
+        HEALTHY | {"frontend": deaf}, when_ready=signal_self(*[signal.SIGTERM] * 2, signal.SIGINT)
+    )
+    assert run.exit_code == 130
+    assert run.end_seconds < FAREWELL_S
 
 
 def test_a_frontend_that_fails_while_draining_is_reported(engine: Callable[..., Run]) -> None:

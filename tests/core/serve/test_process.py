@@ -204,6 +204,24 @@ def test_engine_died(serving):
     assert time.monotonic() - begin < 3
 
 
+def test_a_dead_worker_is_found_without_the_parent_s_word(serving):
+    """The parent (here: this test) says nothing, as one that was stopped would."""
+    process, engine, http = serving
+    worker = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    process.send(EngineReady({}, {"worker 0": worker.pid}))
+    engine.stepping.clear()
+    running = in_background(lambda: http.post("/v1/chat/completions", json=BODY))
+    engine.wait_for(lambda: len(engine.live) == 1)
+    worker.kill()
+    response = running()
+    worker.wait()
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_dead")
+    assert f"worker 0 (pid {worker.pid}) ended, and the parent process" in response.text
+    assert http.get("/health").status_code == 503
+    process.send(EngineDied("worker 0 was killed"))  # it goes on again
+    assert process.wait() == 1
+
+
 def test_the_end_of_the_parent_is_the_end(serving):
     process, _, _ = serving
     process.close_control()
