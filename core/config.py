@@ -231,6 +231,8 @@ class FrontendConfig:
     max_stop: int = 16  # stop strings of one request
     max_logprobs: int = 20
     max_batch_prompts: int = 256  # prompts in one /v1/completions body
+    # Refuse fields that are not known, and a max_tokens beyond the room, instead of doing without.
+    strict_fields: bool = False
     keep_alive_s: float = 30.0
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
 

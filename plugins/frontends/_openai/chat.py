@@ -41,7 +41,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
         check_generation(body, config, self.service.model)
         check_range("max_tokens", body.max_tokens, 1, float("inf"))
         check_range("max_completion_tokens", body.max_completion_tokens, 1, float("inf"))
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
         check_range("top_logprobs", body.top_logprobs, 0, config.max_logprobs)
         if body.response_format is not None and body.response_format.get("type") != "text":
@@ -83,7 +83,14 @@ class ChatCompletions(Endpoint[ChatRequest]):
         asked = getattr(body, param)
         sampling = sampling_params(
             body,
-            max_tokens=answer_tokens(asked, None, len(prompt_ids), service.model, param),
+            max_tokens=answer_tokens(
+                asked,
+                None,
+                len(prompt_ids),
+                service.model,
+                param,
+                strict=service.config.strict_fields,
+            ),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             model=service.model,

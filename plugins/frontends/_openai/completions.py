@@ -37,7 +37,7 @@ class Completions(Endpoint[CompletionRequest]):
 
     async def handle(self, body: CompletionRequest, receive: Receive, send: Send) -> None:
         self._check(body)
-        prompts = self._split(body.prompt)
+        prompts = self._split("" if body.prompt is None else body.prompt)
         encoded = [await self._encode(prompt, body) for prompt in prompts]
         choices = self._choices(body, encoded)
         echoes = [
@@ -114,7 +114,12 @@ class Completions(Endpoint[CompletionRequest]):
 
         def sampling_of(num_prompt: int) -> Any:
             max_tokens = answer_tokens(
-                body.max_tokens, DEFAULT_MAX_TOKENS, num_prompt, service.model, "max_tokens"
+                body.max_tokens,
+                DEFAULT_MAX_TOKENS,
+                num_prompt,
+                service.model,
+                "max_tokens",
+                strict=service.config.strict_fields,
             )
             return sampling_params(
                 body,

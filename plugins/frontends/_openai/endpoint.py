@@ -6,7 +6,7 @@ Knows nothing of any route's contents.
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -23,6 +23,7 @@ from plugins.frontends._openai.asgi import (
     watch_disconnect,
 )
 from plugins.frontends._openai.errors import as_request_error
+from plugins.frontends._openai.fields import HEADER, header_value
 from plugins.frontends._openai.generation import Choice, Generation, OnPieces
 from plugins.frontends._openai.protocol import decode
 from plugins.frontends._openai.service import Service
@@ -47,8 +48,13 @@ class Endpoint(ABC, Generic[Body]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         responses = self.service.metrics.responses
         try:
-            raw = await read_body(scope, receive, self.service.config.max_body_bytes)
-            await self.handle(decode(raw, self.body_type), receive, send)
+            config = self.service.config
+            raw = await read_body(scope, receive, config.max_body_bytes)
+            body, ignored = decode(raw, self.body_type, strict=config.strict_fields)
+            if ignored:
+                self.service.metrics.ignore(ignored)
+                send = naming_ignored(send, ignored)
+            await self.handle(body, receive, send)
         except ClientGone:
             responses[self.route, CLIENT_CLOSED] += 1
         except Exception as error:
@@ -117,6 +123,17 @@ class Endpoint(ABC, Generic[Body]):
         """Errors that are not meant for clients belong in the log."""
         if not isinstance(error, RequestError | WorkerDied):
             log.error("%s failed", self.route, exc_info=error)
+
+
+def naming_ignored(send: Send, names: Sequence[str]) -> Send:
+    """`send`, with a header in the response that names the fields without effect."""
+
+    async def named(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (HEADER, header_value(names))]}
+        await send(message)
+
+    return named
 
 
 def new_id(prefix: str) -> str:

@@ -131,18 +131,27 @@ def context_too_long(what: str, model: ServedModel, param: str) -> RequestError:
 
 
 def answer_tokens(
-    asked: int | None, default: int | None, num_prompt: int, model: ServedModel, param: str
+    asked: int | None,
+    default: int | None,
+    num_prompt: int,
+    model: ServedModel,
+    param: str,
+    *,
+    strict: bool,
 ) -> int:
-    """max_tokens of one prompt. `default` None means the rest of the context."""
+    """max_tokens of one prompt, at most the rest of the context, which `default` None means.
+
+    With `strict` more than that is an error: for clients that would rather know than get less.
+    """
     room = model.max_model_len - num_prompt
     if asked is None:
-        return room if default is None else min(default, room)
-    if asked > room:
+        asked = room if default is None else default
+    elif strict and asked > room:
         shown = asked if asked < 10**18 else "more"
         raise context_too_long(
             f"the prompt has {num_prompt} tokens and {param} asks for {shown}", model, param
         )
-    return asked
+    return min(asked, room)
 
 
 def sampling_params(

@@ -34,6 +34,8 @@ REQUEST_BOUNDS_S = (
     0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0,
 )  # fmt: skip
+MAX_FIELD_NAMES, MAX_FIELD_CHARACTERS = 64, 64
+OTHER_FIELDS = "(other)"
 
 
 class Buckets:
@@ -68,8 +70,18 @@ class Metrics(Collector):
         self.request_s = Buckets(REQUEST_BOUNDS_S)
         self.finished: Counter[str] = Counter()  # answers by finish reason, "abort" among them
         self.responses: Counter[tuple[str, str]] = Counter()  # by route and status
+        self.ignored_fields: Counter[str] = Counter()  # by name, of a bounded number of names
         self._registry = CollectorRegistry()
         self._registry.register(self)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Count fields of a request that had no effect. Clients choose the names, so that only
+        the first of them have a series of their own."""
+        for name in names:
+            clean = name[:MAX_FIELD_CHARACTERS]
+            full = len(self.ignored_fields) >= MAX_FIELD_NAMES
+            known = clean in self.ignored_fields or not full
+            self.ignored_fields[clean if known else OTHER_FIELDS] += 1
 
     def render(self) -> bytes:
         """The page at /metrics."""
@@ -103,6 +115,12 @@ class Metrics(Collector):
         for (route, status), count in self.responses.items():
             responses.add_metric([route, status], count)
         yield responses
+        ignored = CounterMetricFamily(
+            "nodeweave_ignored_fields", "Fields of requests without effect.", labels=["field"]
+        )
+        for name, count in self.ignored_fields.items():
+            ignored.add_metric([name], count)
+        yield ignored
         yield self._histogram("time_to_first_token_seconds", self.first_token_s)
         yield self._histogram("inter_token_latency_seconds", self.next_token_s)
         yield self._histogram("e2e_request_latency_seconds", self.request_s)

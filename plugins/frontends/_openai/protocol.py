@@ -1,20 +1,22 @@
 """Request bodies as typed structs, and decoding that names what is wrong.
 
-Knows nothing of limits (see limits.py). Unknown fields are refused as OpenAI does; the fields
-under "accepted and ignored" are OpenAI's own that mean nothing here. Every optional field may be
-null, as OpenAI's clients send it.
+Knows nothing of limits (see limits.py). Every field of OpenAI's is taken, and every optional one
+may be null, as OpenAI's clients send it. Unknown ones are ignored and reported, or refused
+(fields.py).
 """
 
 import difflib
 import re
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from core.errors import RequestError
 from plugins.frontends._openai.errors import MAX_NAME_CHARACTERS, shorten
+from plugins.frontends._openai.fields import check_refused
 
 T = TypeVar("T", bound=msgspec.Struct)
+_UNKNOWN_FIELD = "Object contains unknown field"
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -49,19 +51,40 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
-    # Accepted and ignored.
+    # OpenAI's own that change no answer: accepted and ignored.
     user: Any = None
     metadata: Any = None
-    store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
+    prediction: Any = None  # speeds up an answer, and is no part of it
+    # OpenAI's own that could have changed something: ignored, and reported unless they ask for
+    # what is so anyway (see IGNORED).
+    audio: Any = None
+    moderation: Any = None
     parallel_tool_calls: Any = None
+    store: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+# Fields of Generation that are ignored -> the value that asks for nothing.
+IGNORED = {
+    "audio": None,
+    "moderation": None,
+    "parallel_tool_calls": True,
+    "store": False,
+    "verbosity": "medium",
+    "web_search_options": None,
+}
 
 
 class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
-    prompt: str | list[Any]  # a string, strings, token ids, or lists of token ids
+    # A string, strings, token ids, or lists of token ids; null: nothing but what the tokenizer
+    # puts before a text.
+    prompt: str | list[Any] | None
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -75,12 +98,23 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    functions: list[dict[str, Any]] | None = None  # what tools were called before
+    function_call: Any = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None  # a variable of the template
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Read OpenAI's older names for tools as tools."""
+        if self.functions and self.tools is None:
+            self.tools = [{"type": "function", "function": one} for one in self.functions]
+        if self.function_call is not None and self.tool_choice is None:
+            choice = self.function_call
+            named = isinstance(choice, dict)
+            self.tool_choice = {"type": "function", "function": choice} if named else choice
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -100,10 +134,26 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     tokens: list[int]
 
 
-def decode(body: bytes, kind: type[T]) -> T:
-    """A request body as `kind`. Raises RequestError naming the field and what is expected."""
+class Decoded(NamedTuple, Generic[T]):
+    """A body, and the names of the fields that were given and have no effect."""
+
+    body: T
+    ignored: list[str]
+
+
+def decode(body: bytes, kind: type[T], *, strict: bool = False) -> Decoded[T]:
+    """A request body as `kind`. Raises RequestError naming the field and what is expected.
+
+    Unknown fields are left out; with `strict` they are errors.
+    """
     try:
-        return msgspec.json.decode(body, type=kind)
+        try:
+            decoded, unknown = msgspec.json.decode(body, type=kind), []
+        except msgspec.ValidationError as error:
+            if strict or not str(error).startswith(_UNKNOWN_FIELD):
+                raise
+            body, unknown = _without_unknown(body, kind)
+            decoded = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explain(str(error), kind) from error
     except msgspec.DecodeError as error:
@@ -112,6 +162,27 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise RequestError("the body is not valid UTF-8", code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    if isinstance(decoded, Generation):
+        asked = {name: getattr(decoded, name) for name in IGNORED}
+        unknown += [name for name in IGNORED if asked[name] not in (None, IGNORED[name])]
+    return Decoded(decoded, unknown)
+
+
+def _without_unknown(body: bytes, kind: type[msgspec.Struct]) -> tuple[bytes, list[str]]:
+    """The body without the fields that `kind` does not have, and their names."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    unknown = {
+        name: fields.pop(name) for name in list(fields) if name not in kind.__struct_fields__
+    }
+    check_refused(unknown)
+    names = list(unknown)
+    options = fields.get("stream_options")
+    if options is not None and bytes(options).startswith(b"{"):
+        inner = msgspec.json.decode(options, type=dict[str, msgspec.Raw])
+        known = {n: v for n, v in inner.items() if n in StreamOptions.__struct_fields__}
+        names += [f"stream_options.{name}" for name in inner if name not in known]
+        fields["stream_options"] = msgspec.Raw(msgspec.json.encode(known))
+    return msgspec.json.encode(fields), names
 
 
 def _explain(text: str, kind: type[msgspec.Struct]) -> RequestError:
@@ -119,7 +190,7 @@ def _explain(text: str, kind: type[msgspec.Struct]) -> RequestError:
     message, _, path = text.partition(" - at ")
     found = re.search(r"\$\.?([^`]*)", path)
     param = found.group(1) if found else None
-    unknown = re.match(r"Object contains unknown field `(.*)`", message, re.DOTALL)
+    unknown = re.match(_UNKNOWN_FIELD + r" `(.*)`", message, re.DOTALL)
     if unknown:
         name = str(shorten(unknown.group(1), MAX_NAME_CHARACTERS))
         known = StreamOptions.__struct_fields__ if param else kind.__struct_fields__
