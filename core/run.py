@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from core.cluster.log_stream import print_error, steady_output
 from core.errors import ConfigError, NodeweaveError, PlanError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except NodeweaveError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -93,7 +94,8 @@ def _run(words: list[str]) -> int:
         PluginChoice(name=config.launch.name, options=config.launch.options), config
     )
     if isinstance(launcher, RemoteLauncher):
-        return launcher.drive(words)
+        with steady_output():
+            return launcher.drive(words)
     from core.start import start
 
     return start(config, plugins, launcher)

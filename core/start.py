@@ -21,6 +21,7 @@ from core.cluster.display import Display, SummaryInfo
 from core.cluster.endpoints import RunDirectory, node_endpoints
 from core.cluster.facts import gather
 from core.cluster.group import Group
+from core.cluster.log_stream import steady_output
 from core.cluster.machine import find_machine
 from core.cluster.network import interface_environment, interface_text, require_free
 from core.cluster.ports import Ports, listeners
@@ -45,15 +46,16 @@ def start(config: AppConfig, plugins: PluginManager, launcher: Launcher) -> int:
     configuration does not fit the model, this machine or the other nodes; nothing is started then.
     """
     begin_s = time.monotonic()
-    display = Display()
     with contextlib.ExitStack() as stack:
+        log = stack.enter_context(steady_output())
+        display = Display()
         group = stack.enter_context(meet(launcher.site(), config, display))
         node = _prepare(config, plugins, launcher, group, display)
         display.num_workers = node.resolved.plan.world_size
         endpoints = _agree(node, plugins, group, display)
         if endpoints is None:
             endpoints = stack.enter_context(RunDirectory(node.resolved.plan.dp)).endpoints()
-        return _supervise(node, endpoints, group, display, begin_s)
+        return _supervise(node, endpoints, group, display, begin_s, lambda: log.dropped)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,12 @@ def _agree(node: _Node, plugins: PluginManager, group: Group, display: Display) 
 
 
 def _supervise(
-    node: _Node, endpoints: Endpoints, group: Group, display: Display, begin_s: float
+    node: _Node,
+    endpoints: Endpoints,
+    group: Group,
+    display: Display,
+    begin_s: float,
+    dropped_lines: Callable[[], int],
 ) -> int:
     """Start this node's processes and stay until they ended."""
     site, resolved = group.site, node.resolved
@@ -152,6 +159,7 @@ def _supervise(
         on_ready=on_ready,
         on_error=display.error,
         on_waiting=on_waiting,
+        dropped_lines=dropped_lines,
         group=group,
     )
     return supervisor.run()

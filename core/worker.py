@@ -5,16 +5,15 @@ torch is imported inside `run`, so that its seconds are reported as a phase.
 """
 
 import gc
-import os
-import sys
 import time
 
 import msgspec
 
 from core.cluster.boot import WorkerBoot
 from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.log_stream import exit_now, steady_output
 from core.cluster.signals import leave_signals_to_parent
-from core.interfaces.control import Phase, Progress, Ready
+from core.interfaces.control import LinesDropped, Phase, Progress, Ready
 
 
 def main() -> None:
@@ -25,11 +24,11 @@ def main() -> None:
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
         channel.exit_at_end()
-        run(boot, channel)
+        with steady_output(lambda lines: channel.send(LinesDropped(lines))):
+            run(boot, channel)
     except Exception as error:
-        status = channel.report_failure(error)
-        sys.stderr.flush()
-        os._exit(status)  # other threads may sit in a collective that never ends
+        # Other threads may sit in a collective that never ends.
+        exit_now(channel.report_failure(error))
 
 
 def run(boot: WorkerBoot, channel: Channel) -> None:

@@ -29,6 +29,7 @@ from typing import BinaryIO
 import msgspec
 
 from core import errors
+from core.cluster.log_stream import exit_now
 from core.interfaces.control import Beat, ChildStatus, Failed, ParentControl
 
 STATUS_FD_VARIABLE = "NODEWEAVE_STATUS_FD"
@@ -117,9 +118,7 @@ class Channel:
 
         def handler(message: ParentControl | None) -> None:
             if message is None:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
+                exit_now(0)
 
         self.listen(handler)
 
@@ -144,7 +143,7 @@ class Channel:
             handler(None)
         except BaseException as error:
             self.report_failure(error)
-            os._exit(1)
+            exit_now(1)
 
 
 def failure_kind(error: BaseException) -> str:

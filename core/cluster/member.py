@@ -31,7 +31,7 @@ from core.cluster.node_messages import (
 from core.cluster.ports import join_address
 from core.cluster.strangers import HANDSHAKE_S
 from core.errors import ConfigError, ResourceError
-from core.interfaces.control import Beat, ChildStatus, Failed, Progress, Ready
+from core.interfaces.control import Beat, ChildStatus, Failed, LinesDropped, Progress, Ready
 from core.interfaces.launcher import Site
 
 RETRY_S = 0.25  # between two attempts to reach node 0
@@ -108,7 +108,7 @@ class Member:
         return found
 
     def said(self, process: str, status: ChildStatus) -> None:
-        if not isinstance(status, Beat | Failed):  # these are judged here
+        if not isinstance(status, Beat | Failed | LinesDropped):  # these are judged here
             self._send(Said(process, status))
 
     def workers_ready(self) -> None:

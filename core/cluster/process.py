@@ -19,6 +19,7 @@ from core.interfaces.control import (
     Beat,
     ChildStatus,
     Failed,
+    LinesDropped,
     ParentControl,
     Phase,
     Progress,
@@ -57,6 +58,7 @@ class Child:
         self.beat_s: float | None = None  # when it came
         self.moved_s = time.monotonic()  # when it last finished a step, or had none to finish
         self.last_heard = "nothing yet"
+        self.dropped_lines = 0  # of its log, so far
         self.status_ended = False
         self._decoder = msgspec.json.Decoder(ChildStatus)
         self._partial = b""  # of the next status line
@@ -201,6 +203,9 @@ class Child:
             case Beat():
                 self._count(status)
                 return status
+            case LinesDropped(lines):
+                self.dropped_lines = lines
+                return status
         self.last_heard = heard_text(status)
         return status
 
@@ -240,3 +245,5 @@ def heard_text(status: ChildStatus) -> str:
             return "failed"
         case Beat(launched, finished):
             return f"{finished} of {launched} steps done"
+        case LinesDropped(lines):
+            return f"{lines} lines of its log were dropped"

@@ -26,7 +26,7 @@ from core.cluster.signals import signal_pipe
 from core.cluster.vigil import Vigil
 from core.config import LaunchConfig
 from core.errors import WorkerDied
-from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, Ready
+from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
 
 FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
 STOP_S = 1.0  # for processes to end by themselves after a failure, before they are killed
@@ -62,11 +62,13 @@ class Supervisor:
         on_ready: Callable[[dict[str, Ready]], None],
         on_error: Callable[[str], None],
         on_waiting: Callable[[Sequence[str]], None] = lambda lines: None,
+        dropped_lines: Callable[[], int] = lambda: 0,
         group: Group | None = None,
     ) -> None:
         """`on_status` gets every status with the process's name; `on_ready` what each said, once
         all are ready; `on_error` the text of what made the engine fail, once; `on_waiting` now
-        and then whom a start waits for. They run inside the loop: keep them short.
+        and then whom a start waits for. They run inside the loop: keep them short. `dropped_lines`
+        tells how many lines of this process's own log were dropped so far.
 
         On node 0 of several, statuses and what was said are those of all nodes' workers.
         """
@@ -76,6 +78,8 @@ class Supervisor:
         self._on_ready = on_ready
         self._on_error = on_error
         self._on_waiting = on_waiting
+        self._own_dropped_lines = dropped_lines
+        self._told_dropped_lines = 0
         self._group = group or Alone()
         self._leads = self._group.site.node_rank == 0
         self._vigil = Vigil(launch.step_timeout_s)
@@ -134,6 +138,7 @@ class Supervisor:
         paused_s = self._vigil.look(self._children)
         if self._deadline is not None:
             self._deadline += paused_s  # the children were paused too, or were not heard
+        self._tell_dropped_lines()
         for event in self._group.events():
             self._on_group_event(event)
         self._judge()
@@ -163,6 +168,18 @@ class Supervisor:
             self._group.said(child.spec.name, status)
         if child.status_ended and child.status_fd in self._selector.get_map():
             self._selector.unregister(child.status_fd)
+
+    def _tell_dropped_lines(self) -> None:
+        """Have the frontends count what could not be logged on this node."""
+        total = self._own_dropped_lines() + sum(
+            child.dropped_lines for child in self._children if child.spec.is_worker
+        )
+        if total == self._told_dropped_lines:
+            return
+        self._told_dropped_lines = total
+        for child in self._children:
+            if not child.spec.is_worker:
+                child.send(LinesDropped(total))
 
     def _moved(self) -> None:
         """A start goes on. Node 0 keeps the deadline for all nodes."""

@@ -46,7 +46,14 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     finished: int  # of them done
 
 
-ChildStatus = Phase | Progress | Ready | Failed | Beat
+class LinesDropped(msgspec.Struct, frozen=True, tag=True):
+    """Of a log that can't be written (a full disk): a child's, so far; and to the frontend, which
+    counts them in its metrics, those of all other processes of its node."""
+
+    lines: int
+
+
+ChildStatus = Phase | Progress | Ready | Failed | Beat | LinesDropped
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -69,7 +76,7 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
     grace_s: float
 
 
-ParentControl = EngineReady | EngineDied | Drain
+ParentControl = EngineReady | EngineDied | Drain | LinesDropped
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +95,6 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []  # what a user should know of the files; shown once at start
     # How files without a config.json call the keys of `hf_config`, the place included.
     key_names: dict[str, str] = {}
-    num_tensors: int = 0  # that are stored; 0: none are, or nobody counted
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):

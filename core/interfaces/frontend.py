@@ -177,6 +177,8 @@ class FrontendContext:
     config: FrontendConfig
     max_running_requests: int
     api_key: str | None
+    # Lines of this node's logs that could not be written so far (a full disk); for metrics.
+    dropped_log_lines: Callable[[], int] = lambda: 0
 
 
 FrontendFactory = Callable[[FrontendContext], Any]  # returns an ASGI application

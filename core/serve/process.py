@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import uvloop
 
 from core.cluster.boot import FrontendBoot
 from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.log_stream import steady_output
 from core.cluster.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
 from core.errors import ConfigError
@@ -30,6 +31,7 @@ from core.interfaces.control import (
     Drain,
     EngineDied,
     EngineReady,
+    LinesDropped,
     ParentControl,
     Phase,
     Ready,
@@ -79,10 +81,18 @@ def check_exposure(config: FrontendConfig, api_key: str | None) -> None:
 class Frontend:
     """One running frontend: the engine client, the server, and what the parent asks for."""
 
-    def __init__(self, channel: Channel, boot: FrontendBoot, api_key: str | None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        boot: FrontendBoot,
+        api_key: str | None,
+        own_dropped_lines: Callable[[], int],
+    ) -> None:
         self._channel = channel
         self._boot = boot
         self._api_key = api_key
+        self._own_dropped_lines = own_dropped_lines
+        self._dropped_lines_elsewhere = 0
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -148,6 +158,7 @@ class Frontend:
             max_running_requests=config.engine.max_running_requests
             * len(self._boot.endpoints.plans),
             api_key=self._api_key,
+            dropped_log_lines=lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
@@ -161,6 +172,8 @@ class Frontend:
         elif isinstance(message, EngineDied):
             self._engine.engine_died(message.cause)
             asyncio.get_running_loop().call_later(FAREWELL_S, self._exit)
+        elif isinstance(message, LinesDropped):
+            self._dropped_lines_elsewhere = message.lines
         elif isinstance(message, Drain):
             if self._drain_task is not None:
                 self._drain_task.cancel()  # a second request counts from now
@@ -203,13 +216,13 @@ class Frontend:
         self._exit()
 
 
-def run(channel: Channel, boot: FrontendBoot) -> int:
+def run(channel: Channel, boot: FrontendBoot, own_dropped_lines: Callable[[], int]) -> int:
     """Check, bind, serve. Raises the errors of core.errors."""
     frontend = boot.config.frontend
     api_key = read_api_key(frontend)
     check_exposure(frontend, api_key)
     listener = bind(frontend.host, frontend.port)
-    return uvloop.run(Frontend(channel, boot, api_key).run(listener))
+    return uvloop.run(Frontend(channel, boot, api_key, own_dropped_lines).run(listener))
 
 
 def main() -> int:
@@ -217,7 +230,9 @@ def main() -> int:
     exit_with_parent()
     leave_signals_to_parent()  # until the server is up
     try:
-        return run(channel, msgspec.json.decode(channel.boot_line(), type=FrontendBoot))
+        boot = msgspec.json.decode(channel.boot_line(), type=FrontendBoot)
+        with steady_output() as log:
+            return run(channel, boot, lambda: log.dropped)
     except Exception as error:  # reported by the parent, once, for all its processes
         return channel.report_failure(error)
 

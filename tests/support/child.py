@@ -15,7 +15,15 @@ from typing import Any
 
 from core.cluster.channel import Channel, exit_with_parent
 from core.errors import ModelError, PlanError, WorkerDied
-from core.interfaces.control import Drain, EngineDied, EngineReady, Phase, Progress, Ready
+from core.interfaces.control import (
+    Drain,
+    EngineDied,
+    EngineReady,
+    LinesDropped,
+    Phase,
+    Progress,
+    Ready,
+)
 
 
 def main() -> None:
@@ -40,6 +48,8 @@ def main() -> None:
                 channel.exit_at_end()
                 channel.send(Phase("import", 0.5))
                 channel.send(Progress("load weights", 1, 2, "tensors"))
+                if "dropped" in boot:
+                    channel.send(LinesDropped(boot["dropped"]))
                 channel.send(Ready(info))
                 sleep_forever()
             case "frontend":
@@ -96,6 +106,8 @@ def run_frontend(channel: Channel, boot: dict[str, Any], info: dict[str, Any], l
                 log("engine_died", cause=cause)
                 if not boot.get("ignore_death"):
                     os._exit(1)
+            case LinesDropped(lines):
+                log("lines_dropped", lines=lines)
             case Drain(grace_s):
                 log("drain", grace_s=grace_s)
                 if not boot.get("ignore_drain"):

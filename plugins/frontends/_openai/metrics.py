@@ -7,7 +7,7 @@ when /metrics is asked.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -62,9 +62,15 @@ class Buckets:
 class Metrics(Collector):
     """Filled by the routes, read by /metrics. One thread."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model_name: str,
+        dropped_log_lines: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._engine = engine
         self._model_name = model_name
+        self._dropped_log_lines = dropped_log_lines
         self.first_token_s = Buckets(FIRST_TOKEN_BOUNDS_S)
         self.next_token_s = Buckets(NEXT_TOKEN_BOUNDS_S)
         self.request_s = Buckets(REQUEST_BOUNDS_S)
@@ -106,6 +112,8 @@ class Metrics(Collector):
         looked_up = stats.prompt_tokens + stats.cached_tokens
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", looked_up)
         yield self._counter("prefix_cache_hits", "Prompt tokens found.", stats.cached_tokens)
+        dropped = self._dropped_log_lines()
+        yield self._counter("log_lines_dropped", "Lines a log did not take.", dropped)
         yield from self._by_dp()
         yield from self._expert_loads()
         yield self._labelled("request_success", "Answers by reason of their end.", self.finished)

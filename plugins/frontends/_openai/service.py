@@ -30,7 +30,7 @@ class Service:
         self.tokenizer = context.tokenizer
         self.model = context.model
         self.config = context.config
-        self.metrics = Metrics(context.engine, context.model.name)
+        self.metrics = Metrics(context.engine, context.model.name, context.dropped_log_lines)
         self.max_live = context.max_running_requests + context.config.max_queued_requests
 
     def admit(self, num_requests: int) -> None:

@@ -55,6 +55,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         when_ready: Callable[[Run], None] = lambda run: None,
         on_status: Callable[[Run, str, ChildStatus], None] = lambda run, name, status: None,
         group: Group | None = None,
+        dropped_lines: Callable[[], int] = lambda: 0,
         **launch: Any,
     ) -> Run:
         result = Run(tmp_path / "log")
@@ -93,6 +94,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             on_status=status,
             on_ready=ready,
             on_error=error,
+            dropped_lines=dropped_lines,
             group=group,
         )
         result.exit_code = supervisor.run()
@@ -137,6 +139,15 @@ def test_statuses_arrive_in_order_and_frontends_hear_when_the_workers_are_ready(
     assert greeting["info"]["kv_tokens"] == 4096
     workers = {name: run.infos[name]["pid"] for name in ("worker 0", "worker 1")}
     assert greeting["workers"] == workers
+
+
+def test_dropped_lines_of_all_processes_reach_the_frontend(engine: Callable[..., Run]) -> None:
+    children = HEALTHY | {
+        "worker 0": {"mode": "worker", "dropped": 3},
+        "worker 1": {"mode": "worker", "dropped": 4},
+    }
+    run = engine(children, dropped_lines=lambda: 10, when_ready=signal_self(signal.SIGTERM))
+    assert run.events("lines_dropped")[-1]["lines"] == 17
 
 
 def test_a_boot_line_larger_than_a_pipe_arrives_whole(engine: Callable[..., Run]) -> None:

@@ -21,6 +21,7 @@ from core.interfaces.control import (
     EngineDied,
     EngineReady,
     Failed,
+    LinesDropped,
     ModelFiles,
     Phase,
     Ready,
@@ -220,6 +221,16 @@ def test_a_dead_worker_is_found_without_the_parent_s_word(serving):
     assert http.get("/health").status_code == 503
     process.send(EngineDied("worker 0 was killed"))  # it goes on again
     assert process.wait() == 1
+
+
+def test_log_lines_that_other_processes_dropped_are_counted(serving):
+    process, _, http = serving
+    line = 'nodeweave_log_lines_dropped_total{model_name="m"} '
+    assert line + "0.0" in http.get("/metrics").text
+    process.send(LinesDropped(3))
+    process.send(EngineReady({}))
+    while line + "3.0" not in http.get("/metrics").text:
+        pass
 
 
 def test_the_end_of_the_parent_is_the_end(serving):
