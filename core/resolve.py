@@ -167,6 +167,23 @@ def find_family(
         name = files.hf_config["architectures"][0]
     family: ModelFamily = plugins.table("model").create(PluginChoice(name=name))
     try:
-        return family, family.parse(files.hf_config)
+        spec = family.parse(files.hf_config)
+        _require_stored(spec, files.num_tensors)
     except ModelKeyError as error:
         raise error.named(files.key_names) from error
+    return family, spec
+
+
+def _require_stored(spec: ModelSpec, num_tensors: int) -> None:
+    """Raise ModelError where a config claims more layers or experts than there are tensors: a model
+    of them would be walked for hours before its weights are missed."""
+    if not num_tensors:
+        return
+    num_experts = 0 if spec.moe is None else spec.moe.num_experts * len(spec.moe.layers)
+    if max(spec.num_layers, num_experts) > num_tensors:
+        experts = f" and {num_experts} experts" if num_experts else ""
+        raise ModelKeyError(
+            "num_hidden_layers",
+            f"={spec.num_layers}: the files hold {num_tensors} tensors, too few for "
+            f"{spec.num_layers} layers{experts}; check that config and weights belong together",
+        )

@@ -95,6 +95,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []  # what a user should know of the files; shown once at start
     # How files without a config.json call the keys of `hf_config`, the place included.
     key_names: dict[str, str] = {}
+    num_tensors: int = 0  # that are stored; 0: none are, or nobody counted
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,9 @@ from typing import Any
 from core.errors import ModelKeyError
 
 MAX_SIZE = 1 << 31  # no dimension of a model comes near; sizes beyond would exhaust memory
+MAX_LAYERS = 10_000  # layers are walked one by one, and so are experts
+MAX_EXPERTS = 100_000
+MAX_POSITIONS = 1 << 26  # the table of rotary angles has a row for each
 _MAX_SHOWN = 100  # characters of a value in an error
 
 
@@ -20,23 +23,31 @@ class ConfigReader:
     def __init__(self, hf_config: Mapping[str, Any]) -> None:
         self._config = hf_config
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0, and below 2**31."""
+    def size(self, key: str, default: int | None = None, *, at_most: int = MAX_SIZE - 1) -> int:
+        """A whole number above 0."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(key, value, "a whole number above 0")
-        if value >= MAX_SIZE:
-            raise self.error(key, value, f"a whole number below {MAX_SIZE}")
+        if value > at_most:
+            raise self.error(key, value, f"a whole number up to {at_most}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number, 0 or more, and below 2**31."""
+    def count(self, key: str, default: int | None = None, *, at_most: int = MAX_SIZE - 1) -> int:
+        """A whole number, 0 or more."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(key, value, "a whole number, 0 or more")
-        if value >= MAX_SIZE:
-            raise self.error(key, value, f"a whole number below {MAX_SIZE}")
+        if value > at_most:
+            raise self.error(key, value, f"a whole number up to {at_most}")
         return value
+
+    def num_layers(self) -> int:
+        """`num_hidden_layers`."""
+        return self.size("num_hidden_layers", at_most=MAX_LAYERS)
+
+    def num_experts(self, key: str) -> int:
+        """Routed experts of a layer."""
+        return self.size(key, at_most=MAX_EXPERTS)
 
     def optional_size(self, key: str) -> int | None:
         """A whole number above 0; None where the key is missing or null."""

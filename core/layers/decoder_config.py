@@ -8,7 +8,7 @@ from typing import Any
 from core.errors import ModelKeyError
 from core.interfaces.model import BlockQuantization, MoESpec
 from core.layers.config_keys import ConfigKeys
-from core.layers.config_reader import ConfigReader, shown
+from core.layers.config_reader import MAX_POSITIONS, ConfigReader, shown
 from core.layers.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec, GroupedQuerySizes
 from core.layers.mla_spec import LatentAttentionSizes
 from core.layers.moe_spec import MoELayerSpec, Routing
@@ -99,7 +99,7 @@ def parse_decoder(
         )
     spec = DecoderSpec(
         architecture=architecture,
-        num_layers=config.size("num_hidden_layers"),
+        num_layers=config.num_layers(),
         hidden_size=hidden_size,
         num_heads=attention.num_heads,
         num_kv_heads=num_kv_heads,
@@ -128,7 +128,7 @@ def parse_decoder(
 
 def context_length(hf_config: Mapping[str, Any], rope: RopeSpec | None = None) -> int:
     """The longest context, in tokens: what the positions reach."""
-    max_positions = ConfigReader(hf_config).size("max_position_embeddings")
+    max_positions = ConfigReader(hf_config).size("max_position_embeddings", at_most=MAX_POSITIONS)
     return extended_positions(rope or parse_rope(hf_config), max_positions)
 
 
@@ -201,7 +201,7 @@ def refuse_sliding_window(hf_config: Mapping[str, Any], *, from_layer: int = 0) 
     config = ConfigReader(hf_config)
     window = config.optional_size("sliding_window")
     context = context_length(hf_config)
-    if window is None or window >= context or from_layer >= config.size("num_hidden_layers"):
+    if window is None or window >= context or from_layer >= config.num_layers():
         return
     raise ModelKeyError(
         "sliding_window",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import ModelError, ModelKeyError
-from core.layers.config_reader import MAX_SIZE, is_positive, shown
+from core.layers.config_reader import MAX_POSITIONS, is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0  # of configs that don't say it
@@ -137,7 +137,7 @@ def _rope_object(hf_config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _within_size(positions: float) -> int:
-    return int(min(positions, MAX_SIZE - 1))
+    return int(min(positions, MAX_POSITIONS))
 
 
 class _Fields:
@@ -187,9 +187,9 @@ class _Fields:
         if value is None:
             value = self._config.get("max_position_embeddings")
         number = self.checked(name, value)
-        if not 1 < number < MAX_SIZE:
+        if not 1 < number <= MAX_POSITIONS:
             raise self.error(
-                name, f"={shown(value)} is not supported; allowed: from 2 to {MAX_SIZE - 1}"
+                name, f"={shown(value)} is not supported; allowed: from 2 to {MAX_POSITIONS}"
             )
         return int(number)
 

@@ -23,6 +23,8 @@ from core.loading.takes import (
 
 NUM_SHOWN = 5  # of each kind of problem
 ADVICE = "check that the config and the weights belong together"
+# Of scales; they are widened to float32, in which each of these is exact. Qwen's are bfloat16.
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CLOSE_CANDIDATES = 1000  # comparing a name with all of a large checkpoint's takes seconds
 # Tensors that checkpoints may hold although no model takes them: buffers older versions of
@@ -96,12 +98,13 @@ def _scale_problems(
             f"{what} is {FP8}, a quantised format that needs scales: {name} of shape "
             f"{shape_text(shape)} is missing"
         ]
-    if scales.shape == shape and scales.dtype == torch.float32:
+    if scales.shape == shape and scales.dtype in SCALE_DTYPES:
         return []
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in SCALE_DTYPES)
     return [
         f"tensor {name} in {scales.file} has shape {shape_text(scales.shape)} and dtype "
-        f"{scales.dtype}; needed: {shape_text(shape)} and torch.float32, one for each block of "
-        f"{block.rows} x {block.columns}"
+        f"{scales.dtype}; needed: {shape_text(shape)}, one for each block of {block.rows} x "
+        f"{block.columns}, in {allowed}"
     ]
 
 

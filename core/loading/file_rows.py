@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ModelError
+from core.loading.plain_files import open_plain
 
 # Columns with at least so many unwanted bytes between two rows are read row by row; below that,
 # the disk reads (and the system looks ahead over) what lies between anyway.
@@ -23,10 +24,7 @@ class RowFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ModelError(f"can't read {path}: {error.strerror}") from error
+        self._fd = open_plain(path)
         weakref.finalize(self, os.close, self._fd)
 
     def rows(

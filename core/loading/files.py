@@ -16,14 +16,17 @@ from core.config import ModelConfig
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
 from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
+from core.loading.ending import read_ending
 from core.loading.hub import fetch_from_hub, is_repo_id
 from core.loading.package import fetch_from_package
+from core.loading.plain_files import read_json
 from core.loading.progress import OnProgress
 from core.loading.random_checkpoint import random_checkpoint_dir
 from core.loading.safetensors_header import StoredTensor, read_header
+from core.loading.tied_head import HEAD, stored_head_differs
 
+MAX_INDEX_BYTES = 256 << 20  # of model.safetensors.index.json; DeepSeek-V3's has 9 MB
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k")
 
 
 def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
@@ -131,41 +134,42 @@ def _from_gguf(path: Path) -> ModelFiles:
 
 
 def _from_folder(folder: Path, *, dummy: bool) -> ModelFiles:
-    config = _read_json(folder / "config.json", what="config.json")
-    generation = {}
-    if (folder / "generation_config.json").exists():
-        generation = _read_json(folder / "generation_config.json", what="generation_config.json")
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder} has no config.json; needed: a Hugging Face model folder with config.json, "
+            "*.safetensors and tokenizer.json"
+        )
+    config = read_json(folder / "config.json")
     weights: dict[Path, dict[str, StoredTensor]] = {} if dummy else _safetensors_files(folder)
     if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = _stored_dtype(weights)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    if not has_tokenizer and dummy:
-        return _dummy_from_shape(config)
-    if not has_tokenizer:
+    if not (folder / "tokenizer.json").exists():
+        if dummy:
+            return _dummy_from_shape(config)
         raise _missing_tokenizer(folder)
+    warnings = _untie(config, weights)
+    ending = read_ending(folder, config)
     return ModelFiles(
         hf_config=config,
         weight_files=[str(path) for path in weights],
         weight_format="safetensors",
         tokenizer_dir=str(folder),
-        eos_ids=_eos_ids(folder, config, generation),
-        default_sampling=_default_sampling(generation),
+        eos_ids=ending.eos_ids,
+        default_sampling=ending.default_sampling,
+        warnings=[*warnings, *ending.warnings],
+        num_tensors=sum(map(len, weights.values())),
     )
 
 
-def _read_json(path: Path, *, what: str) -> dict[str, Any]:
-    try:
-        content = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path.parent} has no {what}; needed: a Hugging Face model folder with config.json, "
-            "*.safetensors and tokenizer.json"
-        ) from None
-    except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not a JSON object: {error}") from error
-    return content
+def _untie(config: dict[str, Any], weights: Mapping[Path, Mapping[str, StoredTensor]]) -> list[str]:
+    """Serve the output head that is stored, where config.json says that there is none."""
+    if config.get("tie_word_embeddings") is not True or not stored_head_differs(weights):
+        return []
+    config["tie_word_embeddings"] = False
+    return [
+        f"config.json says tie_word_embeddings=true, but {HEAD} is stored and is not the embedding:"
+        " the stored one is served, as transformers does; set tie_word_embeddings=false there"
+    ]
 
 
 def _safetensors_files(folder: Path) -> dict[Path, dict[str, StoredTensor]]:
@@ -196,7 +200,7 @@ def _safetensors_files(folder: Path) -> dict[Path, dict[str, StoredTensor]]:
 
 def _weight_map(index_path: Path) -> dict[str, str]:
     """Tensor name -> file name, where every file lies in the same folder."""
-    weight_map = _read_json(index_path, what=index_path.name).get("weight_map")
+    weight_map = read_json(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
         for name in weight_map.values()
@@ -225,43 +229,3 @@ def _missing_tokenizer(folder: Path) -> ModelError:
         f"missing tokenizer: {folder} has no tokenizer.json; copy tokenizer.json and "
         "tokenizer_config.json of the model there"
     )
-
-
-def _eos_ids(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer: what the generation config, else the config or tokenizer says."""
-    for source, value in (
-        ("generation_config.json", generation.get("eos_token_id")),
-        ("config.json", config.get("eos_token_id")),
-    ):
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ModelError(
-                f"{folder}: {source}: eos_token_id={value!r} is not known; allowed: a token id, or "
-                "a list of them"
-            )
-        return list(dict.fromkeys(ids))
-    return _tokenizer_eos_ids(folder)
-
-
-def _tokenizer_eos_ids(folder: Path) -> list[int]:
-    if not (folder / "tokenizer_config.json").exists():
-        return []
-    eos = _read_json(folder / "tokenizer_config.json", what="tokenizer_config.json").get(
-        "eos_token"
-    )
-    text = eos.get("content") if isinstance(eos, dict) else eos
-    added = _read_json(folder / "tokenizer.json", what="tokenizer.json").get("added_tokens") or []
-    return [token["id"] for token in added if text is not None and token.get("content") == text]
-
-
-def _default_sampling(generation: Mapping[str, Any]) -> dict[str, float]:
-    """What the model's authors sample with; greedy configurations say nothing of it."""
-    if generation.get("do_sample") is False:
-        return {}
-    return {
-        key: generation[key]
-        for key in _SAMPLING_KEYS
-        if isinstance(generation.get(key), int | float) and not isinstance(generation[key], bool)
-    }

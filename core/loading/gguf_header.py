@@ -16,6 +16,7 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from core.errors import ModelError
+from core.loading.plain_files import open_plain
 
 _SCALARS = {
     0: "B",
@@ -89,7 +90,7 @@ class GGUFFile:
 def read_gguf(path: str) -> GGUFFile:
     """Read a file's header. Raises ModelError where the file is corrupt or cut off."""
     try:
-        with open(path, "rb") as file:
+        with open(open_plain(path), "rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise ModelError(f"{path} is not a GGUF file: it is shorter than a header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

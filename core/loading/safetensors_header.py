@@ -13,8 +13,12 @@ from typing import Annotated
 import msgspec
 
 from core.errors import ModelError
+from core.loading.plain_files import open_plain
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_TENSORS = 1_000_000  # of one file; DeepSeek-V3 has 92,000 in all its files
+MAX_DIMS = 8
+_MAX_SHOWN = 200  # characters of a name or of the decoder's words in an error
 ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -22,6 +26,7 @@ ITEM_BYTES = {
     "BF16": 2,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
     "I64": 8,
     "I32": 4,
     "I16": 2,
@@ -43,7 +48,7 @@ class StoredTensor:
 def read_header(path: str) -> dict[str, StoredTensor]:
     """Every tensor of a file, by name. Raises ModelError where the file is corrupt or cut off."""
     try:
-        with open(path, "rb") as file:
+        with open(open_plain(path), "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
@@ -54,12 +59,7 @@ def read_header(path: str) -> dict[str, StoredTensor]:
             raw_header = file.read(header_bytes)
     except OSError as error:
         raise ModelError(f"can't read {path}: {error.strerror}") from error
-    try:
-        entries = msgspec.json.decode(raw_header, type=dict[str, msgspec.Raw])
-        entries.pop("__metadata__", None)
-        header = {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _corrupt(path, f"its header is not the expected JSON ({error})") from error
+    header = _decoded(path, raw_header)
     data_start = 8 + header_bytes
     data_bytes = file_bytes - data_start
     stored = {name: _checked(path, name, e, data_start, data_bytes) for name, e in header.items()}
@@ -67,18 +67,32 @@ def read_header(path: str) -> dict[str, StoredTensor]:
     return stored
 
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+def _decoded(path: str, raw_header: bytes) -> dict[str, "_Entry"]:
+    try:
+        entries = msgspec.json.decode(raw_header, type=dict[str, msgspec.Raw])
+        entries.pop("__metadata__", None)
+        if len(entries) > MAX_TENSORS:
+            raise _corrupt(path, f"its header has {len(entries)} tensors, beyond {MAX_TENSORS}")
+        decoder = msgspec.json.Decoder(_Entry)
+        return {name: decoder.decode(raw) for name, raw in entries.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        words = str(error)[:_MAX_SHOWN]
+        raise _corrupt(path, f"its header is not the expected JSON ({words})") from error
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class _Entry(msgspec.Struct):
     dtype: str
-    shape: list[_Count]
+    shape: Annotated[list[_Count], msgspec.Meta(max_length=MAX_DIMS)]
     data_offsets: tuple[_Count, _Count]
 
 
 def _checked(path: str, name: str, entry: _Entry, data_start: int, data_bytes: int) -> StoredTensor:
+    name = name[:_MAX_SHOWN]
     if entry.dtype not in ITEM_BYTES:
-        raise _corrupt(path, f"tensor {name} has the unknown dtype {entry.dtype!r}")
+        raise _corrupt(path, f"tensor {name} has the unknown dtype {entry.dtype[:20]!r}")
     begin, end = entry.data_offsets
     num_bytes = math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
     if end - begin != num_bytes:
@@ -100,7 +114,7 @@ def _require_no_gaps(path: str, header: Mapping[str, _Entry], data_bytes: int) -
         begin, end = entry.data_offsets
         if begin != at:
             kind = "overlaps the one before it" if begin < at else "leaves a gap before it"
-            raise _corrupt(path, f"tensor {name} at byte {begin} of the data {kind}")
+            raise _corrupt(path, f"tensor {name[:_MAX_SHOWN]} at byte {begin} of the data {kind}")
         at = end
     if at != data_bytes:
         raise _corrupt(path, f"{data_bytes - at} bytes follow its last tensor")

@@ -1,7 +1,7 @@
 """What layers ask their reader for: one entry a tensor, and where its parts lie.
 
 Knows nothing of files or of how a tensor is read. Block-quantised matrices hold float8_e4m3fn
-values and, under the name of `scales_name`, one float32 scale for each block.
+values and, under the name of `scales_name`, one scale for each block.
 """
 
 import math

@@ -11,7 +11,7 @@ from typing import Any
 from core.errors import ModelKeyError
 from core.hookspecs import NoOptions, Registration, hookimpl
 from core.layers.config_keys import ConfigKeys
-from core.layers.config_reader import ConfigReader
+from core.layers.config_reader import MAX_LAYERS, ConfigReader
 from core.layers.decoder_config import check_routing, parse_decoder, refuse_windowed_layers
 from core.layers.decoder_family import DecoderFamily
 from core.layers.decoder_spec import DecoderSpec
@@ -79,7 +79,7 @@ class DeepseekV3Family(DecoderFamily):
         config = ConfigReader(hf_config)
         config.choice("scoring_func", ("sigmoid",), "sigmoid")
         config.choice("topk_method", ("noaux_tc",), "noaux_tc")
-        num_layers = config.size("num_hidden_layers")
+        num_layers = config.num_layers()
         routing = Routing(
             top_k=config.size("num_experts_per_tok"),
             scoring="sigmoid",
@@ -90,7 +90,8 @@ class DeepseekV3Family(DecoderFamily):
             group_top=2,
         )
         # Layers for drafting tokens, behind those that are run.
-        drafts = range(num_layers, num_layers + config.count("num_nextn_predict_layers", 0))
+        num_drafts = config.count("num_nextn_predict_layers", at_most=MAX_LAYERS)
+        drafts = range(num_layers, num_layers + num_drafts)
         return parse_decoder(
             hf_config,
             architecture="DeepseekV3ForCausalLM",
@@ -161,7 +162,7 @@ def _attention(hf_config: Mapping[str, Any], *, interleaved: bool) -> LatentAtte
 
 def _experts(hf_config: Mapping[str, Any], routing: Routing, *, has_bias: bool) -> MoELayerSpec:
     config = ConfigReader(hf_config)
-    num_experts, size = config.size("n_routed_experts"), config.size("moe_intermediate_size")
+    num_experts, size = config.num_experts("n_routed_experts"), config.size("moe_intermediate_size")
     check_routing(routing, num_experts)
     num_shared = config.count("n_shared_experts", 0)
     return MoELayerSpec(
@@ -178,7 +179,7 @@ def _expert_layers(config: ConfigReader, *, default_first: int) -> tuple[int, ..
     """The first layers are dense, then each, or each n-th by its index, has experts."""
     every = config.size("moe_layer_freq", 1)
     first = config.count("first_k_dense_replace", default_first)
-    return tuple(i for i in range(first, config.size("num_hidden_layers")) if i % every == 0)
+    return tuple(i for i in range(first, config.num_layers()) if i % every == 0)
 
 
 def v3_family(options: NoOptions) -> DeepseekV3Family:

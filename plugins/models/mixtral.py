@@ -50,7 +50,7 @@ class MixtralFamily(DecoderFamily):
         routing = Routing(
             top_k=config.size("num_experts_per_tok"), scoring="softmax", normalise=True
         )
-        num_experts = config.size("num_local_experts")
+        num_experts = config.num_experts("num_local_experts")
         check_routing(routing, num_experts)
         return parse_decoder(
             hf_config,
@@ -65,7 +65,7 @@ class MixtralFamily(DecoderFamily):
                 block="block_sparse_moe",
                 names=MIXTRAL_NAMES,
             ),
-            expert_layers=tuple(range(config.size("num_hidden_layers"))),
+            expert_layers=tuple(range(config.num_layers())),
         )
 
 

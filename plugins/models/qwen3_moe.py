@@ -62,7 +62,7 @@ class Qwen3MoeFamily(DecoderFamily):
             scoring="softmax",
             normalise=config.flag("norm_topk_prob", False),
         )
-        num_experts = config.size("num_experts")
+        num_experts = config.num_experts("num_experts")
         check_routing(routing, num_experts)
         return parse_decoder(
             hf_config,
@@ -83,9 +83,9 @@ class Qwen3MoeFamily(DecoderFamily):
 
 def _expert_layers(config: ConfigReader) -> tuple[int, ...]:
     """Each n-th layer has experts, but those that are named as dense."""
-    num_layers = config.size("num_hidden_layers")
+    num_layers = config.num_layers()
     every = config.size("decoder_sparse_step")
-    dense = config.indices("mlp_only_layers", num_layers)
+    dense = frozenset(config.indices("mlp_only_layers", num_layers))
     return tuple(i for i in range(num_layers) if i not in dense and (i + 1) % every == 0)
 
 

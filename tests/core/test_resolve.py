@@ -7,11 +7,12 @@ import pytest
 
 from core.cluster.facts import config_facts
 from core.compose import compose, parse_overrides
-from core.config import AppConfig
-from core.errors import ConfigError
+from core.config import AppConfig, ModelConfig
+from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
 from core.plugin_manager import PluginManager
-from core.resolve import resolve
+from core.resolve import find_family, resolve
+from tests.support.models import TINY
 
 
 def resolved(model: str, *words: str) -> AppConfig:
@@ -63,3 +64,33 @@ def test_the_kv_pool_holds_a_settled_page(model: str, page_size: int) -> None:
     ):
         resolved(model, fewer)
     assert resolved(model, fewer, "engine.page_size=8").engine.page_size == 8
+
+
+def files_of(**changes: Any) -> ModelFiles:
+    hf_config = TINY | {"architectures": ["LlamaForCausalLM"]} | changes
+    return ModelFiles(
+        hf_config=hf_config,
+        weight_files=[],
+        weight_format="gguf",
+        tokenizer_dir="",
+        eos_ids=[],
+        default_sampling={},
+        num_tensors=30,
+        key_names={"hidden_size": "m.gguf: metadata llama.embedding_length"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": -1}, "^m.gguf: metadata llama.embedding_length=-1 is not supported"),
+        ({"vocab_size": -1}, "^config.json: vocab_size=-1 is not supported"),
+        ({"num_hidden_layers": 31}, "num_hidden_layers=31: the files hold 30 tensors"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_named_by_the_files_own_key(
+    changes: dict[str, Any], words: str
+) -> None:
+    config = AppConfig(model=ModelConfig(name="m"))
+    with pytest.raises(ModelError, match=words):
+        find_family(config, PluginManager.load([]), files_of(**changes))

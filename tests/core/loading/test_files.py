@@ -26,6 +26,7 @@ from tests.support.models import (
     run_model,
     write_tiny_model,
 )
+from tests.support.oracle import TransformersOracle
 
 Folder = Callable[[str], Path]
 SHAPE = TINY | {"architectures": ["LlamaForCausalLM"]}
@@ -84,23 +85,80 @@ def test_sharded_folders_give_the_same_model(folder: Path) -> None:
     assert torch.equal(run_model(build_model(files), [1, 2, 3]), expected)
 
 
-def test_generation_config_decides_eos_and_sampling(folder: Path) -> None:
-    generation = {"eos_token_id": [7, 9, 7], "temperature": 0.6, "top_p": 0.9, "top_k": 20}
+def test_one_set_of_tokens_ends_an_answer(folder: Path) -> None:
+    """What generation_config.json names, else config.json, and the tokenizer's own (256)."""
+    path = folder / "generation_config.json"
+    path.write_text('{"eos_token_id": [7, 9, 7]}')
+    assert resolve(folder).eos_ids == [7, 9, 256]
+    path.unlink()
+    edit_config(folder, eos_token_id=12)
+    assert resolve(folder).eos_ids == [12, 256]
+    edit_config(folder, eos_token_id=None)
+    assert resolve(folder).eos_ids == [256]
+    settings = folder / "tokenizer_config.json"
+    settings.write_text('{"eos_token": {"content": "<|end|>"}}')
+    assert resolve(folder).eos_ids == [256]
+    settings.unlink()
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
+    assert resolve(folder).eos_ids == [256]
+    assert resolve(folder).warnings == []
+
+
+def test_a_model_without_an_end_is_warned_of(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|other|>"}')
+    edit_config(folder, eos_token_id=None)
+    files = resolve(folder)
+    assert files.eos_ids == []
+    assert any("'<|other|>' is no token" in warning for warning in files.warnings)
+    assert any("no token is known to end an answer" in warning for warning in files.warnings)
+
+
+def test_sampling_defaults_are_the_checkpoints(folder: Path) -> None:
+    generation = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.2}
+    generation["repetition_penalty"] = 1.5
     path = folder / "generation_config.json"
     path.write_text(json.dumps(generation | {"do_sample": True, "max_length": 5}))
     files = resolve(folder)
-    assert files.eos_ids == [7, 9]
-    assert files.default_sampling == {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    assert files.default_sampling == generation
+    assert files.warnings == []
+    # Greedy: nothing is drawn, but repetitions are still penalised.
     path.write_text(json.dumps(generation | {"do_sample": False}))
-    assert resolve(folder).default_sampling == {}
+    assert resolve(folder).default_sampling == {"repetition_penalty": 1.5}
+    path.write_text(json.dumps({"top_k": -1, "temperature": None, "typical_p": 0.9, "novel": 3}))
+    files = resolve(folder)
+    assert files.default_sampling == {"top_k": 0}
+    (warning,) = files.warnings
+    assert "typical_p=0.9" in warning
+    assert "novel" in warning
 
 
-def test_without_a_generation_config_the_config_or_tokenizer_names_eos(folder: Path) -> None:
-    (folder / "generation_config.json").unlink()
-    edit_config(folder, eos_token_id=12)
-    assert resolve(folder).eos_ids == [12]
-    edit_config(folder, eos_token_id=None)
-    assert resolve(folder).eos_ids == [256]  # <|end|> of the byte tokenizer
+def store_head(folder: Path, head: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] if head is None else head
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_stored_head_that_differs_is_served(folder: Path, tiny_folder: Folder) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    store_head(folder, None)
+    tied = resolve(folder)
+    assert tied.hf_config["tie_word_embeddings"] is True
+    assert tied.warnings == []
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    head[-1, -1] += 1  # the last number of all
+    store_head(folder, head)
+    files = resolve(folder)
+    assert files.hf_config["tie_word_embeddings"] is False
+    (warning,) = files.warnings
+    assert "tie_word_embeddings=true" in warning
+    oracle = TransformersOracle(folder)
+    found = run_model(build_model(files), [1, 2, 3])
+    torch.testing.assert_close(found, oracle.logits([1, 2, 3]), atol=1e-4, rtol=1e-4)
+    assert found[-1, -1] != run_model(build_model(tied), [1, 2, 3])[-1, -1]
+    store_head(folder, head.bfloat16())
+    assert resolve(folder).hf_config["tie_word_embeddings"] is False
 
 
 def test_dtype_is_that_of_the_weights_where_the_config_is_silent(folder: Path) -> None:
@@ -150,6 +208,10 @@ def test_dummy_takes_config_and_tokenizer_from_local_files(
     assert (files.weight_format, files.weight_files) == ("dummy", [])
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 Damage = Callable[[Path], object]
 DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
@@ -195,6 +257,79 @@ DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "eos is no id": (
         lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'),
         ["eos_token_id='x'"],
+    ),
+    "eos is beyond all ids": (
+        lambda f: edit_config(f, eos_token_id=1 << 40) or (f / "generation_config.json").unlink(),
+        ["config.json", "eos_token_id=1099511627776"],
+    ),
+    "a temperature in words": (
+        lambda f: (f / "generation_config.json").write_text('{"temperature": "hot"}'),
+        ["generation_config.json", "temperature='hot'", "from 0 to 100"],
+    ),
+    "a penalty of nothing": (
+        lambda f: (f / "generation_config.json").write_text('{"repetition_penalty": 0}'),
+        ["repetition_penalty=0", "above 0"],
+    ),
+    "deep config": (
+        lambda f: (f / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
+        ["config.json is not a JSON object", "nested"],
+    ),
+    "deep enough to be read": (
+        lambda f: (f / "config.json").write_text('{"a":' + "[" * 100 + "]" * 100 + "}"),
+        ["config.json: a is nested deeper than 64"],
+    ),
+    "a number of 65 bits": (
+        lambda f: edit_config(f, x=[{"y": 1 << 64}]),
+        ["config.json: x holds a number of more than 64 bits"],
+    ),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        ["config.json: it is a folder"],
+    ),
+    "config is a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        ["config.json: it is a pipe"],
+    ),
+    "weights are a pipe": (
+        lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+        ["model.safetensors: it is a pipe"],
+    ),
+    "weights are a device": (
+        lambda f: (
+            (f / "model.safetensors").unlink(),
+            (f / "model.safetensors").symlink_to("/dev/zero"),
+        ),
+        ["model.safetensors: it is a device"],
+    ),
+    "tokenizer is a pipe": (
+        lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
+        ["tokenizer.json: it is a pipe"],
+    ),
+    "a token far beyond": (
+        lambda f: edit_json(
+            f / "tokenizer.json", added_tokens=[{"id": (1 << 32) - 1, "content": "<|x|>"}]
+        ),
+        ["tokenizer.json", "'<|x|>'", "4294967295", "4194303"],
+    ),
+    "a vocabulary of words": (
+        lambda f: edit_json(f / "tokenizer.json", model={"vocab": {"a": "b"}}),
+        ["tokenizer.json is not a JSON object"],
+    ),
+    "a deep tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text('{"model":' + "[" * 100_000),
+        ["tokenizer.json is not a JSON object"],
+    ),
+    "flags in words": (
+        lambda f: edit_json(f / "tokenizer_config.json", add_bos_token="yes"),
+        ["tokenizer_config.json: add_bos_token='yes'", "true or false"],
+    ),
+    "a template that is none": (
+        lambda f: edit_json(f / "tokenizer_config.json", chat_template=[{"name": "x"}]),
+        ["tokenizer_config.json: chat_template=", "name and template"],
+    ),
+    "an eos token that is none": (
+        lambda f: edit_json(f / "tokenizer_config.json", eos_token=["x"]),
+        ["tokenizer_config.json: eos_token=", "a text"],
     ),
 }
 

@@ -142,7 +142,10 @@ def test_matrices_without_scales_or_with_others_are_named(tmp_path: Path) -> Non
     for companion, words in (
         ({}, r"w_scale_inv of shape 3x5 is missing"),
         ({"w_scale_inv": scales[:2].clone()}, r"w_scale_inv in .* has shape 2x5 .*needed: 3x5"),
-        ({"w_scale_inv": scales.half()}, r"dtype torch\.float16; needed: 3x5 and torch\.float32"),
+        (
+            {"w_scale_inv": scales.double()},
+            r"dtype torch\.float64; needed: 3x5, one .* in float32, bfloat16, float16",
+        ),
     ):
         save_file({"w": values} | companion, path)
         with pytest.raises(ModelError, match=words):
@@ -150,6 +153,19 @@ def test_matrices_without_scales_or_with_others_are_named(tmp_path: Path) -> Non
     save_file({"w": values.bfloat16()}, path)
     with pytest.raises(ModelError, match=r"dtype torch\.bfloat16, but config\.json says"):
         open_reader(path).take_blocks("w", SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
+def test_scales_of_other_dtypes_are_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Qwen's own checkpoints store them in bfloat16."""
+    values, scales = stored_blocks((512, 640))
+    narrow = scales.to(dtype)
+    save_file({"w": values, "w_scale_inv": narrow}, tmp_path / "x.safetensors")
+    found = open_reader(tmp_path / "x.safetensors").take("w", (512, 640))
+    assert torch.equal(found, exact(values, narrow.float()).float())
+    part = open_reader(tmp_path / "x.safetensors").take_blocks("w", (512, 640), Shard(1, 1, 5))
+    assert part.scales.dtype == torch.float32
+    assert torch.equal(part.scales, narrow.float()[:, 1:2])
 
 
 def test_shapes_count_a_byte_for_each_value_and_the_scales() -> None:

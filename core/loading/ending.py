@@ -1,0 +1,61 @@
+"""The one set of tokens that ends an answer, and how answers are sampled, out of a folder's files.
+
+generation_config.json names the ids, or else config.json; the end-of-text token of the tokenizer
+always counts besides, as in vLLM. Knows nothing of weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.loading.generation import default_sampling, generation_warnings, token_ids
+from core.loading.plain_files import read_json
+from core.loading.tokenizer_settings import check_settings, setting_warnings, token_text
+from core.loading.vocabulary import read_vocabulary
+
+NO_END = (
+    "no token is known to end an answer, so that all run to their max_tokens; set {where} to the "
+    "id of the model's end-of-turn token"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When answers end, and what they are sampled with where a request does not say."""
+
+    eos_ids: list[int]
+    default_sampling: dict[str, float]
+    warnings: list[str]
+
+
+def read_ending(folder: Path, config: Mapping[str, Any]) -> Ending:
+    """Read generation_config.json and the tokenizer's files, all but tokenizer.json optional.
+    `config` is the contents of config.json. Raises ModelError that names file and key."""
+    generation_path = folder / "generation_config.json"
+    generation = _optional(generation_path)
+    named = token_ids(generation_path, generation.get("eos_token_id"))
+    named = named or token_ids(folder / "config.json", config.get("eos_token_id"))
+    vocabulary = read_vocabulary(folder / "tokenizer.json")
+    settings_path = folder / "tokenizer_config.json"
+    map_path = folder / "special_tokens_map.json"
+    settings, tokens_map = _optional(settings_path), _optional(map_path)
+    check_settings(settings_path, settings)
+    eos = token_text(settings_path, settings, "eos_token")
+    if "eos_token" not in settings:
+        eos = token_text(map_path, tokens_map, "eos_token")
+    eos_ids = list(dict.fromkeys([*named, *_ids(vocabulary.ids, eos)]))
+    warnings = generation_warnings(generation_path, generation)
+    warnings += setting_warnings(settings_path, settings, vocabulary)
+    if not eos_ids:
+        warnings.append(NO_END.format(where="eos_token_id in generation_config.json"))
+    return Ending(eos_ids, default_sampling(generation_path, generation), warnings)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """The object in a file that may be absent."""
+    return read_json(path) if path.exists() else {}
+
+
+def _ids(ids: Mapping[str, int], text: str | None) -> list[int]:
+    return [ids[text]] if text is not None and text in ids else []

@@ -1,0 +1,95 @@
+"""Files that come from strangers, opened so that none stalls this process or fills its memory.
+
+Only regular files are read: a pipe would be waited for, a device never ends. Knows nothing of what
+the files hold.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from core.errors import ModelError
+
+MAX_JSON_BYTES = 64 << 20  # of a config; tokenizer.json and an index have limits of their own
+MAX_DEPTH = 64  # of JSON objects and lists in each other
+_LARGEST_INT = 1 << 63
+_T = TypeVar("_T")
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_plain(path: str | Path) -> int:
+    """A descriptor to read a regular file with; the caller closes it. Never waits. Raises
+    ModelError for what is no such file or can't be read."""
+    try:
+        # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(descriptor).st_mode
+    except OSError as error:
+        raise ModelError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise ModelError(f"can't read {str(path)!r}: {error}") from error
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
+    raise ModelError(f"can't read {path}: it is {kind}; needed: a regular file")
+
+
+def read_plain(path: str | Path, max_bytes: int) -> bytes:
+    """The contents of a regular file. Raises ModelError where it is larger than `max_bytes`."""
+    with open(open_plain(path), "rb") as file:
+        try:
+            num_bytes = os.fstat(file.fileno()).st_size
+            content = file.read(max_bytes + 1) if num_bytes <= max_bytes else b""
+        except OSError as error:
+            raise ModelError(f"can't read {path}: {error.strerror}") from error
+    if num_bytes > max_bytes or len(content) > max_bytes:
+        raise ModelError(f"{path} has {num_bytes} bytes; allowed: up to {max_bytes}")
+    return content
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError that names the file, and the key where one has a
+    value that could not be passed on to another process."""
+    content = decode_json(path, read_plain(path, max_bytes), dict[str, Any])
+    for key, value in content.items():
+        _check_value(path, key, value)
+    return content
+
+
+def decode_json(path: Path, content: bytes, kind: type[_T]) -> _T:
+    """`content` as JSON of that type. Raises ModelError naming the file."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not a JSON object: {error}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path} is not a JSON object: nested too deeply") from error
+
+
+def _check_value(path: Path, key: str, value: object) -> None:
+    """Raise ModelError for numbers that other processes could not be told, and deep nesting."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ModelError(f"{path}: {key[:100]} is nested deeper than {MAX_DEPTH} levels")
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, int) and not -_LARGEST_INT <= item < _LARGEST_INT:
+                raise ModelError(f"{path}: {key[:100]} holds a number of more than 64 bits")
+        level = below
