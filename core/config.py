@@ -234,10 +234,16 @@ class FrontendConfig:
     # Refuse fields that are not known, and a max_tokens beyond the room, instead of doing without.
     strict_fields: bool = False
     keep_alive_s: float = 30.0
+    max_connections: int | None = None  # None: what the limit on open files allows, at most 8192
+    max_total_body_bytes: int = 256 * 1024 * 1024  # of all requests under way
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
 
     def __post_init__(self) -> None:
         require_range("frontend.port", self.port, 0, 65535)
+        require_range("frontend.max_connections", self.max_connections, 1)
+        require_range(
+            "frontend.max_total_body_bytes", self.max_total_body_bytes, self.max_body_bytes
+        )
         require_range("frontend.max_body_bytes", self.max_body_bytes, 1024)
         require_range("frontend.max_queued_requests", self.max_queued_requests, 0)
         require_range("frontend.max_n", self.max_n, 1)

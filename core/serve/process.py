@@ -37,9 +37,11 @@ from core.interfaces.control import (
     Ready,
 )
 from core.interfaces.frontend import FrontendContext, ServedModel
+from core.interfaces.http import HttpStats
 from core.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
+from core.serve.http_limits import HttpLimits, raise_descriptor_limit, settle_connections
 from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
 from core.serve.request_check import RequestLimits, size_problem
@@ -87,12 +89,15 @@ class Frontend:
         boot: FrontendBoot,
         api_key: str | None,
         own_dropped_lines: Callable[[], int],
+        limits: HttpLimits,
     ) -> None:
         self._channel = channel
         self._boot = boot
         self._api_key = api_key
         self._own_dropped_lines = own_dropped_lines
         self._dropped_lines_elsewhere = 0
+        self._limits = limits
+        self._http = HttpStats()
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -108,7 +113,9 @@ class Frontend:
         url = url_of(listener)
         self._server = Server(
             application,
-            keep_alive_s=config.frontend.keep_alive_s,
+            limits=self._limits,
+            stats=self._http,
+            on_end=lambda record: None,
             on_started=lambda: self._channel.send(
                 Ready({"url": url, "needs_key": self._api_key is not None})
             ),
@@ -221,8 +228,12 @@ def run(channel: Channel, boot: FrontendBoot, own_dropped_lines: Callable[[], in
     frontend = boot.config.frontend
     api_key = read_api_key(frontend)
     check_exposure(frontend, api_key)
+    limits = HttpLimits.of(
+        frontend, settle_connections(frontend.max_connections, raise_descriptor_limit())
+    )
     listener = bind(frontend.host, frontend.port)
-    return uvloop.run(Frontend(channel, boot, api_key, own_dropped_lines).run(listener))
+    frontend_process = Frontend(channel, boot, api_key, own_dropped_lines, limits)
+    return uvloop.run(frontend_process.run(listener))
 
 
 def main() -> int:

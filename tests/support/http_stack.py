@@ -12,9 +12,11 @@ import uvloop
 
 from core.config import FrontendConfig
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
+from core.interfaces.http import HttpStats
 from core.interfaces.messages import Generate
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
+from core.serve.http_limits import HttpLimits
 from core.serve.http_server import Server, bind, url_of
 from core.serve.request_check import RequestLimits
 from core.serve.tokenizer import HfTokenizer
@@ -96,7 +98,13 @@ class Stack:
         app = create_app(self._options, context)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
-        self._server = Server(app, keep_alive_s=5, on_started=self._started.set)
+        self._server = Server(
+            app,
+            limits=HttpLimits(idle_s=5, max_body_bytes=self._config.max_body_bytes),
+            stats=HttpStats(),
+            on_end=lambda record: None,
+            on_started=self._started.set,
+        )
         await self._server.serve(sockets=[listener])
         self.client.close()
 

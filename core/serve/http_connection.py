@@ -1,0 +1,654 @@
+"""One HTTP/1 connection: parsing by httptools, and a limit on everything a client may send or hold.
+
+Knows nothing of applications beyond starting them. Every byte that is no body is counted, and in
+every state but one a timer runs, after which the connection ends; while an answer is being made it
+is the application's time, and the kernel's keep-alive looks after the peer. Whatever arrives, only
+this connection ends, and nothing is ever written into the answer to another request.
+"""
+
+import asyncio
+import enum
+import re
+import secrets
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.server import ServerState
+
+from core.interfaces.http import EXTENSION, HttpStats, RequestRecord
+from core.serve.http_exchange import (
+    HIGH_WATER_BYTES,
+    REQUEST_ID_HEADER,
+    STATUS_LINES,
+    App,
+    Exchange,
+)
+from core.serve.http_limits import SPARE_DESCRIPTORS, HttpLimits
+from core.serve.http_refusal import error_body, error_headers
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+-]{1,128}")
+_NOT_HTTP = (400, "invalid_http", "this is not a valid HTTP request")
+_TOO_LARGE = (431, "headers_too_large", "the request's headers are too large or too many")
+
+MOST_FAREWELLS = SPARE_DESCRIPTORS // 2  # connections that are told why they are refused
+Refusal = tuple[int, str, str]  # status, code, message
+
+
+class Phase(enum.Enum):
+    """Which part of a request comes next."""
+
+    BETWEEN = "between"
+    HEAD = "head"
+    BODY = "body"
+
+
+class Wait(enum.Enum):
+    """What of a client's an input timer runs for."""
+
+    NOTHING = "nothing"  # it is the application's turn
+    FIRST = "first"
+    NEXT = "next"
+    HEAD = "head"
+    BODY = "body"
+    REST = "rest"  # of a body whose request has been answered
+
+
+class Shared:
+    """What all connections of a server have in common."""
+
+    def __init__(
+        self,
+        app: App,
+        limits: HttpLimits,
+        stats: HttpStats,
+        on_end: Callable[[RequestRecord], None],
+    ) -> None:
+        """`on_end` gets the record of each request as it ends."""
+        self.app = app
+        self.limits = limits
+        self.stats = stats
+        self.on_end = on_end
+        # Connections without a request under way, the one that has been so for longest first.
+        self.idle: dict[Connection, None] = {}
+
+    def make_room(self) -> bool:
+        """Whether there is room for one more connection; an idle one may have to go for it."""
+        if self.stats.connections < self.limits.max_connections:
+            return True
+        if not self.idle:
+            return False
+        self.stats.connections_evicted += 1
+        next(iter(self.idle)).abort()
+        return True
+
+
+class _Refused(Exception):
+    """Raised inside a callback of the parser to stop it."""
+
+
+class Connection(asyncio.Protocol):
+    """The protocol of one accepted socket."""
+
+    def __init__(self, shared: Shared, server_state: ServerState) -> None:
+        self.limits = shared.limits
+        self.write_paused = False
+        self._shared = shared
+        self._server_state = server_state
+        self._loop = asyncio.get_running_loop()
+        self._transport: Any = None
+        self._parser = self._new_parser()
+        self._counted = False  # among the open connections
+
+        self._phase = Phase.BETWEEN
+        self._num_messages = 0
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._framing_bytes = 0  # of this message, without its body
+        self._gap_bytes = 0  # since the last byte of a head or body
+        self._body_bytes = 0
+        self._trailer_bytes = 0
+        self._ignored_bytes = 0
+        self._in_stand_in = False  # the parser reads a head that we wrote; see _after_upgrade
+
+        self._reading: Exchange | None = None  # whose body comes next
+        self._current: Exchange | None = None  # that is being answered
+        self._waiting: deque[Exchange] = deque()  # read, to be answered after it
+        self._deaf = False  # what still comes is dropped
+        self._refusal: Refusal | None = None  # to be written after the last answer
+        self._closing = False
+        self._read_paused = False
+        self._writable: asyncio.Event = asyncio.Event()
+        self._input_timer: asyncio.TimerHandle | None = None
+        self._input_wait: tuple[Wait, int] = (Wait.NOTHING, 0)
+        self._output_timer: asyncio.TimerHandle | None = None
+        self._unsent_bytes = 0  # when the output timer was started
+
+    # The transport.
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        has_room = self._shared.make_room()
+        self._counted = True
+        self._shared.stats.connections += 1
+        self._server_state.connections.add(self)  # type: ignore[arg-type]
+        peer = transport.get_extra_info("peername")
+        own = transport.get_extra_info("sockname")
+        self._client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
+        self._server = (str(own[0]), int(own[1])) if isinstance(own, tuple) else None
+        if has_room:
+            self._shared.idle[self] = None
+            self._settle()
+        elif self._shared.stats.connections > self.limits.max_connections + MOST_FAREWELLS:
+            self.abort()
+        else:
+            most = self.limits.max_connections
+            self._refuse(
+                (503, "too_many_connections", f"the server has {most} connections; try again later")
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deaf = self._closing = True
+        self._stop_timers()
+        self._shared.idle.pop(self, None)
+        self._server_state.connections.discard(self)
+        if self._counted:
+            self._counted = False
+            self._shared.stats.connections -= 1
+        for exchange in self._waiting:
+            self._uncount(exchange)
+        self._waiting.clear()
+        if self._current is not None:
+            self._current.disconnect()
+        self.resume_writing()
+        del self._parser  # it refers to this object
+
+    def eof_received(self) -> None:
+        """A client that stops sending counts as gone, as most that do so are: the transport
+        closes, after it has written what was said already."""
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            self._ignored_bytes += len(data)
+            if self._ignored_bytes > self.limits.max_discarded_bytes:
+                self.abort()
+            return
+        self._framing_bytes += len(data)
+        self._gap_bytes += len(data)
+        self._feed(data)
+        if not self._deaf:
+            self._check_framing()
+            self._settle()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self._writable.clear()
+        self._start_output_timer(self.limits.stall_s)
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self._writable.set()
+        if not self._closing and self._output_timer is not None:
+            self._output_timer.cancel()
+            self._output_timer = None
+
+    def shutdown(self) -> None:
+        """The server ends: finish what is being answered, then close."""
+        if self._current is None:
+            self._close()
+        else:
+            self._current.keep_alive = False
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        self._deaf = self._closing = True
+        self._shared.idle.pop(self, None)
+        self._transport.abort()
+
+    # What an exchange uses.
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        return self._server_state.default_headers
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def wait_writable(self) -> None:
+        await self._writable.wait()
+
+    def resume_reading(self) -> None:
+        """The application wants more of the body, or to hear that the client is gone."""
+        if self._read_paused and not self._overfed():
+            self._read_paused = False
+            self._transport.resume_reading()
+
+    def count_body(self, exchange: Exchange, num_bytes: int) -> bool:
+        """Whether so many more bytes of a body fit beside those of all requests under way."""
+        stats = self._shared.stats
+        if stats.body_bytes + num_bytes > self.limits.max_total_body_bytes:
+            return False
+        stats.body_bytes += num_bytes
+        exchange.counted_bytes += num_bytes
+        return True
+
+    def too_many_bodies(self) -> Refusal:
+        most = self.limits.max_total_body_bytes
+        message = f"the bodies of all requests under way exceed {most} bytes; try again later"
+        return 503, "too_many_bodies", message
+
+    def on_exchange_end(self, exchange: Exchange) -> None:
+        """The application has returned."""
+        self._uncount(exchange)
+        self._shared.on_end(exchange.record)
+
+    def on_response_complete(self, exchange: Exchange) -> None:
+        """The answer is written: go on with the next request, or close."""
+        if exchange is not self._current:
+            return
+        self._current = None
+        if self._closing or self._transport.is_closing():
+            return
+        if self._waiting and exchange.keep_alive:
+            self._start(self._waiting.popleft())
+        elif self._refusal is not None and exchange.keep_alive:
+            self._refuse(self._refusal)
+        elif not exchange.keep_alive:
+            self._deaf = True
+            self._close()
+        else:
+            self._shared.idle[self] = None
+        self.resume_reading()
+        self._settle()
+
+    # The parser's callbacks.
+
+    def on_message_begin(self) -> None:
+        if self._in_stand_in or self._deaf:
+            return
+        self._phase = Phase.HEAD
+        self._num_messages += 1
+        self._url = b""
+        self._headers = []
+        self._body_bytes = self._trailer_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        if not self._in_stand_in:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_stand_in or self._deaf:
+            return
+        if self._phase is Phase.HEAD:
+            self._headers.append((name.lower(), value))
+            return
+        self._trailer_bytes += len(name) + len(value) + 4  # of a trailer nothing is kept
+        if self._trailer_bytes > self.limits.max_head_bytes:
+            self._stop(_TOO_LARGE)
+
+    def on_headers_complete(self) -> None:
+        if self._in_stand_in or self._deaf:
+            return
+        size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        limits = self.limits
+        if size > limits.max_head_bytes or len(self._headers) > limits.max_headers:
+            self._stop(_TOO_LARGE)
+        if len(self._waiting) >= limits.max_pipelined:
+            self._hear_no_more()
+            return
+        exchange = self._reading = self._new_exchange()
+        self._framing_bytes = self._gap_bytes = 0
+        self._phase = Phase.BODY
+        if self._current is None:
+            self._start(exchange)
+        else:
+            self._waiting.append(exchange)
+            self._pause_if_overfed()
+
+    def on_body(self, body: bytes) -> None:
+        if self._deaf or self._reading is None:
+            return
+        self._body_bytes += len(body)
+        self._framing_bytes -= len(body)
+        self._gap_bytes = 0
+        if self._reading.response_complete:
+            self._ignored_bytes += len(body)
+            if self._ignored_bytes > self.limits.max_discarded_bytes:
+                self.abort()
+        elif not self._reading.disconnected:
+            if not self.count_body(self._reading, len(body)):
+                self._stop(self.too_many_bodies())
+            self._reading.feed(body)
+            self._pause_if_overfed()
+
+    def on_message_complete(self) -> None:
+        if self._in_stand_in or self._deaf or self._reading is None:
+            return
+        if self._parser.should_upgrade() and self._has_body():
+            return  # the body is still to come; see _after_upgrade
+        self._reading.complete()
+        if not self._reading.keep_alive:
+            self._deaf = True
+        self._reading = None
+        self._phase = Phase.BETWEEN
+        self._ignored_bytes = self._framing_bytes = self._gap_bytes = 0
+
+    # Parsing.
+
+    def _new_parser(self) -> Any:
+        parser = httptools.HttpRequestParser(self)
+        # What follows a request that asked to close is dropped, not an error.
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    def _feed(self, data: bytes) -> None:
+        while data and not self._deaf:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                if self._parser.get_method() == b"CONNECT":
+                    self._break_off((405, "method_not_allowed", "this server is no proxy"))
+                elif self._has_body():
+                    self._after_upgrade()
+            except httptools.HttpParserCallbackError as error:
+                cause = error.__context__
+                if not isinstance(cause, _Refused):
+                    self._break_off(_NOT_HTTP)  # a target that is no URL, for one
+            except httptools.HttpParserError:
+                self._break_off(_NOT_HTTP)
+
+    def _has_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"")
+            for name, value in self._headers
+        )
+
+    def _after_upgrade(self) -> None:
+        """An Upgrade that is ignored, of a request with a body. The parser takes what follows the
+        headers for another protocol; read as a request, it would be smuggled in. A fresh parser
+        gets a head that frames the body in the same way."""
+        framing = [
+            b"%b: %b\r\n" % (name, value)
+            for name, value in self._headers
+            if name in (b"content-length", b"transfer-encoding")
+        ]
+        self._parser = self._new_parser()
+        self._in_stand_in = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+        self._in_stand_in = False
+
+    def _check_framing(self) -> None:
+        """What belongs to no body stays within its limits, however slowly it comes."""
+        most = self.limits.max_head_bytes
+        if self._phase is Phase.HEAD and self._framing_bytes > most:
+            self._break_off(_TOO_LARGE)
+        elif self._phase is Phase.BODY and (
+            self._gap_bytes > most
+            or self._framing_bytes > most + self.limits.framing_factor * self._body_bytes
+        ):
+            self._break_off((400, "invalid_framing", "the body's framing is larger than the body"))
+        elif self._phase is Phase.BETWEEN and self._gap_bytes > most:
+            self._break_off(_NOT_HTTP)
+
+    def _new_exchange(self) -> Exchange:
+        version = self._parser.get_http_version()
+        method = self._parser.get_method().decode("ascii")
+        if version not in ("1.0", "1.1"):
+            self._stop((505, "unsupported_version", "this server speaks HTTP/1.1 and HTTP/1.0"))
+        if method == "CONNECT":
+            self._stop((405, "method_not_allowed", "this server is no proxy"))
+        fields: dict[bytes, list[bytes]] = {}
+        for name, value in self._headers:
+            if name in _FIELDS:
+                fields.setdefault(name, []).append(value.strip())
+        self._check_head(version, fields)
+        url = httptools.parse_url(self._url) if self._url != b"*" else None
+        raw_path = url.path or b"/" if url is not None else b"*"
+        path = unquote(raw_path.decode("ascii"))
+        if url is not None and url.host is not None:
+            # An absolute target outranks the Host header; guards look at that header alone.
+            host = b"[%b]" % url.host if b":" in url.host else url.host
+            host += b"" if url.port is None else b":%d" % url.port
+            self._headers = [field for field in self._headers if field[0] != b"host"]
+            self._headers.append((b"host", host))
+        record = RequestRecord(
+            request_id=_request_id(fields.get(REQUEST_ID_HEADER, [])),
+            client=_address(self._client),
+            method=method,
+            path=path,
+        )
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": version,
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": (url.query if url is not None else None) or b"",
+            "root_path": "",
+            "headers": self._headers,
+            "client": self._client,
+            "server": self._server,
+            "extensions": {EXTENSION: record},
+        }
+        lengths = fields.get(b"content-length")
+        return Exchange(
+            self,
+            scope,
+            record,
+            keep_alive=self._parser.should_keep_alive(),
+            expects_continue=[v.lower() for v in fields.get(b"expect", [])] == [b"100-continue"],
+            encoding=b",".join(fields.get(b"content-encoding", [])).lower(),
+            announced_bytes=int(lengths[0]) if lengths else None,
+        )
+
+    def _check_head(self, version: str, fields: dict[bytes, list[bytes]]) -> None:
+        """Stop at what the parser lets through though it is wrong, or though we can't do it."""
+        codings = b",".join(fields.get(b"transfer-encoding", [])).lower()
+        if codings and version == "1.0":
+            self._stop(_NOT_HTTP)
+        if codings not in (b"", b"chunked"):
+            self._stop((501, "unsupported_coding", "Transfer-Encoding may be chunked only"))
+        hosts = fields.get(b"host", [])
+        if len(hosts) > 1 or (not hosts and version == "1.1"):
+            self._stop((400, "invalid_host", "a request has one Host header"))
+        expectations = fields.get(b"expect", [])
+        if any(value.lower() != b"100-continue" for value in expectations):
+            self._stop((417, "unsupported_expectation", "Expect may be 100-continue only"))
+
+    # Order of answers.
+
+    def _uncount(self, exchange: Exchange) -> None:
+        self._shared.stats.body_bytes -= exchange.counted_bytes
+        exchange.counted_bytes = 0
+
+    def _start(self, exchange: Exchange) -> None:
+        self._shared.idle.pop(self, None)
+        self._current = exchange
+        task = self._loop.create_task(exchange.run(self._shared.app))
+        task.add_done_callback(self._server_state.tasks.discard)
+        self._server_state.tasks.add(task)
+
+    def _stop(self, refusal: Refusal) -> None:
+        """Break off from inside a callback of the parser."""
+        self._break_off(refusal)
+        raise _Refused
+
+    def _break_off(self, refusal: Refusal) -> None:
+        """What the client sends makes no sense any more: say so when it is its turn, and close."""
+        if self._deaf:
+            return
+        self._deaf = True
+        current = self._current
+        if current is None:
+            if self._phase is Phase.HEAD or not self._num_messages:
+                self._refuse(refusal)
+            else:
+                self._close()  # all that was asked has been answered
+        elif current is self._reading:
+            current.keep_alive = False
+            if current.response_started:
+                current.disconnect()  # it answers something that was never said whole
+                self.abort()
+            else:
+                current.refuse(*refusal)
+        else:
+            if self._reading is not None and self._waiting:
+                self._uncount(self._waiting.pop())  # the one that broke
+            self._refusal = refusal
+
+    def _hear_no_more(self) -> None:
+        """Too many requests wait already: answer those, then close. A client may send the others
+        again, as none of them was begun."""
+        self._deaf = True
+        self._waiting[-1].keep_alive = False
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Answer outside of any exchange, and close."""
+        status, code, message = refusal
+        record = RequestRecord(
+            request_id=_request_id([]), status=status, code=code, client=_address(self._client)
+        )
+        body = error_body(status, code, message)
+        headers = [
+            *self.default_headers,
+            *error_headers(status, body),
+            (REQUEST_ID_HEADER, record.request_id.encode()),
+            (b"connection", b"close"),
+        ]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.write(b"%b%b\r\n%b" % (STATUS_LINES[status], lines, body))
+        record.bytes_out = len(body)
+        self._shared.on_end(record)
+        self._deaf = True
+        self._close()
+
+    def _close(self) -> None:
+        """Close once what was written has been sent. Until the client has read it, what it sends
+        is dropped: data that nobody takes would make the kernel throw the answer away."""
+        if self._closing or self._transport.is_closing():
+            return
+        at_rest = self._phase is Phase.BETWEEN and not self._deaf
+        in_body = self._phase is Phase.BODY
+        self._deaf = self._closing = True
+        self._shared.idle.pop(self, None)
+        self._stop_timers()
+        if at_rest:
+            self._start_output_timer(self.limits.stall_s)
+            self._transport.close()
+            return
+        self._start_output_timer(self.limits.discard_s if in_body else self.limits.linger_s)
+        self._transport.write_eof()
+        if self._read_paused:
+            self._read_paused = False
+            self._transport.resume_reading()
+
+    # Back pressure.
+
+    def _overfed(self) -> bool:
+        """Whether more is read than the application has taken."""
+        of_current = self._current.buffered if self._current is not None else b""
+        ahead = sum(len(exchange.buffered) for exchange in self._waiting)
+        return (
+            len(of_current) > HIGH_WATER_BYTES
+            or ahead > HIGH_WATER_BYTES
+            or len(self._waiting) >= self.limits.max_pipelined
+        )
+
+    def _pause_if_overfed(self) -> None:
+        if not self._read_paused and self._overfed():
+            self._read_paused = True
+            self._transport.pause_reading()
+
+    # Timers.
+
+    def _settle(self) -> None:
+        """Let the timer of the present state run: each state has its own, from its beginning."""
+        wait = (self._waits_for(), self._num_messages)
+        if wait == self._input_wait and self._input_timer is not None:
+            return
+        if self._input_timer is not None:
+            self._input_timer.cancel()
+            self._input_timer = None
+        self._input_wait = wait
+        if wait[0] is not Wait.NOTHING and not self._closing:
+            seconds = self._seconds_of(wait[0])
+            self._input_timer = self._loop.call_later(seconds, self._on_input_deadline)
+
+    def _waits_for(self) -> Wait:
+        if self._current is not None:
+            return Wait.BODY if self._current is self._reading else Wait.NOTHING
+        if self._phase is Phase.HEAD:
+            return Wait.HEAD
+        if self._phase is Phase.BODY:
+            return Wait.REST
+        return Wait.NEXT if self._num_messages else Wait.FIRST
+
+    def _seconds_of(self, wait: Wait) -> float:
+        limits = self.limits
+        return {
+            Wait.FIRST: limits.head_s,
+            Wait.NEXT: limits.idle_s,
+            Wait.HEAD: limits.head_s,
+            Wait.BODY: limits.body_s,
+            Wait.REST: limits.discard_s,
+        }[wait]
+
+    def _on_input_deadline(self) -> None:
+        self._input_timer = None
+        wait = self._input_wait[0]
+        seconds = self._seconds_of(wait)
+        if wait is Wait.BODY and self._read_paused:
+            self._settle()  # the application does not take what has come
+        elif wait is Wait.NEXT:
+            self._close()
+        elif wait is Wait.REST:
+            self.abort()
+        elif wait is Wait.BODY:
+            self._break_off((408, "timeout", f"the body took more than {seconds:g} s"))
+        else:
+            message = f"the request's headers took more than {seconds:g} s"
+            self._break_off((408, "timeout", message))
+
+    def _start_output_timer(self, seconds: float) -> None:
+        if self._output_timer is not None:
+            self._output_timer.cancel()
+        self._unsent_bytes = self._transport.get_write_buffer_size()
+        self._output_timer = self._loop.call_later(seconds, self._on_output_deadline)
+
+    def _on_output_deadline(self) -> None:
+        """The client took something in the meantime, or the connection ends."""
+        unsent = self._transport.get_write_buffer_size()
+        if 0 < unsent < self._unsent_bytes:
+            self._start_output_timer(self.limits.stall_s)
+        else:
+            self.abort()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._input_timer, self._output_timer):
+            if timer is not None:
+                timer.cancel()
+        self._input_timer = self._output_timer = None
+
+
+_FIELDS = frozenset(
+    {b"transfer-encoding", b"content-length", b"content-encoding", b"host", b"expect"}
+    | {REQUEST_ID_HEADER}
+)
+
+
+def _address(peer: tuple[str, int] | None) -> str:
+    return "" if peer is None else f"{peer[0]}:{peer[1]}"
+
+
+def _request_id(values: list[bytes]) -> str:
+    """The client's id where it is one, in form and of ordinary length; else a new one."""
+    if len(values) == 1 and _REQUEST_ID.fullmatch(values[0]):
+        return values[0].decode()
+    return secrets.token_hex(16)
