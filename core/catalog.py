@@ -6,11 +6,12 @@ it gets their search paths.
 
 import importlib.resources
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.habits import preset_like, setting
 from core.schema import did_you_mean
 
 OWN_CONFIGS = "pkg://conf"
@@ -32,10 +33,22 @@ class Catalog:
         if name in options:
             return
         hint = "\nfor any other number of ranks: parallel.tp=N" if group == "parallel" else ""
+        if group == "model":
+            hint = _other_model(name, options)
         raise ConfigError(
             f"{group}={name}: there is no such {group} config{did_you_mean(name, options)}\n"
             f"{group} configs: {', '.join(options)}{hint}"
         )
+
+
+def _other_model(name: str, models: Iterable[str]) -> str:
+    preset = preset_like(name, list(models))
+    shown = name if set(name) & set("/.~") else "FOLDER"
+    alike = f"; +model={preset} is the preset of that model" if preset else ""
+    return (
+        "\na Hugging Face folder, a .gguf file or a Hub id is served by:\n"
+        f"  +model=custom {setting('model.path', shown)}{alike}"
+    )
 
 
 def _open(search_path: str) -> Traversable:

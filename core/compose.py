@@ -32,7 +32,8 @@ from core.config import (
     MoEAllToAllConfig,
 )
 from core.errors import ConfigError
-from core.schema import build, defaults, did_you_mean
+from core.habits import key_of_flag, setting
+from core.schema import build, defaults, did_you_mean, knobs
 
 # Groups that are chosen for each phase or axis; the bare name on the command line means all.
 SPREAD_GROUPS = {
@@ -45,6 +46,14 @@ HYDRA_VERSION_BASE = "1.3"
 COMPLETION_COMMANDS = r"(install|uninstall|query)=(bash|zsh|fish)"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
+# Text that names a file or folder, in which ~ is the user's home.
+PATH_KEYS = (
+    "model.path",
+    "engine.kernel_cache_dir",
+    "frontend.api_key_file",
+    "cluster.token_file",
+    "parallel.eplb.load_file",
+)
 STATIC_LAUNCHER = "static"  # the one that can't find node 0 by itself
 
 
@@ -71,19 +80,20 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     found: dict[str, Override] = {}
     for word in words:
+        name, _, text = word.partition("=")
+        if text.startswith("~"):  # a home, for which Hydra's grammar has no place without quotes
+            text = f'"{text}"'
         try:
-            (parsed,) = parser.parse_overrides([word])
+            (parsed,) = parser.parse_overrides([f"{name}={text}" if text else word])
         except OverrideParseException as error:
             if "=" not in word:
                 raise ConfigError(
                     f"{word!r} is not a setting; write key=value, for example +model=smollm2"
                 ) from error
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"can't read {word!r}: {reason}\n"
-                "put values with special characters in quotes: 'key=\"value\"'"
-            ) from error
+            raise ConfigError(_unreadable(word, str(error).splitlines()[0])) from error
         key = parsed.key_or_group
+        if not key:
+            raise ConfigError(f"{word!r} sets nothing: write key=value, for example +model=smollm2")
         if parsed.is_delete():
             raise ConfigError(f"{word!r}: keys can't be removed; set another value instead")
         if parsed.is_sweep_override():
@@ -96,7 +106,6 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
                 f"{word!r}: Hydra's own settings have no effect here; "
                 "a folder with configs of your own is added by --config-dir FOLDER"
             )
-        text = word.partition("=")[2]
         override = Override(key, parsed.package, text, parsed.value())
         earlier = found.get(override.target)
         if earlier is not None and earlier.value != override.value:
@@ -106,6 +115,18 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
             )
         found[override.target] = override
     return list(found.values())
+
+
+def _unreadable(word: str, reason: str) -> str:
+    """What to say of a word that Hydra's grammar does not know."""
+    name, _, text = word.partition("=")
+    if re.fullmatch(r"\+{0,2}[\w.@/-]+", name, re.ASCII) is None:
+        return f"can't read {word!r}: {name!r} is no key: those are letters, digits, _ and dots"
+    return (
+        f"can't read {word!r}: {reason}\n"
+        "where the value is text, put it in quotes, and these in quotes for the shell:\n"
+        f"  {setting(name, text)}"
+    )
 
 
 def blocklist(overrides: Sequence[Override]) -> list[str]:
@@ -132,6 +153,7 @@ def compose(overrides: Sequence[Override], search_paths: Sequence[str] = ()) -> 
     values = _compose_values(words)
     if values["plugins"]["blocklist"] != blocklist(overrides):
         raise ConfigError("plugins.blocklist can be set on the command line only, not in a file")
+    _expand_homes(values)
     model = values["model"]
     if not any(override.key == "model" for override in overrides) and "name" not in model:
         raise NoModelError("no model was chosen")
@@ -144,6 +166,17 @@ def compose(overrides: Sequence[Override], search_paths: Sequence[str] = ()) -> 
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _expand_homes(values: dict[str, Any]) -> None:
+    """Replace a leading ~ or ~user in paths."""
+    for key in PATH_KEYS:
+        *sections, last = key.split(".")
+        section: Any = values
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(last), str):
+            section[last] = os.path.expanduser(section[last])
 
 
 def contradictions(config: AppConfig) -> list[str]:
@@ -291,8 +324,13 @@ def _unknown(key: str, catalog: Catalog) -> str:
     sections = [field.name for field in fields(AppConfig)]
     known = sorted({*sections, *catalog.groups})
     first = key.partition(".")[0]
+    elsewhere = key_of_flag(key)
+    full = [elsewhere] if elsewhere else []
+    full += [knob.key for knob in knobs(AppConfig) if knob.key.endswith(f".{key}")]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(full))}?" if full else ""
     return (
-        f"{key}: there is no config group or section {first!r}{did_you_mean(first, known)}\n"
+        f"{key}: there is no config group or section {first!r}"
+        f"{hint or did_you_mean(first, known)}\n"
         f"groups: {', '.join(sorted(catalog.groups))}\n"
         f"sections: {', '.join(sections)}"
     )

@@ -6,6 +6,7 @@ and Ctrl-C is quiet from the first moment on.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from core.cluster.log_stream import print_error, steady_output
 from core.errors import ConfigError, NodeweaveError, PlanError
+from core.habits import correction, is_ours
 
 if TYPE_CHECKING:
     from core.catalog import Catalog
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if not is_ours(words):
+        raise ConfigError(correction(words, _catalog([]).groups))
     flags = _parse_flags(words)
     if flags.version:
         print(f"nodeweave {_version()}")
@@ -71,7 +75,7 @@ def _run(words: list[str]) -> int:
     plugins = PluginManager.load(blocklist(overrides))
     search_paths = plugins.config_searchpath()
     if flags.config_dir is not None:
-        search_paths.append(f"file://{Path(flags.config_dir).absolute()}")
+        search_paths.append(f"file://{Path(os.path.expanduser(flags.config_dir)).absolute()}")
     if completing:
         complete(flags.words, search_paths)
         return 0
@@ -119,7 +123,8 @@ def _parse_flags(words: list[str]) -> argparse.Namespace:
     if flags.multirun:
         raise ConfigError(
             "-m/--multirun is Hydra's way to run many jobs, and one process serves one "
-            "configuration; leave it out (the -m of `python -m core.run` stands before core.run)"
+            "configuration; leave it out (the -m of `python -m core.run` stands before core.run; "
+            "a model's file is served by +model=custom model.path=FILE)"
         )
     return flags
 

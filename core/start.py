@@ -49,6 +49,7 @@ def start(config: AppConfig, plugins: PluginManager, launcher: Launcher) -> int:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(steady_output())
         display = Display()
+        display.note(f"starting {_served_name(config)}: looking for the model's files")
         group = stack.enter_context(meet(launcher.site(), config, display))
         node = _prepare(config, plugins, launcher, group, display)
         display.num_workers = node.resolved.plan.world_size

@@ -28,6 +28,7 @@ LAYERS = (
     "cluster",
     "serve",
     "worker",
+    "habits",
     "catalog",
     "compose",
     "plan_report",
