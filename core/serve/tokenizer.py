@@ -5,7 +5,6 @@ special_tokens_map.json and generation_config.json. Uses the `tokenizers` librar
 transformers takes seconds to import.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import tokenizers
 
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
+from core.loading.plain_files import read_json, read_plain
+from core.loading.tokenizer_settings import SPECIAL_TOKENS, check_settings
 from core.serve.byte_table import REPLACEMENT, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
 from core.serve.messages import check_messages, text_size
+from core.serve.special_tokens import apply_settings
 
-SPECIAL_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
+MAX_TEMPLATE_BYTES = 4 << 20
 
 
 class HfTokenizer:
@@ -72,11 +72,14 @@ class HfTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ModelError(f"{path} is not a tokenizer: {str(error)[:300]}") from error
         config = _read_json(folder / "tokenizer_config.json")
+        check_settings(folder / "tokenizer_config.json", config)
         generation = _read_json(folder / "generation_config.json")
         found = list(eos_ids) or _as_list(generation.get("eos_token_id"))
+        special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+        apply_settings(backend, config, special_tokens)
         return cls(
             backend,
-            special_tokens=_special_tokens(config, _read_json(folder / "special_tokens_map.json")),
+            special_tokens=special_tokens,
             chat_templates=_chat_templates(folder, config),
             eos_ids=found,
         )
@@ -157,15 +160,14 @@ class HfTokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file that may be absent."""
-    if not path.is_file():
-        return {}
+    return read_json(path) if path.exists() else {}
+
+
+def _read_template(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+        return read_plain(path, MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8: {error.reason}") from error
 
 
 def _as_list(value: Any) -> list[int]:
@@ -177,7 +179,7 @@ def _as_list(value: Any) -> list[int]:
 def _special_tokens(config: dict[str, Any], tokens_map: dict[str, Any]) -> dict[str, str]:
     """Name -> text. A value is a string or an AddedToken's object."""
     found = {}
-    for name in SPECIAL_TOKEN_NAMES:
+    for name in SPECIAL_TOKENS:
         value = config.get(name, tokens_map.get(name))
         if isinstance(value, dict):
             value = value.get("content")
@@ -198,10 +200,10 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(legacy, str):
         templates["default"] = legacy
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+    if file.exists():
+        templates["default"] = _read_template(file)
     for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[extra.stem] = extra.read_text(encoding="utf-8")
+        templates[extra.stem] = _read_template(extra)
     return templates
 
 
