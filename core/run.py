@@ -54,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NodeweaveError as error:
         print_error(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        from core.loading.cache import cache_root
+        from core.loading.disk_room import explained
+
+        told = explained(error, cache_root())
+        if not isinstance(told, NodeweaveError):
+            raise
+        print_error(f"error: {told}")
+        return told.exit_code
     except KeyboardInterrupt:
         return 130
 

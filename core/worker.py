@@ -14,6 +14,8 @@ from core.cluster.channel import Channel, exit_with_parent
 from core.cluster.log_stream import exit_now, steady_output
 from core.cluster.signals import leave_signals_to_parent
 from core.interfaces.control import LinesDropped, Phase, Progress, Ready
+from core.loading.cache import cache_root
+from core.loading.disk_room import explained
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
             run(boot, channel)
     except Exception as error:
         # Other threads may sit in a collective that never ends.
-        exit_now(channel.report_failure(error))
+        exit_now(channel.report_failure(explained(error, cache_root())))
 
 
 def run(boot: WorkerBoot, channel: Channel) -> None:

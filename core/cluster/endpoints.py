@@ -5,7 +5,6 @@ is open for it. Between nodes it is TCP ports (`core.cluster.ports`) and a key.
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from types import TracebackType
 from core.cluster.ports import Ports, join_address, node_of
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
+from core.loading.owned_dir import OwnedDir
 from core.parallel.plan import Plan
 
+PREFIX = "nodeweave-"
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path in <sys/un.h> holds 108 with its end
 
 
@@ -24,19 +25,21 @@ class RunDirectory:
 
     def __init__(self, num_dp: int) -> None:
         """Make it under $XDG_RUNTIME_DIR, the temporary folder or /tmp: the first that can be
-        written and leaves room for a socket's name. Raises ResourceError where none does."""
+        written and leaves room for a socket's name. Folders of runs that were killed are removed
+        there. Raises ResourceError where none does."""
         self._num_dp = num_dp
         refused = []
         for parent in _parents():
             try:
-                self.path = Path(tempfile.mkdtemp(prefix="nodeweave-", dir=parent))
+                self._dir = OwnedDir(parent, PREFIX)
             except OSError as error:
                 refused.append(f"{parent}: {error.strerror}")
                 continue
+            self.path = self._dir.path
             longest = max(len(os.fsencode(path)) for path in self._socket_paths())
             if longest <= _MAX_SOCKET_PATH_BYTES:
                 return
-            self.path.rmdir()
+            self._dir.remove()
             refused.append(
                 f"{parent}: a socket's path would have {longest} bytes, {_MAX_SOCKET_PATH_BYTES} "
                 "are allowed"
@@ -69,7 +72,7 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Delete it with all it holds; again is no error."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._dir.remove()
 
     def _socket_paths(self) -> list[Path]:
         plans = [f"plans-{dp_rank}" for dp_rank in range(self._num_dp)]

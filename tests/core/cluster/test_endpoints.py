@@ -1,5 +1,6 @@
 """The private folder of a run."""
 
+import os
 import stat
 import tempfile
 from pathlib import Path
@@ -78,3 +79,12 @@ def test_between_nodes_each_leader_s_socket_is_on_its_own_node() -> None:
         "tcp://[fd00::2]:20018",
         "tcp://[fd00::2]:20019",
     ]
+
+
+def test_a_run_that_was_killed_is_cleaned_up_by_the_next(runtime_dir: Path) -> None:
+    killed = RunDirectory(1)
+    assert killed._dir._lock_fd is not None
+    os.close(killed._dir._lock_fd)  # as the kernel does at its end
+    killed.rendezvous.touch()
+    with RunDirectory(1) as first, RunDirectory(1) as second:
+        assert sorted(runtime_dir.iterdir()) == sorted([first.path, second.path])

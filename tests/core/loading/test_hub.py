@@ -1,15 +1,17 @@
 """Hub ids: a fetched folder is used like a local one; each refusal says what to do."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import errors as hub_errors
 
 from core.config import ModelConfig
-from core.errors import ModelError
+from core.errors import ModelError, ResourceError
 from core.loading.files import resolve_files
 from core.loading.hub import is_repo_id
 from tests.support.models import ignore_progress, write_tiny_model
@@ -34,16 +36,19 @@ def test_a_fetched_folder_is_used_like_a_local_one(
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (errors.GatedRepoError, ["gated", "HF_TOKEN", "local folder"]),
-        (errors.RepositoryNotFoundError, ["neither a local path nor a repository", "local folder"]),
-        (errors.LocalEntryNotFoundError, ["can't be reached", "local folder"]),
+        (hub_errors.GatedRepoError, ["gated", "HF_TOKEN", "local folder"]),
+        (
+            hub_errors.RepositoryNotFoundError,
+            ["neither a local path nor a repository", "local folder"],
+        ),
+        (hub_errors.LocalEntryNotFoundError, ["can't be reached", "local folder"]),
         (TimeoutError, ["can't be reached", "too slow"]),
     ],
 )
 def test_refusals_say_what_to_do(
     monkeypatch: pytest.MonkeyPatch, kind: type[Exception], words: list[str]
 ) -> None:
-    takes_response = issubclass(kind, errors.HfHubHTTPError)
+    takes_response = issubclass(kind, hub_errors.HfHubHTTPError)
     response = SimpleNamespace(headers={}, request=None)
 
     def refuse(repo_id: str, **options: Any) -> str:
@@ -54,6 +59,23 @@ def test_refusals_say_what_to_do(
         resolve_files(ModelConfig(name="m", path="owner/name"), ignore_progress)
     assert "owner/name" in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_full_cache_is_told_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's own library says it in an error of its own, which another one caused."""
+
+    def refuse(repo_id: str, *, dry_run: bool = False, **options: Any) -> Any:
+        if dry_run:
+            sizes = [(3 << 30, True), (5 << 30, False)]
+            return [SimpleNamespace(file_size=size, will_download=w) for size, w in sizes]
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("Data processing error") from error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ResourceError, match=r"for model.path='owner/name' in .*: 3.0 GiB needed"):
+        resolve_files(ModelConfig(name="m", path="owner/name"), ignore_progress)
 
 
 def test_what_reads_like_a_hub_id() -> None:

