@@ -5,6 +5,7 @@ Classes are mutable only because OmegaConf can't build frozen nested ones; nobod
 after `core.compose` returned. Workers receive them as JSON (see `core.cluster`).
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
 CUDA_GRAPHS = ("auto", "off")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
+ANY_ORIGIN = "*"
 TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
 
 
@@ -35,6 +37,15 @@ def require_range(key: str, value: float | None, least: float, most: float | Non
     if value != value or value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"{least} to {most}"
         raise ConfigError(f"{key}={value} is out of range; allowed: {allowed}")
+
+
+def require_origin(key: str, value: str) -> None:
+    """Raise ConfigError unless `value` has the form of an Origin header, or is "*"."""
+    if value != ANY_ORIGIN and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+", value):
+        raise ConfigError(
+            f"{key} holds {value!r}, which is no origin; allowed: scheme://host or "
+            f"scheme://host:port without a path, as http://localhost:3000, or {ANY_ORIGIN!r}"
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -236,11 +247,17 @@ class FrontendConfig:
     keep_alive_s: float = 30.0
     max_connections: int | None = None  # None: what the limit on open files allows, at most 8192
     max_total_body_bytes: int = 256 * 1024 * 1024  # of all requests under way
+    # Names that the Host header may have besides localhost's, for a proxy that passes its own on.
+    allowed_hosts: list[str] = field(default_factory=list)
+    # Origins of web pages that may call this server from a browser; "*": all.
+    cors_origins: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
 
     def __post_init__(self) -> None:
         require_range("frontend.port", self.port, 0, 65535)
         require_range("frontend.max_connections", self.max_connections, 1)
+        for origin in self.cors_origins:
+            require_origin("frontend.cors_origins", origin)
         require_range(
             "frontend.max_total_body_bytes", self.max_total_body_bytes, self.max_body_bytes
         )

@@ -176,7 +176,6 @@ class FrontendContext:
     model: ServedModel
     config: FrontendConfig
     max_running_requests: int
-    api_key: str | None
     # Lines of this node's logs that could not be written so far (a full disk); for metrics.
     dropped_log_lines: Callable[[], int] = lambda: 0
 

@@ -4,6 +4,8 @@ Knows nothing of connections. The body has OpenAI's form, as clients of every fr
 """
 
 import json
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from core.interfaces.http import RequestRecord
 
@@ -33,11 +35,15 @@ def error_headers(status: int, body: bytes) -> Headers:
 
 
 async def send_refusal(
-    send: "object", record: RequestRecord, status: int, code: str, message: str
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+    record: RequestRecord,
+    status: int,
+    code: str,
+    message: str,
 ) -> None:
     """Answer a request through ASGI."""
     record.code = code
     body = error_body(status, code, message)
     headers = error_headers(status, body)
-    await send({"type": "http.response.start", "status": status, "headers": headers})  # type: ignore[operator]
-    await send({"type": "http.response.body", "body": body})  # type: ignore[operator]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

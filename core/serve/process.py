@@ -41,6 +41,7 @@ from core.interfaces.http import HttpStats
 from core.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
+from core.serve.guard import Guard
 from core.serve.http_limits import HttpLimits, raise_descriptor_limit, settle_connections
 from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
@@ -137,7 +138,7 @@ class Frontend:
         return self._exit_status if self._engine.alive else 1
 
     def _application(self) -> Any:
-        """The chosen frontend plugin's ASGI application."""
+        """The chosen frontend plugin's ASGI application, guarded."""
         config, served = self._boot.config, self._boot.served
         begin = time.monotonic()
         plugins = PluginManager.load(config.plugins.blocklist)
@@ -164,13 +165,12 @@ class Frontend:
             # Every DP rank has a batch of its own.
             max_running_requests=config.engine.max_running_requests
             * len(self._boot.endpoints.plans),
-            api_key=self._api_key,
             dropped_log_lines=lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
         self._channel.send(Phase("frontend", time.monotonic() - begin))
-        return application
+        return Guard(application, config.frontend, self._api_key)
 
     def _handle(self, message: ParentControl | None) -> None:
         if isinstance(message, EngineReady):

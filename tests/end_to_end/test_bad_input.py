@@ -64,6 +64,9 @@ REQUESTS: dict[str, tuple[str, bytes, int, str]] = {
 }
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with running_server("+model=smollm2") as running:
@@ -74,8 +77,7 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_bad_request(name: str, server: Server) -> None:
     path, body, status, named = REQUESTS[name]
-    headers = {"Content-Type": "application/json"}
-    response = httpx.post(server.url + path, content=body, headers=headers, timeout=30)
+    response = httpx.post(server.url + path, content=body, headers=JSON, timeout=30)
     assert response.status_code == status, response.text
     assert len(response.content) <= MAX_ERROR_BYTES
     error = response.json()["error"]
@@ -84,7 +86,8 @@ def test_bad_request(name: str, server: Server) -> None:
 
 
 def test_server_still_answers(server: Server) -> None:
-    answer = httpx.post(server.url + CHAT, content=chat(max_tokens=16, temperature=0), timeout=30)
+    body = chat(max_tokens=16, temperature=0)
+    answer = httpx.post(server.url + CHAT, content=body, headers=JSON, timeout=30)
     assert answer.json()["choices"][0]["message"]["content"]
     gauges = httpx.get(f"{server.url}/metrics").text
     assert 'nodeweave_num_requests_running{model_name="smollm2"} 0.0' in gauges

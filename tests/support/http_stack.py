@@ -11,17 +11,18 @@ from typing import Any
 import uvloop
 
 from core.config import FrontendConfig
+from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
 from core.interfaces.messages import Generate
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
+from core.serve.guard import Guard
 from core.serve.http_limits import HttpLimits
 from core.serve.http_server import Server, bind, url_of
 from core.serve.request_check import RequestLimits
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.app import create_app
-from plugins.frontends.openai import OpenAIOptions
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import write_folder
 
@@ -39,7 +40,6 @@ class Stack:
         *,
         api_key: str | None = None,
         max_running_requests: int = 64,
-        allowed_hosts: Sequence[str] = (),
         default_sampling: dict[str, float] | None = None,
         serving: bool = True,
         num_dp: int = 1,
@@ -60,7 +60,6 @@ class Stack:
         self._vocab_size = vocab_size or self.tokenizer.vocab_size
         self._serving = serving
         self._config = FrontendConfig(port=0, **frontend)
-        self._options = OpenAIOptions(allowed_hosts=list(allowed_hosts))
         self._api_key = api_key
         self._max_running_requests = max_running_requests
         self._default_sampling = default_sampling or {}
@@ -93,9 +92,8 @@ class Stack:
             ),
             config=self._config,
             max_running_requests=self._max_running_requests,
-            api_key=self._api_key,
         )
-        app = create_app(self._options, context)
+        app = Guard(create_app(NoOptions(), context), self._config, self._api_key)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
         self._server = Server(

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from core.errors import RequestError
+from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext
 from plugins.frontends._openai import metrics
 from plugins.frontends._openai.asgi import App, Receive, Send, send_json
@@ -20,14 +21,12 @@ from plugins.frontends._openai.chat import ChatCompletions
 from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
 from plugins.frontends._openai.errors import as_request_error, error_body, response_headers
-from plugins.frontends._openai.guard import Guard
 from plugins.frontends._openai.limits import check_model, check_token_ids
 from plugins.frontends._openai.protocol import DetokenizeRequest, TokenizeRequest
 from plugins.frontends._openai.service import Service
-from plugins.frontends.openai import OpenAIOptions
 
 
-def create_app(options: OpenAIOptions, context: FrontendContext) -> App:
+def create_app(options: NoOptions, context: FrontendContext) -> App:
     """An ASGI application that serves OpenAI's API."""
     service = Service(context)
     small = _SmallRoutes(service)
@@ -49,12 +48,7 @@ def create_app(options: OpenAIOptions, context: FrontendContext) -> App:
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_exception},
     )
     app.router.redirect_slashes = False
-    return Guard(
-        app,
-        api_key=context.api_key,
-        host=context.config.host,
-        allowed_hosts=options.allowed_hosts,
-    )
+    return app
 
 
 class _SmallRoutes:

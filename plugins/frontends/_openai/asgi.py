@@ -31,6 +31,19 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key == name]
 
 
+def check_content_type(scope: Scope) -> None:
+    """Raise RequestError 415 unless the body is said to be JSON, as vLLM and SGLang do. A web page
+    can send other types to any server without asking, and none where it takes a Blob."""
+    values = header_values(scope, b"content-type")
+    if [value.partition(b";")[0].strip().lower() for value in values] != [b"application/json"]:
+        raise RequestError(
+            "the body's Content-Type must be application/json "
+            "(curl: -H 'Content-Type: application/json')",
+            code="unsupported_media_type",
+            status=415,
+        )
+
+
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The whole body. Raises RequestError 413 without reading on where it is larger than
     `max_bytes`, 408 where it takes too long, and ClientGone."""

@@ -18,6 +18,7 @@ from plugins.frontends._openai.asgi import (
     Receive,
     Scope,
     Send,
+    check_content_type,
     read_body,
     send_error,
     watch_disconnect,
@@ -48,6 +49,7 @@ class Endpoint(ABC, Generic[Body]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         responses = self.service.metrics.responses
         try:
+            check_content_type(scope)
             config = self.service.config
             raw = await read_body(scope, receive, config.max_body_bytes)
             body, ignored = decode(raw, self.body_type, strict=config.strict_fields)

@@ -268,6 +268,51 @@ def test_no_anonymous_access_from_other_machines(start, tmp_path):
         assert http.get("/v1/models", headers=headers).status_code == 200
 
 
+THIRD_PARTY = """
+from core.hookspecs import Registration, hookimpl
+
+@hookimpl
+def register_frontend():
+    return [Registration(name="acme", factory=lambda options, context: application)]
+
+async def application(scope, receive, send):
+    if scope["type"] == "http":
+        size = 0
+        while (message := await receive())["type"] == "http.request":
+            size += len(message["body"])
+            if not message["more_body"]:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"acme got %d" % size})
+                return
+"""
+
+
+def test_any_frontend_is_guarded_and_bounded(start, tmp_path):
+    """One that knows nothing of keys, hosts, origins or sizes."""
+    (tmp_path / "acme.py").write_text(THIRD_PARTY)
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nodeweave]\nacme = acme\n")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    key = {"authorization": "Bearer secret"}
+    for environment in ({"NODEWEAVE_API_KEY": "secret"}, {}):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        process = start(name="acme", max_body_bytes=1024, environment=environment)
+        url = process.wait_status(Ready).info["url"]
+        with httpx.Client(base_url=url, timeout=20) as http:
+            if "NODEWEAVE_API_KEY" in environment:
+                assert http.post("/any", content=b"abc").status_code == 401
+            assert http.post("/any", content=b"abc", headers=key).text == "acme got 3"
+            assert http.post("/any", content=b"x" * 1025, headers=key).status_code == 413
+            rebound = {**key, "host": "evil.example"}
+            assert http.get("/any", headers=rebound).status_code == 403
+            foreign = {"origin": "http://evil.example", "content-type": "text/plain"}
+            answer = http.post("/any", content=b"abc", headers=foreign)
+            assert answer.status_code in (401, 403)
+            assert "acme" not in answer.text
+
+
 def test_a_missing_tokenizer_and_an_unknown_frontend_are_told(start, tmp_path):
     process = start(name="opnai")
     failed = process.wait_status(Failed)

@@ -10,6 +10,7 @@ from tests.support.http_stack import ANSWER, MAX_MODEL_LEN, MODEL, Stack
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
+JSON = {"content-type": "application/json"}
 LONG = "x" * 100_000
 
 
@@ -151,7 +152,7 @@ def test_completions_refuse(http, stack, fields, param, message):
     ],
 )
 def test_bodies_that_are_no_request(http, body, param, message):
-    check_error(http.post(CHAT, content=body), 400, param, message)
+    check_error(http.post(CHAT, content=body, headers=JSON), 400, param, message)
 
 
 def test_unknown_model_route_and_method(http):
@@ -167,7 +168,7 @@ def test_unknown_model_route_and_method(http):
 def test_20_mib(http, stack, chunked):
     body = json.dumps(chat_body(user="x" * 20 * 1024 * 1024)).encode()
     pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
-    response = http.post(CHAT, content=pieces if chunked else body)
+    response = http.post(CHAT, content=pieces if chunked else body, headers=JSON)
     check_error(response, 413, None, "larger than 8388608 bytes")
     assert http.get("/health").status_code == 200
 
@@ -177,9 +178,32 @@ def test_an_announced_size_is_refused_before_the_body_comes(stack):
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-            b"Content-Length: 99999999999\r\n\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        (None, 415),
+        ("", 415),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain; a=application/json", 415),
+    ],
+)
+def test_a_body_is_said_to_be_json(http, stack, sent, status):
+    headers = {} if sent is None else {"content-type": sent}
+    for route in (CHAT, COMPLETIONS, "/tokenize", "/detokenize"):
+        fields = {"tokens": [1]} if route == "/detokenize" else chat_body()
+        fields = {"prompt": "a"} if route in (COMPLETIONS, "/tokenize") else fields
+        response = http.post(route, content=json.dumps(fields), headers=headers)
+        assert response.status_code == status, route
+        if status != 200:
+            check_error(response, 415, None, "-H 'Content-Type: application/json'")
 
 
 def test_tokenize_and_detokenize(http, stack):

@@ -20,7 +20,10 @@ def post_raw(stack, body, path=CHAT):
     host, port = stack.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=20)
     payload = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(payload)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + payload)
     return connection
 
