@@ -26,6 +26,7 @@ from core.engine.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
 from core.engine.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import ExpertLoads, SamplingParams
+from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.parallel.eplb import balanced_placement, imbalance
 from core.parallel.experts import LayerPlacement, default_placement
@@ -92,7 +93,7 @@ def trace_halves() -> list[list[list[int]]]:
     )
     plugins = PluginManager.load([])
     files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, "cpu")
+    resolved = resolve(config, plugins, files, "cpu", native_dtypes())
     rank = build_rank(
         resolved.config,
         RankContext(

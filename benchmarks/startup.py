@@ -40,6 +40,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from core.engine.offline import OfflineEngine
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams
+    from core.kernels.native_dtypes import native_dtypes
     from core.loading.files import resolve_files
     from core.plugin_manager import PluginManager
     from core.resolve import resolve
@@ -52,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configuration(arguments)
     plugins = PluginManager.load([])
     files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, arguments.device)
+    resolved = resolve(config, plugins, files, arguments.device, native_dtypes())
     end("resolve")
     rank = build_rank(
         resolved.config,

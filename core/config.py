@@ -100,7 +100,8 @@ class ModelConfig:
     random_checkpoint: RandomCheckpoint | None = None
     shape: dict[str, Any] | None = None
     load_format: str = "auto"
-    dtype: str = "auto"  # auto: the checkpoint's
+    # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that
+    dtype: str = "auto"
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     # uniform_random draws experts at random, for benchmarks on made-up weights: answers mean
     # nothing.

@@ -110,7 +110,8 @@ def plan_of(
     import torch
 
     from core.cluster.ports import Ports, listeners, split_address, table
-    from core.engine.build import resolve_dtype
+    from core.engine.build import dtype_of
+    from core.kernels.native_dtypes import native_dtypes
     from core.plan_report import plan_report
     from core.resolve import find_family, resolve
 
@@ -118,13 +119,13 @@ def plan_of(
     config = replace(config, launch=replace(config.launch, nnodes=num_nodes))
     device = "cuda" if config.engine.device == "auto" else config.engine.device
     files = _files(config.model)
-    resolved = resolve(config, plugins, files, device)
+    resolved = resolve(config, plugins, files, device, native_dtypes())
     family, spec = find_family(config, plugins, files)
     report = plan_report(
         family,
         spec,
         resolved.plan,
-        dtype=resolve_dtype(config, spec),
+        dtype=dtype_of(resolved.config),
         device=torch.device(device),
         num_nodes=num_nodes,
     )

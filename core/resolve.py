@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from core.config import AppConfig, PluginChoice
 from core.errors import ModelKeyError, PlanError
 from core.interfaces.control import ModelFiles
+from core.interfaces.launcher import NativeDtypes
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.parallel.eplb import nodes_of_groups
 from core.parallel.experts import expert_problems
@@ -25,7 +26,7 @@ LATENT_PAGE_SIZE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """What is going to run. `config` holds no `auto` for device and backends, and an
+    """What is going to run. `config` holds no `auto` for device, dtype and backends, and an
     integer for `engine.page_size`."""
 
     config: AppConfig
@@ -33,16 +34,24 @@ class Resolved:
     spec: ModelSpec
     files: ModelFiles
     max_model_len: int
+    dtype_reason: str  # why a CPU computes in this dtype; "" where nobody needs to be told
 
 
-def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device: str) -> Resolved:
+def resolve(
+    config: AppConfig,
+    plugins: PluginManager,
+    files: ModelFiles,
+    device: str,
+    dtypes: NativeDtypes,
+) -> Resolved:
     """Settle the configuration against a model, on a machine that computes on `device` ("cpu" or
-    "cuda"). Raises PluginError, PlanError, which lists every problem there is, or ConfigError for a
-    KV pool of less than a page."""
+    "cuda") and whose CPU multiplies `dtypes`. Raises PluginError, PlanError, which lists every
+    problem there is, or ConfigError for a KV pool of less than a page."""
     family, spec = find_family(config, plugins, files)
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
     )
+    config, dtype_reason = settle_dtype(config, spec, device, dtypes)
     config = settle_page_size(config, spec)
     config = settle_backends(config, plugins, device, spec, plan)
     plan = dataclasses.replace(plan, replicated_rows=experts_add_up(config, plan))
@@ -59,12 +68,36 @@ def resolve(config: AppConfig, plugins: PluginManager, files: ModelFiles, device
         )
     if problems:
         raise PlanError(problems)
-    return Resolved(config=config, plan=plan, spec=spec, files=files, max_model_len=max_model_len)
+    return Resolved(
+        config=config,
+        plan=plan,
+        spec=spec,
+        files=files,
+        max_model_len=max_model_len,
+        dtype_reason=dtype_reason,
+    )
 
 
 def attention_family(spec: ModelSpec) -> str:
     """The plugin family that the model's attention backends are of."""
     return "latent_attention" if spec.latent_attention else "attention"
+
+
+def settle_dtype(
+    config: AppConfig, spec: ModelSpec, device: str, dtypes: NativeDtypes
+) -> tuple[AppConfig, str]:
+    """Replace `auto` by the checkpoint's dtype, or by float32 on a CPU that would have to convert
+    every value of it; and say why, where a CPU decided."""
+    if config.model.dtype != "auto":
+        return config, ""
+    dtype, reason = spec.dtype, ""
+    if device == "cpu" and dtype in dtypes.lacking:
+        reason = f"not the checkpoint's {dtype}: {dtypes.lacking[dtype]}"
+        dtype = "float32"
+    elif device == "cpu" and dtype in dtypes.native:
+        reason = f"the checkpoint's; this CPU multiplies it ({dtypes.native[dtype]})"
+    settled = dataclasses.replace(config.model, dtype=dtype)
+    return dataclasses.replace(config, model=settled), reason
 
 
 def settle_page_size(config: AppConfig, spec: ModelSpec) -> AppConfig:

@@ -75,7 +75,7 @@ def _prepare(
     group.enter("find the model's files")
     machine = find_machine(config.engine.device)
     files = resolve_files(config.model, _progress(display, group))
-    resolved = resolve(config, plugins, files, machine.device)
+    resolved = resolve(config, plugins, files, machine.device, machine.dtypes)
     if group.site.node_rank == 0:
         for warning in (*files.warnings, *resolved.spec.warnings):
             display.note(f"warning: {warning}")
@@ -270,6 +270,7 @@ def _summary(
         architecture=resolved.spec.architecture,
         num_parameters=leader["num_parameters"],
         dtype=leader["dtype"],
+        dtype_reason=resolved.dtype_reason,
         file_bytes=_file_bytes(resolved.files),
         plan=_plan_text(plan),
         devices=_devices(node.placements, nnodes),

@@ -30,6 +30,7 @@ class SummaryInfo:
     architecture: str  # as in config.json
     num_parameters: int
     dtype: str  # as computed in
+    dtype_reason: str  # why that; "" where nobody needs to be told
     file_bytes: int  # of the weights; 0: none were read
     plan: str  # what the user chose: "tp=2"
     devices: str  # what the ranks run on: "cpu, 1 thread each", "cuda:0-1"
@@ -176,6 +177,7 @@ def summary(info: SummaryInfo) -> str:
             "",
             f"  model     {info.served_name}: {info.architecture}, "
             f"{_count(info.num_parameters)} parameters, {info.dtype}{files}",
+            *([f"  dtype     {info.dtype}, {info.dtype_reason}"] if info.dtype_reason else []),
             f"  plan      {info.plan}: {ranks}",
             f"  KV cache  {info.kv_tokens:,} tokens, {_bytes(info.kv_bytes)}",
             *([f"  memory    {memory} on each rank"] if memory else []),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.errors import ResourceError
 from core.interfaces.launcher import Machine
+from core.kernels.native_dtypes import native_dtypes
 
 
 def find_machine(device: str) -> Machine:
@@ -15,15 +16,15 @@ def find_machine(device: str) -> Machine:
 
     Raises ResourceError for "cuda" where that is impossible, with the reason.
     """
-    cpus = usable_cpus()
+    cpus, dtypes = usable_cpus(), native_dtypes()
     if device == "cpu":
-        return Machine(device="cpu", num_devices=0, cpus=cpus)
+        return Machine(device="cpu", num_devices=0, cpus=cpus, dtypes=dtypes)
     num_devices, reason = _cuda_devices()
     if num_devices > 0:
-        return Machine(device="cuda", num_devices=num_devices, cpus=cpus)
+        return Machine(device="cuda", num_devices=num_devices, cpus=cpus, dtypes=dtypes)
     if device == "cuda":
         raise ResourceError(f"engine.device=cuda: {reason}; set engine.device=cpu or auto")
-    return Machine(device="cpu", num_devices=0, cpus=cpus)
+    return Machine(device="cpu", num_devices=0, cpus=cpus, dtypes=dtypes)
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, ...]:

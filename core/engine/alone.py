@@ -19,6 +19,7 @@ from core.engine.ranks import stand_in_for_peers
 from core.engine.trial import OnPhase
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.messages import StepPlan
+from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
@@ -45,7 +46,7 @@ def build_alone(
     plugins = PluginManager.load(config.plugins.blocklist)
     plugins.check_choices(config)
     files = resolve_files(config.model, lambda task, done, total, unit: None)
-    resolved = resolve(config, plugins, files, name)
+    resolved = resolve(config, plugins, files, name, native_dtypes())
     built = build_rank(
         resolved.config,
         RankContext(

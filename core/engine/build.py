@@ -199,7 +199,7 @@ class _Loaded:
 def _load(config: AppConfig, context: RankContext) -> _Loaded:
     """Check that the weights fit, then read them."""
     family, spec = find_family(config, context.plugins, context.files)
-    dtype = resolve_dtype(config, spec)
+    dtype = dtype_of(config)
     ops = select_ops(context.device)
     plan, device = context.plan, context.device
     placements = initial_placements(
@@ -357,10 +357,9 @@ def _build_attention(
     return PagedAttention(loaded.ops, allocate_pool(pool, kv, **common), prefill, decode)
 
 
-def resolve_dtype(config: AppConfig, spec: ModelSpec) -> torch.dtype:
-    """What weights, activations and cache are computed in."""
-    name = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-    dtype = getattr(torch, name)
+def dtype_of(config: AppConfig) -> torch.dtype:
+    """What weights, activations and cache are computed in; `config` is settled."""
+    dtype = getattr(torch, config.model.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -12,12 +12,21 @@ from core.parallel.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NativeDtypes:
+    """Which 16-bit dtypes a CPU has instructions to multiply, by name; float32 every CPU has."""
+
+    native: Mapping[str, str]  # dtype -> the instructions
+    lacking: Mapping[str, str]  # dtype -> why there are none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What this node offers; `core.cluster.machine` finds it."""
 
     device: str  # "cpu" or "cuda"
     num_devices: int  # CUDA devices this process may use; 0 on "cpu"
     cpus: tuple[int, ...]  # logical CPUs this process may use
+    dtypes: NativeDtypes  # of those CPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,10 @@ _PACKED_FOR_ROWS = 16
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype natively on this machine, so that packing pays.
+    """Whether oneDNN takes this dtype on this machine, so that packing pays.
 
-    Not for float32: there packing is slower at 1 row and equal from 128 rows on.
+    Not for float32: there packing is slower at 1 row and equal from 128 rows on. It says nothing
+    of speed: what has no instructions of its own is converted (core.kernels.native_dtypes).
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False

@@ -95,7 +95,7 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         self._rotations: dict[int, _Rotation] = {}
 
     def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
-        """A packed layer where the machine multiplies the dtype natively, F.linear elsewhere."""
+        """A packed layer where oneDNN takes the dtype, F.linear elsewhere."""
         if isinstance(weight_OI, BlockFp8):
             return block_fp8.linear(weight_OI, bias_O)
         if packs(weight_OI.dtype):

@@ -1,5 +1,6 @@
 """What a configuration that leaves things open means for a model."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -10,24 +11,39 @@ from core.compose import compose, parse_overrides
 from core.config import AppConfig, ModelConfig
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
+from core.interfaces.launcher import NativeDtypes
 from core.plugin_manager import PluginManager
-from core.resolve import find_family, resolve
+from core.resolve import Resolved, find_family, resolve
 from tests.support.models import TINY
+
+NO_DTYPES = NativeDtypes(native={}, lacking={})
 
 
 def resolved(model: str, *words: str) -> AppConfig:
     """The settled configuration of a preset whose shape is known."""
+    return settled(model, words).config
+
+
+def settled(
+    model: str,
+    words: Sequence[str],
+    device: str = "cpu",
+    *,
+    dtypes: NativeDtypes = NO_DTYPES,
+    changes: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """A preset whose shape is known, `changes` made to it."""
     config = compose(parse_overrides([f"+model={model}", *words]), [])
     assert config.model.shape is not None
     files = ModelFiles(
-        hf_config=config.model.shape,
+        hf_config=config.model.shape | (changes or {}),
         weight_files=[],
         weight_format="dummy",
         tokenizer_dir="",
         eos_ids=[],
         default_sampling={},
     )
-    return resolve(config, PluginManager.load(), files, "cpu").config
+    return resolve(config, PluginManager.load(), files, device, dtypes)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +110,30 @@ def test_a_config_that_cannot_be_served_is_named_by_the_files_own_key(
     config = AppConfig(model=ModelConfig(name="m"))
     with pytest.raises(ModelError, match=words):
         find_family(config, PluginManager.load([]), files_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("of_checkpoint", "native", "words", "dtype", "reason"),
+    [
+        ("bfloat16", ["bfloat16"], [], "bfloat16", "the checkpoint's; this CPU multiplies it (i)"),
+        ("bfloat16", [], [], "float32", "not the checkpoint's bfloat16: no bfloat16 here"),
+        ("float16", ["bfloat16"], [], "float32", "not the checkpoint's float16: no float16 here"),
+        ("float32", [], [], "float32", ""),
+        ("bfloat16", [], ["model.dtype=bfloat16"], "bfloat16", ""),
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies(
+    of_checkpoint: str, native: list[str], words: list[str], dtype: str, reason: str
+) -> None:
+    dtypes = NativeDtypes(
+        native=dict.fromkeys(native, "i"),
+        lacking={name: f"no {name} here" for name in {"bfloat16", "float16"} - set(native)},
+    )
+    found = settled("llama31_8b", words, dtypes=dtypes, changes={"torch_dtype": of_checkpoint})
+    assert (found.config.model.dtype, found.dtype_reason) == (dtype, reason)
+    assert config_facts(found.config)["config model.dtype"] == f'"{dtype}"'  # nodes compare it
+    on_gpu = settled(
+        "llama31_8b", words, "cuda", dtypes=dtypes, changes={"torch_dtype": of_checkpoint}
+    )
+    assert on_gpu.config.model.dtype == (words[0].partition("=")[2] if words else of_checkpoint)
+    assert on_gpu.dtype_reason == ""

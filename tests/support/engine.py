@@ -15,6 +15,7 @@ from core.engine.build import RankContext, RankEngine, build_rank
 from core.engine.loop import follow
 from core.engine.offline import OfflineEngine, OfflineLeader, SpreadEngine
 from core.interfaces.messages import AgreedStep, SamplingParams
+from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
@@ -81,7 +82,7 @@ class _Ranks:
     def __init__(self, config: AppConfig) -> None:
         self._plugins = PluginManager.load([])
         self._files = resolve_files(config.model, lambda *_: None)
-        resolved = resolve(config, self._plugins, self._files, "cpu")
+        resolved = resolve(config, self._plugins, self._files, "cpu", native_dtypes())
         self.config, self.plan = resolved.config, resolved.plan
         self._comms = plan_comms(self.plan)
         self.groups = self.plan.groups("tp")  # by DP rank, the leader first

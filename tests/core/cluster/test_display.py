@@ -24,6 +24,7 @@ INFO = SummaryInfo(
     architecture="LlamaForCausalLM",
     num_parameters=134_515_008,
     dtype="bfloat16",
+    dtype_reason="",
     file_bytes=91_700_000,
     plan="tp=3",
     devices="cpu, 1 thread each",
@@ -74,6 +75,12 @@ def test_the_summary_tells_what_a_gpu_holds() -> None:
         "  memory    weights 15.0 GiB, KV pool 32.0 GiB, activations 2.1 GiB on each rank\n"
         "  graphs    11 decode steps of up to 64 requests\n"
     ) in text
+
+
+def test_the_summary_tells_why_a_cpu_computes_in_another_dtype() -> None:
+    reason = "not the checkpoint's bfloat16: this CPU has no instructions for it (avx512_bf16)"
+    text = summary(replace(INFO, dtype="float32", dtype_reason=reason))
+    assert f"parameters, float32, 87.5 MiB of files\n  dtype     float32, {reason}\n" in text
 
 
 def test_the_curl_line_survives_a_shell() -> None:

@@ -13,10 +13,12 @@ from core.cluster.facts import FREE_KEYS, code_facts, config_facts, gather, weig
 from core.config import AppConfig, ExpertBalanceConfig, LaunchConfig, ModelConfig, ParallelConfig
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
-from core.interfaces.launcher import Machine
+from core.interfaces.launcher import Machine, NativeDtypes
 from tests.support.models import folder_files, ignore_progress
 
-MACHINE = Machine(device="cpu", num_devices=0, cpus=(0,))
+MACHINE = Machine(
+    device="cpu", num_devices=0, cpus=(0,), dtypes=NativeDtypes(native={}, lacking={})
+)
 CONFIG = AppConfig(model=ModelConfig(name="tiny", path="/somewhere"))
 
 

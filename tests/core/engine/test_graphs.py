@@ -26,6 +26,7 @@ from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, StepPlan
+from core.kernels.native_dtypes import native_dtypes
 from core.kernels.stage import DecodeRows, packed_length
 from core.kernels.torch_ops import TorchOps
 from core.loading.files import resolve_files
@@ -113,7 +114,7 @@ def engine_of(folder, dtype="float32", **changes):
     )
     plugins = PluginManager.load([])
     files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, DEVICE.type)
+    resolved = resolve(config, plugins, files, DEVICE.type, native_dtypes())
     rank = build_rank(
         resolved.config,
         RankContext(

@@ -13,6 +13,7 @@ from core.engine.build import RankContext, RankEngine, build_rank
 from core.engine.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
+from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
@@ -32,7 +33,7 @@ def kernels_of_no_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def build(config: AppConfig) -> RankEngine:
     plugins = PluginManager.load([])
     files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, "cuda")
+    resolved = resolve(config, plugins, files, "cuda", native_dtypes())
     return build_rank(
         resolved.config,
         RankContext(

@@ -4,7 +4,7 @@ import pytest
 
 from core.config import AppConfig, LaunchConfig, ModelConfig
 from core.errors import ConfigError, PlanError, ResourceError
-from core.interfaces.launcher import Launcher, Machine, RemoteLauncher, Site
+from core.interfaces.launcher import Launcher, Machine, NativeDtypes, RemoteLauncher, Site
 from core.parallel.plan import Plan
 from plugins.launchers import register_launcher
 from plugins.launchers._node import (
@@ -15,7 +15,8 @@ from plugins.launchers._node import (
     require_unset,
 )
 
-CPU = Machine(device="cpu", num_devices=0, cpus=(0, 1, 2, 3, 8, 9, 10))
+DTYPES = NativeDtypes(native={}, lacking={})
+CPU = Machine(device="cpu", num_devices=0, cpus=(0, 1, 2, 3, 8, 9, 10), dtypes=DTYPES)
 ALONE = Site()
 
 
@@ -80,7 +81,7 @@ def test_pinned_ranks_own_neighbouring_cpus() -> None:
 
 
 def test_cuda_ranks_take_the_device_of_their_local_rank() -> None:
-    machine = Machine(device="cuda", num_devices=2, cpus=tuple(range(32)))
+    machine = Machine(device="cuda", num_devices=2, cpus=tuple(range(32)), dtypes=DTYPES)
     assert [p.device for p in launcher().placements(tp(2), machine)] == ["cuda:0", "cuda:1"]
     with pytest.raises(ResourceError, match=r"needs 4 CUDA devices \(parallel.tp\).*offers 2"):
         launcher().placements(tp(4), machine)
