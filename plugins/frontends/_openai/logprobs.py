@@ -19,7 +19,7 @@ def chat_logprobs(
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": tokenizer.token_text(token_id),
+            "token": chat_token(tokenizer, token_id),
             "logprob": max(logprob, LEAST),
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
@@ -96,14 +96,21 @@ def prompt_offsets(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -
     return [min(max(offset - before, 0), len(text)) for offset in offsets]
 
 
-def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token's text; bytes that are no whole characters as OpenAI writes them,
-    `bytes:\\xf0\\x9f`."""
+def chat_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; bytes that are no whole characters as OpenAI writes them, each with a
+    backslash: clients tell tokens apart by their texts."""
     content = tokenizer.token_bytes(token_id)
     try:
         return content.decode()
     except UnicodeDecodeError:
-        return "bytes:" + repr(content)[2:-1]
+        return repr(content)[2:-1]
+
+
+def completion_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """The same as OpenAI's completions have it, with "bytes:" before such bytes."""
+    text = chat_token(tokenizer, token_id)
+    whole = text.encode() == tokenizer.token_bytes(token_id)
+    return text if whole else f"bytes:{text}"
 
 
 def _top(tokenizer: Tokenizer, entry: TokenLogprobs, chosen: str, num_top: int) -> dict[str, float]:

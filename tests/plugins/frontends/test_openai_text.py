@@ -84,6 +84,17 @@ def test_parts_of_characters_keep_their_own_numbers():
     assert completion_logprobs(tokenizer, [entry], [0], 2)["tokens"] == ["bytes:\\x9f"]
 
 
+def test_parts_of_characters_have_texts_of_their_own_in_chats_too(client, stack):
+    stack.engine.reply = lambda _: PARTY
+    result = client.chat.completions.create(
+        model=MODEL, messages=USER, logprobs=True, top_logprobs=1
+    )
+    content = result.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["\\xf0", "\\x9f", "\\x8e", "\\x89"]
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == "🎉"
+    assert [entry.top_logprobs[0].token for entry in content] == [e.token for e in content]
+
+
 def test_tokens_of_one_text_keep_their_own_numbers():
     """In SentencePiece vocabularies <0x61> and the piece "a" are both "a"."""
     backend = byte_fallback()
