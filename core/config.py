@@ -243,6 +243,7 @@ class FrontendConfig:
     max_stop: int = 16  # stop strings of one request
     max_logprobs: int = 20
     max_batch_prompts: int = 256  # prompts in one /v1/completions body
+    text_processes: int = 2  # that render chat templates and tokenize
     # Refuse fields that are not known, and a max_tokens beyond the room, instead of doing without.
     strict_fields: bool = False
     keep_alive_s: float = 30.0
@@ -268,6 +269,7 @@ class FrontendConfig:
         require_range("frontend.max_stop", self.max_stop, 0)
         require_range("frontend.max_logprobs", self.max_logprobs, 0, 1000)
         require_range("frontend.max_batch_prompts", self.max_batch_prompts, 1)
+        require_range("frontend.text_processes", self.text_processes, 1, 256)
         require_range("frontend.keep_alive_s", self.keep_alive_s, 0)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from core.config import FrontendConfig
 from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
+from core.interfaces.text import TextService
 
 
 class OutputStream(Protocol):
@@ -172,7 +173,8 @@ class FrontendContext:
     """All a frontend is built from."""
 
     engine: Engine
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # for ids to text, token by token
+    text: TextService  # for text to ids
     model: ServedModel
     config: FrontendConfig
     max_running_requests: int

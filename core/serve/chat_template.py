@@ -2,8 +2,9 @@
 
 The result equals transformers' `apply_chat_template`: the same jinja2 options, filters, globals
 and treatment of None (see transformers/utils/chat_template_utils.py). Templates come only from
-the checkpoint, never from a request, and still run in the immutable sandbox, within a deadline
-and a size limit: loops, macros and calls count as steps, at which both are checked.
+the checkpoint, never from a request, and still run in the immutable sandbox, within limits of CPU
+time and size: loops, macros and calls count as steps, at which both are checked. The process that
+renders is ended by the kernel where a template gets around that (core.serve.text_process).
 """
 
 from collections.abc import Mapping, Sequence

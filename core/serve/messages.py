@@ -54,7 +54,12 @@ def check_messages(messages: Any) -> int:
     that name a function.
     """
     if not isinstance(messages, list):
-        raise RequestError("messages must be a list", param="messages", code="invalid_type")
+        raise RequestError(
+            "messages: expected array, got "
+            + ("nothing" if messages is None else type(messages).__name__),
+            param="messages",
+            code="invalid_type",
+        )
     if not 1 <= len(messages) <= MAX_MESSAGES:
         raise RequestError(
             f"messages has {len(messages)} entries; allowed: 1 to {MAX_MESSAGES}", param="messages"

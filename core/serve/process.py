@@ -46,6 +46,8 @@ from core.serve.http_limits import HttpLimits, raise_descriptor_limit, settle_co
 from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
 from core.serve.request_check import RequestLimits, size_problem
+from core.serve.text_pool import TextPool
+from core.serve.text_process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
@@ -110,7 +112,7 @@ class Frontend:
         served = self._boot.served
         limits = RequestLimits(vocab_size=served.vocab_size, max_model_len=served.max_model_len)
         self._engine = ZmqEngine(endpoints, loop, balancer, limits)
-        application = self._application()
+        application = await self._application()
         url = url_of(listener)
         self._server = Server(
             application,
@@ -134,22 +136,26 @@ class Frontend:
         gc.freeze()  # nothing made until here is garbage: keep it out of every collection
         gc.set_threshold(20_000, 20, 50)
         await self._server.serve(sockets=[listener])
+        self._text.close()
         self._engine.close()
         return self._exit_status if self._engine.alive else 1
 
-    def _application(self) -> Any:
+    async def _application(self) -> Any:
         """The chosen frontend plugin's ASGI application, guarded."""
         config, served = self._boot.config, self._boot.served
         begin = time.monotonic()
         plugins = PluginManager.load(config.plugins.blocklist)
-        tokenizer = HfTokenizer.from_folder(
-            self._boot.files.tokenizer_dir, self._boot.files.eos_ids
-        )
+        files = self._boot.files
+        # Built there first: what could take for ever, or all memory, ends that process only.
+        boot = TextBoot(folder=files.tokenizer_dir, eos_ids=files.eos_ids)
+        self._text = await TextPool.start(boot, config.frontend.text_processes)
+        tokenizer = HfTokenizer.from_folder(files.tokenizer_dir, files.eos_ids)
         if (problem := size_problem(tokenizer, served.vocab_size)) is not None:
             log.warning("%s", problem)
         context = FrontendContext(
             engine=self._engine,
             tokenizer=tokenizer,
+            text=self._text,
             model=ServedModel(
                 name=served.name,
                 max_model_len=served.max_model_len,

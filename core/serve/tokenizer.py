@@ -41,9 +41,9 @@ class HfTokenizer:
         self._backend.no_padding()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = _eos_ids(backend, special_tokens, eos_ids)
-        self._templates = {
-            name: ChatTemplate(source, special_tokens) for name, source in chat_templates.items()
-        }
+        self._special_tokens = dict(special_tokens)
+        self._sources = dict(chat_templates)
+        self._templates: dict[str, ChatTemplate] = {}  # by name, once they are asked for
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         table = byte_table(backend)
@@ -85,7 +85,9 @@ class HfTokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode` this lets other threads run meanwhile, and makes no offsets.
+        [found] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -136,13 +138,23 @@ class HfTokenizer:
         return size + text_size(tools)
 
     def _template(self, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        if name not in self._templates:
+        name = "tool_use" if tools and "tool_use" in self._sources else "default"
+        if name not in self._sources:
             raise RequestError(
                 "this model has no chat template; send the prompt to /v1/completions instead",
                 code="no_chat_template",
             )
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(self._sources[name], self._special_tokens)
         return self._templates[name]
+
+    def compile_templates(self) -> None:
+        """Compile and probe all chat templates now. Raises ModelError where one is broken.
+
+        They are a checkpoint's programs: call it, and render, where a program that doesn't end
+        can be stopped (core.serve.text_process)."""
+        for name, source in self._sources.items():
+            self._templates[name] = ChatTemplate(source, self._special_tokens)
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()

@@ -21,10 +21,12 @@ from core.serve.guard import Guard
 from core.serve.http_limits import HttpLimits
 from core.serve.http_server import Server, bind, url_of
 from core.serve.request_check import RequestLimits
+from core.serve.text_pool import TextPool
+from core.serve.text_process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.app import create_app
 from tests.support.fake_engine import FakeEngine, endpoints_in
-from tests.support.small_tokenizer import write_folder
+from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, write_folder
 
 MODEL = "fake-model"
 MAX_MODEL_LEN = 512
@@ -44,12 +46,16 @@ class Stack:
         serving: bool = True,
         num_dp: int = 1,
         vocab_size: int | None = None,
+        template: str = SMOLLM2_TEMPLATE,
+        text_limits: dict[str, float] | None = None,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self.endpoints = endpoints_in(folder, num_dp)
-        self.tokenizer = HfTokenizer.from_folder(write_folder(folder / "tokenizer"))
+        written = write_folder(folder / "tokenizer", template=template)
+        self.tokenizer = HfTokenizer.from_folder(written)
+        self.text_boot = TextBoot(folder=str(written), eos_ids=[], **(text_limits or {}))
         self.answer_ids = self.tokenizer.encode(ANSWER)
         self.engines = [
             FakeEngine(self.endpoints, self.reply, self.tokenizer.eos_ids[0], dp_rank)
@@ -79,9 +85,11 @@ class Stack:
             balancer,
             RequestLimits(vocab_size=self._vocab_size, max_model_len=MAX_MODEL_LEN),
         )
+        self.text = await TextPool.start(self.text_boot, self._config.text_processes)
         context = FrontendContext(
             engine=self.client,
             tokenizer=self.tokenizer,
+            text=self.text,
             model=ServedModel(
                 name=MODEL,
                 max_model_len=MAX_MODEL_LEN,
@@ -104,6 +112,7 @@ class Stack:
             on_started=self._started.set,
         )
         await self._server.serve(sockets=[listener])
+        self.text.close()
         self.client.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -364,7 +364,6 @@ def _run_steps(
             torch.nn.functional.pad(positions_T, padding),
             step,
         )
-        partial = model.head.partial(hidden_TE[: rows.num_real], rows)
-        logits.append(model.head.whole(partial, rows))
+        logits.append(model.logits(hidden_TE[: rows.num_real], rows))
         start += rows.num_real
     return torch.cat(logits)

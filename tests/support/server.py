@@ -65,7 +65,7 @@ class Server:
             command = " ".join(child.cmdline())
             if "core.worker" in command:
                 workers.append(child)
-            elif "core.serve" in command:
+            elif "core.serve.process" in command:
                 found["frontend"] = child
         for rank, worker in enumerate(sorted(workers, key=lambda process: process.pid)):
             found["worker" if rank == 0 else f"worker {rank}"] = worker

@@ -15,14 +15,15 @@ from starlette.routing import Route
 from core.errors import RequestError
 from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext
+from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
 from plugins.frontends._openai import metrics
 from plugins.frontends._openai.asgi import App, Receive, Send, send_json
-from plugins.frontends._openai.chat import ChatCompletions
+from plugins.frontends._openai.chat import ChatCompletions, chat_text
 from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
 from plugins.frontends._openai.errors import as_request_error, error_body, response_headers
-from plugins.frontends._openai.limits import check_model, check_token_ids
-from plugins.frontends._openai.protocol import DetokenizeRequest, TokenizeRequest
+from plugins.frontends._openai.limits import check_model
+from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
 from plugins.frontends._openai.service import Service
 
 
@@ -138,31 +139,27 @@ class Tokenize(Endpoint[TokenizeRequest]):
     async def handle(self, body: TokenizeRequest, receive: Receive, send: Send) -> None:
         service = self.service
         check_model(body.model, service.model)
-        if (body.prompt is None) == (body.messages is None):
+        if (body.prompt == NULL) == (body.messages == NULL):
             raise RequestError("give either prompt or messages", param="prompt")
-        if body.messages is None:
-            text, special = body.prompt or "", body.add_special_tokens is not False
-        else:
-            special = bool(body.add_special_tokens)
-            continue_final = bool(body.continue_final_message)
-            add_prompt = body.add_generation_prompt
-            text = await service.chat_prompt(
-                body.messages,
-                tools=body.tools,
-                add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
-                continue_final_message=continue_final,
-                variables=body.chat_template_kwargs or {},
+        source: ChatText | PromptTexts
+        if body.messages == NULL:
+            source = PromptTexts(
+                prompt=bytes(body.prompt),
+                vocab_size=service.model.vocab_size,
+                add_special_tokens=body.add_special_tokens is not False,
             )
-        token_ids = await service.encode(text, add_special_tokens=special)
-        tokenizer = service.tokenizer
-        texts = [tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else None
+        else:
+            source = chat_text(body, tools=body.tools, max_tokens=MAX_TOKENIZED)
+        found = await service.context.text.tokenize(
+            TokenList(source=source, strings=bool(body.return_token_strs))
+        )
         await send_json(
             send,
             {
-                "count": len(token_ids),
+                "count": found.num_tokens,
                 "max_model_len": service.model.max_model_len,
-                "tokens": token_ids,
-                "token_strs": texts,
+                "tokens": msgspec.Raw(found.tokens),
+                "token_strs": msgspec.Raw(found.strings),
             },
         )
 
@@ -174,10 +171,10 @@ class Detokenize(Endpoint[DetokenizeRequest]):
     body_type = DetokenizeRequest
 
     async def handle(self, body: DetokenizeRequest, receive: Receive, send: Send) -> None:
-        check_model(body.model, self.service.model)
-        check_token_ids("tokens", body.tokens, self.service.model)
-        text = self.service.tokenizer.decode(body.tokens, skip_special_tokens=False)
-        await send_json(send, {"prompt": text})
+        service = self.service
+        check_model(body.model, service.model)
+        job = IdsToText(tokens=bytes(body.tokens), vocab_size=service.model.vocab_size)
+        await send_json(send, {"prompt": msgspec.Raw(await service.context.text.detokenize(job))})
 
 
 def _json(value: Any) -> Response:

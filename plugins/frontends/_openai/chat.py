@@ -3,7 +3,10 @@
 import time
 from typing import Any
 
+import msgspec
+
 from core.errors import RequestError
+from core.interfaces.text import ChatText
 from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.asgi import Receive, Send, send_json
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
@@ -11,13 +14,12 @@ from plugins.frontends._openai.generation import Choice, make_choices
 from plugins.frontends._openai.limits import (
     answer_tokens,
     check_generation,
-    check_prompt_length,
     check_range,
     sampling_params,
     stop_strings,
 )
 from plugins.frontends._openai.logprobs import chat_logprobs, prompt_logprobs
-from plugins.frontends._openai.protocol import ChatRequest
+from plugins.frontends._openai.protocol import NULL, ChatRequest, TokenizeRequest
 from plugins.frontends._openai.streaming import EventStream, TextShape
 
 
@@ -63,22 +65,16 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     async def _choices(self, body: ChatRequest) -> list[Choice]:
         service = self.service
-        continue_final = bool(body.continue_final_message)
-        add_prompt = body.add_generation_prompt
-        variables = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            variables.setdefault("reasoning_effort", body.reasoning_effort)
-        text = await service.chat_prompt(
-            body.messages,
-            tools=None if body.tool_choice == "none" else body.tools,
-            add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
-            continue_final_message=continue_final,
-            variables=variables,
-        )
-        prompt_ids = await service.encode_prompt(
-            text, add_special_tokens=bool(body.add_special_tokens), param="messages"
-        )
-        check_prompt_length(len(prompt_ids), service.model, "messages")
+        with service.tokenizing(body.n or 1):
+            prompt_ids = await service.chat_ids(
+                chat_text(
+                    body,
+                    tools=NULL if body.tool_choice == "none" else body.tools,
+                    functions=NULL if body.tool_choice == "none" else body.functions,
+                    reasoning_effort=body.reasoning_effort,
+                    max_tokens=service.model.max_model_len - 1,
+                )
+            )
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked = getattr(body, param)
         sampling = sampling_params(
@@ -179,6 +175,30 @@ class ChatCompletions(Endpoint[ChatRequest]):
             await events.write(chunk)
 
         await self.stream(request_id, choices, receive, events, on_pieces, len(choices))
+
+
+def chat_text(
+    body: ChatRequest | TokenizeRequest,
+    *,
+    tools: msgspec.Raw,
+    functions: msgspec.Raw = NULL,
+    reasoning_effort: str | None = None,
+    max_tokens: int,
+) -> ChatText:
+    """What has to be rendered for a body."""
+    continue_final = bool(body.continue_final_message)
+    add_prompt = body.add_generation_prompt
+    return ChatText(
+        messages=bytes(body.messages),
+        tools=bytes(tools),
+        functions=bytes(functions),
+        variables=bytes(body.chat_template_kwargs),
+        defaults={} if reasoning_effort is None else {"reasoning_effort": reasoning_effort},
+        add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
+        continue_final_message=continue_final,
+        add_special_tokens=bool(body.add_special_tokens),
+        max_tokens=max_tokens,
+    )
 
 
 def _chunk(index: int, delta: dict[str, Any], answer: Answer | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from core.errors import RequestError
+from core.interfaces.text import Prompt, PromptTexts
 from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.asgi import Receive, Send, send_json
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
@@ -11,9 +12,7 @@ from plugins.frontends._openai.generation import Choice, make_choices
 from plugins.frontends._openai.limits import (
     answer_tokens,
     check_generation,
-    check_prompt_length,
     check_range,
-    check_token_ids,
     sampling_params,
     stop_strings,
 )
@@ -37,13 +36,10 @@ class Completions(Endpoint[CompletionRequest]):
 
     async def handle(self, body: CompletionRequest, receive: Receive, send: Send) -> None:
         self._check(body)
-        prompts = self._split("" if body.prompt is None else body.prompt)
-        encoded = [await self._encode(prompt, body) for prompt in prompts]
-        choices = self._choices(body, encoded)
-        echoes = [
-            self._echo(prompt, prompt_ids) if body.echo else ""
-            for prompt, prompt_ids in zip(prompts, encoded, strict=True)
-        ]
+        with self.service.tokenizing(body.n or 1):
+            prompts = await self._prompts(body)
+        choices = self._choices(body, [prompt.ids for prompt in prompts])
+        echoes = [prompt.text or "" for prompt in prompts]
         job = _Job(body, self.service.tokenizer, choices, echoes)
         if body.stream:
             await self._answer_streamed(job, receive, send)
@@ -64,46 +60,18 @@ class Completions(Endpoint[CompletionRequest]):
                 code="unsupported",
             )
 
-    def _split(self, prompt: str | list[Any]) -> list[str | list[int]]:
-        """The prompts of a body: one string, strings, one list of ids, or lists of ids."""
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise RequestError("the prompt is empty", param="prompt", code="empty_prompt")
-        if isinstance(prompt[0], int):
-            check_token_ids("prompt", prompt, self.service.model)
-            return [prompt]
-        most = self.service.config.max_batch_prompts
-        if len(prompt) > most:
-            raise RequestError(
-                f"prompt has {len(prompt)} prompts; allowed: 1 to {most}",
-                param="prompt",
-                code="out_of_range",
-            )
-        kind = type(prompt[0])
-        if kind not in (str, list) or not all(type(one) is kind for one in prompt):
-            raise RequestError(
-                "prompt must be text, a list of texts, a list of token ids, or a list of those",
-                param="prompt",
-                code="invalid_type",
-            )
-        if kind is list:
-            for token_ids in prompt:
-                check_token_ids("prompt", token_ids, self.service.model)
-        return prompt
-
-    async def _encode(self, prompt: str | list[int], body: CompletionRequest) -> list[int]:
+    async def _prompts(self, body: CompletionRequest) -> list[Prompt]:
         service = self.service
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            prompt = await service.encode_prompt(prompt, add_special_tokens=special, param="prompt")
-        check_prompt_length(len(prompt), service.model, "prompt")
-        return prompt
-
-    def _echo(self, prompt: str | list[int], prompt_ids: list[int]) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return self.service.tokenizer.decode(prompt_ids, skip_special_tokens=False)
+        return await service.prompts(
+            PromptTexts(
+                prompt=bytes(body.prompt),
+                vocab_size=service.model.vocab_size,
+                add_special_tokens=body.add_special_tokens is not False,
+                max_prompts=service.config.max_batch_prompts,
+                max_tokens=service.model.max_model_len - 1,
+                echo=bool(body.echo),
+            )
+        )
 
     def _choices(self, body: CompletionRequest, encoded: list[list[int]]) -> list[Choice]:
         service = self.service

@@ -16,6 +16,9 @@ from plugins.frontends._openai.errors import MAX_NAME_CHARACTERS, shorten
 from plugins.frontends._openai.fields import check_refused
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+# Fields of type Raw hold what may be long: they stay as they came, for the text service to read.
+NULL = msgspec.Raw(b"null")
 _UNKNOWN_FIELD = "Object contains unknown field"
 
 
@@ -84,7 +87,7 @@ IGNORED = {
 class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     # A string, strings, token ids, or lists of token ids; null: nothing but what the tokenizer
     # puts before a text.
-    prompt: str | list[Any] | None
+    prompt: msgspec.Raw
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -92,25 +95,23 @@ class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
-    messages: list[dict[str, Any]]
+    messages: msgspec.Raw
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: msgspec.Raw = NULL
     tool_choice: Any = None
-    functions: list[dict[str, Any]] | None = None  # what tools were called before
+    functions: msgspec.Raw = NULL  # what tools were called before
     function_call: Any = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None  # a variable of the template
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: msgspec.Raw = NULL
 
     def __post_init__(self) -> None:
-        """Read OpenAI's older names for tools as tools."""
-        if self.functions and self.tools is None:
-            self.tools = [{"type": "function", "function": one} for one in self.functions]
+        """Read OpenAI's older name for tool_choice."""
         if self.function_call is not None and self.tool_choice is None:
             choice = self.function_call
             named = isinstance(choice, dict)
@@ -119,19 +120,19 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    prompt: msgspec.Raw = NULL
+    messages: msgspec.Raw = NULL
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: msgspec.Raw = NULL
+    tools: msgspec.Raw = NULL
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
-    tokens: list[int]
+    tokens: msgspec.Raw
 
 
 class Decoded(NamedTuple, Generic[T]):

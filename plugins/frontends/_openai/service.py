@@ -3,22 +3,14 @@
 Knows nothing of HTTP.
 """
 
-import asyncio
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from core.errors import RequestError
 from core.interfaces.frontend import EngineState, FrontendContext
-from plugins.frontends._openai.limits import context_too_long
+from core.interfaces.text import ChatText, Prompt, PromptTexts
+from plugins.frontends._openai.limits import check_prompt_length, context_too_long
 from plugins.frontends._openai.metrics import Metrics
-
-# Shorter texts are tokenized in the event loop; longer ones in a thread, which the tokenizer
-# leaves free to run beside it.
-INLINE_CHARACTERS = 16 * 1024
-
-_OWN_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
-
-T = TypeVar("T")
 
 
 class Service:
@@ -31,6 +23,7 @@ class Service:
         self.model = context.model
         self.config = context.config
         self.metrics = Metrics(context.engine, context.model.name, context.dropped_log_lines)
+        self._num_tokenizing = 0  # requests whose prompt is being made
         self.max_live = context.max_running_requests + context.config.max_queued_requests
 
     def admit(self, num_requests: int) -> None:
@@ -45,55 +38,37 @@ class Service:
                 code="out_of_range",
             )
         serving = self.engine.state is EngineState.SERVING
-        if serving and self.engine.num_live + num_requests > self.max_live:
+        num_live = self.engine.num_live + self._num_tokenizing
+        if serving and num_live + num_requests > self.max_live:
             raise RequestError(
-                f"the server has {self.engine.num_live} requests and takes {self.max_live}; "
-                "try again later",
+                f"the server has {num_live} requests and takes {self.max_live}; try again later",
                 code="queue_full",
                 status=429,
             )
 
-    async def encode_prompt(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """The tokens of a prompt. Raises RequestError where it is sure to be too long."""
-        least = len(text) // self.tokenizer.max_token_characters
-        if least >= self.model.max_model_len:
-            raise context_too_long(f"the prompt has at least {least} tokens", self.model, param)
-        return await self.encode(text, add_special_tokens=add_special_tokens)
+    @contextmanager
+    def tokenizing(self, num_requests: int) -> Iterator[None]:
+        """Around the work that comes before so many requests: refuses it as `admit` does, and
+        counts them meanwhile, so that the queue's limit bounds this work too."""
+        self.admit(num_requests)
+        self._num_tokenizing += num_requests
+        try:
+            yield
+        finally:
+            self._num_tokenizing -= num_requests
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The tokens of a text of any length."""
-        return await _maybe_in_thread(
-            len(text),
-            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens),
-        )
+    async def chat_ids(self, job: ChatText) -> list[int]:
+        """The tokens of a conversation, of a length that the model takes."""
+        return self._checked(await self.context.text.chat(job), "messages").ids
 
-    async def chat_prompt(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: dict[str, Any],
-    ) -> str:
-        """The text of a conversation. Raises RequestError for messages that are not in form."""
-        for name in _OWN_VARIABLES & variables.keys():
-            raise RequestError(
-                f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
-            )
-        return await _maybe_in_thread(
-            self.tokenizer.check_chat(messages, tools),
-            lambda: self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **variables,
-            ),
-        )
+    async def prompts(self, job: PromptTexts) -> list[Prompt]:
+        """The prompts of a body, each of a length that the model takes."""
+        found = await self.context.text.prompts(job)
+        return [self._checked(prompt, "prompt") for prompt in found]
 
-
-async def _maybe_in_thread(num_characters: int, work: Callable[[], T]) -> T:
-    if num_characters <= INLINE_CHARACTERS:
-        return work()
-    return await asyncio.to_thread(work)
+    def _checked(self, prompt: Prompt, param: str) -> Prompt:
+        if prompt.at_least:
+            what = f"the prompt has at least {prompt.num_tokens} tokens"
+            raise context_too_long(what, self.model, param)
+        check_prompt_length(prompt.num_tokens, self.model, param)
+        return prompt

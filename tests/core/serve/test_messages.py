@@ -225,7 +225,8 @@ def test_the_request_is_left_as_it_was():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ({}, "must be a list"),
+        ({}, "expected array, got dict"),
+        (None, "expected array, got nothing"),
         ([], "0 entries"),
         ([QUESTION] * (MAX_MESSAGES + 1), "allowed: 1 to 16384"),
         ([7], "role must be one of"),
