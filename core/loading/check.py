@@ -64,7 +64,7 @@ def check_checkpoint(
         problems.append(surplus_text(surplus, tensors))
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise ModelError(f"the weights are not those of config.json:{lines}\n{ADVICE}")
+        raise ModelError(f"the weights are not those of {_config_of(tensors)}:{lines}\n{ADVICE}")
 
 
 def take_problems(
@@ -75,7 +75,8 @@ def take_problems(
     what = f"tensor {take.name} in {info.file}"
     if info.shape != take.shape:
         needed = shape_text(take.shape)
-        return [f"{what} has shape {shape_text(info.shape)}, but config.json needs {needed}"]
+        config = _config_of(tensors)
+        return [f"{what} has shape {shape_text(info.shape)}, but {config} needs {needed}"]
     if is_block_quantised(info):
         return _scale_problems(what, take, tensors, block)
     if take.as_blocks:
@@ -131,7 +132,8 @@ def surplus_text(surplus: Sequence[str], tensors: Mapping[str, TensorInfo]) -> s
     shown = ", ".join(f"{name} (in {tensors[name].file})" for name in surplus[:NUM_SHOWN])
     rest = ", ..." if len(surplus) > NUM_SHOWN else ""
     return (
-        f"{count} of the checkpoint {verb} not part of the model that config.json describes: "
+        f"{count} of the checkpoint {verb} not part of the model that {_config_of(tensors)} "
+        "describes: "
         f"{shown}{rest}"
     )
 
@@ -149,6 +151,12 @@ def missing_text(missing: Sequence[Take], tensors: Mapping[str, TensorInfo]) -> 
         return f"tensor {shown} is missing from {where}{hint}"
     rest = ", ..." if len(missing) > NUM_SHOWN else ""
     return f"{len(missing)} tensors are missing from {where}: {shown}{rest}"
+
+
+def _config_of(tensors: Mapping[str, TensorInfo]) -> str:
+    """What describes the model: a GGUF file has no config.json beside it."""
+    file = next(iter(tensors.values())).file if tensors else ""
+    return f"the metadata of {file}" if file.endswith(".gguf") else "config.json"
 
 
 def _neighbours(name: str, tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -118,18 +118,24 @@ def _dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
 
 def _from_gguf(path: Path) -> ModelFiles:
     # Imported here: these need numpy, which a folder of safetensors does without.
-    from core.loading.gguf_config import eos_ids, hf_config
+    from core.loading.gguf_config import hf_config, key_names, metadata_warnings
     from core.loading.gguf_header import read_gguf
-    from core.loading.gguf_tokenizer import gguf_tokenizer_dir
+    from core.loading.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
+    from core.loading.gguf_tokens import read_tokens
 
     file = read_gguf(str(path))
+    config = hf_config(file)
+    tokens = read_tokens(file)
     return ModelFiles(
-        hf_config=hf_config(file),
+        hf_config=config,
         weight_files=[str(path)],
         weight_format="gguf",
         tokenizer_dir=str(gguf_tokenizer_dir(file)),
-        eos_ids=eos_ids(file),
+        eos_ids=tokens.end_ids,
         default_sampling={},
+        warnings=[*metadata_warnings(file), *tokens.warnings, *splitting_warnings(file)],
+        key_names=key_names(file),
+        num_tensors=len(file.tensors),
     )
 
 

@@ -16,6 +16,7 @@ import msgspec
 from core.errors import ModelError
 from core.loading.cache import cache_dir, publish_dir
 from core.loading.gguf_header import GGUFFile
+from core.loading.gguf_tokens import GGUFTokens, read_tokens
 from core.loading.tokenizer_json import (
     BYTE_LEVEL_DECODER,
     LLAMA3_SPLIT,
@@ -31,8 +32,7 @@ from core.loading.tokenizer_json import (
     tokenizer_json,
 )
 
-_FORMAT_VERSION = "2"  # of the files written: raise it where their contents change
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
+_FORMAT_VERSION = "3"  # of the files written: raise it where their contents change
 _NFC = {"type": "NFC"}
 _UNDERLINE = "\u2581"  # SentencePiece's space
 
@@ -63,6 +63,12 @@ _BYTE_LEVEL_KINDS = {
 }
 
 
+# By what a file says of its model, where it doesn't say how text is split: files of before 2024.
+_KINDS_BY_ARCHITECTURE = {"qwen2": "qwen2", "qwen3": "qwen2"}
+_LLAMA3_TOKENS = 128_256
+_TEMPLATE = "tokenizer.chat_template"
+
+
 def gguf_tokenizer_dir(file: GGUFFile) -> Path:
     """A folder of the cache with the tokenizer's files, written where it is missing."""
     state = os.stat(file.path)
@@ -72,15 +78,38 @@ def gguf_tokenizer_dir(file: GGUFFile) -> Path:
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = cache_dir("tokenizers") / f"gguf-{key}"
     if not folder.is_dir():
-        tokenizer, adds_bos = _tokenizer(file)
-        config = msgspec.json.encode(_tokenizer_config(file, adds_bos))
+        tokens = read_tokens(file)
+        tokenizer, adds_bos = _tokenizer(file, tokens)
+        config = msgspec.json.encode(_tokenizer_config(file, tokens, adds_bos))
         publish_dir(folder, {"tokenizer.json": tokenizer, "tokenizer_config.json": config})
     return folder
 
 
-def _tokenizer(file: GGUFFile) -> tuple[bytes, bool]:
+def splitting_warnings(file: GGUFFile) -> list[str]:
+    """What a user should know of how this file's text is split."""
+    if file.text("tokenizer.ggml.model") != "gpt2" or "tokenizer.ggml.pre" in file.metadata:
+        return []
+    return [
+        f"{file.path} lacks metadata tokenizer.ggml.pre, which says how text is split: "
+        f"{_pre(file)!r} is taken, and text is tokenized wrongly if that is not the model's; "
+        "convert the file anew"
+    ]
+
+
+def _pre(file: GGUFFile) -> str:
+    """How text is split before merges, in llama.cpp's words."""
+    pre = file.text("tokenizer.ggml.pre", "")
+    if pre:
+        return pre
+    architecture = file.text("general.architecture", "")
+    if architecture == "llama" and len(file.metadata["tokenizer.ggml.tokens"]) == _LLAMA3_TOKENS:
+        return "llama-bpe"
+    return _KINDS_BY_ARCHITECTURE.get(architecture, "default")
+
+
+def _tokenizer(file: GGUFFile, tokens: GGUFTokens) -> tuple[bytes, bool]:
     """tokenizer.json, and whether a text starts with the bos token."""
-    builders: dict[str, Callable[[GGUFFile, list[str]], tuple[bytes, bool]]] = {
+    builders: dict[str, Callable[[GGUFFile, GGUFTokens], tuple[bytes, bool]]] = {
         "gpt2": _byte_level_tokenizer,
         "llama": _sentencepiece_tokenizer,
     }
@@ -90,82 +119,74 @@ def _tokenizer(file: GGUFFile) -> tuple[bytes, bool]:
             f"{file.path}: metadata tokenizer.ggml.model={kind!r} is not supported; allowed: "
             + ", ".join(builders)
         )
-    return builders[kind](file, file.sequence("tokenizer.ggml.tokens", str))
+    return builders[kind](file, tokens)
 
 
-def _byte_level_tokenizer(file: GGUFFile, tokens: list[str]) -> tuple[bytes, bool]:
-    pre = file.text("tokenizer.ggml.pre", "default")
+def _byte_level_tokenizer(file: GGUFFile, tokens: GGUFTokens) -> tuple[bytes, bool]:
+    pre = _pre(file)
     if pre not in _BYTE_LEVEL_KINDS:
         raise ModelError(
             f"{file.path}: metadata tokenizer.ggml.pre={pre!r} is not supported; allowed: "
             + ", ".join(_BYTE_LEVEL_KINDS)
         )
     kind = _BYTE_LEVEL_KINDS[pre]
-    added = _added_tokens(file, tokens)
-    added_ids = {token["id"] for token in added}
+    whole = tokens.special | tokens.user_defined
     alphabet = byte_alphabet()
     letters = set(alphabet)
     vocab = {
         # Some converters store ordinary tokens as text instead of in the byte alphabet.
         text
-        if token_id in added_ids or letters.issuperset(text)
+        if token_id in whole or letters.issuperset(text)
         else "".join(alphabet[byte] for byte in text.encode()): token_id
-        for token_id, text in enumerate(tokens)
+        for token_id, text in enumerate(tokens.texts)
     }
     adds_bos = file.flag("tokenizer.ggml.add_bos_token", kind.adds_bos)
     return tokenizer_json(
         model=bpe_model(vocab, _stored_merges(file, vocab), ignore_merges=kind.ignore_merges),
         decoder=BYTE_LEVEL_DECODER,
-        added_tokens=added,
+        added_tokens=_added_tokens(tokens),
         normalizer=kind.normalizer,
         pre_tokenizer=kind.pre_tokenizer,
         post_processor=_post_processor(file, tokens, adds_bos),
     ), adds_bos
 
 
-def _sentencepiece_tokenizer(file: GGUFFile, tokens: list[str]) -> tuple[bytes, bool]:
-    vocab = {text: token_id for token_id, text in enumerate(tokens)}
+def _sentencepiece_tokenizer(file: GGUFFile, tokens: GGUFTokens) -> tuple[bytes, bool]:
+    vocab = {text: token_id for token_id, text in enumerate(tokens.texts)}
     if "tokenizer.ggml.merges" in file.metadata:
         merges = _stored_merges(file, vocab)
     else:
-        merges = _merges_by_score(file, vocab, tokens)
+        merges = _merges_by_score(file, vocab, tokens.texts)
     adds_space = file.flag("tokenizer.ggml.add_space_prefix", True)
     adds_bos = file.flag("tokenizer.ggml.add_bos_token", True)
+    # A space goes before the text and after each special token, whatever follows there.
+    normalizers: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": " "}, "content": _UNDERLINE}
+    ]
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": _UNDERLINE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if adds_space:
+        normalizers.insert(0, {"type": "Prepend", "prepend": _UNDERLINE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return tokenizer_json(
         model=bpe_model(vocab, merges, sentencepiece=True),
         decoder={"type": "Sequence", "decoders": decoders},
-        added_tokens=_added_tokens(file, tokens),
-        pre_tokenizer={
-            "type": "Metaspace",
-            "replacement": _UNDERLINE,
-            "prepend_scheme": "first" if adds_space else "never",
-            "split": False,
-        },
+        added_tokens=_added_tokens(tokens),
+        normalizer={"type": "Sequence", "normalizers": normalizers},
+        pre_tokenizer=None,
         post_processor=_post_processor(file, tokens, adds_bos),
     ), adds_bos
 
 
-def _added_tokens(file: GGUFFile, tokens: list[str]) -> list[dict[str, Any]]:
+def _added_tokens(tokens: GGUFTokens) -> list[dict[str, Any]]:
     """Control tokens and the unknown one (special: they have no text), and user-defined ones,
     which are never cut into pieces."""
-    if "tokenizer.ggml.token_type" not in file.metadata:
-        return []
-    types = file.sequence("tokenizer.ggml.token_type", int)
-    if len(types) != len(tokens):
-        raise ModelError(
-            f"{file.path}: {len(types)} token types for {len(tokens)} tokens; fetch the file again"
-        )
     return [
-        added_token(token_id, text, special=token_type != _USER_DEFINED)
-        for token_id, (text, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        added_token(token_id, tokens.texts[token_id], special=token_id in tokens.special)
+        for token_id in sorted(tokens.special | tokens.user_defined)
     ]
 
 
@@ -201,29 +222,16 @@ def _merges_by_score(
     return [(left, right) for _, left, right in found]
 
 
-def _special_id(file: GGUFFile, kind: str, num_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{kind}_token_id"
-    if key not in file.metadata:
-        return None
-    token_id = file.count(key)
-    if not 0 <= token_id < num_tokens:
-        raise ModelError(
-            f"{file.path}: metadata {key}={token_id} is not one of {num_tokens} tokens"
-        )
-    return token_id
-
-
-def _post_processor(file: GGUFFile, tokens: list[str], adds_bos: bool) -> Any:
+def _post_processor(file: GGUFFile, tokens: GGUFTokens, adds_bos: bool) -> Any:
     def token(kind: str, wanted: bool) -> tuple[str, int] | None:
-        token_id = _special_id(file, kind, len(tokens)) if wanted else None
-        return None if token_id is None else (tokens[token_id], token_id)
+        token_id = tokens.ids.get(kind) if wanted else None
+        return None if token_id is None else (tokens.texts[token_id], token_id)
 
     adds_eos = file.flag("tokenizer.ggml.add_eos_token", False)
     return template_processor(token("bos", adds_bos), token("eos", adds_eos))
 
 
-def _tokenizer_config(file: GGUFFile, adds_bos: bool) -> dict[str, Any]:
-    tokens = file.metadata["tokenizer.ggml.tokens"]
+def _tokenizer_config(file: GGUFFile, tokens: GGUFTokens, adds_bos: bool) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": adds_bos,
@@ -232,9 +240,23 @@ def _tokenizer_config(file: GGUFFile, adds_bos: bool) -> dict[str, Any]:
     }
     kinds = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for name, kind in kinds.items():
-        token_id = _special_id(file, kind, len(tokens))
-        if token_id is not None:
-            config[f"{name}_token"] = tokens[token_id]
-    if "tokenizer.chat_template" in file.metadata:
-        config["chat_template"] = file.text("tokenizer.chat_template")
+        if kind in tokens.ids:
+            config[f"{name}_token"] = tokens.texts[tokens.ids[kind]]
+    templates = _chat_templates(file)
+    if templates:
+        config["chat_template"] = [
+            {"name": name, "template": template} for name, template in templates.items()
+        ]
     return config
+
+
+def _chat_templates(file: GGUFFile) -> dict[str, str]:
+    """Templates by name: one alone is "default", as is the one whose key has no name."""
+    named = {
+        key.removeprefix(f"{_TEMPLATE}."): file.text(key)
+        for key in file.metadata
+        if key.startswith(f"{_TEMPLATE}.")
+    }
+    if _TEMPLATE in file.metadata:
+        named["default"] = file.text(_TEMPLATE)
+    return named

@@ -162,19 +162,25 @@ def test_byte_level_vocabularies(own_cache: Path, tmp_path: Path, pre: str) -> N
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
-def test_sentencepiece_vocabulary(own_cache: Path, tmp_path: Path) -> None:
-    pieces = ["\u2581the", "\u2581t", "he", "th", "\u2581c", "at", "\u2581cat", "in", "\u2581in"]
+PIECES = ["\u2581the", "\u2581t", "he", "th", "\u2581c", "at", "\u2581cat", "in", "\u2581in"]
+PIECES += ["\u2581\u2581", "\u2581\u2581\u2581"]
+
+
+def sentencepiece_file(path: Path, **metadata: Any) -> GGUFFile:
     letters = [*"\u2581abcdefghijklmnopqrstuvwxyz.,"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *pieces, *letters]
-    types = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) + len(letters))
-    scores = [0.0] * 259 + [-float(rank) for rank in range(len(pieces) + len(letters))]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *PIECES, *letters]
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(PIECES) + len(letters))
+    scores = [0.0] * 259 + [-float(rank) for rank in range(len(PIECES) + len(letters))]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-    file = write_vocabulary(tmp_path / "v.gguf", "llama", tokens, types, scores=scores, **ids)
+    return write_vocabulary(path, "llama", tokens, types, scores=scores, **(ids | metadata))
+
+
+def test_sentencepiece_vocabulary(own_cache: Path, tmp_path: Path) -> None:
+    file = sentencepiece_file(tmp_path / "v.gguf")
     path = gguf_tokenizer_dir(file) / "tokenizer.json"
     ours, theirs = Tokenizer.from_file(str(path)), transformers_tokenizer(tmp_path / "v.gguf")
-    texts = ["the cat in", " the  cat.", "é中\U0001f600 the", "x</s>the", "a\nb", ""]
-    for text in texts:
+    for text in ["the cat in", "the  cat.", "é中\U0001f600 the", "x</s>", "a\nb", ""]:
         expected = theirs.encode(text)
         assert expected[0] == 1
         assert ours.encode(text).ids == expected
@@ -182,6 +188,33 @@ def test_sentencepiece_vocabulary(own_cache: Path, tmp_path: Path) -> None:
     cat = ours.encode("cat", add_special_tokens=False).ids
     assert ours.decode([0, *cat, 0]) == theirs.decode([0, *cat, 0], skip_special_tokens=True)
     assert ours.decode([0, *cat, 0]) == "cat", "the unknown token has no text"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (" the cat", ["\u2581", "\u2581the", "\u2581cat"]),
+        ("  ", ["\u2581\u2581\u2581"]),
+        ("<s>the</s>cat", ["<s>", "\u2581the", "</s>", "\u2581cat"]),
+        ("<s> the", ["<s>", "\u2581", "\u2581the"]),
+        ("", []),
+    ],
+)
+def test_a_space_goes_before_a_text_and_after_each_special_token(
+    own_cache: Path, tmp_path: Path, text: str, tokens: list[str]
+) -> None:
+    """As llama.cpp has it, whatever the text begins with. Its 47 published vectors of Llama 2's
+    vocabulary (ggml-vocab-llama-spm) come out right in this way."""
+    file = sentencepiece_file(tmp_path / "v.gguf")
+    ours = Tokenizer.from_file(str(gguf_tokenizer_dir(file) / "tokenizer.json"))
+    assert ours.encode(text, add_special_tokens=False).tokens == tokens
+
+
+def test_no_space_is_added_where_the_file_says_so(own_cache: Path, tmp_path: Path) -> None:
+    file = sentencepiece_file(tmp_path / "v.gguf", add_space_prefix=False)
+    ours = Tokenizer.from_file(str(gguf_tokenizer_dir(file) / "tokenizer.json"))
+    assert ours.encode("cat in", add_special_tokens=False).tokens == ["c", "at", "\u2581in"]
+    assert ours.decode(ours.encode(" cat").ids) == " cat"
 
 
 def test_bos_and_eos_are_added_where_the_file_says_so(own_cache: Path, tmp_path: Path) -> None:
@@ -228,6 +261,9 @@ def test_the_cache_follows_the_file(own_cache: Path, tmp_path: Path) -> None:
         ({"tokenizer.ggml.merges": ["x yz"]}, ["'x yz'"]),
         ({"tokenizer.ggml.merges": ["xy"]}, ["'xy'"]),
         ({"tokenizer.ggml.eos_token_id": 999}, ["eos_token_id=999", "257 tokens"]),
+        ({"tokenizer.ggml.eos_token_id": 2**32 - 1}, ["eos_token_id=4294967295", "257 tokens"]),
+        ({"tokenizer.ggml.tokens": []}, ["tokenizer.ggml.tokens has 0 tokens"]),
+        ({"tokenizer.chat_template": 3}, ["tokenizer.chat_template=3", "a string"]),
     ],
 )
 def test_metadata_that_is_no_tokenizer(
