@@ -16,6 +16,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
+from core.kernels import tuning
 from core.kernels.triton_ops import TritonOps
 from plugins.attention._triton_backend import TritonBackend
 from plugins.attention._triton_decode import DecodeChoice
@@ -190,7 +193,7 @@ def sweep(shape: Shape, sequences: Sequence[int]) -> Iterator[dict[str, object]]
         times = [time_layer(shape, [1] * count, contexts, choice) for choice in choices]
         us, best = min(zip(times, choices, strict=True), key=lambda pair: pair[0])
         yield {
-            "device": torch.cuda.get_device_name(),
+            "device": tuning.table_of(DEVICE),
             "head_dim": head_dim,
             "group": num_heads // num_kv_heads,
             "value_bytes": 2,
@@ -198,6 +201,26 @@ def sweep(shape: Shape, sequences: Sequence[int]) -> Iterator[dict[str, object]]
             "us": round(us, 1),
             "others_us": [round(other, 1) for other in times],
         }
+
+
+def write_table(sweeps: Sequence[Path]) -> None:
+    """Put a sweep's rows in core/kernels/tuned; of shapes that it speaks of a device's others go.
+    Shapes with as many heads of a group and as large ones are the same to the kernel."""
+
+    def shape_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("device", "head_dim", "group", "value_bytes"))
+
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (each for file in sweeps for each in json.loads(file.read_text())):
+        del row["others_us"]
+        cell = (*shape_of(row), row["max_rows"])
+        if cell not in best or row["us"] < best[cell]["us"]:
+            best[cell] = row
+    swept = {shape_of(row) for row in best.values()}
+    file = Path(tuning.__file__).parent / "tuned" / "attention_decode.json"
+    found = [row for row in json.loads(file.read_text()) if shape_of(row) not in swept]
+    found = sorted([*found, *best.values()], key=lambda row: (*shape_of(row), row["max_rows"]))
+    file.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in found) + "\n]\n")
 
 
 def time_fused(shape: Shape, sequences: int, rows: int) -> float:
@@ -222,11 +245,21 @@ def main() -> None:
     parser.add_argument(
         "--sequences", nargs="+", type=int, default=SWEPT_SEQUENCES, help="of the sweep"
     )
+    parser.add_argument("--write", type=Path, help="folder for sweep.json")
+    parser.add_argument("--tables", type=Path, nargs="+", help="sweep.json files to take in")
     arguments = parser.parse_args()
+    if arguments.tables:
+        write_table(arguments.tables)
+        return
     if arguments.sweep:
+        found = []
         for name in arguments.shapes:
             for row in sweep(SHAPES[name], arguments.sequences):
                 print(json.dumps(row), flush=True)
+                found.append(row)
+                if arguments.write:
+                    arguments.write.mkdir(parents=True, exist_ok=True)
+                    (arguments.write / "sweep.json").write_text(json.dumps(found))
         return
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     report: dict[str, object] = {

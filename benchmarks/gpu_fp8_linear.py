@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks.gpu_linear import microseconds
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8
-from core.kernels import triton_fp8
+from core.kernels import triton_fp8, tuning
 from core.kernels.block_fp8 import dequantize, num_blocks
 from core.kernels.triton_ops import TritonOps
 
@@ -151,6 +151,7 @@ def row_of(name: str, rows: int, us: float, tile: Tile) -> dict[str, Any]:
     size_O, size_I, _ = SHAPES[name]
     floor_us = 1e6 * max(size_O * size_I / _BYTES_A_SECOND, 2 * rows * size_O * size_I / _FLOPS)
     return {
+        "device": tuning.table_of(torch.device("cuda")),
         "shape": name,
         "rows": rows,
         "us": round(us, 2),
@@ -209,26 +210,34 @@ def sweep(names: list[str], all_rows: list[int], folder: Path, until_s: float) -
         del weights
 
 
-def write_table(sweeps: list[Path], device: str) -> None:
-    """Put the fastest of each shape and number of rows in the table."""
-    best: dict[tuple[str, int], dict[str, Any]] = {}
+def write_table(sweeps: list[Path]) -> None:
+    """Put the fastest of each shape and number of rows in the table; of shapes that a device's
+    sweeps speak of its other rows go."""
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
     for result in (each for file in sweeps for each in json.loads(file.read_text())):
-        cell = (result["shape"], result["rows"])
+        cell = (result["device"], result["shape"], result["rows"])
         if cell not in best or result["us"] < best[cell]["us"]:
             best[cell] = result
-    largest = {name: max(rows for shape, rows in best if shape == name) for name, _ in best}
-    lines = []
-    for (name, rows), result in sorted(best.items()):
+    largest = {(device, name): 0 for device, name, _ in best}
+    for device, name, rows in best:
+        largest[device, name] = max(largest[device, name], rows)
+    found = []
+    for (device, name, rows), result in best.items():
         size_O, size_I, gated = SHAPES[name]
         shape = {"device": device, "outputs": size_O, "inputs": size_I, "gated": gated}
-        tile = result["tile"]
         # The fastest for the largest number measured is taken for all above.
-        endless = rows == largest[name] and rows >= 1024
+        endless = rows == largest[device, name] and rows >= 1024
         most = triton_fp8.ANY_ROWS if endless else rows
-        row = {**shape, **tile, "max_rows": most, "us": result["us"]}
-        lines.append("  " + json.dumps(row))
+        found.append({**shape, **result["tile"], "max_rows": most, "us": result["us"]})
+    swept = {_shape_of(row) for row in found}
     file = Path(triton_fp8.__file__).parent / "tuned" / "linear_fp8.json"
-    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    found += [row for row in json.loads(file.read_text()) if _shape_of(row) not in swept]
+    found.sort(key=lambda row: (*_shape_of(row), row["max_rows"]))
+    file.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in found) + "\n]\n")
+
+
+def _shape_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("device", "outputs", "inputs", "gated"))
 
 
 def report(names: list[str], all_rows: list[int]) -> list[dict[str, Any]]:
@@ -248,7 +257,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--table", type=Path, nargs="+", help="sweep.json files to take in")
-    parser.add_argument("--device", default="H100", help="part of its name, for --table")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--write", type=Path, help="folder for sweep.json", default=Path())
@@ -256,7 +264,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.table:
-        write_table(args.table, args.device)
+        write_table(args.table)
     elif args.sweep:
         sweep(args.shapes, args.rows, args.write, args.until)
     else:

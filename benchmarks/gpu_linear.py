@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.gpu_linear_tiles import SHAPES, Tile, candidates
 from core.interfaces.ops import LinearKernel
-from core.kernels import triton_linear
+from core.kernels import triton_linear, tuning
 from core.kernels.triton_ops import TritonOps
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -112,6 +112,7 @@ def compile_all(cells: list[tuple[str, int]]) -> None:
 def row_of(name: str, rows: int, us: float, vendor_us: float) -> dict[str, Any]:
     _, size_O, size_I, _ = SHAPES[name]
     return {
+        "device": tuning.table_of(torch.device("cuda")),
         "shape": name,
         "rows": rows,
         "us": round(us, 2),
@@ -172,18 +173,18 @@ def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
             (folder / "sweep.json").write_text(json.dumps(everything))
 
 
-def write_tables(sweeps: list[Path], device: str) -> None:
+def write_tables(sweeps: list[Path]) -> None:
     """Put the fastest of each shape and number of rows in core/kernels/tuned; rows of the tables
     that no sweep speaks of stay."""
-    best: dict[tuple[str, int], dict[str, Any]] = {}
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
     for result in (each for sweep in sweeps for each in json.loads(sweep.read_text())):
-        cell = (result["shape"], result["rows"])
+        cell = (result["device"], result["shape"], result["rows"])
         if cell not in best or result["us"] < best[cell]["us"]:
             best[cell] = result
     for operation in sorted({shape[0] for shape in SHAPES.values()}):
         file = Path(triton_linear.__file__).parent / "tuned" / f"{operation}_bf16.json"
         rows = {_cell(row): row for row in json.loads(file.read_text())} if file.exists() else {}
-        for (name, num_rows), result in best.items():
+        for (device, name, num_rows), result in best.items():
             its_operation, size_O, size_I, _ = SHAPES[name]
             if its_operation == operation:
                 shape = {"device": device, "outputs": size_O, "inputs": size_I}
@@ -298,7 +299,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tables", type=Path, nargs="+", help="sweep.json files to take in")
-    parser.add_argument("--device", default="H100", help="part of its name, for --tables")
     parser.add_argument("--stack", action="store_true")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -306,7 +306,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.tables:
-        write_tables(args.tables, args.device)
+        write_tables(args.tables)
     elif args.stack:
         print(json.dumps(time_stack(args.rows)))
     elif args.sweep:

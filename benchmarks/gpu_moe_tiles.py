@@ -8,18 +8,28 @@ from core.kernels.expert_tiles import ProductTile
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One layer's experts."""
+    """One layer's experts, or those of one rank of `ep`: it has all rows, and pairs of other ranks'
+    experts among its own."""
 
     num_experts: int
     hidden: int
     middle: int
     top_k: int
     fp8: bool = False
+    ep: int = 1
+
+    @property
+    def num_local(self) -> int:
+        return self.num_experts // self.ep
 
 
 SHAPES = {
     "qwen3_30b_a3b": Shape(128, 2048, 768, 8),
+    **{f"qwen3_30b_a3b_tp{tp}": Shape(128, 2048, 768 // tp, 8) for tp in (2, 4, 8)},
+    **{f"qwen3_30b_a3b_ep{ep}": Shape(128, 2048, 768, 8, ep=ep) for ep in (2, 4, 8)},
+    **{f"qwen3_235b_a22b_ep{ep}": Shape(128, 4096, 1536, 8, ep=ep) for ep in (4, 8, 16)},
     "deepseek_v3": Shape(256, 7168, 2048, 8, fp8=True),
+    **{f"deepseek_v3_ep{ep}_all": Shape(256, 7168, 2048, 8, fp8=True, ep=ep) for ep in (2, 4, 8)},
     "deepseek_v3_ep16": Shape(16, 7168, 2048, 8, fp8=True),  # a rank's, with all pairs its own
 }
 
@@ -107,7 +117,7 @@ _MANY_FP8: dict[bool, list[_Values]] = {
 
 def candidates(shape: Shape, rows: int) -> Iterator[tuple[int, bool, ProductTile]]:
     """(rows of a tile, gated, tile)."""
-    pairs_of_expert = rows * shape.top_k / shape.num_experts
+    pairs_of_expert = rows * shape.top_k / shape.num_experts  # of all ranks' experts alike
     few, many = (_FEW_FP8, _MANY_FP8) if shape.fp8 else (_FEW, _MANY)
     if pairs_of_expert <= 8:
         blocks = [16]

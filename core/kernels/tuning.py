@@ -3,9 +3,9 @@
 A file holds a list of rows, e.g. {"device": "H100", "outputs": 4096, "inputs": 4096,
 "max_rows": 16, "path": "skinny", "BLOCK_O": 32}. `device` is a key of tuned/devices.json, which
 says what those devices are. A row applies to shapes that equal the keys it names, and to at most
-`max_rows` rows; the one with the least `max_rows` that still suffices is taken. A shape that was
-not measured on a device takes the rows of the nearest one of the same compute capability. The
-programs that measured them are in benchmarks/.
+`max_rows` rows; the one with the least `max_rows` that still suffices is taken. What was not
+measured on a device, a shape or more rows of it, takes the rows of the nearest one of the same
+compute capability. The programs that measured them are in benchmarks/.
 """
 
 import json
@@ -63,6 +63,16 @@ def tables_for(device: TunedDevice) -> tuple[str, ...]:
     return tuple(known.name for known in sorted(alike, key=distance))
 
 
+def table_of(device: torch.device) -> str:
+    """What rows that are measured on a device are said to be of. Raises LookupError where nothing
+    is known of such devices."""
+    described = describe(device)
+    for name in tables_for(described):
+        if name in described.name:
+            return name
+    raise LookupError(f"{described} is not in core/kernels/tuned/devices.json: add it")
+
+
 @lru_cache(maxsize=64)
 def rows_of(operation: str, table: str) -> tuple[Choice, ...]:
     """The rows measured for an operation on the devices of one name, by rising `max_rows`; none
@@ -74,17 +84,19 @@ def rows_of(operation: str, table: str) -> tuple[Choice, ...]:
 def choices(operation: str, device: torch.device, **shape: int) -> tuple[Choice, ...]:
     """What was measured for one shape, by rising `max_rows`; for when a kernel is prepared."""
     described = describe(device)
+    found: list[Choice] = []
     for table in tables_for(described):
-        found = tuple(
+        most = found[-1]["max_rows"] if found else 0
+        more = [
             row
             for row in rows_of(operation, table)
-            if all(row.get(key, value) == value for key, value in shape.items())
-        )
-        if found:
-            if table not in described.name:
-                _tell_borrowed(described.name, table)
-            return found
-    return ()
+            if row["max_rows"] > most
+            and all(row.get(key, value) == value for key, value in shape.items())
+        ]
+        if more and table not in described.name:
+            _tell_borrowed(described.name, table)
+        found += more
+    return tuple(found)
 
 
 def choose(found: tuple[Choice, ...], num_rows: int) -> Choice | None:

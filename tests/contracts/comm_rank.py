@@ -5,6 +5,7 @@
 Inputs are a pure function of (case, rank), so that the test can compute the right answers itself.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -61,13 +62,12 @@ def rows_to_send(case: str, rank: int, size: int, dtype: torch.dtype) -> tuple[T
 def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor]:
     """Meet the other ranks, run, leave."""
     backend, _, where = backend.partition("-")
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device(where or "cpu")
-    if backend == "nccl":
-        from plugins.comm.nccl import NcclBackend as Backend
-
+    on_gpus = backend in ("nccl", "symm_mem")
+    device = torch.device("cuda", rank) if on_gpus else torch.device(where or "cpu")
+    if on_gpus:
         torch.cuda.set_device(device)
-    else:
-        from plugins.comm.gloo import GlooBackend as Backend
+    name = {"nccl": "Nccl", "symm_mem": "SymmMem", "gloo": "Gloo"}[backend]
+    Backend = getattr(importlib.import_module(f"plugins.comm.{backend}"), f"{name}Backend")
     plan = Plan(tp_attn=size, tp_expert=size)
     comm_backend = Backend(NoOptions())
     if size == 1:  # a mesh has no group there; the backend must still be right

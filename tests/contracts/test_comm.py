@@ -21,7 +21,7 @@ from core.parallel.layout import Layout
 from tests.contracts.comm_rank import ALL_TO_ALLS, CARRIED, DTYPES, rows_to_send, value
 
 ROOT = Path(__file__).parents[2]
-CASES = [("gloo", 2), ("gloo", 3), ("gloo-cuda", 2), ("nccl", 1), ("nccl", 2)]
+CASES = [("gloo", 2), ("gloo", 3), ("gloo-cuda", 2), ("nccl", 1), ("nccl", 2), ("symm_mem", 2)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run_ranks(backend: str, size: int, folder: Path) -> Ran:
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     backend, size = request.param
-    num_devices = {"gloo": 0, "gloo-cuda": 1, "nccl": size}[backend]
+    num_devices = {"gloo": 0, "gloo-cuda": 1, "nccl": size, "symm_mem": size}[backend]
     if torch.cuda.device_count() < num_devices:
         pytest.skip(f"needs {num_devices} CUDA devices")
     return run_ranks(backend, size, tmp_path_factory.mktemp(f"{backend}{size}"))

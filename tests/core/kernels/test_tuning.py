@@ -34,8 +34,16 @@ def test_rows_of_another_compute_capability_are_never_taken() -> None:
 def two_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shape 1 measured on both devices, shape 2 on one."""
     rows = {
-        "H100": ({"size": 1, "max_rows": 8, "from": "H100"}, {"size": 2, "max_rows": 8, "from": 2}),
-        "H200": ({"size": 1, "max_rows": 4, "from": "H200"},),
+        "H100": (
+            {"size": 1, "max_rows": 4, "from": "H100"},
+            {"size": 2, "max_rows": 8, "from": 2},
+            {"size": 4, "max_rows": 2, "from": "H100"},
+            {"size": 4, "max_rows": 8, "from": "H100"},
+        ),
+        "H200": (
+            {"size": 1, "max_rows": 4, "from": "H200"},
+            {"size": 4, "max_rows": 4, "from": "H200"},
+        ),
     }
     monkeypatch.setattr(tuning, "rows_of", lambda operation, table: rows[table])
     monkeypatch.setattr(tuning, "describe", lambda device: H200)
@@ -46,8 +54,12 @@ def test_each_shape_is_borrowed_by_itself(two_tables: None) -> None:
     assert [row["from"] for row in choices("any", device, size=1)] == ["H200"]
     assert [row["from"] for row in choices("any", device, size=2)] == [2]
     assert choices("any", device, size=3) == ()
-    # Rows of two devices are not mixed: their bounds belong together.
-    assert choose(choices("any", device, size=1), 8) is None
+
+
+def test_more_rows_than_were_measured_are_borrowed(two_tables: None) -> None:
+    found = choices("any", torch.device("cpu"), size=4)
+    assert [(row["max_rows"], row["from"]) for row in found] == [(4, "H200"), (8, "H100")]
+    assert choose(found, 9) is None
 
 
 def test_every_row_is_of_a_device_that_is_described() -> None:
