@@ -4,7 +4,8 @@ Every link has a side that stays (ROUTER, binds) and sides that come to it (DEAL
 with a name of its own). Over TCP all of them speak CURVE: both key pairs are derived from one
 secret that the engine's processes share, and who stays lets in only the holder of the other one.
 Inside a host (ipc://, in a folder only this user may enter) nothing is encrypted. Messages are
-msgpack structs. Knows nothing of what they say.
+msgpack structs; large ones travel in several frames, so that what libzmq holds of somebody who has
+not proved anything yet is small. Knows nothing of what they say.
 """
 
 import hashlib
@@ -21,6 +22,9 @@ from core.errors import ResourceError
 Socket = zmq.Socket[bytes]
 
 KEY_BYTES = 32
+MAX_FRAME_BYTES = 1 << 20  # libzmq allots that much as soon as anybody announces it
+_MAX_PART_BYTES = MAX_FRAME_BYTES - 256  # of a message; encryption adds some
+HANDSHAKE_S = 10.0  # for who connects to prove itself; each holds a descriptor until then
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # where libzmq asks whether a client may come in
 _ZAP_DOMAIN = b"nodeweave"
 _KEEPALIVE_IDLE_S = 30
@@ -46,12 +50,12 @@ class Wire:
         self._keys = _Keys(key) if key else None
         self._doorkeeper: threading.Thread | None = None
 
-    def bind(self, endpoint: str, *, max_message_bytes: int) -> Socket:
+    def bind(self, endpoint: str) -> Socket:
         """The side that stays: a ROUTER. Sending to a name that is not connected raises.
 
         Raises ResourceError where the address is taken or not this machine's.
         """
-        socket = self._socket(zmq.ROUTER, endpoint, max_message_bytes)
+        socket = self._socket(zmq.ROUTER, endpoint)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if (keys := self._keys_of(endpoint)) is not None:
             self._keep_the_door(keys)
@@ -64,10 +68,10 @@ class Wire:
             raise ResourceError(f"can't listen at {endpoint}: {error.strerror}") from error
         return socket
 
-    def connect(self, endpoint: str, name: str, *, max_message_bytes: int) -> Socket:
+    def connect(self, endpoint: str, name: str) -> Socket:
         """A side that comes: a DEALER called `name`, which nobody else at that endpoint is. Returns
         at once; what is sent waits until the other side is there."""
-        socket = self._socket(zmq.DEALER, endpoint, max_message_bytes)
+        socket = self._socket(zmq.DEALER, endpoint)
         socket.setsockopt(zmq.ROUTING_ID, name.encode())
         if (keys := self._keys_of(endpoint)) is not None:
             socket.setsockopt(zmq.CURVE_SERVERKEY, zmq.curve_public(keys.server_secret))
@@ -84,11 +88,12 @@ class Wire:
         if self._doorkeeper is not None:
             self._doorkeeper.join()
 
-    def _socket(self, kind: int, endpoint: str, max_message_bytes: int) -> Socket:
+    def _socket(self, kind: int, endpoint: str) -> Socket:
         socket = self._context.socket(kind)
         self._sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))
         # Nothing is dropped and no sender blocks: what is under way is limited by who makes it.
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.IPV6, int("[" in endpoint))
@@ -140,17 +145,45 @@ def _answer_the_door(socket: Socket, client_public: bytes) -> None:
     with socket:
         while True:
             try:
-                version, request_id, _, _, _, mechanism, *credentials = socket.recv_multipart()
+                # Version, number, domain, address, identity; then the mechanism and its key.
+                question = socket.recv_multipart()
             except zmq.ContextTerminated:
                 return
-            known = mechanism == b"CURVE" and credentials == [client_public]
+            known = question[5:] == [b"CURVE", client_public]
             status, text = (b"200", b"OK") if known else (b"400", b"unknown key")
-            socket.send_multipart([version, request_id, status, text, b"", b""])
+            socket.send_multipart([*question[:2], status, text, b"", b""])
+
+
+def send(socket: Socket, message: bytes, *, to: str | None = None) -> None:
+    """Send a message of any size, at once; `to`: by a side that stays, to the name of one that
+    came. Raises zmq.ZMQError where nobody has that name."""
+    if to is not None:
+        socket.send(to.encode(), zmq.SNDMORE)
+    if len(message) <= _MAX_PART_BYTES:
+        socket.send(message)
+        return
+    view = memoryview(message)
+    socket.send_multipart(
+        [view[i : i + _MAX_PART_BYTES] for i in range(0, len(message), _MAX_PART_BYTES)]
+    )
+
+
+def receive(socket: Socket, flags: int = 0) -> bytes:
+    """The next message to a side that came. With zmq.NOBLOCK raises zmq.Again where there is
+    none."""
+    frames = socket.recv_multipart(flags)
+    return frames[0] if len(frames) == 1 else b"".join(frames)
+
+
+def receive_from(socket: Socket, flags: int = 0) -> tuple[str, bytes]:
+    """The next message to a side that stays, after the name of who sent it."""
+    name, *frames = socket.recv_multipart(flags)
+    return name.decode(), frames[0] if len(frames) == 1 else b"".join(frames)
 
 
 def say_hello(socket: Socket) -> None:
     """Of a connecting side, once, before anything else; `await_answer` later."""
-    socket.send(_HELLO)
+    send(socket, _HELLO)
 
 
 def await_answer(socket: Socket, *, timeout_s: float, whose: str) -> None:
@@ -163,7 +196,7 @@ def await_answer(socket: Socket, *, timeout_s: float, whose: str) -> None:
             f"{whose} at {_address(socket)} did not answer within {timeout_s:g} s; look above for "
             "what stopped or delayed it"
         )
-    msgspec.msgpack.decode(socket.recv(), type=Hello)
+    msgspec.msgpack.decode(receive(socket), type=Hello)
 
 
 def await_hellos(socket: Socket, names: Collection[str], *, timeout_s: float, whose: str) -> None:
@@ -180,11 +213,11 @@ def await_hellos(socket: Socket, names: Collection[str], *, timeout_s: float, wh
                 f"waited {timeout_s:g} s at {_address(socket)} for {whose} "
                 f"{', '.join(sorted(missing))}; look above for what stopped or delayed them"
             )
-        name, frame = socket.recv_multipart()
-        msgspec.msgpack.decode(frame, type=Hello)
-        missing.discard(name.decode())
+        name, message = receive_from(socket)
+        msgspec.msgpack.decode(message, type=Hello)
+        missing.discard(name)
     for expected in names:
-        socket.send_multipart([expected.encode(), _HELLO])
+        send(socket, _HELLO, to=expected)
 
 
 def _address(socket: Socket) -> str:

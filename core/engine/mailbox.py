@@ -19,13 +19,18 @@ from core.interfaces.messages import (
     RequestOutput,
     StepOutput,
 )
-from core.wire import Socket, Wire, await_answer, await_hellos, say_hello
+from core.wire import (
+    Socket,
+    Wire,
+    await_answer,
+    await_hellos,
+    receive,
+    receive_from,
+    say_hello,
+    send,
+)
 
 STATS_INTERVAL_S = 0.25
-# A request is at most a prompt of the longest context, a few bytes a token.
-MAX_INPUT_BYTES = 64 * 1024 * 1024
-MAX_PLAN_BYTES = 256 * 1024 * 1024  # many such prompts can enter in one step
-MAX_FACTS_BYTES = 1024 * 1024
 _ONE_WAIT_S = 1.0
 
 
@@ -33,7 +38,7 @@ class ZmqMailbox:
     """A leader's link to the frontend: inbox and outbox. The first gauges tell it we are here."""
 
     def __init__(self, wire: Wire, endpoint: str, dp_rank: int) -> None:
-        self.socket = wire.connect(endpoint, str(dp_rank), max_message_bytes=MAX_INPUT_BYTES)
+        self.socket = wire.connect(endpoint, str(dp_rank))
         self._decoder = msgspec.msgpack.Decoder(EngineInput)
         self._encoder = msgspec.msgpack.Encoder()
         self._stats: EngineStats | None = None
@@ -44,7 +49,7 @@ class ZmqMailbox:
         messages: list[EngineInput] = []
         while True:
             try:
-                messages.append(self._decoder.decode(self.socket.recv(zmq.NOBLOCK)))
+                messages.append(self._decoder.decode(receive(self.socket, zmq.NOBLOCK)))
             except zmq.Again:
                 return messages
 
@@ -59,30 +64,30 @@ class ZmqMailbox:
             self._stats, self._next_stats_s = stats, now + STATS_INTERVAL_S
         if any(output.prompt_logprobs is not None for output in outputs):
             outputs = self._send_large(outputs)
-        self.socket.send(self._encoder.encode(StepOutput(outputs, stats if due else None)))
+        send(self.socket, self._encoder.encode(StepOutput(outputs, stats if due else None)))
 
     def _send_large(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Send each output that has prompt logprobs in a message of its own, as one alone may be
-        tens of MB and the frontend takes no message beyond its limit; returns the others."""
+        tens of MB; returns the others."""
         others = []
         for output in outputs:
             if output.prompt_logprobs is None:
                 others.append(output)
             else:
-                self.socket.send(self._encoder.encode(StepOutput([output])))
+                send(self.socket, self._encoder.encode(StepOutput([output])))
         return others
 
     def send_expert_loads(self, loads: ExpertLoads | None) -> None:
         """A message of its own, if there are any."""
         if loads is not None:
-            self.socket.send(self._encoder.encode(StepOutput([], None, loads)))
+            send(self.socket, self._encoder.encode(StepOutput([], None, loads)))
 
 
 class ZmqPlanSender:
     """Hands each step to the other ranks of the leader's group, who connect here."""
 
     def __init__(self, wire: Wire, endpoint: str, followers: Sequence[int]) -> None:
-        self._socket = wire.bind(endpoint, max_message_bytes=MAX_FACTS_BYTES)
+        self._socket = wire.bind(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
         self._names = [str(rank) for rank in followers]
 
@@ -93,14 +98,14 @@ class ZmqPlanSender:
     def send(self, step: AgreedStep) -> None:
         data = self._encoder.encode(step)
         for name in self._names:
-            self._socket.send_multipart([name.encode(), data])
+            send(self._socket, data, to=name)
 
 
 class ZmqPlanReceiver:
     """A follower's steps."""
 
     def __init__(self, wire: Wire, endpoint: str, rank: int) -> None:
-        self._socket = wire.connect(endpoint, str(rank), max_message_bytes=MAX_PLAN_BYTES)
+        self._socket = wire.connect(endpoint, str(rank))
         self._decoder = msgspec.msgpack.Decoder(AgreedStep)
         say_hello(self._socket)
 
@@ -109,14 +114,14 @@ class ZmqPlanReceiver:
         await_answer(self._socket, timeout_s=timeout_s, whose="the rank that schedules")
 
     def receive(self) -> AgreedStep:
-        return self._decoder.decode(self._socket.recv())
+        return self._decoder.decode(receive(self._socket))
 
 
 class ZmqHubLinks:
     """The hub's links to the leaders of the other DP ranks, who connect here."""
 
     def __init__(self, wire: Wire, endpoint: str, num_dp: int, *, answer_s: float) -> None:
-        self.socket = wire.bind(endpoint, max_message_bytes=MAX_FACTS_BYTES)
+        self.socket = wire.bind(endpoint)
         self._names = [str(dp_rank) for dp_rank in range(1, num_dp)]
         self._answer_s = answer_s
         self._decoder = msgspec.msgpack.Decoder(RankFacts)
@@ -127,19 +132,19 @@ class ZmqHubLinks:
         await_hellos(self.socket, self._names, timeout_s=timeout_s, whose="DP rank")
 
     def send(self, dp_rank: int, message: HubMessage) -> None:
-        self.socket.send_multipart([str(dp_rank).encode(), self._encoder.encode(message)])
+        send(self.socket, self._encoder.encode(message), to=str(dp_rank))
 
     def receive(self) -> tuple[int, RankFacts]:
         _wait(self.socket, self._answer_s)
-        name, frame = self.socket.recv_multipart()
-        return int(name), self._decoder.decode(frame)
+        name, message = receive_from(self.socket)
+        return int(name), self._decoder.decode(message)
 
 
 class ZmqHubLink:
     """Another leader's link to the hub."""
 
     def __init__(self, wire: Wire, endpoint: str, dp_rank: int, *, answer_s: float) -> None:
-        self.socket = wire.connect(endpoint, str(dp_rank), max_message_bytes=MAX_FACTS_BYTES)
+        self.socket = wire.connect(endpoint, str(dp_rank))
         self._answer_s = answer_s
         self._decoder: msgspec.msgpack.Decoder[HubMessage] = msgspec.msgpack.Decoder(HubMessage)
         self._encoder = msgspec.msgpack.Encoder()
@@ -150,11 +155,11 @@ class ZmqHubLink:
         await_answer(self.socket, timeout_s=timeout_s, whose="the scheduler of DP rank 0")
 
     def send(self, facts: RankFacts) -> None:
-        self.socket.send(self._encoder.encode(facts))
+        send(self.socket, self._encoder.encode(facts))
 
     def receive(self) -> HubMessage:
         _wait(self.socket, self._answer_s)
-        return self._decoder.decode(self.socket.recv())
+        return self._decoder.decode(receive(self.socket))
 
 
 def _wait(socket: Socket, timeout_s: float) -> None:

@@ -30,9 +30,8 @@ from core.interfaces.messages import (
 )
 from core.serve.balancer import Balancer
 from core.serve.request_check import RequestLimits
-from core.wire import Wire
+from core.wire import Wire, receive_from, send
 
-MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 STEPS_PER_WAKEUP = 8  # messages taken before other work of the event loop gets its turn
 UNREACHABLE_S = 2.0  # until a scheduler whose connection is gone counts as dead
 _REFUSALS = {
@@ -62,13 +61,13 @@ class ZmqEngine:
         self._balancer = balancer
         self._limits = limits
         self._wire = Wire(endpoints.key)
-        self._socket = self._wire.bind(endpoints.engine, max_message_bytes=MAX_MESSAGE_BYTES)
+        self._socket = self._wire.bind(endpoints.engine)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepOutput)
         self._streams: dict[str, ZmqStream] = {}
         # By DP rank: what to send once its scheduler is there; None: it is.
         self._held: list[list[EngineInput] | None] = [[] for _ in endpoints.plans]
-        self._ranks = {str(rank).encode(): rank for rank in range(len(endpoints.plans))}
+        self._ranks = {str(rank): rank for rank in range(len(endpoints.plans))}
         self._stats_by_dp = [EngineStats() for _ in endpoints.plans]
         self._expert_loads: ExpertLoads | None = None
         self._info: dict[str, Any] = {}
@@ -186,9 +185,8 @@ class ZmqEngine:
         if (held := self._held[dp_rank]) is not None:
             held.append(message)
             return
-        name = str(dp_rank).encode()
         try:
-            self._socket.send_multipart([name, self._encoder.encode(message)], zmq.NOBLOCK)
+            send(self._socket, self._encoder.encode(message), to=str(dp_rank))
         except zmq.ZMQError as error:
             cause = f"the scheduler of DP rank {dp_rank} can't be reached: {error.strerror}"
             # The parent, who knows more, will say so sooner if a worker is gone.
@@ -224,13 +222,13 @@ class ZmqEngine:
             return
         for _ in range(STEPS_PER_WAKEUP):
             try:
-                name, frame = self._socket.recv_multipart(zmq.NOBLOCK)
+                name, message = receive_from(self._socket, zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
                 dp_rank = self._ranks[name]
-                step = self._decoder.decode(frame)
-            except (KeyError, ValueError, msgspec.DecodeError) as error:
+                step = self._decoder.decode(message)
+            except Exception as error:  # RecursionError of deep ones, say: no step was understood
                 log.error("the engine sent a message that can't be read: %r", error)
                 self.engine_died(f"unreadable message from the engine: {error}")
                 return

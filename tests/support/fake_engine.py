@@ -26,6 +26,7 @@ from core.interfaces.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from core.wire import receive
 
 
 def endpoints_in(folder: Path | str, num_dp: int = 1) -> Endpoints:
@@ -91,7 +92,7 @@ class FakeEngine:
         while not self._stopping:
             busy = bool(self.live) and self.stepping.is_set()
             while self._socket.poll(0 if busy else 5):
-                self._take(self._decoder.decode(self._socket.recv()))
+                self._take(self._decoder.decode(receive(self._socket)))
                 busy = True
             if self.live and self.stepping.is_set() and self._permitted():
                 self._step()

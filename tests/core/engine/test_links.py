@@ -231,7 +231,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tmp_path: Path, rank: int) ->
 def test_gauges_are_sent_when_they_change_and_not_too_often(tmp_path: Path) -> None:
     endpoints = endpoints_in(tmp_path)
     frontend, wire = Wire(), Wire()
-    router = frontend.bind(endpoints.engine, max_message_bytes=1000)
+    router = frontend.bind(endpoints.engine)
     mailbox = ZmqMailbox(wire, endpoints.engine, 0)
 
     def said() -> list[object]:
