@@ -24,6 +24,7 @@ from core.engine.graphs import GraphedSteps, graph_sizes
 from core.engine.launch import StepLauncher, StreamLauncher
 from core.engine.lockstep import SoloLockstep
 from core.engine.loop import EngineLoop, NoFollowers, RunningStep
+from core.engine.progress import Progress
 from core.engine.recorder import Replay, Work, select_recorder
 from core.engine.runner import ModelRunner
 from core.engine.sampler import Sampler
@@ -162,6 +163,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
         state=state,
         comm=SOLO.axes["tp"],
         balancer=NoBalancer(),
+        progress=Progress(),
     )
     scheduler = Scheduler(
         config,

@@ -86,7 +86,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     gc.set_threshold(20_000, 20, 50)
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
-    channel.beat(lambda: (rank.launcher.launched, rank.launcher.finished))
+    channel.beat(rank.launcher.beat)
     links.serve(rank.scheduler, rank.launcher, rank.balancer)
 
 

@@ -92,13 +92,13 @@ class Channel:
             except BrokenPipeError:
                 return
 
-    def beat(self, counts: Callable[[], tuple[int, int]]) -> None:
+    def beat(self, beat: Callable[[], Beat]) -> None:
         """From now on tell the parent several times a second, from a daemon thread, that this
-        process lives and what `counts` says: steps launched and finished."""
+        process lives and how far it is."""
 
         def beat_forever() -> None:
             while True:
-                self.send(Beat(*counts()))
+                self.send(beat())
                 time.sleep(BEAT_S)
 
         threading.Thread(target=beat_forever, name="nodeweave-beat", daemon=True).start()

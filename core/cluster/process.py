@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from core.cluster.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
+from core.cluster.motion import Motion
 from core.interfaces.control import (
     Beat,
     ChildStatus,
@@ -43,7 +44,7 @@ class ProcessSpec:
 
 
 class Child:
-    """A started process. `failed`, `ready`, `beat` and `returncode` are set as it says and does
+    """A started process. `failed`, `ready`, `motion` and `returncode` are set as it says and does
     so, `frozen` by `core.cluster.vigil`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
@@ -54,9 +55,8 @@ class Child:
         self.ready: Ready | None = None
         self.frozen: str | None = None  # how, in words
         self.returncode: int | None = None  # negative: killed by that signal
-        self.beat: Beat | None = None  # the last one
-        self.beat_s: float | None = None  # when it came
-        self.moved_s = time.monotonic()  # when it last finished a step, or had none to finish
+        self.beat_s: float | None = None  # when the last beat came
+        self.motion = Motion(time.monotonic())
         self.last_heard = "nothing yet"
         self.dropped_lines = 0  # of its log, so far
         self.status_ended = False
@@ -170,7 +170,7 @@ class Child:
     def forgive(self, paused_s: float) -> None:
         """The parent did not run for so long: what it heard last is that much younger."""
         now = time.monotonic()
-        self.moved_s = min(self.moved_s + paused_s, now)
+        self.motion.forgive(paused_s, now)
         if self.beat_s is not None:
             self.beat_s = min(self.beat_s + paused_s, now)
 
@@ -210,13 +210,8 @@ class Child:
         return status
 
     def _count(self, beat: Beat) -> None:
-        now = time.monotonic()
-        before = self.beat
-        if before is None or beat.finished != before.finished or beat.launched == beat.finished:
-            self.moved_s = now
-        elif before.launched == before.finished:
-            self.moved_s = now  # it was idle until now
-        self.beat, self.beat_s = beat, now
+        self.beat_s = now = time.monotonic()
+        self.motion.take(beat, now)
 
     def _kill_group(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """Finds processes that live but don't move: stopped by a signal, silent, or stuck in a step.
 
-Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how many steps it
-began and finished (`Channel.beat`); that needs Python's lock now and then, so that on a machine
-with too much to do beats come late, and silence must be long to count. A process that is stopped
+Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how far its steps
+are (`Channel.beat`, `core.cluster.motion`); that needs Python's lock now and then, so that on a
+machine with too much to do beats come late, and silence must be long to count. A process that is stopped
 is told apart by the kernel's word, which needs no patience. Only time in which this watcher ran
 itself counts: where both were paused (`docker pause`), nobody is to blame.
 """
@@ -67,23 +67,15 @@ class Vigil:
             child.frozen = "is frozen: it was stopped by a signal (SIGSTOP)"
 
     def _look_for_stuck_step(self, living: Sequence[Child], now: float) -> None:
-        """Of ranks that wait for each other the one that is behind is the likeliest cause."""
-        late = [
-            child
-            for child in living
-            if child.beat is not None
-            and child.beat.launched > child.beat.finished
-            and now - child.moved_s >= self._step_timeout_s
-        ]
-        if late:
-            child = min(
-                late, key=lambda c: (c.beat.finished, c.beat.launched) if c.beat else (0, 0)
+        """Of ranks that wait for each other the one that is behind is the likeliest cause. As long
+        as one gets on, the others may be waiting for it."""
+        in_step = [child for child in living if child.motion.in_step]
+        problems = [child.motion.problem(now, self._step_timeout_s) for child in in_step]
+        if in_step and all(problems):
+            problem, child = min(
+                zip(problems, in_step, strict=True), key=lambda pair: pair[1].motion.behind
             )
-            assert child.beat is not None
-            child.frozen = (
-                f"is frozen: step {child.beat.finished + 1} did not end within "
-                f"{self._step_timeout_s:g} s (launch.step_timeout_s)"
-            )
+            child.frozen = f"is frozen: {problem}"
 
 
 def process_state(pid: int) -> str:

@@ -4,6 +4,7 @@ Used by the worker process and by the offline engine alike. Every rank of a grou
 collectives inside (agreeing on the pool size) happen on all of them.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,12 +34,14 @@ from core.engine.model_build import (
     routes_at_random,
     stream_of,
 )
+from core.engine.pace import Pace, measure_pace
 from core.engine.runner import ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
 from core.engine.step_attention import PagedAttention
 from core.engine.step_latent import LatentPagedAttention
 from core.engine.trial import OnPhase, Phases, Trial, keep_kernels
+from core.engine.trial_steps import most_prompt_tokens
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
@@ -129,6 +132,8 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         _warm_up_plans(min(max_model_len - 1, 16, config.engine.settled_page_size)),
         context.plan.axis_size("dp"),
     )
+    if context.device.type == "cpu":
+        steps.pace = _measure_pace(config, context, steps, max_model_len)
     phases.end("warm up")
     launcher.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
     phases.end(CAPTURE_TASK)
@@ -284,6 +289,7 @@ def _build_runner(
         stream=stream,
     )
     return ModelRunner(
+        progress=parts.attention.progress,
         steps=make_steps(
             engine,
             parts,
@@ -381,6 +387,25 @@ def _agree_pool(
     mine = torch.tensor([pool.num_pages], dtype=torch.int64, device=context.device)
     everyone = context.comms.axes["world"].all_gather(mine, 0)
     return PoolSize(int(everyone.min()), pool.page_bytes)
+
+
+def _measure_pace(
+    config: AppConfig, context: RankContext, steps: StepLauncher, max_model_len: int
+) -> Pace:
+    """What steps cost, agreed on by all ranks: the slowest one's time is everybody's."""
+    world, num_dp = context.comms.axes["world"], context.plan.axis_size("dp")
+
+    def timed(plan: StepPlan) -> float:
+        begin = time.perf_counter()
+        warm_up(steps, [plan], num_dp)
+        mine = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+        return float(world.all_gather(mine, 0).max())
+
+    return measure_pace(
+        timed,
+        step_tokens=most_prompt_tokens(config.engine, max_model_len),
+        context_tokens=max_model_len - 1,
+    )
 
 
 def _warm_up_plans(num_tokens: int) -> list[StepPlan]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
+from core.engine.progress import Progress
 from core.errors import PluginError
 from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.model import Model, ModelStep, WantedRows
@@ -26,6 +27,8 @@ OnCaptured = Callable[[int, int], None]  # steps captured so far, and of all
 
 class AttentionOfRank(Protocol):
     """The caches and attention backends of a rank (core.engine.step_attention)."""
+
+    progress: Progress  # counts the layers whose attention was computed
 
     @property
     def capturable(self) -> bool:

@@ -5,6 +5,7 @@ stream does. Either keeps order: a step runs when the one before it is done.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from core.engine.pace import Pace
 from core.engine.runner import ModelRunner, PendingStep
+from core.interfaces.control import Beat
 from core.interfaces.messages import AgreedStep, StepResult
 
 T = TypeVar("T")
@@ -40,6 +43,11 @@ class Launcher(Protocol):
 
     def launch(self, runner: ModelRunner, step: AgreedStep) -> LaunchedStep: ...
 
+    def cpu_s(self) -> float:
+        """CPU time of the thread that computes; always 0 where another device does. From any
+        thread."""
+        ...
+
 
 class ThreadLauncher:
     """Runs steps in the one thread that computes, so that the scheduler works meanwhile.
@@ -51,12 +59,23 @@ class ThreadLauncher:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._clock = self.run(_clock_of_thread)
 
     def run(self, work: Callable[[], T]) -> T:
         return self._thread.submit(work).result()
 
     def launch(self, runner: ModelRunner, step: AgreedStep) -> LaunchedStep:
         return self._thread.submit(lambda: runner.launch(step).to_host())
+
+    def cpu_s(self) -> float:
+        return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+
+
+def _clock_of_thread() -> int | None:
+    """The clock of the calling thread's CPU time; None where the system has none to read."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    return time.pthread_getcpuclockid(threading.get_ident())
 
 
 class _StreamStep:
@@ -90,6 +109,9 @@ class StreamLauncher:
         event.record()
         return _StreamStep(pending, event)
 
+    def cpu_s(self) -> float:
+        return 0.0  # who waits for a GPU may spin, which says nothing
+
 
 def select_launcher(device: torch.device) -> Launcher:
     """The launcher that overlaps best on a device."""
@@ -97,13 +119,18 @@ def select_launcher(device: torch.device) -> Launcher:
 
 
 class StepLauncher:
-    """Starts the steps of one runner, and counts them for those who watch whether it moves."""
+    """Starts the steps of one runner, and counts them for those who watch whether it moves.
+
+    `pace` says what they cost, as far as that is known; set before the first request.
+    """
 
     def __init__(self, launcher: Launcher, runner: ModelRunner) -> None:
+        self.pace = Pace()
         self._launcher = launcher
         self._runner = runner
         self._lock = threading.Lock()  # guards what follows
         self._running: deque[LaunchedStep] = deque()
+        self._expected_s: deque[float] = deque()  # of each step that began and is not done
         self._launched = 0
         self._finished = 0
 
@@ -120,9 +147,23 @@ class StepLauncher:
             self._count()
             return self._finished
 
+    def beat(self) -> Beat:
+        """How far the steps are. From any thread."""
+        with self._lock:
+            self._count()
+            return Beat(
+                launched=self._launched,
+                finished=self._finished,
+                pieces=self._runner.progress.pieces,
+                cpu_s=self._launcher.cpu_s(),
+                expected_s=self._expected_s[0] if self._expected_s else 0.0,
+            )
+
     def launch(self, step: AgreedStep) -> Wait:
+        expected_s = self.pace.step_s(step.plan, step.facts)
         with self._lock:
             self._launched += 1  # before the launch, which may be what hangs
+            self._expected_s.append(expected_s)
         launched = self._launcher.launch(self._runner, step)
         with self._lock:
             self._running.append(launched)
@@ -139,10 +180,13 @@ class StepLauncher:
         """A step is done, and so are those before it: asking the device takes long."""
         with self._lock:
             while self._running and self._finished < number:
-                self._running.popleft()
-                self._finished += 1
+                self._end_first()
 
     def _count(self) -> None:
         while self._running and self._running[0].done():
-            self._running.popleft()
-            self._finished += 1
+            self._end_first()
+
+    def _end_first(self) -> None:
+        self._running.popleft()
+        self._expected_s.popleft()
+        self._finished += 1

@@ -17,6 +17,7 @@ from core.engine.batch import SlotState, to_device
 from core.engine.expert_balance import Balancer
 from core.engine.forward import ComputedStep, Steps, row_starts
 from core.engine.logprobs import DeviceLogprobs, prompt_logprobs, sampled_logprobs
+from core.engine.progress import Progress
 from core.engine.sampler import Sampler
 from core.interfaces.comm import Communicator
 from core.interfaces.messages import (
@@ -76,13 +77,15 @@ class ModelRunner:
         state: SlotState,
         comm: Communicator,
         balancer: Balancer,
+        progress: Progress,
     ) -> None:
-        """`comm` is that of the tp axis."""
+        """`comm` is that of the tp axis; `progress` also counts what is done before the sampler."""
         self.steps = steps
         self.sampler = sampler
         self.state = state
         self.comm = comm
         self.balancer = balancer
+        self.progress = progress
         self.slots: dict[int, SlotInit] = {}  # the request in each slot
         # By slot: alternatives wanted beside each token's logprob; -1: not even that.
         self._num_logprobs = np.full(state.tokens_SL.shape[0], -1, dtype=np.int64)
@@ -155,6 +158,7 @@ class ModelRunner:
             if self.comm.rank == 0 and piece:
                 next_ids = self.state.tokens_SL[slots_R, next_R].long()
                 self._keep_prompt_logprobs(plan, piece, logits_RV, next_ids, pending)
+            self.progress.pieces += 1
 
     def _prompt_positions(self, plan: StepPlan) -> list[tuple[int, int, int, int]]:
         """(row of the plan, row of the hidden states, slot, position of the token predicted)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.engine.batch import Batch
+from core.engine.progress import Progress
 from core.interfaces.attention import (
     AttentionBackend,
     HeadTransform,
@@ -44,6 +45,7 @@ class PagedAttention:
     ) -> None:
         self._ops, self._caches = ops, caches
         self._prefill, self._decode = prefill, decode
+        self.progress = Progress()
 
     @property
     def capturable(self) -> bool:
@@ -57,7 +59,9 @@ class PagedAttention:
 
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
-        attend = _PagedStep(self._ops, self._caches, batch, self._prefill, self._decode)
+        attend = _PagedStep(
+            self._ops, self._caches, batch, self._prefill, self._decode, self.progress
+        )
         return ModelStep(attend, _NoLatent(), rows, phase, batch.num_real)
 
 
@@ -69,8 +73,10 @@ class _PagedStep:
         batch: Batch,
         prefill: AttentionBackend,
         decode: AttentionBackend,
+        progress: Progress,
     ) -> None:
         self._ops, self._caches, self._slots_T = ops, caches, batch.kv_slots_T
+        self._progress = progress
         self._phases = [
             (backend, Phase(rows, backend.plan(sequences)))
             for backend, sequences, rows in _phases(batch, prefill, decode)
@@ -86,6 +92,7 @@ class _PagedStep:
             rows = phase.rows
             new = NewKV(k_TGD[rows], v_TGD[rows])
             backend.forward(phase.plan, cache, q_THD[rows], out_THD[rows], new)
+        self._progress.pieces += 1
         return out_THD
 
 

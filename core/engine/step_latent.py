@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from core.engine.batch import Batch
+from core.engine.progress import Progress
 from core.engine.step_attention import Phase, output_of
 from core.interfaces.attention import HeadTransform
 from core.interfaces.latent_attention import (
@@ -38,6 +39,7 @@ class LatentPagedAttention:
         self._ops, self._caches = ops, caches
         self._dims = value_dim, latent_dim
         self._prefill, self._decode = prefill, decode
+        self.progress = Progress()
 
     @property
     def capturable(self) -> bool:
@@ -52,7 +54,13 @@ class LatentPagedAttention:
     def step(self, batch: Batch, rows: StepRows, phase: str) -> ModelStep:
         """What the model gets for one step."""
         attend = _LatentStep(
-            self._ops, self._caches, self._dims, batch, self._prefill, self._decode
+            self._ops,
+            self._caches,
+            self._dims,
+            batch,
+            self._prefill,
+            self._decode,
+            self.progress,
         )
         return ModelStep(_NoHeads(), attend, rows, phase, batch.num_real)
 
@@ -66,8 +74,10 @@ class _LatentStep:
         batch: Batch,
         prefill: LatentAttentionBackend,
         decode: LatentAttentionBackend,
+        progress: Progress,
     ) -> None:
         self._ops, self._caches, self._slots_T = ops, caches, batch.kv_slots_T
+        self._progress = progress
         self._value_dim, self._latent_dim = dims
         self._decode_phase: tuple[LatentAttentionBackend, Phase] | None = None
         self._prefill_phase: tuple[LatentAttentionBackend, Phase] | None = None
@@ -110,6 +120,7 @@ class _LatentStep:
             backend.expanded(
                 phase.plan, cache_BPZ, q_THD[phase.rows], projections.expand, out_THV[phase.rows]
             )
+        self._progress.pieces += 1
         return out_THV
 
 

@@ -40,10 +40,13 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
     """A worker lives; sent some times a second once it is ready. The supervisor finds one that
-    says nothing (stopped), or whose `finished` stands still while it is behind `launched`."""
+    says nothing (stopped), or that gets nowhere while `finished` is behind `launched`."""
 
     launched: int  # steps started since the start
     finished: int  # of them done
+    pieces: int = 0  # of steps that are done: layers, parts of prompt logprobs
+    cpu_s: float = 0.0  # CPU time of the thread that computes; 0: another device does
+    expected_s: float = 0.0  # that the step under way should take in all; 0: not known
 
 
 class LinesDropped(msgspec.Struct, frozen=True, tag=True):

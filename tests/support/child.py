@@ -16,6 +16,7 @@ from typing import Any
 from core.cluster.channel import Channel, exit_with_parent
 from core.errors import ModelError, PlanError, WorkerDied
 from core.interfaces.control import (
+    Beat,
     Drain,
     EngineDied,
     EngineReady,
@@ -62,7 +63,7 @@ def main() -> None:
             case "stuck":  # serves, and its step never ends
                 channel.exit_at_end()
                 channel.send(Ready(info))
-                channel.beat(lambda: (boot["launched"], boot["finished"]))
+                channel.beat(lambda: Beat(boot["launched"], boot["finished"]))
                 sleep_forever()
             case "hang":
                 channel.send(Phase("import", 0.5))

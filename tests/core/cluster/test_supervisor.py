@@ -539,7 +539,7 @@ def test_a_worker_stuck_in_a_step_ends_everything(engine: Callable[..., Run]) ->
     (text,) = run.errors
     assert text.startswith("worker 1 (pid ")
     assert text.endswith(
-        "is frozen: step 8 did not end within 1 s (launch.step_timeout_s); the engine ends"
+        "is frozen: step 8 made no progress for 1 s (launch.step_timeout_s); the engine ends"
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from core.cluster import process as process_module
 from core.cluster import vigil as module
 from core.cluster import watch_clock as watch_clock_module
+from core.cluster.motion import ACTIVE_CPU_S, PATIENCE, Motion
 from core.cluster.process import Child
 from core.cluster.vigil import Vigil, process_state
 from core.interfaces.control import Beat
@@ -40,18 +41,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def child(clock: Clock, pid: int = 0) -> Any:
     """A child that was never started: only what the vigil looks at."""
     made = object.__new__(Child)
-    made.frozen, made.returncode, made.beat, made.beat_s = None, None, None, None
-    made.moved_s = clock.now_s
+    made.frozen, made.returncode, made.beat_s = None, None, None
+    made.motion = Motion(clock.now_s)
     made._process = type("Process", (), {"pid": pid})()  # type: ignore[assignment]
     return made
 
 
-def run(clock: Clock, vigil: Vigil, children: dict[Any, list[tuple[int, int]]]) -> None:
+def run(clock: Clock, vigil: Vigil, children: dict[Any, list[tuple[float, ...]]]) -> None:
     """Beats four times a second; the last of each child's counts stays."""
     for turn in range(max(map(len, children.values()))):
         clock.now_s += 0.25
         for found, counts in children.items():
-            found._count(Beat(*counts[min(turn, len(counts) - 1)]))
+            found._count(Beat(*counts[min(turn, len(counts) - 1)]))  # type: ignore[arg-type]
         vigil.look(list(children))
 
 
@@ -74,7 +75,7 @@ def test_a_step_has_its_whole_time_from_its_start(clock: Clock) -> None:
     run(clock, vigil, {worker: [(8, 7)] * 8})
     assert worker.frozen is None
     run(clock, vigil, {worker: [(8, 7)]})
-    assert worker.frozen == ("is frozen: step 8 did not end within 2 s (launch.step_timeout_s)")
+    assert worker.frozen == ("is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)")
 
 
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(clock: Clock) -> None:
@@ -82,6 +83,52 @@ def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(clock: Clock)
     run(clock, Vigil(2.0), {ahead: [(9, 8)] * 12, behind: [(8, 7)] * 12})
     assert behind.frozen is not None
     assert ahead.frozen is None
+
+
+def test_a_step_that_finishes_layers_is_fine_however_long_it_takes(clock: Clock) -> None:
+    worker = child(clock)
+    run(clock, Vigil(2.0), {worker: [(8, 7, turn // 7) for turn in range(400)]})
+    assert worker.frozen is None
+    run(clock, Vigil(2.0), {worker: [(8, 7, 400)] * 9})
+    assert worker.frozen == "is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)"
+
+
+def test_a_starved_layer_is_fine_as_long_as_its_thread_computes(clock: Clock) -> None:
+    """It gets a tenth of a core."""
+    worker = child(clock)
+    run(clock, Vigil(3.0), {worker: [(8, 7, 5, 0.025 * turn) for turn in range(100)]})
+    assert worker.frozen is None
+
+
+def test_waking_now_and_then_is_no_progress(clock: Clock) -> None:
+    worker = child(clock)
+    little = ACTIVE_CPU_S / 100
+    run(clock, Vigil(3.0), {worker: [(8, 7, 5, little * turn) for turn in range(13)]})
+    assert worker.frozen == "is frozen: step 8 made no progress for 3 s (launch.step_timeout_s)"
+
+
+@pytest.mark.parametrize("expected_s", [0.0, 0.1, 1.0])
+def test_a_thread_that_spins_is_found_by_what_the_step_should_take(
+    clock: Clock, expected_s: float
+) -> None:
+    worker = child(clock)
+    limit_s = max(2.0, PATIENCE * expected_s)
+    spins = [(8, 7, 5, turn / 4, expected_s) for turn in range(1000)]
+    vigil = Vigil(2.0)
+    run(clock, vigil, {worker: spins[: int(4 * limit_s)]})
+    assert worker.frozen is None
+    run(clock, vigil, {worker: spins[int(4 * limit_s) : int(4 * limit_s) + 1]})
+    assert worker.frozen is not None
+    assert f"step 8 used {limit_s:.0f} s of CPU time without finishing a piece" in worker.frozen
+
+
+def test_who_waits_for_a_slow_rank_is_not_the_one_that_is_frozen(clock: Clock) -> None:
+    waits, slow, vigil = child(clock), child(clock), Vigil(2.0)
+    run(clock, vigil, {waits: [(8, 7, 5)] * 16, slow: [(8, 7, 4, turn / 9) for turn in range(16)]})
+    assert (waits.frozen, slow.frozen) == (None, None)
+    run(clock, vigil, {waits: [(8, 7, 5)] * 9, slow: [(8, 7, 4, 15 / 9)] * 9})
+    assert waits.frozen is None
+    assert slow.frozen == "is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)"
 
 
 def test_silence_is_found_but_not_before_the_first_beat(clock: Clock) -> None:
@@ -150,7 +197,7 @@ def test_a_pause_of_the_watcher_itself_is_nobody_s_silence(clock: Clock) -> None
     run(clock, vigil, {stepping: [(9, 8)] * 7, idle: [(7, 7)] * 7})
     assert (stepping.frozen, idle.frozen) == (None, None)
     run(clock, vigil, {stepping: [(9, 8)] * 2, idle: [(7, 7)] * 2})
-    assert stepping.frozen == "is frozen: step 9 did not end within 2 s (launch.step_timeout_s)"
+    assert stepping.frozen == "is frozen: step 9 made no progress for 2 s (launch.step_timeout_s)"
 
 
 def test_who_stays_silent_after_a_pause_is_found(clock: Clock) -> None:

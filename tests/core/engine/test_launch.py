@@ -1,12 +1,15 @@
 """Steps are run in order beside the host, and counted for those who watch."""
 
 import threading
+import time
 
 import pytest
 import torch
 
 from core.engine.launch import StepLauncher, ThreadLauncher, select_launcher
 from core.engine.loop import IDLE_PLAN
+from core.engine.pace import Pace
+from core.engine.progress import Progress
 from core.interfaces.messages import AgreedStep, StepFacts, StepResult
 
 STEP = AgreedStep(IDLE_PLAN, StepFacts([1], [1], [0], False))
@@ -27,6 +30,7 @@ class Runner:
     """Step i ends when `gates[i]` is set."""
 
     def __init__(self, tokens):
+        self.progress = Progress()
         self.gates = [threading.Event() for _ in tokens]
         self._tokens = list(tokens)
         self._next = 0
@@ -96,3 +100,37 @@ def test_launching_and_waiting_asks_no_device_which_steps_are_done():
     steps.launch(STEP)
     with pytest.raises(AssertionError, match="the device was asked"):
         _ = steps.finished
+
+
+def test_beats_say_what_is_done_and_what_to_expect():
+    runner = Runner([5, 6])
+    steps = StepLauncher(ThreadLauncher(), runner)
+    steps.pace = Pace(token_s=2.0)
+    assert steps.beat().expected_s == 0.0
+    waits = [steps.launch(STEP) for _ in range(2)]
+    runner.progress.pieces = 3
+    beat = steps.beat()
+    assert (beat.launched, beat.finished, beat.pieces, beat.expected_s) == (2, 0, 3, 2.0)
+    for gate in runner.gates:
+        gate.set()
+    assert [wait().token_ids for wait in waits] == [[5], [6]]
+    beat = steps.beat()
+    assert (beat.launched, beat.finished, beat.expected_s) == (2, 2, 0.0)
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
+def test_cpu_time_is_that_of_the_thread_that_computes():
+    launcher = ThreadLauncher()
+    before = launcher.cpu_s()
+    begin = time.thread_time()
+    while time.thread_time() - begin < 0.05:  # here, not there
+        pass
+    assert launcher.cpu_s() - before < 0.02
+
+    def spin():
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.05:
+            pass
+
+    launcher.run(spin)
+    assert launcher.cpu_s() - before >= 0.05

@@ -1,0 +1,97 @@
+"""What a step costs on this machine, measured at start by running made-up ones.
+
+On a CPU a step of the largest size may take a minute, in which nobody gets a token and nobody can
+say whether it is healthy. So what a token, a token of context and a row of prompt logprobs cost is
+measured once, and steps are cut to a time. Knows nothing of requests or of processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec import structs
+
+from core.engine.trial_steps import GREEDY, step
+from core.interfaces.messages import StepFacts, StepPlan
+
+FIRST_TOKENS = 16  # of the smallest step that is timed
+MOST_TOKENS = 512  # of the largest
+LONG_ENOUGH_S = 0.06  # a step that takes so long tells the speed
+CONTEXT_TOKENS = 2048  # cached before the tokens of a timed step, where the model allows
+WITH_LOGPROBS = structs.replace(GREEDY, logprobs=0)  # made-up prompts want theirs then
+
+# Runs such a step in every DP rank and returns its seconds, the same on every rank.
+Timed = Callable[[StepPlan], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds of a step by what it holds. All zero: not known, and nothing is cut to a time."""
+
+    token_s: float = 0.0  # of a token, wherever it stands
+    pair_s: float = 0.0  # of a token for each one before it: attention
+    logprob_s: float = 0.0  # of a row of prompt logprobs, beside its token
+
+    @property
+    def known(self) -> bool:
+        return self.token_s > 0
+
+    def prompt_s(self, start: int, length: int, with_logprobs: bool) -> float:
+        """Of so many tokens of a prompt from position `start` on."""
+        each = self.token_s + (self.logprob_s if with_logprobs else 0.0)
+        return length * (each + self.pair_s * (start + length / 2))
+
+    def prompt_tokens(self, start: int, seconds: float, with_logprobs: bool) -> int:
+        """How many tokens from position `start` on take so long. Only where it is known."""
+        each = self.token_s + (self.logprob_s if with_logprobs else 0.0)
+        linear, half = each + self.pair_s * start, self.pair_s / 2
+        if seconds <= 0:
+            return 0
+        # Of half * n^2 + linear * n = seconds the positive root, in the form that divides by no
+        # small number.
+        root = (linear * linear + 4 * half * seconds) ** 0.5
+        return int(2 * seconds / (linear + root))
+
+    def decode_s(self, starts: list[int]) -> float:
+        """Of one token each at these positions."""
+        return len(starts) * self.token_s + self.pair_s * sum(starts)
+
+    def step_s(self, plan: StepPlan, facts: StepFacts) -> float:
+        """Of a whole step; other DP ranks may have more to do than this plan says."""
+        if not self.known:
+            return 0.0
+        pairs = sum(
+            length * (start + length / 2)
+            for start, length in zip(plan.starts, plan.lengths, strict=True)
+        )
+        tokens, logprobs = max(facts.rows), max(facts.logprob_rows)
+        return tokens * self.token_s + pairs * self.pair_s + logprobs * self.logprob_s
+
+
+def measure_pace(timed: Timed, *, step_tokens: int, context_tokens: int) -> Pace:
+    """Time a few steps of one prompt, of at most `step_tokens`, and of at most `context_tokens`
+    with what is before them; some tenths of a second in all, unless the machine is slow.
+
+    Every rank calls it at once, and as `timed` gives all the same seconds all run the same steps.
+    """
+    num, seconds = _long_enough(timed, min(MOST_TOKENS, step_tokens, context_tokens))
+    context = min(CONTEXT_TOKENS, context_tokens - num)
+    pair_s = 0.0
+    if context >= num:
+        longer_s = timed(step(prompts=[(context, num)]))
+        pair_s = max(longer_s - seconds, 0.0) / (num * context)
+    logprob_s = 0.0
+    if num > 1:
+        with_logprobs = step(prompts=[(0, num)], sampling=WITH_LOGPROBS)
+        logprob_s = max(timed(with_logprobs) - seconds, 0.0) / (num - 1)
+    token_s = max(seconds / num - pair_s * num / 2, 0.1 * seconds / num)
+    return Pace(token_s, pair_s, logprob_s)
+
+
+def _long_enough(timed: Timed, most_tokens: int) -> tuple[int, float]:
+    """The size and the seconds of a step that takes long enough to tell, run twice."""
+    num = min(FIRST_TOKENS, most_tokens)
+    while True:
+        seconds = timed(step(prompts=[(0, num)]))
+        if seconds >= LONG_ENOUGH_S or num == most_tokens:
+            return num, min(seconds, timed(step(prompts=[(0, num)])))
+        num = min(2 * num, most_tokens)
