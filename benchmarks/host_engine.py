@@ -51,6 +51,9 @@ class PolledLauncher:
         self.launched_s.append(time.perf_counter() - begin)
         return PolledStep(launched, self.waited_s, self.read_s)
 
+    def cpu_s(self) -> float:
+        return 0.0
+
 
 class PolledStep:
     """A launched step. Waiting ends with the step; reading its tokens is the host's work."""

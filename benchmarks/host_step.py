@@ -94,6 +94,9 @@ class InlineLauncher:
     def launch(self, runner: ModelRunner, step: Any) -> Any:
         return _Done(runner.launch(step).to_host())
 
+    def cpu_s(self) -> float:
+        return 0.0
+
 
 @dataclass(slots=True)
 class _Done:

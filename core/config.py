@@ -198,6 +198,9 @@ class EngineConfig:
     max_running_requests: int = 256
     chunked_prefill_size: int = 2048  # most prompt tokens of one request in a step; -1: no chunks
     max_prefill_tokens: int = 8192  # most prompt tokens of all requests in a step
+    # On a CPU: about how long a step with prompts may take, by the speed measured at start; fewer
+    # prompt tokens are computed in it then than the two limits above allow. 0: no limit.
+    cpu_step_s: float = 0.25
     disable_prefix_cache: bool = False
     seed: int = 0  # of requests that bring no seed of their own
     # Where compiled kernels are kept between starts; None: $TRITON_CACHE_DIR, else a folder of the
@@ -217,6 +220,7 @@ class EngineConfig:
         if self.chunked_prefill_size != -1:
             require_range("engine.chunked_prefill_size", self.chunked_prefill_size, 1)
         require_range("engine.max_prefill_tokens", self.max_prefill_tokens, 1)
+        require_range("engine.cpu_step_s", self.cpu_step_s, 0, 3600)
         require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)
         require_range("engine.max_graph_tokens", self.max_graph_tokens, 0, 16384)
@@ -239,6 +243,9 @@ class FrontendConfig:
     allow_anonymous: bool = False  # needed to bind beyond loopback without a key
     max_body_bytes: int = 8 * 1024 * 1024
     max_queued_requests: int = 1024  # admitted beyond max_running_requests before 429
+    # A request that is not begun within this time gets 503; 0: it waits for ever. As long as
+    # OpenAI's clients wait, unless told otherwise.
+    queue_timeout_s: float = 600.0
     max_n: int = 64  # answers of one request
     max_stop: int = 16  # stop strings of one request
     max_logprobs: int = 20
@@ -265,6 +272,7 @@ class FrontendConfig:
         )
         require_range("frontend.max_body_bytes", self.max_body_bytes, 1024)
         require_range("frontend.max_queued_requests", self.max_queued_requests, 0)
+        require_range("frontend.queue_timeout_s", self.queue_timeout_s, 0)
         require_range("frontend.max_n", self.max_n, 1)
         require_range("frontend.max_stop", self.max_stop, 0)
         require_range("frontend.max_logprobs", self.max_logprobs, 0, 1000)
@@ -282,7 +290,7 @@ class LaunchConfig:
     node_rank: int = 0
     dist_init_addr: str | None = None  # host:port of node 0, where nnodes > 1
     startup_timeout_s: float = 600.0  # without any progress of a worker
-    step_timeout_s: float = 60.0  # a rank that is longer in one step counts as frozen
+    step_timeout_s: float = 60.0  # without progress in a step, after which a rank counts as frozen
     shutdown_grace_s: float = 30.0  # for running requests after SIGTERM
     threads_per_worker: int | None = None  # CPU threads; None: the machine's cores / local ranks
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin

@@ -2,9 +2,9 @@
 
 Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how far its steps
 are (`Channel.beat`, `core.cluster.motion`); that needs Python's lock now and then, so that on a
-machine with too much to do beats come late, and silence must be long to count. A process that is stopped
-is told apart by the kernel's word, which needs no patience. Only time in which this watcher ran
-itself counts: where both were paused (`docker pause`), nobody is to blame.
+machine with too much to do beats come late, and silence must be long to count. A process that is
+stopped is told apart by the kernel's word, which needs no patience. Only time in which this watcher
+ran itself counts: where both were paused (`docker pause`), nobody is to blame.
 """
 
 import time

@@ -144,6 +144,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             max_model_len=max_model_len,
             eos_ids=context.files.eos_ids,
             dp_rank=context.plan.axis_index("dp", context.rank),
+            pace=steps.pace,
         ),
         launcher=steps,
         balancer=runner.balancer,

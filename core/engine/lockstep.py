@@ -6,7 +6,8 @@ one *round* a turn: each says what its plan holds (`RankFacts`), all get the sam
 leader of DP rank 0 is the *hub*: it collects and answers. Knows nothing of sockets or schedulers.
 
 A turn of a leader: take in messages, plan step n+1, agree, launch n+1, then wait for step n and
-commit it. The round's messages travel while step n computes.
+commit it. The round's messages travel while step n computes. A leader may also wait for step n
+before it plans n+1, where that is worth it.
 
 - `runs`: some rank has rows. Everyone launches the step, those without rows an idle one.
 - Nobody has rows, somebody is *busy*: its requests wait for a commit. Everyone goes on to the
@@ -23,8 +24,9 @@ Why nothing hangs:
 2. Suppose all leaders have got the agreement of round k. If it parks, they enter round k+1 when
    the first one gets work: its facts reach the hub, which waits for messages too, and the hub
    wakes the others before it waits for their facts. If it does not park, each enters round k+1
-   after at most one wait, for the step launched before round k's. All ranks launched that one
-   before they entered round k, so it finishes, by 1. Either way all enter round k+1, and the hub
+   after waiting at most for the step launched before round k's and for round k's own. All ranks
+   launched the former before they entered round k, and launch the latter as soon as they have the
+   agreement, so both finish, by 1. Either way all enter round k+1, and the hub
    sends its agreement. No step is waited for before all have launched it.
 3. Nothing of a round is left for the next: a leader has one message under way, and a wake that
    crosses its facts arrives before the agreement, on the same ordered link, and is dropped there.

@@ -1,8 +1,9 @@
 """The engine's loop in the leader of each DP rank, and the followers' on the other ranks.
 
-Step n+1 is planned and launched before step n's tokens are on the host. With several DP ranks
-every turn is agreed on by all (`core.engine.lockstep`), and a rank without rows runs the step all
-the same. Knows nothing of sockets: it is given an inbox, an outbox and the ranks' channels.
+Step n+1 is planned and launched before step n's tokens are on the host, unless step n is so long
+that who comes meanwhile had better be in step n+1. With several DP ranks every turn is agreed on by
+all (`core.engine.lockstep`), and a rank without rows runs the step all the same. Knows nothing of
+sockets: it is given an inbox, an outbox and the ranks' channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from core.engine.lockstep import Lockstep, rank_facts, settle
 from core.engine.scheduler import Scheduler
 from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, RequestOutput, StepPlan
 
+# A step with prompts that is expected to take longer is awaited before the next one is planned: the
+# device then idles for the millisecond that planning takes, and a request that comes in such a step
+# waits for its rest only, not for another one that was planned without it.
+LONG_STEP_S = 0.1
 # The plan of a DP rank without rows in a step; schedulers number theirs from 1.
 IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [])
 
@@ -51,6 +56,7 @@ class RunningStep:
 
     plan: StepPlan | None  # None: this DP rank has no rows in it
     wait: Wait
+    is_long: bool = False
 
 
 class EngineLoop:
@@ -94,15 +100,23 @@ class EngineLoop:
             assert previous is None, "parked with a step in flight"
             self.outbox.send([], self.scheduler.stats())
             self.wait_for_work()
-        outputs = self.scheduler.admit(self.inbox.drain())
+        outputs: list[RequestOutput] = []
+        if previous is not None and previous.is_long:
+            outputs, previous = self._finish(previous), None
+        outputs += self.scheduler.admit(self.inbox.drain())
         running = self._launch()
         if previous is not None:
-            result = previous.wait()
-            if previous.plan is not None:
-                outputs += self.scheduler.commit(previous.plan, result)
+            outputs += self._finish(previous)
         self.outbox.send(outputs, self.scheduler.stats())
         self.report()
         return running
+
+    def _finish(self, running: RunningStep) -> list[RequestOutput]:
+        """Wait for a step; what it adds to each request."""
+        result = running.wait()
+        if running.plan is None:
+            return []
+        return self.scheduler.commit(running.plan, result)
 
     def _launch(self) -> RunningStep | None:
         plan = self.scheduler.next_batch()
@@ -112,7 +126,9 @@ class EngineLoop:
             return None
         step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)
         self.followers.send(step)
-        return RunningStep(plan, self.launcher.launch(step))
+        seconds = self.launcher.pace.step_s(step.plan, step.facts)
+        is_long = step.facts.has_prefill and seconds >= LONG_STEP_S
+        return RunningStep(plan, self.launcher.launch(step), is_long)
 
 
 class PlanReceiver(Protocol):

@@ -30,6 +30,9 @@ class Request:
     stop_ids: frozenset[int]  # tokens that end it: eos (unless ignored) and its own
     max_tokens_total: int  # prompt included: max_tokens, max_model_len, size of the pool
 
+    priority: int = 0  # the lower, the sooner it is computed and the later preempted
+    deadline_s: float | None = None  # to get out of the queue for the first time; None: for ever
+
     state: State = State.WAITING
     ended: bool = False  # state is ENDED
     slot: int = -1  # -1: none
@@ -40,6 +43,11 @@ class Request:
     num_cached: int | None = None  # prompt tokens found in the cache; None: never ran
     answered: bool = False  # the first output was sent
     prompt_logprobs: list[TokenLogprobs] | None = None  # collected so far; None: none wanted
+    planned_step: int = 0  # the last step that computes a part of its prompt
+
+    # Of the waiting queue.
+    waiting_tokens: int = 0  # to compute, when it came to wait
+    overtaken_pages: int = 0  # given to later requests while there were too few for it
 
     # Of the decode set.
     row: int = -1
@@ -50,6 +58,20 @@ class Request:
     def num_known(self) -> int:
         """Tokens known on the host."""
         return len(self.tokens)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it was in a step; it may wait again."""
+        return self.num_cached is not None
+
+    @property
+    def tokens_left(self) -> int:
+        """Known tokens that are not computed; of one that waits about so many."""
+        return self.waiting_tokens if self.slot < 0 else self.num_known - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None
 
     @property
     def uses_cached_prefix(self) -> bool:

@@ -12,17 +12,23 @@ were planned. Much here follows from that order:
 docs/scheduler.md tells how it decides.
 """
 
+import enum
 import random
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from core.config import EngineConfig
 from core.engine.decode_set import DecodeSet
+from core.engine.pace import Pace
+from core.engine.prompt_budget import LEAST_SHARE, PromptBudget
+from core.engine.prompt_order import OldestAndShortest, PromptOrder
 from core.engine.request import Request, State
 from core.engine.residents import Residents
+from core.engine.waiting import WaitingQueue, age_key
 from core.interfaces.messages import (
     Abort,
     EngineStats,
@@ -37,7 +43,20 @@ from core.interfaces.messages import (
 HEADROOM_TOKENS = 32
 # Waiting requests looked past in a step because most of their prompt is being computed by another.
 MAX_DEFERRED = 4
+EXPIRY_INTERVAL_S = 0.1  # between two looks at deadlines
+QUEUE_TIMEOUT = "queue_timeout"  # RequestOutput.error_code of one that waited too long
+UNKNOWN_PACE = Pace()
+ORDER = OldestAndShortest()
 _SEED_MASK = (1 << 64) - 1
+
+
+class Entry(enum.Enum):
+    """What came of letting a waiting request in."""
+
+    ENTERED = enum.auto()
+    DEFERRED = enum.auto()  # most of its prompt is being computed by another in this step
+    NO_BUDGET = enum.auto()
+    NO_PAGES = enum.auto()
 
 
 @dataclass(slots=True)
@@ -81,9 +100,18 @@ class Scheduler:
         eos_ids: Sequence[int],
         dp_rank: int = 0,
         headroom_tokens: int = HEADROOM_TOKENS,
+        pace: Pace = UNKNOWN_PACE,
+        order: PromptOrder = ORDER,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`pace`: where it is known, a step's prompts are cut to `engine.cpu_step_s`."""
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
+        self._step_s = config.cpu_step_s
+        self._pace = pace if config.cpu_step_s > 0 else UNKNOWN_PACE
+        self._order = order
+        self._clock = clock
+        self._next_expiry_s = 0.0
         self._page_size = config.settled_page_size
         self._max_model_len = max_model_len
         self._eos_ids = frozenset(eos_ids)
@@ -92,11 +120,11 @@ class Scheduler:
         self._residents = Residents(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
         self._pool_tokens = self._residents.num_usable_pages * self._page_size
         self._live: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()  # by arrival
+        self._waiting = WaitingQueue()
         self._prefilling: list[Request] = []
         self._decode = DecodeSet(self._page_size)
-        # The waiting request that found too few pages; not tried again until some are released.
-        self._blocked: Request | None = None
+        # Waiting requests that found too few pages; not tried again until some are released.
+        self._blocked: set[Request] = set()
         # Requests and columns whose page is not announced yet; those without a slot are void.
         self._table_changes: list[tuple[Request, int]] = []
         self._in_flight: deque[_Draft] = deque()
@@ -120,6 +148,30 @@ class Scheduler:
                 )
             else:
                 self._enqueue(message)
+        return answers + self._expire()
+
+    def _expire(self) -> list[RequestOutput]:
+        """End requests whose time in the queue is over before they ever ran."""
+        now = self._clock()
+        if now < self._next_expiry_s or not self._waiting:
+            return []
+        self._next_expiry_s = now + EXPIRY_INTERVAL_S
+        answers = []
+        for request in self._waiting.by_age():
+            if request.deadline_s is None or request.deadline_s > now or request.has_run:
+                continue
+            self._end(request)
+            answers.append(
+                RequestOutput(
+                    request.request_id,
+                    [],
+                    finish_reason="error",
+                    error="the server has too much to do: the request was not begun within the "
+                    "time that requests may wait (frontend.queue_timeout_s); try again later",
+                    error_code=QUEUE_TIMEOUT,
+                )
+            )
+        self._stats.num_queue_timeouts += len(answers)
         return answers
 
     def _problem(self, num_prompt: int) -> str | None:
@@ -159,15 +211,22 @@ class Scheduler:
                 num_prompt + sampling.max_tokens, self._max_model_len, self._pool_tokens + 1
             ),
             prompt_logprobs=None if sampling.prompt_logprobs is None else [],
+            priority=message.priority,
+            deadline_s=self._clock() + message.queue_timeout_s if message.queue_timeout_s else None,
         )
         self._live[request.request_id] = request
-        self._waiting.append(request)
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        """Put a request into the queue, with what it will have to compute as far as is known."""
+        cached = self._residents.match(request, self._planned + 1).pages
+        self._waiting.add(request, request.num_known - len(cached) * self._page_size)
 
     def _end(self, request: Request) -> None:
         """Forget a finished or aborted request; what steps in flight yield for it is ignored."""
         if request.state is State.WAITING:
             self._waiting.remove(request)
-            self._blocked = None
+            self._blocked.clear()
         else:
             self._vacate(request)
         request.state = State.ENDED
@@ -183,21 +242,19 @@ class Scheduler:
         elif request.state is State.PREFILLING:
             self._prefilling.remove(request)
         self._residents.leave(request, self._planned)
-        self._blocked = None
+        self._blocked.clear()
 
     def _make_room(self) -> None:
-        """Free a running request's pages: one that is ending anyway, else the latest to arrive."""
+        """Free a running request's pages: one that is ending anyway, else the latest to arrive of
+        those with the highest priority number."""
         for request in self._residents.running:
             if request.state is State.ENDING:
                 self._vacate(request)
                 return
-        request = max(self._residents.running, key=lambda request: request.arrival)
+        request = max(self._residents.running, key=age_key)
         self._vacate(request)
         request.state = State.WAITING
-        position = 0
-        while position < len(self._waiting) and self._waiting[position].arrival < request.arrival:
-            position += 1
-        self._waiting.insert(position, request)
+        self._wait(request)
         self._stats.num_preemptions += 1
 
     # Planning a step
@@ -267,7 +324,7 @@ class Scheduler:
         if pages is None:
             pages = []
             # In order of arrival: whoever gives way to one comes later, and has none yet.
-            needy.sort(key=lambda request: request.arrival)
+            needy.sort(key=age_key)
             for request in needy:
                 while request.slot >= 0:
                     if (page := residents.take(1)) is not None:
@@ -282,39 +339,85 @@ class Scheduler:
         return starved
 
     def _plan_prefills(self, draft: _Draft, *, may_admit: bool) -> None:
-        """Add rows for running prompts, then for waiting requests, while the budget lasts."""
-        budget = self._step_prefill_tokens
-        for request in self._prefilling.copy():
-            if budget <= 0:
-                return
-            budget -= self._plan_chunk(draft, request, budget)
-        if may_admit:
-            self._plan_waiting(draft, budget)
+        """Add rows for prompts, running ones and those that enter, while the budget lasts."""
+        if not self._prefilling and not (may_admit and self._waiting):
+            return
+        budget = PromptBudget(
+            tokens=self._step_prefill_tokens,
+            chunk=self._chunk_tokens,
+            seconds=max(
+                self._step_s - self._pace.decode_s(draft.starts), LEAST_SHARE * self._step_s
+            ),
+            pace=self._pace,
+        )
+        for candidates in self._order.passes(
+            self._prefilling,
+            self._waiting,
+            budget,
+            lambda request: may_admit and self._may_enter(request),
+        ):
+            self._plan_pass(draft, candidates, budget, may_admit=may_admit)
 
-    def _plan_waiting(self, draft: _Draft, budget: int) -> None:
-        """Let waiting requests in by arrival, while there are slots, pages and budget."""
-        waiting, residents = self._waiting, self._residents
+    def _may_enter(self, request: Request) -> bool:
+        """Whether a waiting request is worth trying: there is a slot, pages were not found to be
+        too few, and the oldest that waits for pages was not passed too often."""
+        if not self._residents.has_free_slot or request in self._blocked:
+            return False
+        oldest = self._waiting.oldest
+        return (
+            oldest is request
+            or oldest not in self._blocked
+            or oldest.overtaken_pages < self._residents.num_usable_pages
+        )
+
+    def _plan_pass(
+        self,
+        draft: _Draft,
+        candidates: Iterable[Request],
+        budget: PromptBudget,
+        *,
+        may_admit: bool,
+    ) -> None:
         num_deferred = 0
-        while budget > 0 and num_deferred < len(waiting) and residents.has_free_slot:
-            request = waiting[num_deferred]
-            if request is self._blocked:
+        for request in candidates:
+            if budget.is_spent:
                 return
-            match = residents.match(request, draft.step)
-            to_compute = request.num_known - len(match.pages) * self._page_size
-            if match.num_pending * self._page_size * 2 >= to_compute:
-                num_deferred += 1
-                if num_deferred > MAX_DEFERRED:
-                    return
+            if request.planned_step == draft.step:
                 continue
-            is_first = len(draft.requests) == draft.num_decodes
-            if self._chunk_tokens == -1 and to_compute > budget and not is_first:
-                return
-            if not residents.enter(request, match):
-                self._blocked = request
-                return
-            del waiting[num_deferred]
-            self._start(draft, request)
-            budget -= self._plan_chunk(draft, request, budget)
+            if request.state is State.WAITING:
+                if not may_admit or not self._may_enter(request):
+                    may_admit = False  # nobody passes in this order
+                    continue
+                entry = self._enter(draft, request, budget)
+                if entry is Entry.DEFERRED and num_deferred < MAX_DEFERRED:
+                    num_deferred += 1
+                    continue
+                if entry is not Entry.ENTERED:
+                    may_admit = False
+                    continue
+            self._plan_chunk(draft, request, budget)
+
+    def _enter(self, draft: _Draft, request: Request, budget: PromptBudget) -> Entry:
+        """Let a waiting request in, where there are pages and budget for it."""
+        residents = self._residents
+        match = residents.match(request, draft.step)
+        start = len(match.pages) * self._page_size
+        to_compute = request.num_known - start
+        if match.num_pending * self._page_size * 2 >= to_compute:
+            return Entry.DEFERRED
+        if not budget.fitting(start, to_compute, request.wants_prompt_logprobs):
+            return Entry.NO_BUDGET
+        if not residents.enter(request, match):
+            self._blocked.add(request)
+            return Entry.NO_PAGES
+        oldest = self._waiting.oldest
+        assert oldest is not None
+        if oldest in self._blocked:
+            oldest.overtaken_pages += len(request.pages)
+        self._waiting.remove(request)
+        request.overtaken_pages = 0
+        self._start(draft, request)
+        return Entry.ENTERED
 
     def _start(self, draft: _Draft, request: Request) -> None:
         """Tell the runners of a request that has entered."""
@@ -330,12 +433,15 @@ class Scheduler:
         for column in range(len(request.pages)):
             draft.set_page(request, column)
 
-    def _plan_chunk(self, draft: _Draft, request: Request, budget: int) -> int:
-        """Add a row that computes more of a request's known tokens; returns how many."""
+    def _plan_chunk(self, draft: _Draft, request: Request, budget: PromptBudget) -> None:
+        """Add a row that computes more of a request's known tokens, as far as the budget goes."""
         start, num_known = request.num_computed, request.num_known
-        length = num_known - start
-        if self._chunk_tokens != -1:
-            length = min(length, self._chunk_tokens, budget)
+        with_logprobs = request.wants_prompt_logprobs
+        length = budget.fitting(start, num_known - start, with_logprobs)
+        if not length:
+            return
+        budget.spend(start, length, with_logprobs)
+        request.planned_step = draft.step
         request.num_computed = end = start + length
         samples = end == num_known and num_known < request.max_tokens_total
         draft.requests.append(request)
@@ -359,7 +465,6 @@ class Scheduler:
         if samples:
             draft.sampled.append(request)
         self._stats.prompt_tokens += length
-        return length
 
     # Results
 
@@ -443,10 +548,11 @@ class Scheduler:
             assert resident == (request.slot >= 0) == bool(request.pages)
             assert resident or request.state in (State.WAITING, State.ENDING)
         assert set(self._residents.running) <= set(self._live.values())
-        assert list(self._waiting) == sorted(by_state[State.WAITING], key=lambda r: r.arrival)
+        self._waiting.check()
+        assert list(self._waiting.by_age()) == sorted(by_state[State.WAITING], key=age_key)
         assert set(self._prefilling) == set(by_state[State.PREFILLING])
         assert set(self._decode.requests) == set(by_state[State.DECODING])
         assert not by_state[State.ENDED], "an ended request is live"
         ending = {request for draft in self._in_flight for request, _ in draft.last}
         assert set(by_state[State.ENDING]) <= ending
-        assert self._blocked is None or self._blocked in self._waiting
+        assert all(request in self._waiting for request in self._blocked)

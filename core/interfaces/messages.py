@@ -34,6 +34,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     prompt_ids: list[int]
     sampling: SamplingParams
     priority: int = 0  # of those that wait the lowest is computed first
+    queue_timeout_s: float = 0.0  # in the queue before its first step; 0: for ever
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -66,6 +67,7 @@ class RequestOutput(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None  # of positions 1.., once, whole
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; once
     error: str | None = None
+    error_code: str | None = None  # a short word, where a frontend can tell more by it
 
 
 class EngineStats(msgspec.Struct, array_like=True):
@@ -81,6 +83,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     prompt_tokens: int = 0  # computed, not taken from the cache
     cached_tokens: int = 0
     generated_tokens: int = 0
+    num_queue_timeouts: int = 0  # requests that waited too long
 
 
 class ExpertLoads(msgspec.Struct, frozen=True, array_like=True):

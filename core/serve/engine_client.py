@@ -47,7 +47,8 @@ class ZmqEngine:
 
     SERVING begins with the parent's word that all workers are ready, or once every scheduler has
     sent its gauges, whichever comes first. Which side of a socket starts first does not matter.
-    `limits` keep whatever could hurt a worker from being sent, whoever asks.
+    `limits` keep whatever could hurt a worker from being sent, whoever asks. A request that is not
+    begun within `queue_timeout_s` ends with an error whose code is "queue_timeout"; 0: none does.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class ZmqEngine:
         loop: asyncio.AbstractEventLoop,
         balancer: Balancer,
         limits: RequestLimits,
+        *,
+        queue_timeout_s: float = 0.0,
     ) -> None:
         self._loop = loop
         self._balancer = balancer
         self._limits = limits
+        self._queue_timeout_s = queue_timeout_s
         self._wire = Wire(endpoints.key)
         self._socket = self._wire.bind(endpoints.engine)
         self._encoder = msgspec.msgpack.Encoder()
@@ -127,7 +131,8 @@ class ZmqEngine:
         dp_rank = self._balancer.add(request_id, prompt_ids, sampling)
         stream = ZmqStream(self, request_id, dp_rank)
         self._streams[request_id] = stream
-        self._send(dp_rank, Generate(request_id, prompt_ids, sampling, priority))
+        message = Generate(request_id, prompt_ids, sampling, priority, self._queue_timeout_s)
+        self._send(dp_rank, message)
         return stream
 
     def engine_ready(self, info: dict[str, Any]) -> None:

@@ -111,7 +111,13 @@ class Frontend:
         balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.plans))
         served = self._boot.served
         limits = RequestLimits(vocab_size=served.vocab_size, max_model_len=served.max_model_len)
-        self._engine = ZmqEngine(endpoints, loop, balancer, limits)
+        self._engine = ZmqEngine(
+            endpoints,
+            loop,
+            balancer,
+            limits,
+            queue_timeout_s=config.frontend.queue_timeout_s,
+        )
         application = await self._application()
         url = url_of(listener)
         self._server = Server(

@@ -118,6 +118,8 @@ class Answer:
         """
         if output.finish_reason == "error":
             message = output.error or "the engine failed"
+            if output.error_code == "queue_timeout":
+                raise RequestError(message, code="queue_timeout", status=503)
             raise RequestError(message, code="engine_error", status=500)
         if output.num_cached_tokens is not None:
             self.num_cached_tokens = output.num_cached_tokens

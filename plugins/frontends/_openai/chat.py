@@ -104,7 +104,9 @@ class ChatCompletions(Endpoint[ChatRequest]):
                 wants_logprobs=bool(body.logprobs),
             )
 
-        return make_choices([(prompt_ids, sampling)], body.n or 1, make_answer)
+        return make_choices(
+            [(prompt_ids, sampling)], body.n or 1, make_answer, priority=body.priority
+        )
 
     async def _answer(
         self, body: ChatRequest, choices: list[Choice], receive: Receive, send: Send

@@ -109,7 +109,7 @@ class Completions(Endpoint[CompletionRequest]):
             )
 
         prompts = [(prompt_ids, sampling_of(len(prompt_ids))) for prompt_ids in encoded]
-        return make_choices(prompts, body.n or 1, make_answer)
+        return make_choices(prompts, body.n or 1, make_answer, priority=body.priority)
 
     async def _answer(self, job: "_Job", receive: Receive, send: Send) -> None:
         request_id, created = new_id("cmpl"), int(time.time())

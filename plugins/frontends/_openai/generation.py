@@ -24,15 +24,21 @@ OnPieces = Callable[["Choice", list[Piece]], Awaitable[None]]
 class Choice:
     """One answer under way. `index` is its place in the response."""
 
-    __slots__ = ("answer", "index", "prompt_ids", "sampling", "stream")
+    __slots__ = ("answer", "index", "priority", "prompt_ids", "sampling", "stream")
 
     def __init__(
-        self, index: int, prompt_ids: list[int], sampling: SamplingParams, answer: Answer
+        self,
+        index: int,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        answer: Answer,
+        priority: int,
     ) -> None:
         self.index = index
         self.prompt_ids = prompt_ids
         self.sampling = sampling
         self.answer = answer
+        self.priority = priority
         self.stream: OutputStream | None = None
 
 
@@ -40,6 +46,8 @@ def make_choices(
     prompts: Sequence[tuple[list[int], SamplingParams]],
     n: int,
     make_answer: Callable[[list[int]], Answer],
+    *,
+    priority: int | None = None,
 ) -> list[Choice]:
     """prompts x n choices, the answers of a prompt next to each other. `make_answer` gets the
     prompt's tokens."""
@@ -50,7 +58,8 @@ def make_choices(
             own = (
                 sampling if seed == sampling.seed else msgspec.structs.replace(sampling, seed=seed)
             )
-            choices.append(Choice(len(choices), prompt_ids, own, make_answer(prompt_ids)))
+            answer = make_answer(prompt_ids)
+            choices.append(Choice(len(choices), prompt_ids, own, answer, priority or 0))
     return choices
 
 
@@ -71,7 +80,9 @@ class Generation:
         try:
             for choice in self._choices:
                 request_id = f"{self._request_id}-{choice.index}"
-                choice.stream = engine.generate(request_id, choice.prompt_ids, choice.sampling)
+                choice.stream = engine.generate(
+                    request_id, choice.prompt_ids, choice.sampling, priority=choice.priority
+                )
         except BaseException:
             self._close()
             raise

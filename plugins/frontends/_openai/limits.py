@@ -25,6 +25,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 100.0),
     "top_k": (-1, 2**31 - 1),
     "seed": (-(2**63), 2**64 - 1),
+    "priority": (-(2**31) + 1, 2**31 - 1),
 }
 _SEED_MASK = 2**64 - 1
 

@@ -106,6 +106,9 @@ class Metrics(Collector):
         yield self._gauge("kv_cache_pages_free", "Pages free now.", stats.kv_pages_free)
         yield self._gauge("kv_cache_pages_cached", "Pages only cached.", stats.kv_pages_cached)
         yield self._counter("num_preemptions", "Requests put back.", stats.num_preemptions)
+        yield self._counter(
+            "num_queue_timeouts", "Requests that waited too long.", stats.num_queue_timeouts
+        )
         yield self._counter("engine_steps", "Steps of the engine.", stats.num_steps)
         yield self._counter("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generated_tokens)

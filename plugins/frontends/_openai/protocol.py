@@ -53,6 +53,7 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
+    priority: int | None = None  # the lower, the sooner a waiting request is begun
     add_special_tokens: bool | None = None
     # OpenAI's own that change no answer: accepted and ignored.
     user: Any = None

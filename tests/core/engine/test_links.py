@@ -16,6 +16,7 @@ from core.config import EngineConfig
 from core.engine.expert_balance import NoBalancer
 from core.engine.links import LeaderLinks, open_links
 from core.engine.mailbox import ZmqMailbox
+from core.engine.pace import Pace
 from core.engine.scheduler import Scheduler
 from core.errors import ResourceError, WorkerDied
 from core.interfaces.control import Endpoints
@@ -67,6 +68,7 @@ class FakeLauncher:
     def __init__(self, collectives: Collectives, rank: int, dp_rank: int) -> None:
         self._collectives, self._rank, self._dp_rank = collectives, rank, dp_rank
         self._runner = FakeRunner(PAGE_SIZE, NUM_PAGES)
+        self.pace = Pace()
 
     def launch(self, step: AgreedStep) -> Callable[[], StepResult]:
         count = self._collectives.launch(self._rank, step.facts)

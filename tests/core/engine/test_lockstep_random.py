@@ -17,7 +17,8 @@ from core.engine.lockstep import (
     RankFacts,
     SoloLockstep,
 )
-from core.engine.loop import EngineLoop, follow
+from core.engine.loop import LONG_STEP_S, EngineLoop, follow
+from core.engine.pace import Pace
 from core.engine.scheduler import Scheduler
 from core.interfaces.messages import (
     Abort,
@@ -102,6 +103,8 @@ class FakeLauncher:
         self._rank, self._dp_rank = rank, dp_rank
         self._runner = runner
         self.num_running = 0
+        # Where steps take long a leader waits for one before it plans the next.
+        self.pace = collectives.world.random.choice([Pace(), Pace(token_s=LONG_STEP_S)])
 
     def launch(self, step: AgreedStep) -> Callable[[], StepResult]:
         done = self._collectives.launch(self._rank, step.facts)

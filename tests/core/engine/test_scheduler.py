@@ -241,9 +241,9 @@ def test_without_chunks_a_prompt_larger_than_the_budget_runs_alone() -> None:
     scheduler = new_scheduler(chunked_prefill_size=-1, max_prefill_tokens=8)
     scheduler.admit([generate(str(base), [base] * length) for base, length in ((10, 4), (20, 20))])
     scheduler.admit([generate("30", [30] * 3)])
-    # The large one does not fit beside the first, and nobody overtakes it.
+    # The large one does not fit beside the first; who takes what it leaves does not delay it.
     lengths = [plan(scheduler).lengths, plan(scheduler).lengths]
-    assert lengths == [[4], [1, 20]]
+    assert lengths == [[4, 3], [1, 1, 20]]
 
 
 def test_no_more_requests_run_than_allowed() -> None:

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.config import EngineConfig
-from core.engine.scheduler import Scheduler
+from core.engine.pace import Pace
+from core.engine.prompt_budget import LEAST_TOKENS
+from core.engine.scheduler import QUEUE_TIMEOUT, Scheduler
+from core.engine.waiting import age_key
 from core.interfaces.messages import (
     Abort,
     Generate,
@@ -41,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 3, 8, 100]),
         disable_prefix_cache=st.sampled_from([False, False, True]),
         headroom=st.sampled_from([0, 1, 3, 64]),
+        pace=st.sampled_from([Pace(), Pace(), Pace(0.05, 0.001, 0.2)]),
     )
     def start(
         self,
@@ -51,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         disable_prefix_cache: bool,
         headroom: int,
+        pace: Pace,
     ) -> None:
         num_pages = 1 + max(2, pool_tokens // page_size)
         config = EngineConfig(
@@ -60,7 +65,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prefill_tokens=budget,
             disable_prefix_cache=disable_prefix_cache,
         )
-        self.config = config
+        self.config, self.pace = config, pace
+        self.now_s = 0.0
         self.pool_tokens = (num_pages - 1) * page_size
         self.scheduler = Scheduler(
             config,
@@ -68,6 +74,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             eos_ids=EOS_IDS,
             headroom_tokens=headroom,
+            pace=pace,
+            clock=lambda: self.now_s,
         )
         self.runner = FakeRunner(page_size, num_pages)
         self.in_flight: list[tuple[StepPlan, StepResult]] = []
@@ -84,16 +92,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
         logprobs=st.sampled_from([None, 0]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
+        priority=st.sampled_from([0, 0, 1, -1]),
+        queue_timeout_s=st.sampled_from([0.0, 0.0, 5.0]),
     )
-    def add(self, shared: int, shared_length: int, tail: list[int], **sampling: object) -> None:
+    def add(
+        self,
+        shared: int,
+        shared_length: int,
+        tail: list[int],
+        priority: int,
+        queue_timeout_s: float,
+        **sampling: object,
+    ) -> None:
         prompt = [(shared + position) % VOCAB_SIZE for position in range(shared_length)] + tail
         self.num_requests += 1
         message = Generate(
             request_id=str(self.num_requests),
             prompt_ids=prompt,
             sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
         )
-        answers = self.scheduler.admit([message])
+        answers = self._admit(message)
         if not 0 < len(prompt) < min(self.pool_tokens, MAX_MODEL_LEN):
             assert [answer.finish_reason for answer in answers] == ["error"]
             return
@@ -110,12 +130,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.live:
             ids.append(list(self.live)[which % len(self.live)])
             del self.live[ids[-1]]
-        assert self.scheduler.admit([Abort(ids)]) == []
+        assert self._admit(Abort(ids)) == []
+
+    @rule(seconds=st.floats(0.2, 4.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+        assert self._admit() == []
+
+    def _admit(self, *messages: Generate | Abort) -> list[RequestOutput]:
+        """Returns the answers to these messages alone; others ended because they waited long."""
+        answers = []
+        for answer in self.scheduler.admit(messages):
+            if answer.error_code != QUEUE_TIMEOUT:
+                answers.append(answer)
+                continue
+            late = self.live.pop(answer.request_id)
+            assert late.message.queue_timeout_s
+            assert not late.outputs, "it was begun"
+        return answers
 
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
     def plan(self) -> None:
+        running = list(self.scheduler._residents.running)
+        first = min(running, key=age_key, default=None)
         plan = self.scheduler.next_batch()
+        assert first is None or first.slot >= 0, "the first was preempted"
         if plan is None:
             return
         assert plan.slots
@@ -123,6 +163,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.config.chunked_prefill_size != -1:
             assert sum(prefills) <= self.config.max_prefill_tokens
             assert max(prefills, default=0) <= self.config.chunked_prefill_size
+            starts = plan.starts[plan.num_decodes :]
+            seconds = [
+                self.pace.prompt_s(start, length, False)
+                for start, length in zip(starts, prefills, strict=True)
+            ]
+            least = self.pace.prompt_s(starts[0], LEAST_TOKENS, True) if starts else 0.0
+            assert sum(seconds) <= max(self.config.cpu_step_s, least) * (1 + 1e-9)
         elif len(prefills) > 1:
             assert sum(prefills) <= self.config.max_prefill_tokens
         self.in_flight.append((plan, self.runner.run(plan)))
