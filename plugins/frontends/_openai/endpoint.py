@@ -23,10 +23,10 @@ from plugins.frontends._openai.asgi import (
     send_error,
     watch_disconnect,
 )
+from plugins.frontends._openai.decoding import decode
 from plugins.frontends._openai.errors import as_request_error
 from plugins.frontends._openai.fields import HEADER, header_value
 from plugins.frontends._openai.generation import Choice, Generation, OnPieces
-from plugins.frontends._openai.protocol import decode
 from plugins.frontends._openai.service import Service
 from plugins.frontends._openai.streaming import DONE, EventStream
 

@@ -16,6 +16,7 @@ from core.errors import RequestError
 HEADER = b"x-nodeweave-ignored-fields"
 MAX_NAMED = 16  # fields in the header; more are a "..." at its end
 MAX_NAME_CHARACTERS = 64
+UNNAMED = "..."  # fields whose names are not told
 
 _FORMAT = "the answer would not be in the form that is asked for"
 _PROMPT = "write what it says into the messages or the prompt"
@@ -55,9 +56,9 @@ def header_value(names: Iterable[str]) -> bytes:
     """Names with commas between them, of a bounded length, with nothing that ends a header."""
     names = list(names)
     shown = [_printable(name) for name in names[:MAX_NAMED]]
-    return ", ".join([*shown, "..."] if len(names) > MAX_NAMED else shown).encode()
+    return ", ".join([*shown, UNNAMED] if len(names) > MAX_NAMED else shown).encode()
 
 
 def _printable(name: str) -> str:
     clean = "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)
-    return clean[:MAX_NAME_CHARACTERS]
+    return clean[:MAX_NAME_CHARACTERS] or "?"

@@ -3,19 +3,20 @@
 import json
 import typing
 
+import msgspec
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat
 
 from core.errors import RequestError
-from plugins.frontends._openai.fields import HEADER, MAX_NAMED, REFUSED, header_value
+from plugins.frontends._openai.decoding import MAX_FIELD_BYTES, decode
+from plugins.frontends._openai.fields import HEADER, MAX_NAMED, REFUSED, UNNAMED, header_value
 from plugins.frontends._openai.metrics import MAX_FIELD_NAMES, Metrics
 from plugins.frontends._openai.protocol import (
     IGNORED,
     ChatRequest,
     CompletionRequest,
-    decode,
 )
 from tests.support.http_stack import ANSWER, MAX_MODEL_LEN, MODEL, Stack
 
@@ -201,3 +202,57 @@ def test_strict_servers_refuse_what_others_do_without():
             assert param is None or response.json()["error"]["param"] == param
         own = {"verbosity": "low", "audio": None, "max_tokens": 4}
         assert http.post(CHAT, json={**BASE[CHAT], **own}).status_code == 200
+
+
+def padded(**fields):
+    """A chat body beyond the size up to which bodies are taken apart field by field."""
+    long = [{"role": "user", "content": "é" * 10**5}]
+    return json.dumps({**fields, "messages": long}, ensure_ascii=False).encode()
+
+
+def test_large_bodies_are_read_as_small_ones_are():
+    fields = {"n": 2, "stop": ["a"], "user": "u", "verbosity": "low", "logit_bias": {"1": 2}}
+    for extra in ({}, {"foo": 1, "stream_options": {"bar": 1, "include_usage": True}}):
+        small, small_ignored = decode(
+            json.dumps({**BASE[CHAT], **fields, **extra}).encode(), ChatRequest
+        )
+        large, large_ignored = decode(padded(**fields, **extra), ChatRequest)
+        assert small_ignored == large_ignored
+        assert json.loads(bytes(large.messages))[0]["content"] == "é" * 10**5
+        for name in set(ChatRequest.__struct_fields__) - {"messages"}:
+            one, other = getattr(small, name), getattr(large, name)
+            if isinstance(one, msgspec.Raw):
+                one, other = bytes(one), bytes(other)
+            assert one == other, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n": "x"}, "n: expected int"),
+        ({"guided_json": {"a": 1}}, "guided_json is not supported"),
+        ({"metadata": {"a": "x" * 10**6}, "ebnf": "x"}, "ebnf is not supported"),
+        ({"stop": ["x" * MAX_FIELD_BYTES]}, f"allowed: {MAX_FIELD_BYTES}"),
+        ({"logit_bias": {str(i): 1 for i in range(10**5)}}, "logit_bias takes"),
+    ],
+)
+def test_large_bodies_are_refused_as_small_ones_are(fields, words):
+    with pytest.raises(RequestError, match=words):
+        decode(padded(**fields), ChatRequest)
+    with pytest.raises(RequestError, match="foo"):
+        decode(padded(foo=1), ChatRequest, strict=True)
+    with pytest.raises(RequestError, match="messages is required"):
+        decode(json.dumps({"user": "x" * 10**5}).encode(), ChatRequest)
+    with pytest.raises(RequestError, match="not valid JSON"):
+        decode(padded()[:-1], ChatRequest)
+
+
+def test_what_has_no_effect_is_never_built_and_too_many_names_are_not_told():
+    body = b'{"prompt": "a", "metadata": [' + b"[]," * 10**6 + b"0]}"
+    found = decode(body, CompletionRequest)
+    assert type(found.body.metadata) is msgspec.Raw
+    assert found.ignored == []
+    for count, told in ((5_000, 5_000), (50_000, 1)):
+        fields = {f"field_{i}": i for i in range(count)}
+        names = decode(json.dumps({"prompt": "a", **fields}).encode(), CompletionRequest).ignored
+        assert names == (list(fields) if told > 1 else [UNNAMED])
