@@ -48,10 +48,25 @@ MAX_MODEL_LEN = 4096
 PAGE_SIZE = 16
 
 
-class NullModel:
+class NullHead:
     """Logits of zeros."""
 
+    def partial(self, hidden_RE: Tensor, rows: object) -> Tensor:
+        return hidden_RE.new_zeros((hidden_RE.shape[0], VOCAB_SIZE))
+
+    def whole(self, partial_AL: Tensor, rows: object) -> Tensor:
+        return partial_AL
+
+    def best(self, partial_AL: Tensor, rows: object, find: Any) -> Tensor:
+        best_S: Tensor = find.best_of_parts(find.best_parts(partial_AL, 0, VOCAB_SIZE)[None])
+        return best_S
+
+
+class NullModel:
+    """Computes nothing."""
+
     expert_layers = ()
+    head = NullHead()
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -59,9 +74,6 @@ class NullModel:
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         rows_T = input_ids_T if step.wanted is None else step.wanted.index_R
         return torch.zeros((rows_T.shape[0], 1), device=self._device)
-
-    def logits(self, hidden_RE: Tensor, rows: object) -> Tensor:
-        return torch.zeros((hidden_RE.shape[0], VOCAB_SIZE), device=self._device)
 
 
 class NullAttention:
@@ -155,7 +167,6 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
         EagerSteps(parts, "prompts"),
         sizes=graph_sizes(batch),
         max_model_len=MAX_MODEL_LEN,
-        comm=SOLO.axes["tp"],
         staging=select_staging(device),
         recorder=select_recorder(device) if device.type == "cuda" else NullRecorder(),
     )

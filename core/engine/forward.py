@@ -48,7 +48,9 @@ class ComputedStep:
     """A step whose logits are under way. Its tensors hold until the next step is computed."""
 
     hidden_TE: Tensor | None  # of all tokens; None where rows were left out or replayed
-    logits_RV: Tensor  # float32, of the plan's rows that sample
+    # Of the plan's rows that sample, float32 (R, V). May exchange parts of them: every rank of tp
+    # calls it for the same steps, once.
+    logits: Callable[[], Tensor]
     best_R: Tensor | None  # int64: greedy tokens, stored already; None: nothing was chosen
     slots: Ints  # of those rows, on the host
     positions: Ints  # of the tokens to choose, on the host
@@ -171,11 +173,14 @@ class EagerSteps:
             tokens_SL[sampling.slots_R, sampling.positions_R] = ids_R.to(tokens_SL.dtype)
 
         all_TE = hidden_TE if wanted is None else None
-        return ComputedStep(all_TE, logits_RV, None, sampling.slots, sampling.positions, store)
+        return ComputedStep(
+            all_TE, lambda: logits_RV, None, sampling.slots, sampling.positions, store
+        )
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
-        return self._parts.model.logits(hidden_RE, self._parts.rows(by_dp))
+        head, rows = self._parts.model.head, self._parts.rows(by_dp)
+        return head.whole(head.partial(hidden_RE, rows), rows)
 
     def _wanted(self, sampling: SamplingRows, facts: StepFacts) -> WantedRows | None:
         """Rows that sample, in steps with prompts, which have others; the first one where none

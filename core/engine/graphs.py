@@ -25,7 +25,7 @@ from core.engine.prompt_graphs import MOST_SEQUENCES, PromptGraphs, prompt_sizes
 from core.engine.recorder import Recorder, Replay
 from core.engine.step_input import StepInput, send_decodes
 from core.interfaces.attention import SequenceBatch
-from core.interfaces.comm import Comms, Communicator
+from core.interfaces.comm import Comms
 from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.moe_a2a import Dispatcher
 from core.kernels.stage import DecodeRows, Staging, packed_length
@@ -74,7 +74,7 @@ def reason_for_eager(
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A size that can be replayed: to logits (S, V) and best ids (S,)."""
+    """A size that can be replayed: to logits, as the head leaves them, and best ids (S,)."""
 
     rows: DecodeRows
     replay: Replay
@@ -90,13 +90,13 @@ class GraphedSteps:
         *,
         sizes: Sequence[int],
         max_model_len: int,
-        comm: Communicator,
         staging: Staging,
         recorder: Recorder,
     ) -> None:
-        """`comm` is that of the tp axis."""
-        self._parts, self._comm = parts, comm
+        self._parts = parts
         self._rest = rest
+        # DP ranks that share a head don't know which of them needs more than the best tokens.
+        self._gathers_logits = parts.plan.dp > 1 and not parts.plan.dp_lm_head
         self._staging, self._recorder = staging, recorder
         self._max_model_len = max_model_len
         self.sizes = tuple(sizes)
@@ -156,8 +156,8 @@ class GraphedSteps:
         if len(plan.table_slots) > rows.input_ids_S.shape[0]:
             state.update(plan)
         slots, positions = send_decodes(self._input, plan, rows)
-        logits_SV, best_S = captured.replay()
-        return self._computed(rows, slots, positions, logits_SV, best_S)
+        logits, best_S = captured.replay()
+        return self._computed(rows, slots, positions, logits, best_S)
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
@@ -170,14 +170,20 @@ class GraphedSteps:
         return self._captured.get(self.sizes[bisect_left(self.sizes, most)])
 
     def _computed(
-        self, rows: DecodeRows, slots: Ints, positions: Ints, logits_SV: Tensor, best_S: Tensor
+        self, rows: DecodeRows, slots: Ints, positions: Ints, logits: Tensor, best_S: Tensor
     ) -> ComputedStep:
-        count = len(slots)
+        count, parts = len(slots), self._parts
+
+        def whole() -> Tensor:
+            if self._gathers_logits:
+                return logits[:count]
+            step_rows = parts.rows([best_S.shape[0]] * parts.plan.dp)
+            return parts.model.head.whole(logits, step_rows)[:count]
 
         def store(ids_R: Tensor) -> None:
-            self._staging.store(ids_R, rows.places, self._parts.state.tokens_SL)
+            self._staging.store(ids_R, rows.places, parts.state.tokens_SL)
 
-        return ComputedStep(None, logits_SV[:count], best_S[:count], slots, positions + 1, store)
+        return ComputedStep(None, whole, best_S[:count], slots, positions + 1, store)
 
     def _rows(self, size: int) -> DecodeRows:
         return DecodeRows(
@@ -190,7 +196,8 @@ class GraphedSteps:
         )
 
     def _run(self, rows: DecodeRows) -> tuple[Tensor, Tensor]:
-        """What a graph holds. Returns the logits and each row's best token."""
+        """What a graph holds. Returns logits, this rank's part where that does, and each row's best
+        token: parts are exchanged, so that it is the same on all ranks."""
         parts, size = self._parts, rows.input_ids_S.shape[0]
         state = parts.state
         self._staging.stage(rows, state.tokens_SL, state.pages_SM, state.page_size)
@@ -212,10 +219,11 @@ class GraphedSteps:
         )
         step_rows = parts.rows([size] * parts.plan.dp)
         hidden_SE = parts.forward(batch, step_rows, "decode")
-        logits_SV = parts.model.logits(hidden_SE, step_rows)
-        best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
+        head = parts.model.head
+        logits = head.partial(hidden_SE, step_rows)
+        best_S = head.best(logits, step_rows, self._staging)
         self._staging.store(best_S, rows.places, state.tokens_SL)
-        return logits_SV, best_S
+        return head.whole(logits, step_rows) if self._gathers_logits else logits, best_S
 
 
 def make_steps(
@@ -244,7 +252,6 @@ def make_steps(
     multiple = parts.plan.tp_attn if parts.stream is Layout.ROWS else 1
     common: dict[str, Any] = {
         "max_model_len": max_model_len,
-        "comm": comms.axes["tp"],
         "staging": select_staging(device),
         "recorder": select_recorder(device),
     }

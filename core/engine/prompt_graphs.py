@@ -23,7 +23,6 @@ from core.engine.forward import ComputedStep, OnCaptured, RankParts, Steps
 from core.engine.recorder import Recorder, Replay
 from core.engine.step_input import StepInput, send_prompts
 from core.interfaces.attention import SequenceBatch
-from core.interfaces.comm import Communicator
 from core.interfaces.messages import StepFacts, StepPlan
 from core.kernels.stage import PromptRows, Staging, packed_prompts_length
 
@@ -40,7 +39,7 @@ def prompt_sizes(most_rows: int, multiple: int = 1) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A size that can be replayed: to logits (S, V) and best ids (S,)."""
+    """A size that can be replayed: to this rank's part of the logits and best ids (S,)."""
 
     rows: PromptRows
     replay: Replay
@@ -59,13 +58,11 @@ class PromptGraphs:
         sizes: Sequence[int],
         num_sequences: int,
         max_model_len: int,
-        comm: Communicator,
         staging: Staging,
         recorder: Recorder,
     ) -> None:
-        """`comm` is that of the tp axis."""
         assert parts.plan.dp == 1, "DP ranks don't agree on numbers of sequences"
-        self._parts, self._rest, self._comm = parts, rest, comm
+        self._parts, self._rest = parts, rest
         self._staging, self._recorder = staging, recorder
         self._max_model_len, self._sizes = max_model_len, tuple(sizes)
         state, most = parts.state, self._sizes[-1]
@@ -112,14 +109,20 @@ class PromptGraphs:
         rows, state = captured.rows, self._parts.state
         state.update(plan)
         slots, contexts = send_prompts(self._input, plan, rows)
-        logits_SV, best_S = captured.replay()
+        logits_SL, best_S = captured.replay()
         count = len(slots)
+
+        def whole() -> Tensor:
+            return self._parts.model.head.whole(logits_SL, self._parts.rows([best_S.shape[0]]))
+
         if all(plan.samples):
 
             def store(ids_R: Tensor) -> None:
                 self._staging.store(ids_R, rows.places, state.tokens_SL)
 
-            return ComputedStep(None, logits_SV[:count], best_S[:count], slots, contexts, store)
+            return ComputedStep(
+                None, lambda: whole()[:count], best_S[:count], slots, contexts, store
+            )
         chosen = np.flatnonzero(plan.samples)
         (chosen_R,) = send(state.device, chosen)
 
@@ -129,7 +132,7 @@ class PromptGraphs:
 
         return ComputedStep(
             None,
-            logits_SV[chosen_R],
+            lambda: whole()[chosen_R],
             best_S[chosen_R],
             slots[chosen],
             contexts[chosen],
@@ -159,7 +162,8 @@ class PromptGraphs:
         )
 
     def _run(self, rows: PromptRows) -> tuple[Tensor, Tensor]:
-        """What a graph holds. Returns logits and best token of each sequence's last row."""
+        """What a graph holds. Returns this rank's part of the logits and the best token of each
+        sequence's last row."""
         parts, state = self._parts, self._parts.state
         num_rows, size = rows.input_ids_T.shape[0], rows.num_sequences
         self._staging.stage_prompts(rows, state.tokens_SL, state.pages_SM, state.page_size)
@@ -184,7 +188,8 @@ class PromptGraphs:
         hidden_SE = parts.forward(batch, parts.rows([num_rows]), "prefill", wanted)
         if wanted is None:
             hidden_SE = hidden_SE[rows.last_S]
-        logits_SV = parts.model.logits(hidden_SE, parts.rows([size]))
-        best_S = self._comm.broadcast(self._staging.best(logits_SV), 0)
+        head, head_rows = parts.model.head, parts.rows([size])
+        logits_SL = head.partial(hidden_SE, head_rows)
+        best_S = head.best(logits_SL, head_rows, self._staging)
         self._staging.store(best_S, rows.places, state.tokens_SL)
-        return logits_SV, best_S
+        return logits_SL, best_S

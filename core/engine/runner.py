@@ -100,20 +100,32 @@ class ModelRunner:
             self._num_logprobs[init.slot] = -1 if wanted is None else wanted
         self.sampler.init_slots(plan.inits)
         computed = self.steps.compute(plan, facts)
-        pending = PendingStep(self._chosen(computed))
-        if self.comm.rank == 0:
-            self._sampled_logprobs(computed, pending)
+        pending = self._chosen(computed)
         self._prompt_logprobs(plan, facts, computed, pending)
         self.balancer.after_step()
         return pending
 
-    def _chosen(self, computed: ComputedStep) -> Tensor:
-        """The next token of each sampling row, stored where the next step reads it."""
-        slots, logits_RV = computed.slots, computed.logits_RV
-        if computed.best_R is not None and self.sampler.is_greedy(slots):
-            return computed.best_R
+    def _chosen(self, computed: ComputedStep) -> PendingStep:
+        """The next token of each sampling row, stored where the next step reads it, and what was
+        asked to be told of it. Every rank of tp decides alike whether logits are needed whole."""
+        slots = computed.slots
+        wanted = self._num_logprobs[slots]
+        best_R = computed.best_R if self.sampler.is_greedy(slots) else None
+        if best_R is not None and not (wanted >= 0).any():
+            return PendingStep(best_R)
         if not len(slots):
-            return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
+            return PendingStep(torch.empty(0, dtype=torch.int64, device=self.state.device))
+        logits_RV = computed.logits()
+        pending = PendingStep(self._sampled(computed, logits_RV) if best_R is None else best_R)
+        if self.comm.rank == 0 and (wanted >= 0).any():
+            each = [None if top < 0 else top for top in wanted.tolist()]
+            pending.logprob_rows = [index for index, top in enumerate(each) if top is not None]
+            pending.logprobs = sampled_logprobs(logits_RV, pending.ids_R, each)
+        return pending
+
+    def _sampled(self, computed: ComputedStep, logits_RV: Tensor) -> Tensor:
+        """Tokens that one rank chooses for all."""
+        slots = computed.slots
         if self.comm.rank == 0:
             sample_plan = self.sampler.plan(slots, computed.positions)
             ids_R = self.sampler.sample(sample_plan, logits_RV, self.state.tokens_SL)
@@ -122,13 +134,6 @@ class ModelRunner:
         ids_R = self.comm.broadcast(ids_R, 0)
         computed.store(ids_R)
         return ids_R
-
-    def _sampled_logprobs(self, computed: ComputedStep, pending: PendingStep) -> None:
-        wanted = self._num_logprobs[computed.slots]
-        if (wanted >= 0).any():
-            each = [None if top < 0 else top for top in wanted.tolist()]
-            pending.logprob_rows = [index for index, top in enumerate(each) if top is not None]
-            pending.logprobs = sampled_logprobs(computed.logits_RV, pending.ids_R, each)
 
     def _prompt_logprobs(
         self,

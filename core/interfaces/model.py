@@ -168,6 +168,35 @@ class ExpertLayer(Protocol):
         ...
 
 
+class BestTokens(Protocol):
+    """Finds the largest logits without gathering them; see core.kernels.stage.Staging."""
+
+    def best_parts(self, logits_SL: Tensor, first_id: int, num_tokens: int) -> Tensor: ...
+
+    def best_of_parts(self, parts_NSX2: Tensor) -> Tensor: ...
+
+
+class OutputHead(Protocol):
+    """Hidden states -> logits, in two steps: greedy rows need no more than the first.
+
+    A rows of all ranks that share the head, L columns of the logits that this rank has. All ranks
+    that share the head call the same.
+    """
+
+    def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
+        """Logits (A, L) in float32. `rows` counts R of every DP rank; those without rows call this
+        too."""
+        ...
+
+    def whole(self, partial_AL: Tensor, rows: StepRows) -> Tensor:
+        """Logits (R, V) in float32 over the whole vocabulary, replicated over tp."""
+        ...
+
+    def best(self, partial_AL: Tensor, rows: StepRows, find: BestTokens) -> Tensor:
+        """The first of each row's largest logits: ids int64 (R,), replicated over tp."""
+        ...
+
+
 class Model(Protocol):
     """One rank's part of a model, weights loaded. Collectives happen inside."""
 
@@ -175,15 +204,12 @@ class Model(Protocol):
     kv: KVShape | LatentKVShape
     expert_layers: Sequence[ExpertLayer]  # empty where it has no experts
 
+    @property
+    def head(self) -> OutputHead: ...
+
     def forward(self, input_ids_T: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
         """Final hidden states (T, E), normalised, replicated over tp; (R, E) where the step says
         which rows are wanted. Ids and positions int64."""
-        ...
-
-    def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
-        """Logits (R, V) in float32 over the whole vocabulary, replicated over tp.
-
-        `rows` counts R of every DP rank; those without rows call this too."""
         ...
 
     def shortened(self) -> Model:

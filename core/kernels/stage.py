@@ -124,8 +124,15 @@ class Staging(Protocol):
         """Write the new page-table entries into `pages_ZM`, then the rows' buffers."""
         ...
 
-    def best(self, logits_SV: Tensor) -> Tensor:
-        """The first of each row's largest logits, int64 (S,). Takes NaN for the least."""
+    def best_parts(self, logits_SL: Tensor, first_id: int, num_tokens: int) -> Tensor:
+        """int32 (S, X, 2): for each of X parts of every row its largest logit, as bits of a
+        float32, and the first id that has it. Column 0 is the token `first_id`; those from
+        `num_tokens` on are none. NaN counts as the least. X depends on L alone."""
+        ...
+
+    def best_of_parts(self, parts_NSX2: Tensor) -> Tensor:
+        """The first of each row's largest logits, int64 (S,), of the parts of N ranks, whose ids
+        rise from rank to rank."""
         ...
 
     def stage_prompts(
@@ -166,9 +173,19 @@ class TorchStaging:
             used = position // page_size + 1
             rows.page_table_SM[row, :used] = pages_ZM[slot, :used]
 
-    def best(self, logits_SV: Tensor) -> Tensor:
-        """By torch's argmax."""
-        return logits_SV.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax(dim=-1)
+    def best_parts(self, logits_SL: Tensor, first_id: int, num_tokens: int) -> Tensor:
+        """One part, by torch's max."""
+        known_SL = logits_SL.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        known_SL[:, num_tokens:] = -torch.inf
+        best_S, ids_S = known_SL.max(dim=-1)
+        bits_S = best_S.contiguous().view(torch.int32)
+        return torch.stack((bits_S, (ids_S + first_id).int()), dim=-1).unsqueeze(1)
+
+    def best_of_parts(self, parts_NSX2: Tensor) -> Tensor:
+        """By torch's max."""
+        best, ids = parts_NSX2.transpose(0, 1).flatten(1, 2).unbind(-1)
+        places_S1 = best.contiguous().view(torch.float32).argmax(dim=1, keepdim=True)
+        return ids.gather(1, places_S1).squeeze(1).long()
 
     def stage_prompts(
         self, rows: PromptRows, tokens_ZL: Tensor, pages_ZM: Tensor, page_size: int

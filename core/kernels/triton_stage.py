@@ -81,15 +81,15 @@ def stage_kernel(
 @triton.jit
 def best_of_part_kernel(
     logits_ptr,
-    best_ptr,
-    ids_ptr,
+    parts_ptr,
     stride,
+    first_id,
     V: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The largest of PART logits of a row, and its first place; of nothing but NaN, the first."""
+    """The largest of PART logits of a row, and its first id; of nothing but NaN, the first."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -104,29 +104,35 @@ def best_of_part_kernel(
         best_B = tl.where(better_B, logits_B, best_B)
         places_B = tl.where(better_B, columns_B, places_B)
     best = tl.max(best_B, axis=0)
-    out = row * tl.num_programs(1) + part
-    tl.store(best_ptr + out, best)
-    tl.store(ids_ptr + out, tl.min(tl.where(best_B == best, places_B, V), axis=0))
+    out_ptr = parts_ptr + 2 * (row * tl.num_programs(1) + part)
+    tl.store(out_ptr, best.to(tl.int32, bitcast=True))
+    tl.store(out_ptr + 1, first_id + tl.min(tl.where(best_B == best, places_B, V), axis=0))
 
 
 @triton.jit
 def best_part_kernel(
-    best_ptr,
-    ids_ptr,
+    parts_ptr,
     out_ptr,
+    rank_stride,
+    NUM_RANKS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """The first of a row's best parts."""
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
     row = tl.program_id(0)
-    parts = tl.arange(0, BLOCK)
-    inside = parts < NUM_PARTS
-    best = tl.load(best_ptr + row * NUM_PARTS + parts, mask=inside, other=-float("inf"))
-    place = tl.argmax(best, axis=0)
-    tl.store(out_ptr + row, tl.load(ids_ptr + row * NUM_PARTS + place).to(tl.int64))
+    ranks, parts = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_X)[None, :]
+    inside = (ranks < NUM_RANKS) & (parts < NUM_PARTS)
+    part_ptrs = parts_ptr + ranks * rank_stride + 2 * (row * NUM_PARTS + parts)
+    best = tl.load(part_ptrs, mask=inside, other=0).to(tl.float32, bitcast=True)
+    best = tl.where(inside, best, -float("inf"))
+    ids = tl.load(part_ptrs + 1, mask=inside, other=0x7FFFFFFF)
+    largest = tl.max(tl.max(best, axis=1), axis=0)
+    ids = tl.where(best == largest, ids, 0x7FFFFFFF)
+    tl.store(out_ptr + row, tl.min(tl.min(ids, axis=1), axis=0).to(tl.int64))
 
 
 @triton.jit
@@ -252,37 +258,45 @@ class TritonStaging:
             **options(pages_ZM.device),
         )
 
-    def best(self, logits_SV: Tensor) -> Tensor:
-        """Two launches: the best of each part of a row, then the best part."""
-        num_rows, vocab_size = logits_SV.shape
-        num_parts = triton.cdiv(vocab_size, _PART_V)
-        device = logits_SV.device
-        assert logits_SV.stride(1) == 1
-        best_SX = torch.empty((num_rows, num_parts), dtype=torch.float32, device=device)
-        ids_SX = torch.empty((num_rows, num_parts), dtype=torch.int32, device=device)
+    def best_parts(self, logits_SL: Tensor, first_id: int, num_tokens: int) -> Tensor:
+        """Parts of _PART_V columns, in one launch."""
+        num_rows, num_columns = logits_SL.shape
+        num_parts = triton.cdiv(num_columns, _PART_V)
+        device = logits_SL.device
+        assert logits_SL.stride(1) == 1
+        parts_SX2 = torch.empty((num_rows, num_parts, 2), dtype=torch.int32, device=device)
+        if num_rows:
+            best_of_part_kernel[(num_rows, num_parts)](
+                logits_SL,
+                parts_SX2,
+                logits_SL.stride(0),
+                first_id,
+                V=num_tokens,
+                PART=_PART_V,
+                BLOCK=_BLOCK_V,
+                num_warps=4,
+                **options(device),
+            )
+        return parts_SX2
+
+    def best_of_parts(self, parts_NSX2: Tensor) -> Tensor:
+        """One launch."""
+        num_ranks, num_rows, num_parts, _ = parts_NSX2.shape
+        device = parts_NSX2.device
         best_S = torch.empty(num_rows, dtype=torch.int64, device=device)
-        if num_rows == 0:
-            return best_S
-        best_of_part_kernel[(num_rows, num_parts)](
-            logits_SV,
-            best_SX,
-            ids_SX,
-            logits_SV.stride(0),
-            V=vocab_size,
-            PART=_PART_V,
-            BLOCK=_BLOCK_V,
-            num_warps=4,
-            **options(device),
-        )
-        best_part_kernel[(num_rows,)](
-            best_SX,
-            ids_SX,
-            best_S,
-            NUM_PARTS=num_parts,
-            BLOCK=triton.next_power_of_2(num_parts),
-            num_warps=1,
-            **options(device),
-        )
+        if num_rows:
+            parts_NSX2 = parts_NSX2.contiguous()
+            best_part_kernel[(num_rows,)](
+                parts_NSX2,
+                best_S,
+                parts_NSX2.stride(0),
+                NUM_RANKS=num_ranks,
+                NUM_PARTS=num_parts,
+                BLOCK_N=triton.next_power_of_2(num_ranks),
+                BLOCK_X=triton.next_power_of_2(num_parts),
+                num_warps=1,
+                **options(device),
+            )
         return best_S
 
     def stage_prompts(

@@ -30,7 +30,6 @@ from core.layers.moe import MoELayer
 from core.layers.norm import RMSNorm
 from core.layers.rope import rope_table
 from core.layers.row_exchange import row_exchange
-from core.parallel.rows import StepRows
 from core.parallel.sharding import Sharding
 
 AttentionBlock = Callable[[Tensor, Tensor, ModelStep], Tensor]
@@ -81,9 +80,9 @@ class Decoder:
         self.num_heads, self.kv = _cache_shape(spec, context)
         self._embedding = VocabEmbedding(context, "model.embed_tokens", vocab_size, hidden_size)
         if spec.tie_word_embeddings:
-            self._head = LMHead(context, self._embedding.weight_LE, vocab_size, axis="tp")
+            self.head = LMHead(context, self._embedding.weight_LE, vocab_size, axis="tp")
         else:
-            self._head = LMHead.from_checkpoint(context, "lm_head", vocab_size, hidden_size)
+            self.head = LMHead.from_checkpoint(context, "lm_head", vocab_size, hidden_size)
         cos_sin_CD = rope_table(
             spec.rope, spec.rope_dim, spec.max_position_embeddings, context.device
         )
@@ -123,10 +122,6 @@ class Decoder:
             closing_norm = self._closing_norms[index]
             x_TE, residual_TE = closing_norm.add(layer.mlp(x_TE, step), residual_TE)
         return self._exchange.gather(x_TE, step.rows)
-
-    def logits(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
-        """Logits (R, V) in float32 over the whole vocabulary, replicated over tp."""
-        return self._head(hidden_RE, rows)
 
 
 def _narrowed(

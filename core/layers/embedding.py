@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
-from core.interfaces.model import BuildContext
+from core.interfaces.model import BestTokens, BuildContext
 from core.kernels.ragged import gather_rows
 from core.layers.row_exchange import row_exchange
 from core.parallel.layout import Layout
@@ -47,22 +47,33 @@ class VocabEmbedding:
 
 
 class LMHead:
-    """Hidden states, replicated over tp -> logits of the whole vocabulary on the same ranks.
+    """Hidden states, replicated over tp -> logits (core.interfaces.model.OutputHead).
 
     Cut over `axis`: with "world" all ranks share one head, and compute the rows of all DP ranks;
     with "tp" each DP rank has a head of its own.
     """
 
-    __slots__ = ("_dp", "_gather_columns", "_kernel", "_vocab_size")
+    __slots__ = (
+        "_comm",
+        "_dp",
+        "_first",
+        "_gather_columns",
+        "_kernel",
+        "_num_tokens",
+        "_vocab_size",
+    )
 
     def __init__(
         self, context: BuildContext, weight_LE: Tensor, vocab_size: int, *, axis: str
     ) -> None:
         self._kernel = context.ops.logits(weight_LE)
+        self._comm = context.comms.axes[axis]
         self._gather_columns = context.comms.bridge(axis, src=Layout.COLUMNS, dst=Layout.REPLICATED)
         shared = axis == "world"
         self._dp = context.comms.axes["dp"] if shared else SoloCommunicator()
         self._vocab_size = vocab_size
+        self._first, stop = Sharding.over(self._comm).padded(0).bounds(vocab_size)
+        self._num_tokens = stop - self._first  # the other columns are padding
 
     @classmethod
     def from_checkpoint(
@@ -74,12 +85,35 @@ class LMHead:
         weight_LE = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), shard)
         return cls(context, weight_LE, vocab_size, axis=axis)
 
-    def __call__(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
-        """(R, E) -> (R, V) in float32. `rows` counts R of every DP rank."""
-        counts = rows.by_dp if self._dp.size > 1 else (hidden_RE.shape[0],)
-        hidden_AE = gather_rows(self._dp, hidden_RE, counts)
+    def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
+        """(R, E) -> (A, L) in float32. `rows` counts R of every DP rank."""
+        hidden_AE = gather_rows(self._dp, hidden_RE, self._counts(rows, hidden_RE.shape[0]))
         if hidden_AE.shape[0] == 0:  # the same on all ranks that share the head
             return hidden_RE.new_empty((0, self._vocab_size), dtype=torch.float32)
-        logits_AV = self._gather_columns(self._kernel(hidden_AE))
+        return self._kernel(hidden_AE)
+
+    def whole(self, partial_AL: Tensor, rows: StepRows) -> Tensor:
+        """(A, L) -> (R, V)."""
+        if partial_AL.shape[0] == 0:
+            return partial_AL
+        return self._own(self._gather_columns(partial_AL), rows)[:, : self._vocab_size]
+
+    def best(self, partial_AL: Tensor, rows: StepRows, find: BestTokens) -> Tensor:
+        """(A, L) -> (R,): of each rank's columns only the best travel."""
+        parts_AX2 = find.best_parts(partial_AL, self._first, self._num_tokens)
+        parts_NAX2 = self._comm.all_gather(parts_AX2, 0).view(self._comm.size, *parts_AX2.shape)
+        return self._own(find.best_of_parts(parts_NAX2), rows)
+
+    def _own(self, of_all_A: Tensor, rows: StepRows) -> Tensor:
+        """This DP rank's rows."""
+        counts = self._counts(rows, of_all_A.shape[0])
         first = sum(counts[: self._dp.rank])
-        return logits_AV[first : first + hidden_RE.shape[0], : self._vocab_size]
+        return of_all_A[first : first + counts[self._dp.rank]]
+
+    def _counts(self, rows: StepRows, num_rows: int) -> tuple[int, ...]:
+        """Rows of the DP ranks that share the head."""
+        return rows.by_dp if self._dp.size > 1 else (num_rows,)
+
+    def __call__(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
+        """(R, E) -> (R, V) in float32."""
+        return self.whole(self.partial(hidden_RE, rows), rows)

@@ -14,11 +14,11 @@ class NcclBackend:
 
     torch_backend = "nccl"
 
-    def __init__(self, options: NoOptions) -> None:
+    def __init__(self, options: NoOptions, name: str = "nccl") -> None:
         """Raises ConfigError where this machine or this torch has no NCCL."""
         if not (torch.cuda.is_available() and is_nccl_available()):
             raise ConfigError(
-                f"comm.tp=nccl needs a CUDA device and a torch built with NCCL (this one is "
+                f"comm.tp={name} needs a CUDA device and a torch built with NCCL (this one is "
                 f"{torch.__version__}, CUDA devices: {torch.cuda.device_count()}); set comm.tp=gloo"
             )
 

@@ -1,6 +1,8 @@
 """Command-line words to AppConfig: every file in conf/, the shorthands, and the checks."""
 
+import operator
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import yaml
 from core.catalog import Catalog
 from core.compose import (
     DEFAULTED_GROUPS,
+    PATH_KEYS,
     SPREAD_GROUPS,
     NoModelError,
     blocklist,
@@ -307,6 +310,15 @@ def test_the_blocklist_comes_from_the_command_line_only(tmp_path):
     (tmp_path / "role/x.yaml").write_text("# @package _global_\nplugins:\n  blocklist: [acme]\n")
     with pytest.raises(ConfigError, match="on the command line only"):
         config_of("model=smollm2", "role=x", search_paths=[f"file://{tmp_path}"])
+
+
+def test_a_leading_tilde_is_the_users_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = config_of("model=custom", *(f"{key}=~/x" for key in PATH_KEYS))
+    assert [operator.attrgetter(key)(config) for key in PATH_KEYS] == ["/home/me/x"] * 5
+    assert config.model.name == "x"
+    paths = {knob.key for knob in knobs(AppConfig) if re.search("path$|_file$|_dir$", knob.key)}
+    assert paths == set(PATH_KEYS)
 
 
 def test_yaml_shows_every_knob():

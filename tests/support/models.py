@@ -364,6 +364,7 @@ def _run_steps(
             torch.nn.functional.pad(positions_T, padding),
             step,
         )
-        logits.append(model.logits(hidden_TE[: rows.num_real], rows))
+        partial = model.head.partial(hidden_TE[: rows.num_real], rows)
+        logits.append(model.head.whole(partial, rows))
         start += rows.num_real
     return torch.cat(logits)

@@ -33,7 +33,8 @@ REFUSED = {  # field -> why, and what to do instead
     "use_beam_search": "answers are sampled; use n",
     # What the answer follows.
     "chat_template": "a request never brings a template; the checkpoint's is used",
-    "documents": _PROMPT, "session_params": _PROMPT,
+    "documents": "give them in chat_template_kwargs where the template reads them, or in messages",
+    "session_params": _PROMPT,
     "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
     "input_ids": "send them as prompt to /v1/completions",
     "input_embeds": "send text or token ids", "prompt_embeds": "send text or token ids",

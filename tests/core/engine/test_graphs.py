@@ -342,22 +342,37 @@ def test_requests_that_come_and_go_between_steps(tiny_folder, replayed):
             assert token_ids == whole
 
 
+ATTENTION_GROUPS = {"plan": "dp_attention", "tp": 4, "ep": 2, "dp_attention": 2}
+PLANS = {
+    # Two DP ranks of two ranks each, whose rows are shared out; some are idle at times.
+    "shared_head": ("qwen3_moe", ATTENTION_GROUPS, "allgather"),
+    "own_heads": ("qwen3_moe", ATTENTION_GROUPS | {"dp_lm_head": True}, "allgather"),
+    # Ranks that have all rows: only the best tokens of each travel, and logits where asked for.
+    "tp": ("llama", {"plan": "tp", "tp": 2}, "auto"),
+    "experts_add_up": ("qwen3_moe", {"plan": "tp_ep", "tp": 2, "ep": 2}, "auto"),
+}
+
+
 @pytest.mark.skipif(CUDA, reason="ranks in threads share one device's streams")
-def test_dp_ranks_replay_the_same_sizes(tiny_folder, replayed):
-    """Two DP ranks of two ranks each, whose rows are shared out; some are idle at times."""
+@pytest.mark.parametrize("name", list(PLANS))
+def test_ranks_replay_the_same_sizes(tiny_folder, replayed, name):
+    family, parallel, a2a = PLANS[name]
     prompts = prompts_of(9, 9)
     sampling = mixed_sampling(9, 9)
 
     def answers():
         config = app_config(
-            folder_model(tiny_folder("qwen3_moe"), max_model_len=256),
+            folder_model(tiny_folder(family), max_model_len=256),
             engine=ENGINE,
             attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
-            parallel={"plan": "dp_attention", "tp": 4, "ep": 2, "dp_attention": 2},
-            moe_a2a={"prefill": choice("allgather"), "decode": choice("allgather")},
+            parallel=parallel,
+            moe_a2a={"prefill": choice(a2a), "decode": choice(a2a)},
         )
         with spread_engine(config) as engine:
-            return [answer.token_ids for answer in engine.generate(prompts, sampling)]
+            return [
+                (answer.token_ids, [entry.top_ids for entry in answer.logprobs])
+                for answer in engine.generate(prompts, sampling)
+            ]
 
     found = answers()
     assert all(made.replays > 5 for made in replayed)

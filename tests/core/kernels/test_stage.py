@@ -165,21 +165,40 @@ def test_prompts_are_staged_as_the_oracle_does(staging, lengths, before, num_row
     assert int((tokens_ZL[:, 0] != tokens_too_ZL[:, 0]).sum()) == 0
 
 
+def best(found_by, logits_SV, num_ranks=1):
+    """As ranks find it that share the columns out, the last one with fewer tokens."""
+    vocab_size = logits_SV.shape[1]
+    width = -(-vocab_size // num_ranks)
+    padded_SV = torch.nn.functional.pad(logits_SV, (0, width * num_ranks - vocab_size), value=99.0)
+    if num_ranks == 1:
+        padded_SV = logits_SV  # as it lies
+    parts = [
+        found_by.best_parts(columns, rank * width, min(width, vocab_size - rank * width))
+        for rank, columns in enumerate(padded_SV.split(width, dim=1))
+    ]
+    assert all(part.dtype == torch.int32 for part in parts)
+    return found_by.best_of_parts(torch.stack(parts))
+
+
 @pytest.mark.parametrize("size", [1, 3, 17])
 @pytest.mark.parametrize("vocab_size", [5, 4096, 4097, 13000])
-def test_the_first_best_token_of_every_row(staging, size, vocab_size):
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_first_best_token_of_every_row(staging, size, vocab_size, num_ranks):
     generator = torch.Generator().manual_seed(vocab_size)
     wide_SV = torch.randn((size, vocab_size + 3), generator=generator).to(DEVICE)
     logits_SV = wide_SV[:, :vocab_size]  # a part of wider rows, as a cut head gives it
-    assert torch.equal(staging.best(logits_SV), TorchStaging().best(logits_SV))
+    assert best(staging, logits_SV, num_ranks).tolist() == logits_SV.argmax(1).tolist()
+    assert best(TorchStaging(), logits_SV, num_ranks).tolist() == logits_SV.argmax(1).tolist()
     tied_SV = (logits_SV * 2).round()
-    best_S = staging.best(tied_SV)
-    assert best_S.tolist() == [int((row == row.max()).nonzero()[0]) for row in tied_SV]
+    first = [int((row == row.max()).nonzero()[0]) for row in tied_SV]
+    assert best(staging, tied_SV, num_ranks).tolist() == first
+    assert best(TorchStaging(), tied_SV, num_ranks).tolist() == first
 
 
 def test_rows_of_nan_give_a_token_all_the_same(staging):
     logits_SV = torch.full((3, 5000), float("nan"), device=DEVICE)
     logits_SV[1] = -float("inf")
     logits_SV[2, 4999] = 1.0
-    assert staging.best(logits_SV).tolist() == [0, 0, 4999]
-    assert TorchStaging().best(logits_SV).tolist() == [0, 0, 4999]
+    for num_ranks in (1, 4):
+        assert best(staging, logits_SV, num_ranks).tolist() == [0, 0, 4999]
+        assert best(TorchStaging(), logits_SV, num_ranks).tolist() == [0, 0, 4999]

@@ -197,4 +197,5 @@ def test_zero_rows_pass_through(tiny_folder: Folder) -> None:
         ModelStep(attention, attention, solo_rows(0), "decode", torch.zeros(1, dtype=torch.int32)),
     )
     assert hidden.shape == (0, 96)
-    assert model.logits(hidden, solo_rows(0)).shape == (0, VOCAB_SIZE)
+    head, rows = model.head, solo_rows(0)
+    assert head.whole(head.partial(hidden, rows), rows).shape == (0, VOCAB_SIZE)

@@ -1,0 +1,119 @@
+"""One kernel for every collective over memory that the ranks of an axis can write into.
+
+Each rank pushes its values into a slot that it has on every peer, says so in a flag there, waits
+for the peers' flags, and reads its own slots, which are near. Programs with the same number on all
+ranks do this for the same chunks, and for no others, so that a program waits for one program a
+peer. No wait can block a program that is waited for: those before it come in one order everywhere.
+
+Flags count launches and never go back, so that nothing has to be reset; a captured graph can be
+replayed. Slots are two of each: what a peer may still be reading of one launch is written again two
+launches later, and between them lies a flag of that peer, which it raised after it had read.
+
+For GPUs; on CPU tensors it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests: a process
+a rank, over shared memory. Knows nothing of process groups.
+"""
+
+# Kernels are written in Triton's language, which has no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+
+
+@triton.jit
+def _slot(buffer_ptr, like_ptr, epoch, source, slot_bytes, NUM_RANKS: tl.constexpr):
+    """Where the values of rank `source` lie in one rank's buffer, as a pointer like another."""
+    index = ((epoch & 1) * NUM_RANKS + source).to(tl.int64)
+    pointer = (buffer_ptr + index * slot_bytes).to(like_ptr.dtype)
+    return tl.multiple_of(pointer, 16)
+
+
+@triton.jit
+def _raise_flags(
+    buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_RANKS: tl.constexpr
+):
+    """Tell every peer that what this program pushed is there. All of its threads have pushed."""
+    tl.debug_barrier()
+    for distance in tl.static_range(1, NUM_RANKS):
+        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+        flags = (tl.load(buffers_ptr + peer) + flags_at).to(tl.pointer_type(tl.int32))
+        place = flags + RANK * tl.num_programs(0) + program
+        tl.atomic_xchg(place, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _await_flags(
+    buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_RANKS: tl.constexpr
+):
+    """Until every peer has pushed. A peer may be a launch ahead; numbers wrap around."""
+    flags = (tl.load(buffers_ptr + RANK) + flags_at).to(tl.pointer_type(tl.int32))
+    for distance in tl.static_range(1, NUM_RANKS):
+        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+        place = flags + peer * tl.num_programs(0) + program
+        seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
+        while seen - epoch < 0:
+            seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["slot_bytes", "flags_at"])
+def exchange_kernel(
+    x_ptr,
+    out_ptr,
+    buffers_ptr,  # int64 (NUM_RANKS,): where each rank's buffer is, as this rank sees it
+    epochs_ptr,  # int32 (programs,): launches so far, of this rank
+    num_values,  # of one part
+    slot_bytes,
+    flags_at,
+    RANK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    CUT: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Every rank sends the whole of x to each peer, or with CUT the peer's part of it. The result
+    is the sum of what came (in float32 and rank order: equal everywhere), or part after part."""
+    wait_for_predecessor(DEPENDENT)
+    program = tl.program_id(0)
+    epoch = tl.load(epochs_ptr + program) + 1
+    num_chunks = tl.cdiv(num_values, BLOCK)
+    part_size = tl.zeros((), tl.int64) + num_values
+    own_part_ptr = x_ptr + (RANK * part_size if CUT else 0)
+    for chunk in range(program, num_chunks, tl.num_programs(0)):
+        values = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = values < num_values
+        for distance in tl.static_range(1, NUM_RANKS):
+            peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+            part_ptr = x_ptr + (peer * part_size if CUT else 0)
+            slot_ptr = _slot(tl.load(buffers_ptr + peer), x_ptr, epoch, RANK, slot_bytes, NUM_RANKS)
+            tl.store(slot_ptr + values, tl.load(part_ptr + values, mask=inside), mask=inside)
+    if program < num_chunks:
+        _raise_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+        _await_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+    let_successor_start(DEPENDENT)
+    own = tl.load(buffers_ptr + RANK)
+    for chunk in range(program, num_chunks, tl.num_programs(0)):
+        values = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = values < num_values
+        if SUM:
+            total = tl.zeros((BLOCK,), tl.float32)
+            for source in tl.static_range(NUM_RANKS):
+                if source == RANK:
+                    part = tl.load(own_part_ptr + values, mask=inside, other=0.0)
+                else:
+                    slot_ptr = _slot(own, x_ptr, epoch, source, slot_bytes, NUM_RANKS)
+                    part = tl.load(slot_ptr + values, mask=inside, other=0.0, cache_modifier=".cg")
+                total += part.to(tl.float32)
+            tl.store(out_ptr + values, total.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            for source in tl.static_range(NUM_RANKS):
+                if source == RANK:
+                    part = tl.load(own_part_ptr + values, mask=inside)
+                else:
+                    slot_ptr = _slot(own, x_ptr, epoch, source, slot_bytes, NUM_RANKS)
+                    part = tl.load(slot_ptr + values, mask=inside, cache_modifier=".cg")
+                tl.store(out_ptr + source * part_size + values, part, mask=inside)
+    tl.store(epochs_ptr + program, epoch)
