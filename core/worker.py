@@ -12,6 +12,7 @@ import msgspec
 from core.cluster.boot import WorkerBoot
 from core.cluster.channel import Channel, exit_with_parent
 from core.cluster.log_stream import exit_now, steady_output
+from core.cluster.machine import raise_descriptor_limit
 from core.cluster.signals import leave_signals_to_parent
 from core.interfaces.control import LinesDropped, Phase, Progress, Ready
 from core.loading.cache import cache_root
@@ -23,6 +24,7 @@ def main() -> None:
     channel = Channel.open()
     exit_with_parent()
     leave_signals_to_parent()
+    raise_descriptor_limit()  # strangers at its ports hold some until they are turned away
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
         channel.exit_at_end()

@@ -4,6 +4,7 @@ import ast
 import ctypes
 import importlib.util
 import os
+import resource
 from pathlib import Path
 
 from core.errors import ResourceError
@@ -36,6 +37,17 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, ...]:
     if quota is not None:
         cpus = cpus[: max(1, round(quota))]
     return tuple(cpus)
+
+
+def raise_descriptor_limit() -> int:
+    """Set this process's limit on open files to the hard limit; returns what holds now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # a kernel that allows less than it says
+            return soft
+    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
 
 
 def _cgroup_quota(cgroup: Path) -> float | None:

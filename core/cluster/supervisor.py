@@ -19,13 +19,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
+from core.cluster.blame import cause, is_echo, suspicion
 from core.cluster.channel import INTERNAL, failure_exit_code
 from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import Child, ProcessSpec
 from core.cluster.signals import signal_pipe
 from core.cluster.vigil import Vigil
 from core.config import LaunchConfig
-from core.errors import WorkerDied
 from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
 
 FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
@@ -34,8 +34,6 @@ CLEAN_STOP_S = 5.0  # the same where nothing failed
 SETTLE_S = 0.25  # in which a failure that may be the echo of another waits for its cause
 ENDED_BY_SIGNAL = "the server was told to end at once"
 KILL_S = 5.0  # for the kernel to end what was killed
-
-_ECHOES = (INTERNAL, WorkerDied.__name__)  # kinds of Failed that another process's death causes
 
 
 class Stage(enum.Enum):
@@ -286,9 +284,8 @@ class Supervisor:
         suspects = [child for child in self._children if self._went_wrong(child)]
         if not suspects:
             return
-        culprit = min(suspects, key=_suspicion)
-        is_echo = culprit.failed is not None and culprit.failed.kind in _ECHOES
-        if is_echo and len(self._living()) > 1:
+        culprit = min(suspects, key=suspicion)
+        if is_echo(culprit) and len(self._living()) > 1:
             if not self._settling:
                 self._settling = True
                 self._deadline = time.monotonic() + SETTLE_S
@@ -303,7 +300,7 @@ class Supervisor:
         return child.returncode is not None and not (finished and child.returncode == 0)
 
     def _fail(self, culprit: Child) -> None:
-        brief, full = _cause(culprit)
+        brief, full = cause(culprit)
         if self._stage is Stage.STARTING:
             kind = culprit.failed.kind if culprit.failed else INTERNAL
             self._fail_start(full, failure_exit_code(kind), here=True)
@@ -410,24 +407,3 @@ class Supervisor:
 
 
 _LIVE = (Stage.STARTING, Stage.RUNNING, Stage.DRAINING, Stage.LEAVING)
-
-
-def _suspicion(child: Child) -> int:
-    """0: surely the cause of a failure ... 2: perhaps the echo of another's."""
-    if child.failed is not None:
-        return 2 if child.failed.kind in _ECHOES else 1
-    return 0
-
-
-def _cause(child: Child) -> tuple[str, str]:
-    """Why a child failed: one line that may be shown to clients, and the text for the terminal."""
-    if child.frozen is not None:
-        text = f"{child.label} {child.frozen}"
-        return text, f"{text}; the engine ends"
-    if child.failed is None:
-        text = f"{child.label} {child.exit_text()}"
-        return text, f"{text}{child.exit_hint()}; the engine ends"
-    if child.failed.kind == INTERNAL:
-        return f"{child.label} failed", f"{child.label} failed:\n{child.failed.message}"
-    node = "" if child.spec.node is None else f"node {child.spec.node}: "
-    return f"{child.label} failed: {child.failed.kind}", f"{node}{child.failed.message}"

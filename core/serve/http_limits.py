@@ -3,7 +3,6 @@
 Knows nothing of connections. The numbers are plain data, so that tests take tiny ones.
 """
 
-import resource
 from dataclasses import dataclass
 
 from core.config import FrontendConfig
@@ -42,17 +41,6 @@ class HttpLimits:
             idle_s=config.keep_alive_s,
             max_connections=max_connections,
         )
-
-
-def raise_descriptor_limit() -> int:
-    """Set this process's limit on open files to the hard limit; returns what holds now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError):  # a kernel that allows less than it says
-            return soft
-    return hard if hard != resource.RLIM_INFINITY else 2**31 - 1
 
 
 def settle_connections(wanted: int | None, descriptors: int) -> int:

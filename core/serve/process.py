@@ -24,6 +24,7 @@ import uvloop
 from core.cluster.boot import FrontendBoot
 from core.cluster.channel import Channel, exit_with_parent
 from core.cluster.log_stream import steady_output
+from core.cluster.machine import raise_descriptor_limit
 from core.cluster.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
 from core.errors import ConfigError
@@ -42,7 +43,7 @@ from core.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
-from core.serve.http_limits import HttpLimits, raise_descriptor_limit, settle_connections
+from core.serve.http_limits import HttpLimits, settle_connections
 from core.serve.http_server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
 from core.serve.request_check import RequestLimits, size_problem
