@@ -50,7 +50,26 @@ class IdsToText(msgspec.Struct, tag="detokenize", kw_only=True):
     vocab_size: int
 
 
-TextJob = ChatText | PromptTexts | TokenList | IdsToText
+class SplitBody(msgspec.Struct, tag="split", kw_only=True):
+    """A large body, to be taken apart without making objects of what is large in it."""
+
+    body: bytes  # JSON
+    text_fields: list[str]  # of any length
+    known_fields: list[str]
+    ignored_fields: list[str]  # of the known ones: an empty object stands for a long value
+    max_field_bytes: int  # of each other known field
+    max_unknown_bytes: int  # of all others together, to be named one by one
+    unnamed: str  # the one name that stands for more
+
+
+class BodyParts(msgspec.Struct, kw_only=True):
+    """The answer to a SplitBody."""
+
+    rest: bytes  # the JSON object, null for its text fields, 0 for unknown ones
+    texts: dict[str, bytes]  # JSON by field
+
+
+TextJob = ChatText | PromptTexts | TokenList | IdsToText | SplitBody
 
 
 class Prompt(msgspec.Struct, kw_only=True):
@@ -86,3 +105,5 @@ class TextService(Protocol):
     async def detokenize(self, job: IdsToText) -> bytes:
         """The text as JSON."""
         ...
+
+    async def split(self, job: SplitBody) -> BodyParts: ...

@@ -14,9 +14,11 @@ import msgspec
 from core.errors import RequestError
 from core.interfaces.text import (
     MAX_TOKENIZED,
+    BodyParts,
     ChatText,
     IdsToText,
     PromptTexts,
+    SplitBody,
     TextJob,
     TokenList,
     TokensJson,
@@ -61,7 +63,7 @@ class TextJobs:
         self._tokenizer = tokenizer
         self._limits = limits
 
-    def run(self, job: TextJob) -> list[PackedPrompt] | TokensJson | bytes:
+    def run(self, job: TextJob) -> list[PackedPrompt] | TokensJson | BodyParts | bytes:
         try:
             if isinstance(job, ChatText):
                 return [self._chat(job)]
@@ -69,6 +71,9 @@ class TextJobs:
                 return self._prompts(job)
             if isinstance(job, TokenList):
                 return self._token_list(job)
+            if isinstance(job, SplitBody):
+                with self._limits.rendering():
+                    return _split_body(job)
             return self._detokenize(job)
         except MemoryError as error:
             raise RequestError(
@@ -153,6 +158,42 @@ class TextJobs:
             return _pack(
                 self._tokenizer.encode(text, add_special_tokens=add_special_tokens), max_tokens
             )
+
+
+def _split_body(job: SplitBody) -> BodyParts:
+    try:
+        fields = msgspec.json.decode(job.body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise RequestError(
+            "the body: expected object, got array or value", code="invalid_type"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    except UnicodeDecodeError as error:
+        raise RequestError("the body is not valid UTF-8", code="invalid_json") from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply", code="invalid_json") from error
+    texts = {name: bytes(fields.pop(name)) for name in job.text_fields if name in fields}
+    rest = {name: msgspec.Raw(b"null") for name in texts}
+    rest |= {n: _short(n, fields.pop(n), job) for n in job.known_fields if n in fields}
+    if sum(len(n) + len(bytes(raw)) for n, raw in fields.items()) > job.max_unknown_bytes:
+        fields = {job.unnamed: msgspec.Raw(b"0")}  # there may be a million
+    rest |= dict.fromkeys(fields, msgspec.Raw(b"0"))
+    return BodyParts(rest=_encode_json(rest), texts=texts)
+
+
+def _short(name: str, raw: msgspec.Raw, job: SplitBody) -> msgspec.Raw:
+    """A known field's value, unless it is longer than allowed."""
+    size = len(bytes(raw))
+    if size <= job.max_field_bytes:
+        return raw
+    if name in job.ignored_fields:
+        return msgspec.Raw(b"{}")
+    raise RequestError(
+        f"{name} takes {size} bytes; allowed: {job.max_field_bytes}",
+        param=name,
+        code="out_of_range",
+    )
 
 
 def _pack(token_ids: Sequence[int], max_tokens: int) -> PackedPrompt:

@@ -22,10 +22,12 @@ import msgspec
 from core import errors
 from core.errors import ModelError, RequestError
 from core.interfaces.text import (
+    BodyParts,
     ChatText,
     IdsToText,
     Prompt,
     PromptTexts,
+    SplitBody,
     TextJob,
     TokenList,
     TokensJson,
@@ -105,7 +107,7 @@ class _Worker(asyncio.Protocol):
     def begin(self, job: _Job) -> None:
         self.job, job.worker = job, self
         assert self._transport is not None
-        self._transport.write(LENGTH.pack(len(job.frame)) + job.frame)
+        self._transport.writelines((LENGTH.pack(len(job.frame)), job.frame))
 
     def data_received(self, data: bytes) -> None:
         while data:
@@ -157,6 +159,7 @@ class TextPool:
         self._decode_refused = msgspec.msgpack.Decoder(RefusedJob).decode
         self._decode_prompts = msgspec.msgpack.Decoder(list[PackedPrompt]).decode
         self._decode_tokens = msgspec.msgpack.Decoder(TokensJson).decode
+        self._decode_parts = msgspec.msgpack.Decoder(BodyParts).decode
         self._decode_bytes = msgspec.msgpack.Decoder(bytes).decode
 
     @classmethod
@@ -181,6 +184,9 @@ class TextPool:
 
     async def detokenize(self, job: IdsToText) -> bytes:
         return self._decode_bytes(await self._do(job))
+
+    async def split(self, job: SplitBody) -> BodyParts:
+        return self._decode_parts(await self._do(job))
 
     def close(self) -> None:
         """End the processes. Jobs that wait are failed."""

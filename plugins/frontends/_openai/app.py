@@ -23,6 +23,7 @@ from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
 from plugins.frontends._openai.errors import as_request_error, error_body, response_headers
 from plugins.frontends._openai.limits import check_model
+from plugins.frontends._openai.loop_watch import LoopWatch
 from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
 from plugins.frontends._openai.service import Service
 
@@ -30,6 +31,7 @@ from plugins.frontends._openai.service import Service
 def create_app(options: NoOptions, context: FrontendContext) -> App:
     """An ASGI application that serves OpenAI's API."""
     service = Service(context)
+    LoopWatch(service.metrics.loop_blocked_s).start()
     small = _SmallRoutes(service)
     post = ["POST"]
     app = Starlette(

@@ -8,9 +8,10 @@ import msgspec
 from core.errors import RequestError
 from core.interfaces.text import ChatText
 from plugins.frontends._openai.answer import Answer, Piece
-from plugins.frontends._openai.asgi import Receive, Send, send_json
+from plugins.frontends._openai.asgi import Receive, Send
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
-from plugins.frontends._openai.generation import Choice, make_choices
+from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
+from plugins.frontends._openai.large_json import send_large_json
 from plugins.frontends._openai.limits import (
     answer_tokens,
     check_generation,
@@ -105,7 +106,11 @@ class ChatCompletions(Endpoint[ChatRequest]):
             )
 
         return make_choices(
-            [(prompt_ids, sampling)], body.n or 1, make_answer, priority=body.priority
+            [(prompt_ids, sampling)],
+            body.n or 1,
+            make_answer,
+            priority=body.priority,
+            prompt_logprobs_once=True,
         )
 
     async def _answer(
@@ -113,19 +118,23 @@ class ChatCompletions(Endpoint[ChatRequest]):
     ) -> None:
         request_id, created = new_id("chatcmpl"), int(time.time())
         seen = await self.collect(request_id, choices, receive)
-        response = {
-            "id": request_id,
-            "object": "chat.completion",
-            "created": created,
-            "model": self.service.model.name,
-            "choices": [self._choice(body, choice, seen[choice.index]) for choice in choices],
-            "usage": usage(choices, len(choices)),
-        }
-        if body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs(
-                self.service.tokenizer, choices[0].answer.prompt_logprobs
-            )
-        await send_json(send, response)
+
+        def build() -> dict[str, Any]:
+            response = {
+                "id": request_id,
+                "object": "chat.completion",
+                "created": created,
+                "model": self.service.model.name,
+                "choices": [self._choice(body, choice, seen[choice.index]) for choice in choices],
+                "usage": usage(choices, len(choices)),
+            }
+            if body.prompt_logprobs is not None:
+                response["prompt_logprobs"] = prompt_logprobs(
+                    self.service.tokenizer, choices[0].answer.prompt_logprobs
+                )
+            return response
+
+        await send_large_json(send, num_logprobs(choices), build)
 
     def _choice(self, body: ChatRequest, choice: Choice, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)

@@ -4,11 +4,13 @@ import time
 from typing import Any
 
 from core.errors import RequestError
+from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
 from plugins.frontends._openai.answer import Answer, Piece
-from plugins.frontends._openai.asgi import Receive, Send, send_json
+from plugins.frontends._openai.asgi import Receive, Send
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
-from plugins.frontends._openai.generation import Choice, make_choices
+from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
+from plugins.frontends._openai.large_json import send_large_json
 from plugins.frontends._openai.limits import (
     answer_tokens,
     check_generation,
@@ -109,20 +111,29 @@ class Completions(Endpoint[CompletionRequest]):
             )
 
         prompts = [(prompt_ids, sampling_of(len(prompt_ids))) for prompt_ids in encoded]
-        return make_choices(prompts, body.n or 1, make_answer, priority=body.priority)
+        return make_choices(
+            prompts,
+            body.n or 1,
+            make_answer,
+            priority=body.priority,
+            prompt_logprobs_once=not body.stream,
+        )
 
     async def _answer(self, job: "_Job", receive: Receive, send: Send) -> None:
         request_id, created = new_id("cmpl"), int(time.time())
         seen = await self.collect(request_id, job.choices, receive)
-        response = {
-            "id": request_id,
-            "object": "text_completion",
-            "created": created,
-            "model": self.service.model.name,
-            "choices": [job.choice(choice, seen[choice.index]) for choice in job.choices],
-            "usage": usage(job.choices, job.num_per_prompt),
-        }
-        await send_json(send, response)
+
+        def build() -> dict[str, Any]:
+            return {
+                "id": request_id,
+                "object": "text_completion",
+                "created": created,
+                "model": self.service.model.name,
+                "choices": [job.choice(choice, seen[choice.index]) for choice in job.choices],
+                "usage": usage(job.choices, job.num_per_prompt),
+            }
+
+        await send_large_json(send, num_logprobs(job.choices), build)
 
     async def _answer_streamed(self, job: "_Job", receive: Receive, send: Send) -> None:
         request_id = new_id("cmpl")
@@ -185,7 +196,7 @@ class _Job:
             self._echo_logprobs[prompt] = echoed_logprobs(
                 self._tokenizer,
                 choice.prompt_ids,
-                choice.answer.prompt_logprobs or [],
+                self._of_prompt(choice) or [],
                 self._echoes[prompt],
                 self.body.logprobs,
             )
@@ -205,9 +216,14 @@ class _Job:
     def prompt_logprobs(self, choice: Choice) -> Any:
         prompt = self._prompt_of(choice)
         if prompt not in self._prompt_logprobs:
-            entries = choice.answer.prompt_logprobs
+            entries = self._of_prompt(choice)
             self._prompt_logprobs[prompt] = prompt_logprobs(self._tokenizer, entries)
         return self._prompt_logprobs[prompt]
+
+    def _of_prompt(self, choice: Choice) -> list[TokenLogprobs] | None:
+        """The prompt's log-probabilities, which came with one of its answers or with each."""
+        first = self.choices[self._prompt_of(choice) * self.num_per_prompt]
+        return choice.answer.prompt_logprobs or first.answer.prompt_logprobs
 
     def _prompt_of(self, choice: Choice) -> int:
         return choice.index // self.num_per_prompt

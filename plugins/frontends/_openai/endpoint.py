@@ -3,6 +3,7 @@
 Knows nothing of any route's contents.
 """
 
+import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from core.errors import RequestError, WorkerDied
+from core.interfaces.text import SplitBody
 from plugins.frontends._openai.answer import Piece
 from plugins.frontends._openai.asgi import (
     ClientGone,
@@ -23,13 +25,22 @@ from plugins.frontends._openai.asgi import (
     send_error,
     watch_disconnect,
 )
-from plugins.frontends._openai.decoding import decode
+from plugins.frontends._openai.decoding import (
+    MAX_FIELD_BYTES,
+    MAX_NAMED_BYTES,
+    Decoded,
+    decode,
+)
 from plugins.frontends._openai.errors import as_request_error
-from plugins.frontends._openai.fields import HEADER, header_value
+from plugins.frontends._openai.fields import HEADER, REFUSED, UNNAMED, header_value
 from plugins.frontends._openai.generation import Choice, Generation, OnPieces
+from plugins.frontends._openai.protocol import WITHOUT_EFFECT
 from plugins.frontends._openai.service import Service
 from plugins.frontends._openai.streaming import DONE, EventStream
 
+# A body up to this size takes a few milliseconds to decode, whatever it consists of.
+LARGE_BODY_BYTES = 1024 * 1024
+TEXT_FIELDS = frozenset({"messages", "tools", "functions", "prompt", "tokens"})
 CLIENT_CLOSED = "499"  # as web servers log a request whose client went away
 log = logging.getLogger(__name__)
 
@@ -52,7 +63,7 @@ class Endpoint(ABC, Generic[Body]):
             check_content_type(scope)
             config = self.service.config
             raw = await read_body(scope, receive, config.max_body_bytes)
-            body, ignored = decode(raw, self.body_type, strict=config.strict_fields)
+            body, ignored = await self._decode(raw)
             if ignored:
                 self.service.metrics.ignore(ignored)
                 send = naming_ignored(send, ignored)
@@ -65,6 +76,32 @@ class Endpoint(ABC, Generic[Body]):
             await send_error(send, error)
         else:
             responses[self.route, "200"] += 1
+
+    async def _decode(self, raw: bytes) -> Decoded[Body]:
+        """The body as a struct. A large one is taken apart outside the event loop: the fields that
+        hold text stay as they came, and what is left is small."""
+        strict = self.service.config.strict_fields
+        if len(raw) <= LARGE_BODY_BYTES:
+            return decode(raw, self.body_type, strict=strict)
+        await asyncio.sleep(0)  # each step copies the body: others get their turn in between
+        names = self.body_type.__struct_fields__
+        parts = await self.service.context.text.split(
+            SplitBody(
+                body=raw,
+                text_fields=[name for name in names if name in TEXT_FIELDS],
+                known_fields=[*names, *REFUSED],
+                ignored_fields=list(WITHOUT_EFFECT),
+                max_field_bytes=MAX_FIELD_BYTES,
+                max_unknown_bytes=MAX_NAMED_BYTES,
+                unnamed=UNNAMED,
+            )
+        )
+        await asyncio.sleep(0)
+        body, ignored = decode(parts.rest, self.body_type, strict=strict)
+        for name, text in parts.texts.items():
+            setattr(body, name, msgspec.Raw(text))
+        await asyncio.sleep(0)
+        return Decoded(body, ignored)
 
     @abstractmethod
     async def handle(self, body: Body, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.limits import seed_of_choice
 from plugins.frontends._openai.service import Service
 
+SUBMIT_PAUSE_TOKENS = 32 * 1024
 OnPieces = Callable[["Choice", list[Piece]], Awaitable[None]]
 
 
@@ -48,23 +49,36 @@ def make_choices(
     make_answer: Callable[[list[int]], Answer],
     *,
     priority: int | None = None,
+    prompt_logprobs_once: bool = False,
 ) -> list[Choice]:
     """prompts x n choices, the answers of a prompt next to each other. `make_answer` gets the
-    prompt's tokens."""
+    prompt's tokens. With `prompt_logprobs_once` they come with a prompt's first answer only."""
     choices: list[Choice] = []
     for prompt_ids, sampling in prompts:
         for i in range(n):
-            seed = seed_of_choice(sampling.seed, i)
-            own = (
-                sampling if seed == sampling.seed else msgspec.structs.replace(sampling, seed=seed)
-            )
+            own = sampling
+            if (seed := seed_of_choice(sampling.seed, i)) != sampling.seed:
+                own = msgspec.structs.replace(own, seed=seed)
+            if i and prompt_logprobs_once and own.prompt_logprobs is not None:
+                own = msgspec.structs.replace(own, prompt_logprobs=None)
             answer = make_answer(prompt_ids)
             choices.append(Choice(len(choices), prompt_ids, own, answer, priority or 0))
     return choices
 
 
+def num_logprobs(choices: Sequence[Choice]) -> int:
+    """How many log-probabilities the answers consist of, prompts included."""
+    total = 0
+    for choice in choices:
+        if choice.sampling.logprobs is not None:
+            total += choice.answer.num_tokens * (choice.sampling.logprobs + 1)
+        if choice.sampling.prompt_logprobs is not None:
+            total += len(choice.prompt_ids) * (choice.sampling.prompt_logprobs + 1)
+    return total
+
+
 class Generation:
-    """A context manager: submits on entry, aborts on exit what has not finished."""
+    """A context manager: `run` submits and reads, leaving it aborts what has not finished."""
 
     def __init__(self, service: Service, request_id: str, choices: Sequence[Choice]) -> None:
         self._service = service
@@ -74,19 +88,28 @@ class Generation:
         self.disconnected = False
 
     def __enter__(self) -> "Generation":
-        """Raises RequestError 429 where the queue is full, 503 where nothing is accepted."""
+        """Raises RequestError 429 where the queue is full."""
         self._service.admit(len(self._choices))
+        return self
+
+    async def _submit(self) -> None:
+        """Raises RequestError 503 where nothing is accepted. Pauses after so many tokens: each
+        request is checked and packed."""
         engine = self._service.engine
-        try:
+        num_tokens = 0
+        with self._service.submitting(len(self._choices)) as submitted:
             for choice in self._choices:
+                if self.disconnected:
+                    return
                 request_id = f"{self._request_id}-{choice.index}"
                 choice.stream = engine.generate(
                     request_id, choice.prompt_ids, choice.sampling, priority=choice.priority
                 )
-        except BaseException:
-            self._close()
-            raise
-        return self
+                submitted()
+                num_tokens += len(choice.prompt_ids)
+                if num_tokens > SUBMIT_PAUSE_TOKENS:
+                    num_tokens = 0
+                    await asyncio.sleep(0)
 
     def __exit__(
         self,
@@ -96,6 +119,8 @@ class Generation:
     ) -> None:
         self._close()
         metrics = self._service.metrics
+        if self._choices[0].stream is None:
+            return  # refused: there are no answers to count
         for choice in self._choices:
             metrics.finished[choice.answer.finish_reason or ("error" if error else "abort")] += 1
         metrics.request_s.observe(time.perf_counter() - self._begin)
@@ -111,6 +136,9 @@ class Generation:
         `on_pieces` is called at least once for each choice, and last when its finish_reason is
         set. Raises WorkerDied or RequestError for the first answer that fails.
         """
+        await self._submit()
+        if self.disconnected:
+            return
         if len(self._choices) == 1:
             await self._read(self._choices[0], on_pieces)
             return

@@ -38,6 +38,10 @@ MAX_FIELD_NAMES, MAX_FIELD_CHARACTERS = 64, 64
 OTHER_FIELDS = "(other)"
 
 
+# What the event loop may do in one piece is bounded by 20 ms.
+BLOCKED_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+
 class Buckets:
     """A histogram of plain numbers."""
 
@@ -74,6 +78,7 @@ class Metrics(Collector):
         self.first_token_s = Buckets(FIRST_TOKEN_BOUNDS_S)
         self.next_token_s = Buckets(NEXT_TOKEN_BOUNDS_S)
         self.request_s = Buckets(REQUEST_BOUNDS_S)
+        self.loop_blocked_s = Buckets(BLOCKED_BOUNDS_S)
         self.finished: Counter[str] = Counter()  # answers by finish reason, "abort" among them
         self.responses: Counter[tuple[str, str]] = Counter()  # by route and status
         self.ignored_fields: Counter[str] = Counter()  # by name, of a bounded number of names
@@ -135,6 +140,7 @@ class Metrics(Collector):
         yield self._histogram("time_to_first_token_seconds", self.first_token_s)
         yield self._histogram("inter_token_latency_seconds", self.next_token_s)
         yield self._histogram("e2e_request_latency_seconds", self.request_s)
+        yield self._histogram("event_loop_blocked_seconds", self.loop_blocked_s)
 
     def _by_dp(self) -> Iterator[Metric]:
         """A series for each DP rank, where there are several: how evenly they are loaded."""

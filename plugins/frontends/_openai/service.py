@@ -3,7 +3,7 @@
 Knows nothing of HTTP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.errors import RequestError
@@ -23,7 +23,7 @@ class Service:
         self.model = context.model
         self.config = context.config
         self.metrics = Metrics(context.engine, context.model.name, context.dropped_log_lines)
-        self._num_tokenizing = 0  # requests whose prompt is being made
+        self._num_coming = 0  # requests that the engine is yet to hear of
         self.max_live = context.max_running_requests + context.config.max_queued_requests
 
     def admit(self, num_requests: int) -> None:
@@ -38,7 +38,7 @@ class Service:
                 code="out_of_range",
             )
         serving = self.engine.state is EngineState.SERVING
-        num_live = self.engine.num_live + self._num_tokenizing
+        num_live = self.engine.num_live + self._num_coming
         if serving and num_live + num_requests > self.max_live:
             raise RequestError(
                 f"the server has {num_live} requests and takes {self.max_live}; try again later",
@@ -47,15 +47,31 @@ class Service:
             )
 
     @contextmanager
+    def submitting(self, num_requests: int) -> Iterator[Callable[[], None]]:
+        """Counts admitted requests until each is submitted: the value is called after each."""
+        left = num_requests
+        self._num_coming += num_requests
+
+        def submitted() -> None:
+            nonlocal left
+            left -= 1
+            self._num_coming -= 1
+
+        try:
+            yield submitted
+        finally:
+            self._num_coming -= left
+
+    @contextmanager
     def tokenizing(self, num_requests: int) -> Iterator[None]:
         """Around the work that comes before so many requests: refuses it as `admit` does, and
         counts them meanwhile, so that the queue's limit bounds this work too."""
         self.admit(num_requests)
-        self._num_tokenizing += num_requests
+        self._num_coming += num_requests
         try:
             yield
         finally:
-            self._num_tokenizing -= num_requests
+            self._num_coming -= num_requests
 
     async def chat_ids(self, job: ChatText) -> list[int]:
         """The tokens of a conversation, of a length that the model takes."""

@@ -6,7 +6,14 @@ import msgspec
 import pytest
 
 from core.errors import RequestError
-from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
+from core.interfaces.text import (
+    MAX_TOKENIZED,
+    ChatText,
+    IdsToText,
+    PromptTexts,
+    SplitBody,
+    TokenList,
+)
 from core.serve.text_jobs import NoLimits, TextJobs
 from core.serve.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_level, write_folder
@@ -165,3 +172,36 @@ def test_refusals(jobs, job, message, param):
 def test_jobs_cross_a_pipe():
     job = TokenList(source=ChatText(messages=b"[]", defaults={"a": 1}))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(job), type=TokenList) == job
+
+
+def split(body):
+    return SplitBody(
+        body=body, text_fields=["messages", "tools"], known_fields=["messages", "tools", "a", "m"],
+        ignored_fields=["m"], max_field_bytes=20, max_unknown_bytes=30, unnamed="...",
+    )  # fmt: skip
+
+
+def test_a_body_is_taken_apart(jobs):
+    long = '"' + "x" * 50 + '"'
+    parts = jobs.run(split(f'{{"a": [1, 2], "messages": [ {long} ], "b": {{}}, "m": 1}}'.encode()))
+    assert json.loads(parts.rest) == {"a": [1, 2], "messages": None, "b": 0, "m": 1}
+    assert {name: json.loads(text) for name, text in parts.texts.items()} == {
+        "messages": ["x" * 50]
+    }
+    parts = jobs.run(split(f'{{"b": {long}, "c": 1, "m": {long}, "tools": null}}'.encode()))
+    assert json.loads(parts.rest) == {"...": 0, "m": {}, "tools": None}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[]", "expected object"),
+        (b"{", "not valid JSON"),
+        (b'{"a": "\xff", "\xff": 1}', "UTF-8"),
+        (b'{"a":' + b"[" * 5000, "nested too deeply|not valid JSON"),
+        (b'{"a": "%b"}' % (b"x" * 100), "a takes 102 bytes; allowed: 20"),
+    ],
+)
+def test_bodies_that_can_not_be_taken_apart(jobs, body, message):
+    with pytest.raises(RequestError, match=message):
+        jobs.run(split(body))

@@ -84,10 +84,12 @@ def test_full_queue_is_429_with_retry_after():
         stack.engine.stepping.clear()
         waiting = [post_raw(stack, BODY) for _ in range(2)]
         stack.engine.wait_for(lambda: len(stack.engine.live) == 2)
+        stack.text.chat = None  # a full queue is known before anything is rendered or tokenized
         response = http.post(CHAT, json=BODY)
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["code"] == "queue_full"
+        del stack.text.chat
         stack.engine.stepping.set()
         for connection in waiting:
             assert ANSWER.encode() in read_until(connection, b"usage")
