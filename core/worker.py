@@ -89,6 +89,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
     channel.beat(rank.launcher.beat)
+    rank.commit_pool()
     links.serve(rank.scheduler, rank.launcher, rank.balancer)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from core.config import AppConfig
 from core.engine.batch import SlotState
+from core.engine.commit import commit_in_background
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
 from core.engine.forward import AttentionOfRank, OnCaptured, RankParts
 from core.engine.graphs import make_steps
@@ -71,6 +72,7 @@ class RankEngine:
     launcher: StepLauncher
     balancer: Balancer
     pool: PoolSize
+    pool_memory: torch.UntypedStorage | None  # that is not taken yet; None: on a GPU
     held: HeldMemory  # on a GPU, beside the pool
     cuda_graphs: str  # which steps are captured, or why none is
     kv_cache_tokens: int
@@ -78,6 +80,11 @@ class RankEngine:
     weight_bytes: int  # of this rank
     num_parameters: int  # of the whole model
     dtype: str
+
+    def commit_pool(self) -> None:
+        """Have the memory of a pool on a CPU taken in the background, for those that serve long."""
+        if self.pool_memory is not None:
+            commit_in_background(self.pool_memory)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the start-up summary and /server_info."""
@@ -149,6 +156,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         launcher=steps,
         balancer=runner.balancer,
         pool=pool,
+        pool_memory=runner.pool if context.device.type == "cpu" else None,
         held=replace(held, graphs=runner.steps.graph_bytes),
         cuda_graphs=runner.steps.describe(),
         kv_cache_tokens=kv_cache_tokens,
@@ -291,6 +299,7 @@ def _build_runner(
     )
     return ModelRunner(
         progress=parts.attention.progress,
+        pool=parts.attention.pool,
         steps=make_steps(
             engine,
             parts,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
 from core.engine.progress import Progress
@@ -29,6 +29,11 @@ class AttentionOfRank(Protocol):
     """The caches and attention backends of a rank (core.engine.step_attention)."""
 
     progress: Progress  # counts the layers whose attention was computed
+
+    @property
+    def pool(self) -> UntypedStorage:
+        """The memory of all layers' caches."""
+        ...
 
     @property
     def capturable(self) -> bool:

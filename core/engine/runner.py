@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from core.engine.batch import SlotState, to_device
 from core.engine.expert_balance import Balancer
@@ -78,14 +78,17 @@ class ModelRunner:
         comm: Communicator,
         balancer: Balancer,
         progress: Progress,
+        pool: UntypedStorage | None = None,
     ) -> None:
-        """`comm` is that of the tp axis; `progress` also counts what is done before the sampler."""
+        """`comm` is that of the tp axis; `progress` also counts what is done before the sampler;
+        `pool` is the memory of the caches."""
         self.steps = steps
         self.sampler = sampler
         self.state = state
         self.comm = comm
         self.balancer = balancer
         self.progress = progress
+        self.pool = pool
         self.slots: dict[int, SlotInit] = {}  # the request in each slot
         # By slot: alternatives wanted beside each token's logprob; -1: not even that.
         self._num_logprobs = np.full(state.tokens_SL.shape[0], -1, dtype=np.int64)

@@ -8,7 +8,7 @@ are not cached. Shape legend: see core.interfaces.attention.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from core.engine.batch import Batch
 from core.engine.progress import Progress
@@ -46,6 +46,11 @@ class PagedAttention:
         self._ops, self._caches = ops, caches
         self._prefill, self._decode = prefill, decode
         self.progress = Progress()
+
+    @property
+    def pool(self) -> UntypedStorage:
+        """The memory of all layers' caches."""
+        return self._caches[0].k_NPGD.untyped_storage()
 
     @property
     def capturable(self) -> bool:

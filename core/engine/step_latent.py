@@ -8,7 +8,7 @@ Shape legend: see core.interfaces.latent_attention.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from core.engine.batch import Batch
 from core.engine.progress import Progress
@@ -40,6 +40,11 @@ class LatentPagedAttention:
         self._dims = value_dim, latent_dim
         self._prefill, self._decode = prefill, decode
         self.progress = Progress()
+
+    @property
+    def pool(self) -> UntypedStorage:
+        """The memory of all layers' caches."""
+        return self._caches[0].untyped_storage()
 
     @property
     def capturable(self) -> bool:

@@ -1,4 +1,5 @@
-"""How the C library keeps the memory that tensors on the CPU free. Knows nothing of tensors.
+"""How the C library keeps the memory that tensors on the CPU free, and how the kernel gives it.
+Knows nothing of tensors.
 
 glibc may give a freed block of some MiB back to the kernel at once, and the next block of that
 size is faulted in and zeroed again page by page. Whether it does hangs on how the heap happens to
@@ -7,11 +8,16 @@ none, and a prefill of 2,048 tokens of a 135M model 33,000 faults.
 """
 
 import ctypes
+import mmap
 import sys
+from pathlib import Path
+
+import psutil
 
 # Constants of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_MADV_POPULATE_WRITE = 23  # of <linux/mman.h>
 
 _LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # glibc refuses more: half of its largest heap
 _KEPT_BYTES = 512 * 1024 * 1024
@@ -35,3 +41,33 @@ def keep_freed_memory() -> bool:
             (_M_TRIM_THRESHOLD, _KEPT_BYTES),
         )
     )
+
+
+def populate(address: int, num_bytes: int) -> bool:
+    """Have the kernel back the whole pages of a range with memory, leaving what they hold as it is;
+    others may read and write there meanwhile. Blocks, without Python's lock.
+
+    False where the kernel can't (before Linux 5.14) or has no memory left for it.
+    https://man7.org/linux/man-pages/man2/madvise.2.html
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop <= start:
+        return True
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return bool(madvise(start, stop - start, _MADV_POPULATE_WRITE) == 0)
+
+
+def available_bytes() -> int:
+    """Memory that this process can take without pushing others out, its container's limit
+    included."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        current = Path("/sys/fs/cgroup/memory.current").read_text()
+    except OSError:  # no container, or an older kind of limit
+        return available
+    return min(available, int(limit) - int(current)) if limit.isdigit() else available
