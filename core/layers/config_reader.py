@@ -12,7 +12,7 @@ from core.errors import ModelKeyError
 MAX_SIZE = 1 << 31  # no dimension of a model comes near; sizes beyond would exhaust memory
 MAX_LAYERS = 10_000  # layers are walked one by one, and so are experts
 MAX_EXPERTS = 100_000
-MAX_POSITIONS = 1 << 26  # the table of rotary angles has a row for each
+MAX_POSITIONS = 1 << 24  # the table of rotary angles has a row for each
 _MAX_SHOWN = 100  # characters of a value in an error
 
 

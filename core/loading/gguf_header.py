@@ -33,6 +33,12 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+# Of what is read at start into memory; the largest published files stay far below.
+MAX_HEADER_BYTES = 256 << 20
+MAX_KEYS = 100_000
+MAX_TENSORS = 1_000_000
+MAX_ARRAY_VALUES = 1 << 23
+MAX_TEXT_BYTES = 16 << 20
 _VERSIONS = (2, 3)
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -112,6 +118,8 @@ def _parse(path: str, data: mmap.mmap) -> GGUFFile:
     num_tensors = cursor.scalar(_U64, "the tensor count")
     num_keys = cursor.scalar(_U64, "the metadata count")
     metadata: dict[str, Any] = {}
+    cursor.limit(num_keys, MAX_KEYS, "metadata keys")
+    cursor.limit(num_tensors, MAX_TENSORS, "tensors")
     for _ in range(num_keys):
         key = cursor.string("a metadata key")
         if key in metadata:
@@ -175,7 +183,14 @@ class _Cursor:
         """`count`, if that many items of at least `item_bytes` can still follow."""
         if count * item_bytes > self.num_bytes - self.position:
             raise self.corrupt(f"its header claims {count} {what} and ends before them")
+        if self.position + count * item_bytes > MAX_HEADER_BYTES:
+            raise self.corrupt(f"its header is larger than {MAX_HEADER_BYTES} bytes")
         return count
+
+    def limit(self, count: int, at_most: int, what: str) -> None:
+        """Raise ModelError where there are more of something than any model needs."""
+        if count > at_most:
+            raise self.corrupt(f"its header claims {count} {what}; allowed: up to {at_most}")
 
     def scalar(self, kind: struct.Struct, what: str, at: int | None = None) -> Any:
         if at is not None:
@@ -193,6 +208,7 @@ class _Cursor:
             return self.string(key)
         if kind == _ARRAY:
             item_kind, count = self.scalar(_U32, key), self.scalar(_U64, key)
+            self.limit(count, MAX_ARRAY_VALUES, f"values of {key[:100]}")
             if item_kind == _STRING:
                 return self._strings(count, key)
             return list(self._numbers(item_kind, count, key))
@@ -220,6 +236,8 @@ class _Cursor:
             position = start + unpack(data, position)[0]
             if position > limit:
                 raise self.corrupt(f"{what} ends beyond the file")
+            if position - start > MAX_TEXT_BYTES:
+                raise self.corrupt(f"a text of {what} is longer than {MAX_TEXT_BYTES} bytes")
             texts.append(data[start:position])
         self.position = position
         try:

@@ -16,7 +16,7 @@ from core.errors import ModelError
 from core.loading.plain_files import open_plain
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TENSORS = 1_000_000  # of one file; DeepSeek-V3 has 92,000 in all its files
+MAX_TENSORS = 500_000  # of one file; DeepSeek-V3 has 92,000 in all its files
 MAX_DIMS = 8
 _MAX_SHOWN = 200  # characters of a name or of the decoder's words in an error
 ITEM_BYTES = {

@@ -14,10 +14,11 @@ from core.loading.vocabulary import Vocabulary
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 READ = frozenset(
     {
-        *SPECIAL_TOKENS, "add_bos_token", "add_eos_token", "additional_special_tokens",
-        "extra_special_tokens", "split_special_tokens", "chat_template",
+        *SPECIAL_TOKENS, *EXTRA_TOKENS, "add_bos_token", "add_eos_token", "split_special_tokens",
+        "chat_template", "tokenizer_class",
     }
 )  # fmt: skip
 # Keys that would change what is tokenized or shown and are not applied; values that change nothing.
@@ -54,7 +55,6 @@ IGNORED: Mapping[str, str] = {
     "model_input_names": "there is but one input",
     "response_template": "answers are not parsed by templates",
     "response_schema": "answers are not parsed by schemas",
-    "tokenizer_class": _FILE,
     "processor_class": _NOTE,
     "auto_map": "code of a checkpoint is not run",
     "name_or_path": _NOTE,
@@ -88,6 +88,8 @@ def check_settings(path: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"{path}: {name}={repr(config[name])[:100]} is not known; allowed: true or false"
             )
+    for name in EXTRA_TOKENS:
+        _check_extra(path, name, config.get(name))
     template = config.get("chat_template")
     is_list = isinstance(template, list) and all(
         isinstance(entry, dict)
@@ -100,6 +102,21 @@ def check_settings(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: chat_template={repr(template)[:100]} is not known; allowed: a text, or a "
             "list of objects with name and template"
         )
+
+
+def _check_extra(path: Path, name: str, value: object) -> None:
+    """Tokens without a role: a list of texts, or an object of them by name."""
+    if value is None:
+        return
+    if not isinstance(value, list | dict):
+        raise ModelError(
+            f"{path}: {name}={repr(value)[:100]} is not known; allowed: a list of texts, or an "
+            "object of them"
+        )
+    for entry in value.values() if isinstance(value, dict) else value:
+        text = entry.get("content") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise ModelError(f"{path}: {name} has {repr(entry)[:100]}; allowed: texts")
 
 
 def setting_warnings(path: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:

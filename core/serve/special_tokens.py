@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 
 from core.errors import ModelError
+from core.loading.tokenizer_settings import EXTRA_TOKENS
 
 _PROBE = "a"
 # Class of tokenizers in transformers 4 that makes its post-processor of the flags -> what it means
@@ -23,7 +24,6 @@ _FLAG_CLASSES = {
     "Cohere": (True, "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
     "GPTNeoX": (False, "<|endoftext|>", "<|endoftext|>"),
 }
-_EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def apply_settings(
@@ -37,15 +37,12 @@ def apply_settings(
 
 
 def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
-    found: list[str] = []
-    for key in _EXTRA:
+    """Tokens that are special without a role; `check_settings` has seen them."""
+    entries: list[Any] = []
+    for key in EXTRA_TOKENS:
         value = config.get(key) or []
-        entries = value.values() if isinstance(value, dict) else value
-        for entry in entries if isinstance(entries, list) else list(entries):
-            text = entry.get("content") if isinstance(entry, dict) else entry
-            if isinstance(text, str):
-                found.append(text)
-    return found
+        entries += value.values() if isinstance(value, dict) else value
+    return [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _mark_special(backend: Tokenizer, texts: list[str]) -> None:

@@ -96,7 +96,7 @@ def test_old_dtype_key_is_read() -> None:
         (config(rope_interleaved=True), ["rope_interleaved=True", "false"]),
         (config(num_hidden_layers=10**400), ["num_hidden_layers", "up to 10000"]),
         (config(vocab_size=1 << 31), ["vocab_size=2147483648", "up to 2147483647"]),
-        (config(max_position_embeddings=1 << 27), ["max_position_embeddings=", "up to 67108864"]),
+        (config(max_position_embeddings=1 << 27), ["max_position_embeddings=", "up to 16777216"]),
         (config(rms_norm_eps=10**400), ["rms_norm_eps", "above 0"]),
         (config(hidden_act=["silu"]), ["hidden_act=['silu']"]),
         (fp8(scale_fmt="int"), ["scale_fmt='int'", "float"]),
