@@ -168,10 +168,21 @@ def exit_with_parent() -> None:
     thread.
     """
     parent_text = os.environ.pop(PARENT_PID_VARIABLE, "")
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
+    _set_parent_death_signal(signal.SIGKILL)
     if parent_text.isdigit() and os.getppid() != int(parent_text):
         os._exit(1)  # it died before the signal was asked for
+
+
+def outlive_parent() -> None:
+    """Take that back: for a process that hears of the parent's end by that of the control stream,
+    has clients to tell, and then sees to its own end."""
+    _set_parent_death_signal(0)
+
+
+def _set_parent_death_signal(number: int) -> None:
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        failure = ctypes.get_errno()
+        raise OSError(failure, f"prctl(PR_SET_PDEATHSIG): {os.strerror(failure)}")

@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 
 from core.cluster.boot import FrontendBoot
-from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.channel import Channel, exit_with_parent, outlive_parent
 from core.cluster.log_stream import steady_output
 from core.cluster.machine import raise_descriptor_limit
 from core.cluster.signals import leave_signals_to_parent
@@ -53,6 +53,8 @@ from core.serve.tokenizer import HfTokenizer
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s
+ABANDONED_S = 4  # to tell clients and end, once the parent is gone
+PARENT_GONE = "its parent process is gone"
 SHUTTING_DOWN = "the server is shutting down and its grace time is over"
 
 log = logging.getLogger(__name__)
@@ -131,9 +133,14 @@ class Frontend:
             ),
         )
         self._exit_status = 0
-        self._channel.listen(
-            lambda message: loop.call_soon_threadsafe(self._handle, message)  # type: ignore[arg-type]
-        )
+
+        def on_message(message: ParentControl | None) -> None:
+            if message is None:
+                signal.alarm(ABANDONED_S)  # the kernel ends this process if its loop hangs
+            loop.call_soon_threadsafe(self._handle, message)
+
+        self._channel.listen(on_message)
+        outlive_parent()
         # The terminal's ctrl-c reaches every process of the group; the parent decides for all.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
@@ -200,7 +207,7 @@ class Frontend:
             self._drain_task = asyncio.get_running_loop().create_task(self._drain(message.grace_s))
         elif not self._server.should_exit:  # the parent is gone, or wants us gone
             self._exit_status = 1
-            self._engine.fail_all(SHUTTING_DOWN)
+            self._engine.engine_died(PARENT_GONE)
             self._exit()
 
     def _watch(self, workers: Mapping[str, int]) -> None:

@@ -233,9 +233,14 @@ def test_log_lines_that_other_processes_dropped_are_counted(serving):
         pass
 
 
-def test_the_end_of_the_parent_is_the_end(serving):
-    process, _, _ = serving
+def test_the_end_of_the_parent_is_the_end_and_clients_are_told(serving):
+    """However it ended (kill -9, out of memory): all that comes of it here is the end of a pipe."""
+    process, engine, http = serving
+    engine.stepping.clear()
+    running = in_background(lambda: http.post("/v1/chat/completions", json=BODY))
+    engine.wait_for(lambda: len(engine.live) == 1)
     process.close_control()
+    assert running().json()["error"]["code"] == "engine_dead"
     assert process.wait() == 1
 
 
