@@ -7,16 +7,14 @@ names of other servers' flags, and nothing of how a configuration is made.
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.schema import did_you_mean
 
-OWN_FLAGS = ("--help", "--version", "--cfg", "--config-dir", "--shell-completion", "--multirun")
-OWN_SHORT_FLAGS = ("-h", "-c", "-cd", "-sc", "-m")
-OWN_WITH_VALUE = ("--cfg", "-c", "--config-dir", "-cd")
 COMMANDS = ("serve", "launch", "launch_server", "run", "server", "start")
 # Flags of vLLM, SGLang and llama.cpp, as written after their dashes -> the key they set here.
-MODEL_FLAGS = ("model", "model-path")
+MODEL_FLAGS = ("model", "model-path", "m")
 KEYS = {
     "tensor-parallel-size": "parallel.tp", "tp-size": "parallel.tp", "tp": "parallel.tp",
     "expert-parallel-size": "parallel.ep", "ep-size": "parallel.ep", "ep": "parallel.ep",
@@ -70,31 +68,53 @@ _PLAIN = re.compile(
 )  # text that neither a shell nor Hydra reads otherwise
 
 
-def is_ours(words: Sequence[str]) -> bool:
-    """Whether every word is a flag of ours, with its value, or key=value."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command and the flags that it has."""
+
+    command: str
+    flags: tuple[str, ...]
+    flags_with_value: tuple[str, ...]  # whose value is the next word, or stands after an =
+
+    def has(self, word: str) -> bool:
+        return word.partition("=")[0] in (*self.flags, *self.flags_with_value)
+
+
+NODEWEAVE = Program(
+    "nodeweave",
+    ("--help", "-h", "--version", "--shell-completion", "-sc", "--multirun", "-m"),
+    ("--cfg", "-c", "--config-dir", "-cd"),
+)
+
+
+def is_ours(words: Sequence[str], program: Program = NODEWEAVE) -> bool:
+    """Whether every word is a flag of the program, with its value, or key=value."""
     rest = list(_join_spaces(words))
     if rest != list(words):
         return False
     while rest:
         word = rest.pop(0)
-        if word in OWN_WITH_VALUE and rest:
+        if word in program.flags_with_value and rest:
             rest.pop(0)
-        elif not _is_own_flag(word) and (word.startswith("-") or not _is_setting(word)):
+        elif not program.has(word) and (word.startswith("-") or not _is_setting(word)):
             return False
     return True
 
 
-def correction(words: Sequence[str], groups: Mapping[str, Collection[str]]) -> str:
+def correction(
+    words: Sequence[str], groups: Mapping[str, Collection[str]], program: Program = NODEWEAVE
+) -> str:
     """What is wrong with a command line that is not ours, and the line to type instead. `groups`
     has the options of every config group."""
-    line = _Line(groups)
+    line = _Line(groups, program.command)
     rest = list(_join_spaces(words))
     spaced = rest != list(words)
     while rest:
         word = rest.pop(0)
-        if _is_own_flag(word):
+        is_model = word == "-m" and rest and not _is_setting(rest[0])  # as llama.cpp has it
+        if program.has(word) and not is_model:
             line.typed.append(word)
-            if word in OWN_WITH_VALUE and rest:
+            if word in program.flags_with_value and rest:
                 line.typed.append(shlex.quote(rest.pop(0)))
         elif word.startswith("-"):
             line.flag(word, rest)
@@ -135,12 +155,13 @@ def key_of_flag(name: str) -> str | None:
 class _Line:
     """A command line being put right: words to type, and what is said of those that are wrong."""
 
-    def __init__(self, groups: Mapping[str, Collection[str]]) -> None:
+    def __init__(self, groups: Mapping[str, Collection[str]], command: str) -> None:
         self.typed: list[str] = []
         self._flags: list[str] = []
         self._bare: list[str] = []
         self._notes: list[str] = []
         self._groups = groups
+        self._command = command
         self._models = groups["model"]
 
     def text(self, spaced: bool) -> str:
@@ -151,7 +172,8 @@ class _Line:
         if self._flags:
             be = "is not a flag" if len(self._flags) == 1 else "are not flags"
             wrong.append(
-                f"{_and(self._flags)} {be} of nodeweave, which has settings instead: key=value"
+                f"{_and(self._flags)} {be} of {self._command}, "
+                "which has settings instead: key=value"
             )
         if self._bare:
             be = "is not a setting" if len(self._bare) == 1 else "are not settings"
@@ -159,7 +181,7 @@ class _Line:
         asks = any(word in ("--help", "--version") for word in self.typed)
         if not asks and not any("model=" in word for word in self.typed):
             self.typed.insert(0, "+model=NAME")
-        lines = [*wrong, "write:", f"  nodeweave {' '.join(self.typed)}", *self._notes]
+        lines = [*wrong, "write:", f"  {self._command} {' '.join(self.typed)}", *self._notes]
         return "\n".join([*lines, "--help shows the flags and groups"])
 
     def flag(self, word: str, rest: list[str]) -> None:
@@ -207,10 +229,6 @@ class _Line:
 def _and(words: Iterable[str]) -> str:
     *others, last = dict.fromkeys(words)
     return f"{', '.join(others)} and {last}" if others else last
-
-
-def _is_own_flag(word: str) -> bool:
-    return word.partition("=")[0] in (*OWN_FLAGS, *OWN_SHORT_FLAGS)
 
 
 def _is_setting(word: str) -> bool:

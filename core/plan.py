@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.errors import ConfigError, NodeweaveError
+from core.habits import Program, correction, is_ours
 
 if TYPE_CHECKING:
     from core.config import AppConfig, ModelConfig
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from core.plugin_manager import PluginManager
 
 DEFAULT_BASE_PORT = 20000
+PROGRAM = Program(
+    "python -m core.plan",
+    ("--help", "-h", "--json"),
+    ("--nodes", "--base-port", "--config-dir", "-cd"),
+)
 HELP = """\
 usage: python -m core.plan +model=NAME [group=NAME ...] [key=value ...] [flags]
 
@@ -75,6 +81,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_flags(words: list[str]) -> argparse.Namespace:
+    if not is_ours(words, PROGRAM):
+        from core.catalog import Catalog
+
+        if not {"-h", "--help"} & set(words):
+            raise ConfigError(correction(words, Catalog([]).groups, PROGRAM))
+        words = ["--help"]
     parser = _Parser(prog="core.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
@@ -93,7 +105,7 @@ def _plan(flags: argparse.Namespace) -> Planned:
     plugins = PluginManager.load(blocklist(overrides))
     search_paths = plugins.config_searchpath()
     if flags.config_dir is not None:
-        search_paths.append(f"file://{Path(flags.config_dir).absolute()}")
+        search_paths.append(f"file://{Path(flags.config_dir).expanduser().absolute()}")
     config = compose(overrides, search_paths)
     plugins.check_choices(config)
     return plan_of(config, plugins, num_nodes=flags.nodes, base_port=flags.base_port)

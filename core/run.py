@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     if not is_ours(words):
-        raise ConfigError(correction(words, _catalog([]).groups))
+        if not {"-h", "--help"} & set(words):
+            raise ConfigError(correction(words, _catalog([]).groups))
+        words = ["--help"]  # who asks for help is not told what is wrong
     flags = _parse_flags(words)
     if flags.version:
         print(f"nodeweave {_version()}")

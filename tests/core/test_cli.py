@@ -162,6 +162,12 @@ def test_help_lists_groups_with_their_choices_and_examples(capsys):
         assert fragment in text
 
 
+@pytest.mark.parametrize("words", [["serve", "--help"], ["--port", "3", "-h"]])
+def test_who_asks_for_help_gets_it(words, capsys):
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("usage: nodeweave")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("nodeweave ")

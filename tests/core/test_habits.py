@@ -27,7 +27,7 @@ SMOL = "+model=smollm2"
 
 def typed(answer):
     """The words of the line that an answer tells to type."""
-    (line,) = [line for line in answer.splitlines() if line.startswith("  nodeweave ")]
+    (line,) = [line for line in answer.splitlines() if line.startswith("  ")]
     return shlex.split(line)[1:]
 
 
@@ -52,6 +52,7 @@ LINES = [  # (a line as other servers have it, what to type here)
     ("./my.gguf", "+model=custom model.path=./my.gguf"),
     ("--frontend.port 80 +model=smollm2", f"frontend.port=80 {SMOL}"),
     (f"{SMOL} --dtype bfloat16", f"{SMOL} model.dtype=bfloat16"),
+    ("-m /x.gguf --port 1", "+model=custom model.path=/x.gguf frontend.port=1"),
     ("--model '/a b/c(1)'", "+model=custom 'model.path=\"/a b/c(1)\"'"),
 ]  # fmt: skip
 

@@ -99,3 +99,11 @@ def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert "--base-port" in out
+
+
+def test_other_servers_flags_are_answered_with_the_line_to_type(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, err = run(capsys, "--model", "qwen3_8b", "--tp", "2", "--nodes", "1", "--json")
+    assert (status, out) == (2, "")
+    assert "  python -m core.plan +model=qwen3_8b parallel.tp=2 --nodes 1 --json\n" in err
