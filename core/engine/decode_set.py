@@ -13,7 +13,15 @@ Day = dict[Request, None]  # a set in the order of insertion, so that runs are r
 class DecodeSet:
     """Parallel lists by row. `requests`, `slots` and `starts` are copied before they are kept."""
 
-    __slots__ = ("_last_steps", "_page_size", "_pages_due", "requests", "slots", "starts")
+    __slots__ = (
+        "_last_steps",
+        "_num_choosy",
+        "_page_size",
+        "_pages_due",
+        "requests",
+        "slots",
+        "starts",
+    )
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
@@ -22,6 +30,12 @@ class DecodeSet:
         self.starts: list[int] = []  # position that the next planned step computes
         self._pages_due: dict[int, Day] = {}
         self._last_steps: dict[int, Day] = {}
+        self._num_choosy = 0  # members that need more of logits than the best token
+
+    @property
+    def best_only(self) -> bool:
+        """Whether every member takes the best token, and wants no more of the logits."""
+        return self._num_choosy == 0
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -30,6 +44,7 @@ class DecodeSet:
         """From `step` on, starting at position `request.num_computed`."""
         start = request.num_computed
         request.row = len(self.requests)
+        self._num_choosy += not request.sampling.takes_best
         self.requests.append(request)
         self.slots.append(request.slot)
         self.starts.append(start)
@@ -43,6 +58,7 @@ class DecodeSet:
         """Take it out; `num_computed` becomes the positions of all steps planned so far."""
         row = request.row
         request.row = -1
+        self._num_choosy -= not request.sampling.takes_best
         request.num_computed = self.starts[row]
         last, slot, start = self.requests.pop(), self.slots.pop(), self.starts.pop()
         if last is not request:
@@ -92,6 +108,8 @@ class DecodeSet:
             assert room >= 0, "a row has no page"
             assert request.page_due == next_step + room
             assert request in self._pages_due[request.page_due]
+        choosy = sum(not request.sampling.takes_best for request in self.requests)
+        assert self._num_choosy == choosy
         members = set(self.requests)
         for calendar in (self._pages_due, self._last_steps):
             assert set().union(*calendar.values()) <= members, "a calendar kept a request"

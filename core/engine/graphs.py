@@ -10,7 +10,7 @@ Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,7 +74,7 @@ def reason_for_eager(
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A size that can be replayed: to logits, as the head leaves them, and best ids (S,)."""
+    """A size that can be replayed: to this rank's part of the logits and best ids (S,)."""
 
     rows: DecodeRows
     replay: Replay
@@ -95,8 +95,8 @@ class GraphedSteps:
     ) -> None:
         self._parts = parts
         self._rest = rest
-        # DP ranks that share a head don't know which of them needs more than the best tokens.
-        self._gathers_logits = parts.plan.dp > 1 and not parts.plan.dp_lm_head
+        # All DP ranks then gather logits where one of them needs more than the best tokens.
+        self._head_is_shared = parts.plan.dp > 1 and not parts.plan.dp_lm_head
         self._staging, self._recorder = staging, recorder
         self._max_model_len = max_model_len
         self.sizes = tuple(sizes)
@@ -156,8 +156,13 @@ class GraphedSteps:
         if len(plan.table_slots) > rows.input_ids_S.shape[0]:
             state.update(plan)
         slots, positions = send_decodes(self._input, plan, rows)
-        logits, best_S = captured.replay()
-        return self._computed(rows, slots, positions, logits, best_S)
+        logits_AL, best_S = captured.replay()
+        step_rows = self._parts.rows([best_S.shape[0]] * self._parts.plan.dp)
+        whole = partial(self._parts.model.head.whole, logits_AL, step_rows)
+        if self._head_is_shared and not facts.best_only:
+            logits_SV = whole()
+            return self._computed(rows, slots, positions, lambda: logits_SV, best_S)
+        return self._computed(rows, slots, positions, whole, best_S)
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
@@ -170,20 +175,21 @@ class GraphedSteps:
         return self._captured.get(self.sizes[bisect_left(self.sizes, most)])
 
     def _computed(
-        self, rows: DecodeRows, slots: Ints, positions: Ints, logits: Tensor, best_S: Tensor
+        self,
+        rows: DecodeRows,
+        slots: Ints,
+        positions: Ints,
+        logits: Callable[[], Tensor],
+        best_S: Tensor,
     ) -> ComputedStep:
-        count, parts = len(slots), self._parts
-
-        def whole() -> Tensor:
-            if self._gathers_logits:
-                return logits[:count]
-            step_rows = parts.rows([best_S.shape[0]] * parts.plan.dp)
-            return parts.model.head.whole(logits, step_rows)[:count]
+        count = len(slots)
 
         def store(ids_R: Tensor) -> None:
-            self._staging.store(ids_R, rows.places, parts.state.tokens_SL)
+            self._staging.store(ids_R, rows.places, self._parts.state.tokens_SL)
 
-        return ComputedStep(None, whole, best_S[:count], slots, positions + 1, store)
+        return ComputedStep(
+            None, lambda: logits()[:count], best_S[:count], slots, positions + 1, store
+        )
 
     def _rows(self, size: int) -> DecodeRows:
         return DecodeRows(
@@ -196,8 +202,8 @@ class GraphedSteps:
         )
 
     def _run(self, rows: DecodeRows) -> tuple[Tensor, Tensor]:
-        """What a graph holds. Returns logits, this rank's part where that does, and each row's best
-        token: parts are exchanged, so that it is the same on all ranks."""
+        """What a graph holds. Returns this rank's part of the logits, and each row's best token:
+        parts are exchanged, so that it is the same on all ranks."""
         parts, size = self._parts, rows.input_ids_S.shape[0]
         state = parts.state
         self._staging.stage(rows, state.tokens_SL, state.pages_SM, state.page_size)
@@ -220,10 +226,10 @@ class GraphedSteps:
         step_rows = parts.rows([size] * parts.plan.dp)
         hidden_SE = parts.forward(batch, step_rows, "decode")
         head = parts.model.head
-        logits = head.partial(hidden_SE, step_rows)
-        best_S = head.best(logits, step_rows, self._staging)
+        logits_AL = head.partial(hidden_SE, step_rows)
+        best_S = head.best(logits_AL, step_rows, self._staging)
         self._staging.store(best_S, rows.places, state.tokens_SL)
-        return head.whole(logits, step_rows) if self._gathers_logits else logits, best_S
+        return logits_AL, best_S
 
 
 def make_steps(

@@ -51,6 +51,7 @@ class RankFacts(msgspec.Struct, frozen=True, array_like=True, tag=True):
     logprob_rows: int  # prompt positions whose logprobs are wanted
     has_prefill: bool
     busy: bool  # requests are live or a step is not committed: don't park
+    best_only: bool = True  # its decodes want the best tokens alone
 
 
 class Wake(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -183,6 +184,7 @@ def rank_facts(round_number: int, plan: StepPlan | None, *, busy: bool) -> RankF
         logprob_rows=plan.num_logprob_rows,
         has_prefill=plan.num_decodes < len(plan.slots),
         busy=busy,
+        best_only=plan.best_only,
     )
 
 
@@ -196,6 +198,7 @@ def settle(told: list[RankFacts]) -> Agreement:
             samples=[facts.samples for facts in told],
             logprob_rows=[facts.logprob_rows for facts in told],
             has_prefill=any(facts.has_prefill for facts in told),
+            best_only=all(facts.best_only for facts in told),
         ),
         parks=not any(rows) and not any(facts.busy for facts in told),
     )

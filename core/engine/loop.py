@@ -20,7 +20,7 @@ from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, Reque
 # waits for its rest only, not for another one that was planned without it.
 LONG_STEP_S = 0.1
 # The plan of a DP rank without rows in a step; schedulers number theirs from 1.
-IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [])
+IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [], best_only=True)
 
 
 class Inbox(Protocol):

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from core.engine.batch import Ints, send
-from core.interfaces.messages import SamplingParams, SlotInit
+from core.interfaces.messages import LEAST_TEMPERATURE, SamplingParams, SlotInit
 from core.kernels import sampling
 
-# Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
-LEAST_TEMPERATURE = 1e-5
 # Rows with at most this top_k find their threshold in a top-k list instead of a sorted row.
 LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
 

@@ -78,6 +78,7 @@ class _Draft:
     table_columns: list[int] = field(default_factory=list)
     table_pages: list[int] = field(default_factory=list)
     num_logprob_rows: int = 0
+    best_only: bool = False
 
     def set_page(self, request: Request, column: int) -> None:
         self.table_slots.append(request.slot)
@@ -281,6 +282,7 @@ class Scheduler:
             lengths=[1] * num_decodes,
             samples=[True] * num_decodes,
             sampled=decode.requests.copy(),
+            best_only=decode.best_only,
             last=decode.pop_last(step),
         )
         for request, _ in draft.last:
@@ -311,6 +313,7 @@ class Scheduler:
             table_columns=draft.table_columns,
             table_pages=draft.table_pages,
             num_logprob_rows=draft.num_logprob_rows,
+            best_only=draft.best_only,
         )
 
     def _grow_decodes(self, step: int) -> bool:

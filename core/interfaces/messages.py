@@ -6,6 +6,9 @@ its group: `StepPlan`. Each union below is what one socket carries.
 
 import msgspec
 
+# Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
+LEAST_TEMPERATURE = 1e-5
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen. `Engine.generate` checks every field; workers trust them."""
@@ -25,6 +28,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int = 0  # before which neither eos nor stop tokens may be chosen
     logprobs: int | None = None  # alternatives per token; 0: only the chosen one's; None: none
     prompt_logprobs: int | None = None
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether each token is the best one of the logits as they are, and nothing else is asked
+        of them."""
+        return (
+            self.temperature < LEAST_TEMPERATURE
+            and not self.logit_bias
+            and self.presence_penalty == self.frequency_penalty == 0.0
+            and self.repetition_penalty == 1.0
+            and self.min_tokens == 0
+            and self.logprobs is None
+        )
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -132,6 +148,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     table_columns: list[int]
     table_pages: list[int]
     num_logprob_rows: int = 0  # positions whose prompt logprobs are wanted, over all rows
+    best_only: bool = False  # all decodes take the best tokens, and no more of logits is wanted
 
 
 class StepFacts(msgspec.Struct, frozen=True, array_like=True):
@@ -141,6 +158,7 @@ class StepFacts(msgspec.Struct, frozen=True, array_like=True):
     samples: list[int]  # rows that choose a token
     logprob_rows: list[int]  # prompt positions whose logprobs are wanted
     has_prefill: bool  # some DP rank computes a prompt
+    best_only: bool = False  # `StepPlan.best_only` of every DP rank
 
 
 class AgreedStep(msgspec.Struct, frozen=True, array_like=True):

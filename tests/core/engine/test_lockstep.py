@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import msgspec
 import pytest
 
 from core.engine.lockstep import (
@@ -25,8 +26,8 @@ NOTHING = RankFacts(3, 0, 0, 0, False, False)
 
 
 def test_facts_of_a_plan():
-    assert rank_facts(3, PLAN, busy=True) == RankFacts(3, 7, 2, 4, True, True)
-    assert rank_facts(3, DECODES, busy=True) == RankFacts(3, 2, 2, 0, False, True)
+    assert rank_facts(3, PLAN, busy=True) == RankFacts(3, 7, 2, 4, True, True, False)
+    assert rank_facts(3, DECODES, busy=True) == RankFacts(3, 2, 2, 0, False, True, False)
     assert rank_facts(3, None, busy=False) == NOTHING
     assert rank_facts(3, IDLE_PLAN, busy=False) == NOTHING
 
@@ -123,3 +124,10 @@ def test_all_dp_ranks_warm_up_with_rows():
         AgreedStep(PLAN, StepFacts([7] * 3, [2] * 3, [4] * 3, True)),
         AgreedStep(DECODES, StepFacts([2] * 3, [2] * 3, [0] * 3, False)),
     ]
+
+
+def test_the_best_tokens_do_only_where_every_dp_rank_says_so() -> None:
+    best = msgspec.structs.replace(DECODES, best_only=True)
+    told = [rank_facts(3, best, busy=True), NOTHING]
+    assert settle(told).facts.best_only
+    assert not settle([*told, rank_facts(3, DECODES, busy=True)]).facts.best_only
