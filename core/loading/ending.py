@@ -1,7 +1,8 @@
 """The one set of tokens that ends an answer, and how answers are sampled, out of a folder's files.
 
 generation_config.json names the ids, or else config.json; the end-of-text token of the tokenizer
-always counts besides, as in vLLM. Knows nothing of weights.
+always counts besides, as in vLLM, and so does a token that ends turns in the chat template. Knows
+nothing of weights.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from core.loading.generation import default_sampling, generation_warnings, token_ids
-from core.loading.plain_files import read_json
+from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.loading.tokenizer_settings import check_settings, setting_warnings, token_text
-from core.loading.vocabulary import read_vocabulary
+from core.loading.vocabulary import Vocabulary, read_vocabulary
 
+# Texts of tokens that end a turn or a text: llama.cpp's list (llama-vocab.cpp, special_eog_ids)
+# without those of filling in the middle.
+END_TEXTS = frozenset(
+    {
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+        "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
+        "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+    }
+)  # fmt: skip
 NO_END = (
     "no token is known to end an answer, so that all run to their max_tokens; set {where} to the "
     "id of the model's end-of-turn token"
@@ -44,7 +55,8 @@ def read_ending(folder: Path, config: Mapping[str, Any]) -> Ending:
     eos = token_text(settings_path, settings, "eos_token")
     if "eos_token" not in settings:
         eos = token_text(map_path, tokens_map, "eos_token")
-    eos_ids = list(dict.fromkeys([*named, *_ids(vocabulary.ids, eos)]))
+    turns = _turn_ends(folder, settings, vocabulary)
+    eos_ids = list(dict.fromkeys([*named, *_ids(vocabulary.ids, eos), *turns]))
     warnings = generation_warnings(generation_path, generation)
     warnings += setting_warnings(settings_path, settings, vocabulary)
     if not eos_ids:
@@ -55,6 +67,18 @@ def read_ending(folder: Path, config: Mapping[str, Any]) -> Ending:
 def _optional(path: Path) -> dict[str, Any]:
     """The object in a file that may be absent."""
     return read_json(path) if path.exists() else {}
+
+
+def _turn_ends(folder: Path, settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[int]:
+    """Added tokens that are known to end a turn and that the chat template writes: fine-tuned
+    models learn them, and files often name but the end of text that the base model had."""
+    template = str(settings.get("chat_template") or "")
+    template += str(_optional(folder / "chat_template.json").get("chat_template") or "")
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        template += read_plain(file, MAX_TEMPLATE_BYTES).decode(errors="replace")
+    texts = sorted(text for text in END_TEXTS & vocabulary.added if text in template)
+    return [vocabulary.ids[text] for text in texts]
 
 
 def _ids(ids: Mapping[str, int], text: str | None) -> list[int]:

@@ -8,20 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ModelError
+from core.loading.ending import END_TEXTS
 from core.loading.gguf_header import GGUFFile
 from core.loading.vocabulary import MAX_TOKEN_ID
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types
-# Texts of tokens that end a turn or a text, whatever the file's ids say; llama.cpp's list
-# (llama-vocab.cpp, special_eog_ids) without those of filling in the middle.
-END_TEXTS = frozenset(
-    {
-        "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
-        "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
-        "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
-    }
-)  # fmt: skip
 # Others of which every known vocabulary makes control tokens.
 _CONTROL_TEXTS = END_TEXTS | {
     "<s>", "<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",

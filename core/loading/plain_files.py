@@ -14,6 +14,7 @@ import msgspec
 from core.errors import ModelError
 
 MAX_JSON_BYTES = 64 << 20  # of a config; tokenizer.json and an index have limits of their own
+MAX_TEMPLATE_BYTES = 4 << 20  # of a chat template; published ones have some 20 KB
 MAX_DEPTH = 64  # of JSON objects and lists in each other
 _LARGEST_INT = 1 << 63
 _T = TypeVar("_T")

@@ -13,15 +13,13 @@ import tokenizers
 
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
-from core.loading.plain_files import read_json, read_plain
+from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.loading.tokenizer_settings import SPECIAL_TOKENS, check_settings
 from core.serve.byte_table import REPLACEMENT, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
 from core.serve.messages import check_messages, text_size
 from core.serve.special_tokens import apply_settings
-
-MAX_TEMPLATE_BYTES = 4 << 20
 
 
 class HfTokenizer:

@@ -9,7 +9,7 @@ import pytest
 from core.cluster.facts import config_facts
 from core.compose import compose, parse_overrides
 from core.config import AppConfig, ModelConfig
-from core.errors import ConfigError, ModelError
+from core.errors import ConfigError, ModelError, PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import NativeDtypes
 from core.plugin_manager import PluginManager
@@ -80,6 +80,35 @@ def test_the_kv_pool_holds_a_settled_page(model: str, page_size: int) -> None:
     ):
         resolved(model, fewer)
     assert resolved(model, fewer, "engine.page_size=8").engine.page_size == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_model_len"),
+    [
+        # As Qwen's cards tell users to extend a model: max_position_embeddings stays.
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 512),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                }
+            },
+            512,
+        ),
+        ({}, 128),
+    ],
+)
+def test_the_length_is_what_yarn_reaches(changes: dict[str, Any], max_model_len: int) -> None:
+    files = files_of(max_position_embeddings=128, **changes)
+    model = ModelConfig(name="m")
+    found = resolve(AppConfig(model=model), PluginManager.load([]), files, "cpu", NO_DTYPES)
+    assert found.max_model_len == max_model_len
+    model.max_model_len = max_model_len + 1
+    longer, plugins = AppConfig(model=model), PluginManager.load([])
+    with pytest.raises(PlanError, match="max_model_len"):
+        resolve(longer, plugins, files, "cpu", NO_DTYPES)
 
 
 def files_of(**changes: Any) -> ModelFiles:

@@ -64,6 +64,10 @@ def shard_weights(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def test_a_folder_gives_its_own_files(folder: Path) -> None:
     files = resolve(folder)
     assert files.weight_format == "safetensors"
@@ -102,6 +106,21 @@ def test_one_set_of_tokens_ends_an_answer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')
     assert resolve(folder).eos_ids == [256]
     assert resolve(folder).warnings == []
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_token_that_ends_turns_in_the_template_ends_an_answer(folder: Path, file: str) -> None:
+    """A fine-tuned model whose files name the end of text alone."""
+    added = [{"id": 257, "content": "<|im_end|>"}, {"id": 258, "content": "<|eot_id|>"}]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    edit_json(folder / "tokenizer.json", added_tokens=[*tokenizer["added_tokens"], *added])
+    assert resolve(folder).eos_ids == [256]
+    template = "{{ messages[0].content }}<|im_end|>"
+    if file == "tokenizer_config.json":
+        edit_json(folder / file, chat_template=template)
+    else:
+        (folder / file).write_text(template)
+    assert resolve(folder).eos_ids == [256, 257]
 
 
 def test_a_model_without_an_end_is_warned_of(folder: Path) -> None:
@@ -206,10 +225,6 @@ def test_dummy_takes_config_and_tokenizer_from_local_files(
     gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf")
     files = resolve(gguf, load_format="dummy")
     assert (files.weight_format, files.weight_files) == ("dummy", [])
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 Damage = Callable[[Path], object]

@@ -1,5 +1,6 @@
 """Damaged GGUF files: always a ModelError that names the file, never a crash or a wrong read."""
 
+import os
 import random
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import ModelError
+from core.loading import gguf_header
 from core.loading.gguf_header import read_gguf
 
 
@@ -100,6 +102,29 @@ def test_what_is_wrong_is_named(whole: bytes, tmp_path: Path, damage, words: str
     path.write_bytes(damage(whole))
     with pytest.raises(ModelError, match=words):
         read_gguf(str(path))
+
+
+def test_headers_are_bounded(whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header is read into memory, so that its size is limited, not by the file's alone."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole)
+    for name, value, words in (
+        ("MAX_KEYS", 3, r"claims \d+ metadata keys; allowed: up to 3"),
+        ("MAX_TENSORS", 1, "claims 2 tensors; allowed: up to 1"),
+        ("MAX_ARRAY_VALUES", 2, "claims 3 values of a.strings"),
+        ("MAX_TEXT_BYTES", 3, "longer than 3 bytes"),
+        ("MAX_HEADER_BYTES", 100, "larger than 100 bytes"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_header, name, value)
+            with pytest.raises(ModelError, match=words):
+                read_gguf(str(path))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match=r"model\.gguf: it is a pipe"):
+        read_gguf(str(tmp_path / "model.gguf"))
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from core.errors import ModelError
+from core.loading.file_rows import RowFile
 from core.loading.safetensors import SafetensorsSource
 from core.loading.safetensors_header import read_header
 from tests.support.weights import read_slice
@@ -91,6 +93,29 @@ def test_wrong_headers_are_named(
     rewrite_header(path, change)
     with pytest.raises(ModelError, match=words):
         read_header(str(path))
+
+
+def test_shapes_without_end_cost_nothing(path: Path) -> None:
+    """80,000 dimensions of 2**63 - 1 took seconds to multiply."""
+
+    def change(header: dict[str, dict[str, object]]) -> None:
+        header["a"]["shape"] = [(1 << 63) - 1] * 80_000
+
+    rewrite_header(path, change)
+    begin_s = time.process_time()
+    with pytest.raises(ModelError, match=r"not the expected JSON.*length <= 8"):
+        read_header(str(path))
+    assert time.process_time() - begin_s < 2
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "device.safetensors").symlink_to("/dev/zero")
+    for name, words in (("pipe", "it is a pipe"), ("device", "it is a device")):
+        with pytest.raises(ModelError, match=words):
+            read_header(str(tmp_path / f"{name}.safetensors"))
+        with pytest.raises(ModelError, match=words):
+            RowFile(str(tmp_path / f"{name}.safetensors"))
 
 
 def test_random_bytes_and_folders_are_refused(tmp_path: Path) -> None:
