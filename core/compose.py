@@ -51,6 +51,7 @@ PATH_KEYS = (
     "model.path",
     "engine.kernel_cache_dir",
     "frontend.api_key_file",
+    "frontend.access_log_file",
     "cluster.token_file",
     "parallel.eplb.load_file",
 )

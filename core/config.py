@@ -20,6 +20,7 @@ DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
 CUDA_GRAPHS = ("auto", "off")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
+ACCESS_LOGS = ("off", "text", "json")
 ANY_ORIGIN = "*"
 TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
 
@@ -260,9 +261,12 @@ class FrontendConfig:
     allowed_hosts: list[str] = field(default_factory=list)
     # Origins of web pages that may call this server from a browser; "*": all.
     cors_origins: list[str] = field(default_factory=list)
+    access_log: str = "off"  # a line for each request: off, text, json
+    access_log_file: str | None = None  # None: standard output
     options: dict[str, Any] = field(default_factory=dict)  # of the plugin
 
     def __post_init__(self) -> None:
+        require_choice("frontend.access_log", self.access_log, ACCESS_LOGS)
         require_range("frontend.port", self.port, 0, 65535)
         require_range("frontend.max_connections", self.max_connections, 1)
         for origin in self.cors_origins:

@@ -2,10 +2,11 @@
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from core.config import FrontendConfig
+from core.interfaces.http import HttpStats
 from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
 from core.interfaces.text import TextService
 
@@ -180,6 +181,7 @@ class FrontendContext:
     max_running_requests: int
     # Lines of this node's logs that could not be written so far (a full disk); for metrics.
     dropped_log_lines: Callable[[], int] = lambda: 0
+    http: HttpStats = field(default_factory=HttpStats)  # counted by the server; for metrics
 
 
 FrontendFactory = Callable[[FrontendContext], Any]  # returns an ASGI application

@@ -51,7 +51,6 @@ class HttpStats:
     connections: int = 0  # open now
     connections_evicted: int = 0  # idle ones that made room for others
     body_bytes: int = 0  # of the bodies of requests that are under way now
-    log_lines_dropped: int = 0  # of the access log
 
     def count(self, record: RequestRecord) -> None:
         """A request has ended."""

@@ -8,14 +8,14 @@ bare future. No tasks, no queues; outputs that wait unread are merged.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import zmq
 from msgspec.structs import astuple
 
-from core.errors import RequestError, WorkerDied
+from core.errors import NodeweaveError, RequestError, WorkerDied
 from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
@@ -157,10 +157,10 @@ class ZmqEngine:
         if self.alive:
             self._state = EngineState.DEAD
             self._cause = cause
-            self.fail_all(cause)
+            self.fail_all(lambda: WorkerDied(cause))
 
-    def fail_all(self, cause: str) -> None:
-        """End every open stream with WorkerDied(cause), and its request."""
+    def fail_all(self, make_error: Callable[[], NodeweaveError]) -> None:
+        """End every open stream with an error of its own, and its request."""
         streams, self._streams = self._streams, {}
         by_dp: dict[int, list[str]] = {}
         for request_id, stream in streams.items():
@@ -170,7 +170,7 @@ class ZmqEngine:
             for dp_rank, request_ids in by_dp.items():
                 self._send(dp_rank, Abort(request_ids))
         for stream in streams.values():
-            stream._fail(WorkerDied(cause))
+            stream._fail(make_error())
         self._check_idle()
 
     def close(self) -> None:
@@ -290,7 +290,7 @@ class ZmqStream:
         self._request_id = request_id
         self._pending: RequestOutput | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._error: WorkerDied | None = None
+        self._error: NodeweaveError | None = None
         self._done = False
 
     def __aiter__(self) -> "ZmqStream":
@@ -324,7 +324,7 @@ class ZmqStream:
         else:
             _merge(self._pending, output)
 
-    def _fail(self, error: WorkerDied) -> None:
+    def _fail(self, error: NodeweaveError) -> None:
         self._error = error
         self._wake()
 

@@ -204,6 +204,8 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """End the connection at once."""
         self._deaf = self._closing = True
+        if self._current is not None:
+            self._current.disconnect()
         self._shared.idle.pop(self, None)
         self._transport.abort()
 
@@ -212,6 +214,11 @@ class Connection(asyncio.Protocol):
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
         return self._server_state.default_headers
+
+    @property
+    def transport_write(self) -> Callable[[bytes], None]:
+        write: Callable[[bytes], None] = self._transport.write
+        return write
 
     def write(self, data: bytes) -> None:
         if not self._transport.is_closing():

@@ -67,6 +67,7 @@ class Exchange:
         self.buffered = bytearray()  # of the body; the application has not asked for it yet
         self.counted_bytes = 0  # of the body, in the sum over all connections
         self._connection = connection
+        self._write_now = connection.transport_write  # while not disconnected
         self._expects_continue = expects_continue
         self._encoding = encoding
         self._decoder = GzipDecoder() if encoding in (b"gzip", b"x-gzip") else None
@@ -267,14 +268,13 @@ class Exchange:
 
     def _send_body(self, body: bytes, more: bool) -> None:
         if self._chunked:
-            if more:
-                if body:
-                    self.record.bytes_out += len(body)
-                    self._connection.write(b"%x\r\n%b\r\n" % (len(body), body))
+            size = len(body)
+            self.record.bytes_out += size
+            if more:  # a streamed token passes here
+                if size:
+                    self._write_now(b"%x\r\n%b\r\n" % (size, body))
                 return
-            last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
-            self.record.bytes_out += len(body)
-            self._connection.write(last)
+            self._write_now(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body) if size else b"0\r\n\r\n")
         else:
             self._write(body)
             if more:

@@ -23,11 +23,11 @@ import uvloop
 
 from core.cluster.boot import FrontendBoot
 from core.cluster.channel import Channel, exit_with_parent, outlive_parent
-from core.cluster.log_stream import steady_output
+from core.cluster.log_stream import LogWriter, steady_output
 from core.cluster.machine import raise_descriptor_limit
 from core.cluster.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
-from core.errors import ConfigError
+from core.errors import ConfigError, RequestError
 from core.interfaces.control import (
     Drain,
     EngineDied,
@@ -40,6 +40,7 @@ from core.interfaces.control import (
 from core.interfaces.frontend import FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
 from core.plugin_manager import PluginManager
+from core.serve.access_log import AccessLog, access_log
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
@@ -55,7 +56,6 @@ API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s
 ABANDONED_S = 4  # to tell clients and end, once the parent is gone
 PARENT_GONE = "its parent process is gone"
-SHUTTING_DOWN = "the server is shutting down and its grace time is over"
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,12 @@ def check_exposure(config: FrontendConfig, api_key: str | None) -> None:
         )
 
 
+def shutting_down() -> RequestError:
+    """What those are told whose answer was not finished in time: nothing broke, try another."""
+    message = "the server is shutting down and its grace time is over"
+    return RequestError(message, code="shutting_down", status=503)
+
+
 class Frontend:
     """One running frontend: the engine client, the server, and what the parent asks for."""
 
@@ -94,8 +100,9 @@ class Frontend:
         channel: Channel,
         boot: FrontendBoot,
         api_key: str | None,
-        own_dropped_lines: Callable[[], int],
         limits: HttpLimits,
+        access_log: AccessLog,
+        own_dropped_lines: Callable[[], int],
     ) -> None:
         self._channel = channel
         self._boot = boot
@@ -103,6 +110,7 @@ class Frontend:
         self._own_dropped_lines = own_dropped_lines
         self._dropped_lines_elsewhere = 0
         self._limits = limits
+        self._access_log = access_log
         self._http = HttpStats()
         self._drain_task: asyncio.Task[None] | None = None
 
@@ -127,7 +135,7 @@ class Frontend:
             application,
             limits=self._limits,
             stats=self._http,
-            on_end=lambda record: None,
+            on_end=self._access_log,
             on_started=lambda: self._channel.send(
                 Ready({"url": url, "needs_key": self._api_key is not None})
             ),
@@ -185,6 +193,7 @@ class Frontend:
             # Every DP rank has a batch of its own.
             max_running_requests=config.engine.max_running_requests
             * len(self._boot.endpoints.plans),
+            http=self._http,
             dropped_log_lines=lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
@@ -239,11 +248,11 @@ class Frontend:
             async with asyncio.timeout(grace_s):
                 await self._engine.wait_idle()
         except TimeoutError:
-            self._engine.fail_all(SHUTTING_DOWN)
+            self._engine.fail_all(shutting_down)
         self._exit()
 
 
-def run(channel: Channel, boot: FrontendBoot, own_dropped_lines: Callable[[], int]) -> int:
+def run(channel: Channel, boot: FrontendBoot, output: LogWriter) -> int:
     """Check, bind, serve. Raises the errors of core.errors."""
     frontend = boot.config.frontend
     api_key = read_api_key(frontend)
@@ -252,8 +261,20 @@ def run(channel: Channel, boot: FrontendBoot, own_dropped_lines: Callable[[], in
         frontend, settle_connections(frontend.max_connections, raise_descriptor_limit())
     )
     listener = bind(frontend.host, frontend.port)
-    frontend_process = Frontend(channel, boot, api_key, own_dropped_lines, limits)
-    return uvloop.run(frontend_process.run(listener))
+    # A pipe that nobody reads must not hold up a file.
+    log_output = output if frontend.access_log_file is None else LogWriter()
+    running = Frontend(
+        channel,
+        boot,
+        api_key,
+        limits,
+        access_log(frontend, log_output),
+        lambda: sum(writer.dropped for writer in {output, log_output}),
+    )
+    try:
+        return uvloop.run(running.run(listener))
+    finally:
+        log_output.close()
 
 
 def main() -> int:
@@ -263,7 +284,7 @@ def main() -> int:
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=FrontendBoot)
         with steady_output() as log:
-            return run(channel, boot, lambda: log.dropped)
+            return run(channel, boot, log)
     except Exception as error:  # reported by the parent, once, for all its processes
         return channel.report_failure(error)
 

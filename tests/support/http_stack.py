@@ -13,7 +13,7 @@ import uvloop
 from core.config import FrontendConfig
 from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
-from core.interfaces.http import HttpStats
+from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
@@ -86,7 +86,9 @@ class Stack:
             RequestLimits(vocab_size=self._vocab_size, max_model_len=MAX_MODEL_LEN),
         )
         self.text = await TextPool.start(self.text_boot, self._config.text_processes)
+        http = HttpStats()
         context = FrontendContext(
+            http=http,
             engine=self.client,
             tokenizer=self.tokenizer,
             text=self.text,
@@ -101,14 +103,15 @@ class Stack:
             config=self._config,
             max_running_requests=self._max_running_requests,
         )
+        self.records: list[RequestRecord] = []
         app = Guard(create_app(NoOptions(), context), self._config, self._api_key)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
         self._server = Server(
             app,
             limits=HttpLimits(idle_s=5, max_body_bytes=self._config.max_body_bytes),
-            stats=HttpStats(),
-            on_end=lambda record: None,
+            stats=http,
+            on_end=self.records.append,
             on_started=self._started.set,
         )
         await self._server.serve(sockets=[listener])

@@ -3,6 +3,9 @@
 Knows nothing of how the engine is reached.
 """
 
+import re
+from collections.abc import Awaitable, Callable
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -15,13 +18,14 @@ from starlette.routing import Route
 from core.errors import RequestError
 from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext
+from core.interfaces.http import record_of
 from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
 from plugins.frontends._openai import metrics
-from plugins.frontends._openai.asgi import App, Receive, Send, send_json
+from plugins.frontends._openai.asgi import App, Call, Receive, Scope, Send, send_json
 from plugins.frontends._openai.chat import ChatCompletions, chat_text
 from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
-from plugins.frontends._openai.errors import as_request_error, error_body, response_headers
+from plugins.frontends._openai.errors import as_request_error, code_of, error_body, response_headers
 from plugins.frontends._openai.limits import check_model
 from plugins.frontends._openai.loop_watch import LoopWatch
 from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
@@ -36,13 +40,13 @@ def create_app(options: NoOptions, context: FrontendContext) -> App:
     post = ["POST"]
     app = Starlette(
         routes=[
-            Route("/health", small.health),
-            Route("/ready", small.ready),
-            Route("/metrics", small.metrics),
-            Route("/server_info", small.server_info),
-            Route("/expert_load", small.expert_load),
-            Route("/v1/models", small.models),
-            Route("/v1/models/{name:path}", small.model),
+            _named_route("/health", small.health),
+            _named_route("/ready", small.ready),
+            _named_route("/metrics", small.metrics),
+            _named_route("/server_info", small.server_info),
+            _named_route("/expert_load", small.expert_load),
+            _named_route("/v1/models", small.models),
+            _named_route("/v1/models/{name:path}", small.model),
             Route("/v1/chat/completions", ChatCompletions(service), methods=post),
             Route("/v1/completions", Completions(service), methods=post),
             Route("/tokenize", Tokenize(service), methods=post),
@@ -51,7 +55,29 @@ def create_app(options: NoOptions, context: FrontendContext) -> App:
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_exception},
     )
     app.router.redirect_slashes = False
-    return app
+    return _forgiving_slashes(app)
+
+
+def _named_route(path: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:
+    """A route whose requests are told by its name."""
+
+    async def named(request: Request) -> Response:
+        record_of(request.scope).route = path
+        return await handler(request)
+
+    return Route(path, named)
+
+
+def _forgiving_slashes(app: App) -> App:
+    """Slashes too many, at the end or in a row, mean nothing: addresses are put together by hand.
+    A redirect would make some clients send a GET."""
+
+    async def forgiving(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (path := _SLASHES.sub("/", scope["path"])) != "/":
+            scope = {**scope, "path": path.removesuffix("/")}
+        await app(scope, receive, send)
+
+    return forgiving
 
 
 class _SmallRoutes:
@@ -60,18 +86,22 @@ class _SmallRoutes:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def health(self, _: Request) -> Response:
+    async def health(self, request: Request) -> Response:
         """Whether this process and the engine behind it live."""
         if self._service.engine.alive:
             return _json({"status": "ok"})
-        return _error(RequestError("the engine has stopped", code="engine_dead", status=503))
+        return _error(
+            request, RequestError("the engine has stopped", code="engine_dead", status=503)
+        )
 
-    async def ready(self, _: Request) -> Response:
+    async def ready(self, request: Request) -> Response:
         """Whether a request sent now would be answered."""
         state = self._service.engine.state
         if state is EngineState.SERVING:
             return _json({"status": "ready"})
-        return _error(RequestError(f"not ready: {state.value}", code=state.value, status=503))
+        return _error(
+            request, RequestError(f"not ready: {state.value}", code=state.value, status=503)
+        )
 
     async def metrics(self, _: Request) -> Response:
         page = self._service.metrics.render()
@@ -102,12 +132,12 @@ class _SmallRoutes:
             }
         )
 
-    async def expert_load(self, _: Request) -> Response:
+    async def expert_load(self, request: Request) -> Response:
         """Rows of each expert since the start, in the form of parallel.eplb.load_file."""
         loads = self._service.engine.expert_loads
         if loads is None:
             message = "no loads of experts yet: the model has no experts, or ran few steps"
-            return _error(RequestError(message, code="no_expert_loads", status=404))
+            return _error(request, RequestError(message, code="no_expert_loads", status=404))
         layers = {str(layer): rows for layer, rows in zip(loads.layers, loads.rows, strict=True)}
         return _json({"layers": layers})
 
@@ -118,7 +148,7 @@ class _SmallRoutes:
         try:
             check_model(request.path_params["name"], self._service.model)
         except RequestError as error:
-            return _error(error)
+            return _error(request, error)
         return _json(self._card())
 
     def _card(self) -> dict[str, Any]:
@@ -138,7 +168,7 @@ class Tokenize(Endpoint[TokenizeRequest]):
     route = "/tokenize"
     body_type = TokenizeRequest
 
-    async def handle(self, body: TokenizeRequest, receive: Receive, send: Send) -> None:
+    async def handle(self, body: TokenizeRequest, call: Call) -> None:
         service = self.service
         check_model(body.model, service.model)
         if (body.prompt == NULL) == (body.messages == NULL):
@@ -156,7 +186,7 @@ class Tokenize(Endpoint[TokenizeRequest]):
             TokenList(source=source, strings=bool(body.return_token_strs))
         )
         await send_json(
-            send,
+            call.send,
             {
                 "count": found.num_tokens,
                 "max_model_len": service.model.max_model_len,
@@ -172,18 +202,24 @@ class Detokenize(Endpoint[DetokenizeRequest]):
     route = "/detokenize"
     body_type = DetokenizeRequest
 
-    async def handle(self, body: DetokenizeRequest, receive: Receive, send: Send) -> None:
+    async def handle(self, body: DetokenizeRequest, call: Call) -> None:
         service = self.service
         check_model(body.model, service.model)
         job = IdsToText(tokens=bytes(body.tokens), vocab_size=service.model.vocab_size)
-        await send_json(send, {"prompt": msgspec.Raw(await service.context.text.detokenize(job))})
+        await send_json(
+            call.send, {"prompt": msgspec.Raw(await service.context.text.detokenize(job))}
+        )
+
+
+_SLASHES = re.compile("/{2,}")
 
 
 def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def _error(error: Exception) -> Response:
+def _error(request: Request, error: Exception) -> Response:
+    record_of(request.scope).code = code_of(error)
     status, body = as_request_error(error).status, error_body(error)
     response = Response(body, status_code=status)
     response.raw_headers = response_headers(status, body)
@@ -194,19 +230,30 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or the wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return _error(RequestError("there is no such route", code="not_found", status=404))
+        message = f"there is no such route{_closest_route(request)}"
+        return _error(request, RequestError(message, code="not_found", status=404))
     allowed = (error.headers or {}).get("Allow", "")
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
     response = _error(
+        request,
         RequestError(
             f"method not allowed here; allowed: {allowed}",
             code="method_not_allowed",
             status=error.status_code,
-        )
+        ),
     )
     if allowed:
         response.headers["allow"] = allowed
     return response
 
 
+def _closest_route(request: Request) -> str:
+    """ "; did you mean PATH?" where a path is close to what was asked."""
+    known = [route.path for route in request.app.routes if "{" not in route.path]
+    close = get_close_matches(request.url.path[:100], known, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 async def _on_exception(request: Request, error: Exception) -> Response:
-    return _error(error)
+    return _error(request, error)

@@ -1,4 +1,4 @@
-"""Raw ASGI helpers: read a body within limits, send JSON, notice a client that is gone.
+"""Raw ASGI helpers: read a body, send JSON, notice a client that is gone.
 
 Knows nothing of OpenAI's schema. Raw ASGI instead of request and response objects because a
 streamed token passes here.
@@ -7,19 +7,28 @@ streamed token passes here.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from core.errors import RequestError
+from core.interfaces.http import RequestRecord
 from plugins.frontends._openai.errors import Headers, as_request_error, error_body, response_headers
-
-BODY_DEADLINE_S = 60.0
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request under way: how to read and to answer it, and what is told of it."""
+
+    receive: Receive
+    send: Send
+    record: RequestRecord
 
 
 class ClientGone(Exception):
@@ -44,39 +53,17 @@ def check_content_type(scope: Scope) -> None:
         )
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises RequestError 413 without reading on where it is larger than
-    `max_bytes`, 408 where it takes too long, and ClientGone."""
-    for value in header_values(scope, b"content-length"):
-        if value.isdigit() and int(value[:20]) > max_bytes:
-            raise _too_large(max_bytes)
+async def read_body(receive: Receive) -> bytes:
+    """The whole body; the server bounds its size and time. Raises ClientGone, also where the server
+    has answered already because a bound was passed."""
     chunks: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
-                chunks.append(chunk)
-                if not message.get("more_body", False):
-                    return b"".join(chunks)
-    except TimeoutError:
-        raise RequestError(
-            f"the body took more than {BODY_DEADLINE_S:.0f} s", code="timeout", status=408
-        ) from None
-
-
-def _too_large(max_bytes: int) -> RequestError:
-    return RequestError(
-        f"the body is larger than {max_bytes} bytes (frontend.max_body_bytes)",
-        code="body_too_large",
-        status=413,
-    )
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
 
 
 async def send_bytes(send: Send, status: int, headers: Headers, body: bytes) -> None:

@@ -8,7 +8,7 @@ import msgspec
 from core.errors import RequestError
 from core.interfaces.text import ChatText
 from plugins.frontends._openai.answer import Answer, Piece
-from plugins.frontends._openai.asgi import Receive, Send
+from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
 from plugins.frontends._openai.large_json import send_large_json
@@ -31,13 +31,13 @@ class ChatCompletions(Endpoint[ChatRequest]):
     body_type = ChatRequest
     prompt_param = "messages"
 
-    async def handle(self, body: ChatRequest, receive: Receive, send: Send) -> None:
+    async def handle(self, body: ChatRequest, call: Call) -> None:
         self._check(body)
         choices = await self._choices(body)
         if body.stream:
-            await self._answer_streamed(body, choices, receive, send)
+            await self._answer_streamed(body, choices, call)
         else:
-            await self._answer(body, choices, receive, send)
+            await self._answer(body, choices, call)
 
     def _check(self, body: ChatRequest) -> None:
         config = self.service.config
@@ -113,11 +113,9 @@ class ChatCompletions(Endpoint[ChatRequest]):
             prompt_logprobs_once=True,
         )
 
-    async def _answer(
-        self, body: ChatRequest, choices: list[Choice], receive: Receive, send: Send
-    ) -> None:
+    async def _answer(self, body: ChatRequest, choices: list[Choice], call: Call) -> None:
         request_id, created = new_id("chatcmpl"), int(time.time())
-        seen = await self.collect(request_id, choices, receive)
+        seen = await self.collect(request_id, choices, call)
 
         def build() -> dict[str, Any]:
             response = {
@@ -134,7 +132,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
                 )
             return response
 
-        await send_large_json(send, num_logprobs(choices), build)
+        await send_large_json(call.send, num_logprobs(choices), build)
 
     def _choice(self, body: ChatRequest, choice: Choice, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -152,9 +150,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
         entries = [entry for piece in pieces for entry in piece.logprobs]
         return chat_logprobs(self.service.tokenizer, entries, body.top_logprobs or 0)
 
-    async def _answer_streamed(
-        self, body: ChatRequest, choices: list[Choice], receive: Receive, send: Send
-    ) -> None:
+    async def _answer_streamed(self, body: ChatRequest, choices: list[Choice], call: Call) -> None:
         request_id = new_id("chatcmpl")
         envelope = {
             "id": request_id,
@@ -162,7 +158,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
             "created": int(time.time()),
             "model": self.service.model.name,
         }
-        events = EventStream(send, envelope, body.stream_options)
+        events = EventStream(call.send, envelope, body.stream_options)
         shapes: list[TextShape | None] = [None] * len(choices)
         plain = not body.logprobs and not events.usage_in_all
 
@@ -185,7 +181,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
                 chunk += events.event(last, usage([choice]))
             await events.write(chunk)
 
-        await self.stream(request_id, choices, receive, events, on_pieces, len(choices))
+        await self.stream(request_id, choices, call, events, on_pieces, len(choices))
 
 
 def chat_text(

@@ -7,7 +7,7 @@ from core.errors import RequestError
 from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
 from plugins.frontends._openai.answer import Answer, Piece
-from plugins.frontends._openai.asgi import Receive, Send
+from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
 from plugins.frontends._openai.large_json import send_large_json
@@ -36,7 +36,7 @@ class Completions(Endpoint[CompletionRequest]):
     route = "/v1/completions"
     body_type = CompletionRequest
 
-    async def handle(self, body: CompletionRequest, receive: Receive, send: Send) -> None:
+    async def handle(self, body: CompletionRequest, call: Call) -> None:
         self._check(body)
         with self.service.tokenizing(body.n or 1):
             prompts = await self._prompts(body)
@@ -44,9 +44,9 @@ class Completions(Endpoint[CompletionRequest]):
         echoes = [prompt.text or "" for prompt in prompts]
         job = _Job(body, self.service.tokenizer, choices, echoes)
         if body.stream:
-            await self._answer_streamed(job, receive, send)
+            await self._answer_streamed(job, call)
         else:
-            await self._answer(job, receive, send)
+            await self._answer(job, call)
 
     def _check(self, body: CompletionRequest) -> None:
         config = self.service.config
@@ -119,9 +119,9 @@ class Completions(Endpoint[CompletionRequest]):
             prompt_logprobs_once=not body.stream,
         )
 
-    async def _answer(self, job: "_Job", receive: Receive, send: Send) -> None:
+    async def _answer(self, job: "_Job", call: Call) -> None:
         request_id, created = new_id("cmpl"), int(time.time())
-        seen = await self.collect(request_id, job.choices, receive)
+        seen = await self.collect(request_id, job.choices, call)
 
         def build() -> dict[str, Any]:
             return {
@@ -133,9 +133,9 @@ class Completions(Endpoint[CompletionRequest]):
                 "usage": usage(job.choices, job.num_per_prompt),
             }
 
-        await send_large_json(send, num_logprobs(job.choices), build)
+        await send_large_json(call.send, num_logprobs(job.choices), build)
 
-    async def _answer_streamed(self, job: "_Job", receive: Receive, send: Send) -> None:
+    async def _answer_streamed(self, job: "_Job", call: Call) -> None:
         request_id = new_id("cmpl")
         envelope = {
             "id": request_id,
@@ -143,7 +143,7 @@ class Completions(Endpoint[CompletionRequest]):
             "created": int(time.time()),
             "model": self.service.model.name,
         }
-        events = EventStream(send, envelope, job.body.stream_options)
+        events = EventStream(call.send, envelope, job.body.stream_options)
         shapes: list[TextShape | None] = [None] * len(job.choices)
         plain = job.body.logprobs is None and not events.usage_in_all
 
@@ -167,7 +167,7 @@ class Completions(Endpoint[CompletionRequest]):
             if chunk:
                 await events.write(chunk)
 
-        await self.stream(request_id, job.choices, receive, events, on_pieces, job.num_per_prompt)
+        await self.stream(request_id, job.choices, call, events, on_pieces, job.num_per_prompt)
 
 
 class _Job:

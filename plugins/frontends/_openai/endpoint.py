@@ -7,15 +7,17 @@ import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from core.errors import RequestError, WorkerDied
+from core.interfaces.http import record_of
 from core.interfaces.text import SplitBody
 from plugins.frontends._openai.answer import Piece
 from plugins.frontends._openai.asgi import (
+    Call,
     ClientGone,
     Receive,
     Scope,
@@ -31,7 +33,7 @@ from plugins.frontends._openai.decoding import (
     Decoded,
     decode,
 )
-from plugins.frontends._openai.errors import as_request_error
+from plugins.frontends._openai.errors import code_of
 from plugins.frontends._openai.fields import HEADER, REFUSED, UNNAMED, header_value
 from plugins.frontends._openai.generation import Choice, Generation, OnPieces
 from plugins.frontends._openai.protocol import WITHOUT_EFFECT
@@ -41,7 +43,6 @@ from plugins.frontends._openai.streaming import DONE, EventStream
 # A body up to this size takes a few milliseconds to decode, whatever it consists of.
 LARGE_BODY_BYTES = 1024 * 1024
 TEXT_FIELDS = frozenset({"messages", "tools", "functions", "prompt", "tokens"})
-CLIENT_CLOSED = "499"  # as web servers log a request whose client went away
 log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -58,24 +59,22 @@ class Endpoint(ABC, Generic[Body]):
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        responses = self.service.metrics.responses
+        call = Call(receive, send, record_of(scope))
+        call.record.route = self.route
         try:
             check_content_type(scope)
-            config = self.service.config
-            raw = await read_body(scope, receive, config.max_body_bytes)
+            raw = await read_body(receive)
             body, ignored = await self._decode(raw)
             if ignored:
                 self.service.metrics.ignore(ignored)
-                send = naming_ignored(send, ignored)
-            await self.handle(body, receive, send)
+                call.record.headers.append((HEADER, header_value(ignored)))
+            await self.handle(body, call)
         except ClientGone:
-            responses[self.route, CLIENT_CLOSED] += 1
+            return  # there is nobody to answer, or it has been done
         except Exception as error:
             self._log(error)
-            responses[self.route, str(as_request_error(error).status)] += 1
+            call.record.code = code_of(error)
             await send_error(send, error)
-        else:
-            responses[self.route, "200"] += 1
 
     async def _decode(self, raw: bytes) -> Decoded[Body]:
         """The body as a struct. A large one is taken apart outside the event loop: the fields that
@@ -104,11 +103,11 @@ class Endpoint(ABC, Generic[Body]):
         return Decoded(body, ignored)
 
     @abstractmethod
-    async def handle(self, body: Body, receive: Receive, send: Send) -> None:
+    async def handle(self, body: Body, call: Call) -> None:
         """Answer. May raise any exception before its first write, and none after."""
 
     async def collect(
-        self, request_id: str, choices: Sequence[Choice], receive: Receive
+        self, request_id: str, choices: Sequence[Choice], call: Call
     ) -> list[list[Piece]]:
         """Run the choices to their ends; returns the pieces of each."""
         seen: list[list[Piece]] = [[] for _ in choices]
@@ -116,45 +115,47 @@ class Endpoint(ABC, Generic[Body]):
         async def on_pieces(choice: Choice, pieces: list[Piece]) -> None:
             seen[choice.index] += pieces
 
-        await self._run(request_id, choices, receive, on_pieces)
+        await self._run(request_id, choices, call, on_pieces)
         return seen
 
     async def stream(
         self,
         request_id: str,
         choices: Sequence[Choice],
-        receive: Receive,
+        call: Call,
         events: EventStream,
         on_pieces: OnPieces,
         n: int,
     ) -> None:
         """Run the choices to their ends; `on_pieces` writes to `events`, this ends it."""
         try:
-            await self._run(request_id, choices, receive, on_pieces)
+            async with events.kept_alive(call.record.begin_s):
+                await self._run(request_id, choices, call, on_pieces)
         except ClientGone:
             raise
         except Exception as error:
             if not events.started:
                 raise
             self._log(error)
+            call.record.code = code_of(error)
             await events.fail(error)
             return
         total = usage(choices, n)
         await events.end((events.usage_event(total) if events.wants_usage else b"") + DONE)
 
     async def _run(
-        self, request_id: str, choices: Sequence[Choice], receive: Receive, on_pieces: OnPieces
+        self, request_id: str, choices: Sequence[Choice], call: Call, on_pieces: OnPieces
     ) -> None:
+        generation = Generation(self.service, request_id, choices)
         try:
-            with (
-                Generation(self.service, request_id, choices) as generation,
-                watch_disconnect(receive, generation.disconnect),
-            ):
+            with generation, watch_disconnect(call.receive, generation.disconnect):
                 await generation.run(on_pieces)
         except RequestError as error:
             if error.param == "prompt_ids":  # as the engine calls it
                 error.param = self.prompt_param
             raise
+        finally:
+            generation.tell(call.record)
         if generation.disconnected:
             raise ClientGone
 
@@ -162,17 +163,6 @@ class Endpoint(ABC, Generic[Body]):
         """Errors that are not meant for clients belong in the log."""
         if not isinstance(error, RequestError | WorkerDied):
             log.error("%s failed", self.route, exc_info=error)
-
-
-def naming_ignored(send: Send, names: Sequence[str]) -> Send:
-    """`send`, with a header in the response that names the fields without effect."""
-
-    async def named(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (HEADER, header_value(names))]}
-        await send(message)
-
-    return named
 
 
 def new_id(prefix: str) -> str:

@@ -43,6 +43,11 @@ def as_request_error(error: Exception) -> RequestError:
     return RequestError("internal error; see the server's log", code="internal_error", status=500)
 
 
+def code_of(error: Exception) -> str:
+    """The word for what went wrong, for logs and metrics; "" where there is none."""
+    return as_request_error(error).code or ""
+
+
 def shorten(text: str | None, limit: int) -> Any:
     """`text` without unprintable characters and cut to `limit` characters; None stays None."""
     if text is None:

@@ -13,6 +13,7 @@ import msgspec
 
 from core.errors import RequestError
 from core.interfaces.frontend import OutputStream
+from core.interfaces.http import RequestRecord
 from core.interfaces.messages import SamplingParams
 from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.limits import seed_of_choice
@@ -85,6 +86,7 @@ class Generation:
         self._request_id = request_id
         self._choices = choices
         self._begin = time.perf_counter()
+        self._first_token_s: float | None = None  # of the first answer that has one
         self.disconnected = False
 
     def __enter__(self) -> "Generation":
@@ -130,6 +132,18 @@ class Generation:
         self.disconnected = True
         self._close()
 
+    def tell(self, record: RequestRecord) -> None:
+        """Write down what became of the request, however it ended."""
+        choices = self._choices
+        prompts = {id(choice.prompt_ids): choice for choice in choices}.values()
+        reasons = [choice.answer.finish_reason or "unfinished" for choice in choices]
+        record.answer_id = self._request_id
+        record.prompt_tokens = sum(len(choice.prompt_ids) for choice in prompts)
+        record.cached_tokens = sum(choice.answer.num_cached_tokens for choice in prompts)
+        record.completion_tokens = sum(choice.answer.num_tokens for choice in choices)
+        record.first_token_s = self._first_token_s
+        record.finish_reason = ",".join(dict.fromkeys(reasons))
+
     async def run(self, on_pieces: OnPieces) -> None:
         """Read every answer to its end, all at once, handing on what becomes visible.
 
@@ -161,6 +175,8 @@ class Generation:
                 metrics.next_token_s.observe((now - last) / num_tokens, num_tokens)
             else:
                 metrics.first_token_s.observe(now - self._begin)
+                if self._first_token_s is None:
+                    self._first_token_s = now - self._begin
             last = now
             pieces = answer.feed(output)
             if pieces or answer.finish_reason is not None or output.num_cached_tokens is not None:

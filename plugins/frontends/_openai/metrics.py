@@ -20,6 +20,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from core.interfaces.frontend import Engine
+from core.interfaces.http import HttpStats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST.encode()
 FIRST_TOKEN_BOUNDS_S = (
@@ -71,8 +72,10 @@ class Metrics(Collector):
         engine: Engine,
         model_name: str,
         dropped_log_lines: Callable[[], int] = lambda: 0,
+        http: HttpStats | None = None,
     ) -> None:
         self._engine = engine
+        self._http = http or HttpStats()
         self._model_name = model_name
         self._dropped_log_lines = dropped_log_lines
         self.first_token_s = Buckets(FIRST_TOKEN_BOUNDS_S)
@@ -80,7 +83,6 @@ class Metrics(Collector):
         self.request_s = Buckets(REQUEST_BOUNDS_S)
         self.loop_blocked_s = Buckets(BLOCKED_BOUNDS_S)
         self.finished: Counter[str] = Counter()  # answers by finish reason, "abort" among them
-        self.responses: Counter[tuple[str, str]] = Counter()  # by route and status
         self.ignored_fields: Counter[str] = Counter()  # by name, of a bounded number of names
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -125,12 +127,7 @@ class Metrics(Collector):
         yield from self._by_dp()
         yield from self._expert_loads()
         yield self._labelled("request_success", "Answers by reason of their end.", self.finished)
-        responses = CounterMetricFamily(
-            "nodeweave_http_responses", "HTTP answers.", labels=["route", "status"]
-        )
-        for (route, status), count in self.responses.items():
-            responses.add_metric([route, status], count)
-        yield responses
+        yield from self._of_http()
         ignored = CounterMetricFamily(
             "nodeweave_ignored_fields", "Fields of requests without effect.", labels=["field"]
         )
@@ -141,6 +138,25 @@ class Metrics(Collector):
         yield self._histogram("inter_token_latency_seconds", self.next_token_s)
         yield self._histogram("e2e_request_latency_seconds", self.request_s)
         yield self._histogram("event_loop_blocked_seconds", self.loop_blocked_s)
+
+    def _of_http(self) -> Iterator[Metric]:
+        http = self._http
+        responses = CounterMetricFamily(
+            "nodeweave_http_responses", "HTTP answers.", labels=["route", "status"]
+        )
+        for (route, status), count in http.responses.items():
+            responses.add_metric([route, str(status)], count)
+        yield responses
+        refusals = CounterMetricFamily(
+            "nodeweave_http_refusals", "HTTP answers of 400 and above, by why.", labels=["code"]
+        )
+        for code, count in http.refusals.items():
+            refusals.add_metric([code], count)
+        yield refusals
+        evicted = http.connections_evicted
+        yield self._gauge("http_connections", "Open connections.", http.connections)
+        yield self._counter("http_connections_evicted", "Idle ones that made room.", evicted)
+        yield self._gauge("http_body_bytes", "Bodies of requests under way.", http.body_bytes)
 
     def _by_dp(self) -> Iterator[Metric]:
         """A series for each DP rank, where there are several: how evenly they are loaded."""

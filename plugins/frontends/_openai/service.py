@@ -22,7 +22,9 @@ class Service:
         self.tokenizer = context.tokenizer
         self.model = context.model
         self.config = context.config
-        self.metrics = Metrics(context.engine, context.model.name, context.dropped_log_lines)
+        self.metrics = Metrics(
+            context.engine, context.model.name, context.dropped_log_lines, context.http
+        )
         self._num_coming = 0  # requests that the engine is yet to hear of
         self.max_live = context.max_running_requests + context.config.max_queued_requests
 

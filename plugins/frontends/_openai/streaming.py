@@ -4,7 +4,10 @@ Knows nothing of where tokens come from. What is the same in every event of a st
 once; a token costs one JSON string and one concatenation.
 """
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -13,6 +16,9 @@ from plugins.frontends._openai.asgi import Send
 from plugins.frontends._openai.errors import error_body
 from plugins.frontends._openai.protocol import StreamOptions
 
+HEADERS_S = 4.5  # from a request to the headers of its stream, unless its prompt takes longer
+COMMENTS_S = 10.0  # between two looks at whether a stream is silent
+COMMENT = b": keep-alive\n\n"  # every reader of server-sent events skips it
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,23 +31,52 @@ _encode = msgspec.json.Encoder().encode
 class EventStream:
     """The body of one streamed response.
 
-    The response begins with the first write, so that what fails before still gets its status.
+    The response begins with the first write, so that what fails before still gets its status, or
+    after HEADERS_S. While nothing else is to be said, comments keep proxies from giving up.
     """
 
     def __init__(self, send: Send, envelope: dict[str, Any], options: StreamOptions | None) -> None:
         """`envelope` is the part of every chunk before "choices"."""
         self._send = send
         self.started = False
+        self._quiet = True  # nothing was written since the last look
+        self._commenting = self._ending = False
         self.wants_usage = bool(options and options.include_usage)
         self.usage_in_all = bool(self.wants_usage and options and options.continuous_usage_stats)
         self._head = b"data: " + _encode(envelope)[:-1]
         self._null_usage = b',"usage":null' if self.wants_usage else b""
 
     async def write(self, events: bytes) -> None:
+        self._quiet = False
         if not self.started:
             self.started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    @asynccontextmanager
+    async def kept_alive(self, begin_s: float) -> AsyncIterator[None]:
+        """Inside the block a comment is written wherever nothing else is for a while. `begin_s`:
+        when the request came, by time.perf_counter()."""
+        task = asyncio.get_running_loop().create_task(self._keep_alive(begin_s))
+        try:
+            yield
+        finally:
+            self._ending = True
+            if self._commenting:  # it may have begun the response, and is to be whole
+                await task
+            task.cancel()
+
+    async def _keep_alive(self, begin_s: float) -> None:
+        await asyncio.sleep(begin_s + HEADERS_S - time.perf_counter())
+        while True:
+            if self._quiet:
+                self._commenting = True
+                await self.write(COMMENT)
+                self._commenting = False
+                if self._ending:
+                    return
+            self._quiet = True
+            await asyncio.sleep(COMMENTS_S)
 
     async def end(self, events: bytes) -> None:
         """Write the last events."""

@@ -216,7 +216,7 @@ def test_requests_are_spread_and_aborted_where_they_run(tmp_path):
         assert await peers[1].receive() == Abort(["b"])
         await peers[2].send(RequestOutput("c", [7], finish_reason="length"))
         assert (await anext(streams[2])).token_ids == [7]
-        engine.fail_all("enough")
+        engine.fail_all(lambda: WorkerDied("enough"))
         assert await peers[0].receive() == Abort(["a", "d"])
         assert await peers[1].receive() == Abort(["e"])
         engine.generate("f", [1], SAMPLING)

@@ -172,8 +172,8 @@ def test_grace_time_over(serving):
     engine.wait_for(lambda: len(engine.live) == 1)
     process.send(Drain(0.2))
     response = running()
-    assert response.status_code == 500
-    assert "shutting down" in response.json()["error"]["message"]
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+    assert response.headers["retry-after"]
     assert process.wait() == 0
 
 

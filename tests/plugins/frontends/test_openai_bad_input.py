@@ -158,7 +158,9 @@ def test_bodies_that_are_no_request(http, body, param, message):
 def test_unknown_model_route_and_method(http):
     check_error(http.post(CHAT, json=chat_body(model=LONG)), 404, "model", "does not exist")
     check_error(http.get("/v1/nothing"), 404, None, "no such route")
-    check_error(http.get("/v1/chat/completions/"), 404, None, "no such route")
+    check_error(http.get("/v1/completion"), 404, None, "did you mean /v1/completions?")
+    check_error(http.get("/chat/completions"), 404, None, "did you mean /v1/chat/completions?")
+    check_error(http.get("/v1/chat/completions/"), 405, None, "allowed: POST")
     response = http.get(CHAT)
     check_error(response, 405, None, "allowed: POST")
     assert response.headers["allow"] == "POST"

@@ -13,7 +13,7 @@ def test_models_without_experts_have_no_loads():
         answer = http.get("/expert_load")
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "no_expert_loads"
-        assert "expert" not in http.get("/metrics").text
+        assert "nodeweave_expert" not in http.get("/metrics").text
 
 
 def test_loads_are_told_by_layer_and_expert():

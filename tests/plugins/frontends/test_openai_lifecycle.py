@@ -8,6 +8,7 @@ import pytest
 
 from core.errors import WorkerDied
 from core.interfaces.frontend import EngineState
+from core.serve.process import shutting_down
 from tests.support.http_stack import ANSWER, MODEL, Stack
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -156,8 +157,8 @@ def test_failing_all_streams_aborts_them_in_the_engine(stack):
     stack.engine.steps_per_second = 50
     connection = post_raw(stack, {**ENDLESS, "stream": True})
     read_until(connection, b'"content":"The"')
-    stack.call(stack.client.fail_all, "out of grace time")
-    assert b"out of grace time" in read_until(connection, b"0\r\n\r\n")
+    stack.call(stack.client.fail_all, shutting_down)
+    assert b'"code":"shutting_down"' in read_until(connection, b"0\r\n\r\n")
     stack.engine.wait_for(lambda: len(stack.engine.aborted) == 1, timeout_s=2)
     connection.close()
 
@@ -254,6 +255,8 @@ def test_metrics_tell_what_happened():
     assert float(lines[f"nodeweave_e2e_request_latency_seconds_count{{{label}}}"]) == 2
     assert float(lines[f'nodeweave_http_responses_total{{route="{CHAT}",status="200"}}']) == 2
     assert float(lines[f'nodeweave_http_responses_total{{route="{CHAT}",status="400"}}']) == 1
+    assert float(lines['nodeweave_http_refusals_total{code="out_of_range"}']) == 1
+    assert float(lines[f"nodeweave_http_connections{{{label}}}"]) == 1
     assert float(lines[f"nodeweave_kv_cache_pages{{{label}}}"]) == 100
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert f"nodeweave_{name}{{{label}}}" in lines
