@@ -7,6 +7,7 @@ Metaspace) look at a token's neighbours and have no such table.
 
 import codecs
 import json
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +107,16 @@ class _Fallback:
 
     def __call__(self, piece: str) -> bytes:
         piece = piece.replace(self._old, self._new)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                return bytes([int(piece[3:5], 16)])
-            except ValueError:
-                pass
-        return piece.encode()
+        byte = byte_of_piece(piece)
+        return piece.encode() if byte is None else byte
+
+
+def byte_of_piece(piece: str) -> bytes | None:
+    """The byte that a piece like <0x0A> stands for; None for any other piece."""
+    is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+    if not is_byte or not set(piece[3:5]) <= set(string.hexdigits):
+        return None
+    return bytes([int(piece[3:5], 16)])
 
 
 def _gpt2_alphabet() -> dict[str, int]:

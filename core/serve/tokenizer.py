@@ -15,7 +15,7 @@ from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
 from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.loading.tokenizer_settings import SPECIAL_TOKENS, check_settings
-from core.serve.byte_table import REPLACEMENT, byte_table
+from core.serve.byte_table import REPLACEMENT, byte_of_piece, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
 from core.serve.messages import check_messages, text_size
@@ -46,6 +46,7 @@ class HfTokenizer:
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         table = byte_table(backend)
         self._byte_table = table
+        self._has_byte_pieces = "ByteFallback" in str(backend.decoder)
         self._text_byte_table = table and table.without(self._special_ids)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.max_token_characters = max(map(len, vocabulary), default=1)
@@ -103,6 +104,8 @@ class HfTokenizer:
         piece = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
+        if self._has_byte_pieces and (byte := byte_of_piece(piece)) is not None:
+            return byte
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         # Decoders drop the space before a text's first word; alone, the token keeps it.
         if piece.startswith("▁") and not text.startswith(" ") and REPLACEMENT not in text:

@@ -20,8 +20,8 @@ class Piece(NamedTuple):
     """
 
     text: str
-    logprobs: list[TokenLogprobs]
-    offsets: list[int]
+    logprobs: Sequence[TokenLogprobs] = ()
+    offsets: Sequence[int] = ()
 
 
 class StopMatcher:
@@ -132,11 +132,7 @@ class Answer:
         if self._plain:
             self.num_tokens += len(token_ids)
             add = self._detokenizer.add
-            pieces = [
-                Piece(text, [], [])
-                for token_id in token_ids[:visible]
-                if (text := add((token_id,)))
-            ]
+            pieces = [Piece(text) for token_id in token_ids[:visible] if (text := add((token_id,)))]
         else:
             pieces = self._feed_checked(output, visible)
         if output.finish_reason is not None and self.finish_reason is None:

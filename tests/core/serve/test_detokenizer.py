@@ -173,6 +173,14 @@ def test_holding_says_whether_a_character_is_unfinished():
         assert (detokenizer.add(rest), detokenizer.holding) == ("🎉", False)
 
 
+def test_byte_pieces_are_bytes_with_any_decoder_that_knows_them():
+    backend = Tokenizer(models.WordLevel({"<0xF0>": 0, "▁a": 1, "<0xZZ>": 2}, "▁a"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = tokenizer_of(backend)
+    assert byte_table(backend) is None
+    assert [tokenizer.token_bytes(i) for i in range(3)] == [b"\xf0", b" a", b"<0xZZ>"]
+
+
 def test_a_token_id_beyond_every_vocabulary_is_refused():
     vocab = {"a": 0, "b": MAX_TOKEN_ID + 1}
     backend = Tokenizer(models.WordLevel(vocab, "a"))
