@@ -53,6 +53,7 @@ from core.serve.text_process import (
 )
 
 WALL_S = 30.0  # of waiting and working together; a job that takes longer is answered with 503
+MAX_WAITING = 4096  # jobs
 SMALL_BYTES = 64 * 1024  # of a job; larger ones leave a worker free for those
 RESTART_S = 1.0  # between starts of a template process that doesn't stay
 UNPACK_BYTES = 4 * 128 * 1024  # of ids that are turned into numbers between two pauses
@@ -230,6 +231,12 @@ class TextPool:
 
     async def _do(self, job: TextJob) -> bytes:
         """The payload of the job's answer."""
+        if len(self._waiting) >= MAX_WAITING:
+            raise RequestError(
+                f"{MAX_WAITING} requests wait to be tokenized; try again later",
+                code="queue_full",
+                status=429,
+            )
         waiter = _Job(self._encode(job), self._loop.create_future())
         waiter.timer = self._loop.call_later(self._wall_s, self._on_wall_time, waiter)
         self._waiting.append(waiter)

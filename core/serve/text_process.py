@@ -53,7 +53,7 @@ class TextBoot(msgspec.Struct, kw_only=True):
     tokenizing_s: float = 2.0
     tokenizing_s_per_million: float = 5.0  # of characters, besides
     job_bytes: int = 512 * MIB
-    job_bytes_per_byte: int = 512  # of the job's frame, besides
+    job_bytes_per_byte: int = 192  # of the job's frame, besides
     keep_bytes: int = 256 * MIB  # a worker that has grown by more is replaced after its job
 
 

@@ -10,7 +10,7 @@ from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
-from plugins.frontends._openai.large_json import send_large_json
+from plugins.frontends._openai.large_json import large_raw, send_large_json
 from plugins.frontends._openai.limits import (
     answer_tokens,
     check_generation,
@@ -155,7 +155,10 @@ class Completions(Endpoint[CompletionRequest]):
                 shape = events.text_shape(choice.index, b'"text":', b"")
                 shapes[choice.index] = shape
                 if job.body.echo:
-                    chunk = shape.full(job.echo(choice), job.echo_logprobs(choice), used)
+                    of_prompt = await large_raw(
+                        num_logprobs([choice]), lambda: job.echo_logprobs(choice)
+                    )
+                    chunk = shape.full(job.echo(choice), of_prompt, used)
             if plain:
                 chunk += shape.plain([piece.text for piece in pieces])
             else:

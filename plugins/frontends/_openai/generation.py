@@ -6,7 +6,7 @@ whatever happens, each of them has finished or is aborted when `Generation` is l
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
 
 import msgspec
@@ -14,12 +14,13 @@ import msgspec
 from core.errors import RequestError
 from core.interfaces.frontend import OutputStream
 from core.interfaces.http import RequestRecord
-from core.interfaces.messages import SamplingParams
+from core.interfaces.messages import RequestOutput, SamplingParams
 from plugins.frontends._openai.answer import Answer, Piece
 from plugins.frontends._openai.limits import seed_of_choice
 from plugins.frontends._openai.service import Service
 
 SUBMIT_PAUSE_TOKENS = 32 * 1024
+SLICE_TOKENS = 256  # of an output, between two pauses
 OnPieces = Callable[["Choice", list[Piece]], Awaitable[None]]
 
 
@@ -76,6 +77,27 @@ def num_logprobs(choices: Sequence[Choice]) -> int:
         if choice.sampling.prompt_logprobs is not None:
             total += len(choice.prompt_ids) * (choice.sampling.prompt_logprobs + 1)
     return total
+
+
+def sliced(output: RequestOutput) -> Iterator[RequestOutput]:
+    """The same output in parts of few tokens: what piled up for a slow client may be a whole
+    answer, and others should get their turn while it is worked on."""
+    num_tokens = len(output.token_ids)
+    if num_tokens <= SLICE_TOKENS:
+        yield output
+        return
+    for begin in range(0, num_tokens, SLICE_TOKENS):
+        end = begin + SLICE_TOKENS
+        part = msgspec.structs.replace(
+            output,
+            token_ids=output.token_ids[begin:end],
+            logprobs=output.logprobs and output.logprobs[begin:end],
+        )
+        if begin:
+            part.prompt_logprobs = part.num_cached_tokens = None
+        if end < num_tokens:
+            part.finish_reason = part.stop_token_id = part.error = part.error_code = None
+        yield part
 
 
 class Generation:
@@ -178,12 +200,15 @@ class Generation:
                 if self._first_token_s is None:
                     self._first_token_s = now - self._begin
             last = now
-            pieces = answer.feed(output)
-            if pieces or answer.finish_reason is not None or output.num_cached_tokens is not None:
-                await on_pieces(choice, pieces)
-            if answer.finish_reason is not None:
-                stream.close()  # aborts where a stop string ended it
-                return
+            for part in sliced(output):
+                pieces = answer.feed(part)
+                if pieces or answer.finish_reason is not None or part.num_cached_tokens is not None:
+                    await on_pieces(choice, pieces)
+                if answer.finish_reason is not None:
+                    stream.close()  # aborts where a stop string ended it
+                    return
+                if part is not output:
+                    await asyncio.sleep(0)
         if not self.disconnected:
             raise RequestError("the answer ended early", code="internal_error", status=500)
 

@@ -44,6 +44,13 @@ async def send_large_json(send: Send, num_values: int, build: Callable[[], Any])
     await send({"type": "http.response.body", "body": b""})
 
 
+async def large_raw(num_values: int, build: Callable[[], Any]) -> Any:
+    """A value to be encoded later: as it is, or where it has many values as its JSON."""
+    if num_values < LARGE_VALUES:
+        return build()
+    return msgspec.Raw(await asyncio.to_thread(lambda: b"".join(json_parts(build()))))
+
+
 def _add(value: Any, parts: list[bytes], seen: dict[int, list[bytes]]) -> None:
     """`seen`: the parts of long lists by identity."""
     if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):

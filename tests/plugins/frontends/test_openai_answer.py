@@ -8,6 +8,7 @@ from core.errors import RequestError
 from core.interfaces.messages import RequestOutput, TokenLogprobs
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.answer import Answer, StopMatcher
+from plugins.frontends._openai.generation import SLICE_TOKENS, sliced
 from tests.support.small_tokenizer import write_folder
 
 letters = st.text("ab", max_size=12)
@@ -138,3 +139,21 @@ def test_an_engine_error_is_raised(tokenizer):
     with pytest.raises(RequestError, match="no room") as caught:
         make(tokenizer).feed(RequestOutput("r", [], finish_reason="error", error="no room"))
     assert caught.value.status == 500
+
+
+def test_what_piled_up_is_worked_on_in_slices():
+    ids = list(range(3 * SLICE_TOKENS + 1))
+    entries = [TokenLogprobs(i, -1.0, 1, [], []) for i in ids]
+    whole = RequestOutput(
+        "r", ids, logprobs=entries, finish_reason="stop", stop_token_id=7, num_cached_tokens=3,
+        prompt_logprobs=entries[:2],
+    )  # fmt: skip
+    parts = list(sliced(whole))
+    assert [i for part in parts for i in part.token_ids] == ids
+    assert [entry for part in parts for entry in part.logprobs] == entries
+    assert [part.finish_reason for part in parts] == [None, None, None, "stop"]
+    assert [part.stop_token_id for part in parts] == [None, None, None, 7]
+    assert [part.num_cached_tokens for part in parts] == [3, None, None, None]
+    assert [part.prompt_logprobs is None for part in parts] == [False, True, True, True]
+    small = RequestOutput("r", ids[:2], finish_reason="length")
+    assert next(sliced(small)) is small
