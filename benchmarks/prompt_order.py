@@ -34,8 +34,7 @@ from core.interfaces.messages import (
     StepResult,
 )
 
-PACE = Pace(token_s=1 / 900, pair_s=0.4e-6, logprob_s=5e-3)
-STEP_S = 0.02  # of every step, whatever it holds: weights are read
+PACE = Pace(token_s=1 / 900, pair_s=0.4e-6, logprob_s=5e-3, base_s=0.02)
 LONG_TOKENS, SHORT_TOKENS, ANSWER_TOKENS = 1990, 20, 16
 AGING_TOKENS_PER_S = 50.0  # that a second in the queue is worth
 
@@ -138,7 +137,9 @@ class Machine:
         running: StepPlan | None = None  # launched, ends at `ends_s`
         ends_s = 0.0
         while coming or scheduler.has_work:
-            if running is not None and self._seconds(running) >= LONG_STEP_S:
+            if running is not None and (
+                self._seconds(running) >= LONG_STEP_S or scheduler.has_prompts_for(LONG_STEP_S)
+            ):
                 self._end(scheduler, running, ends_s, rng)
                 running = None
             while coming and coming[0][0] <= self.now_s:
@@ -168,7 +169,7 @@ class Machine:
     @staticmethod
     def _seconds(plan: StepPlan) -> float:
         facts = StepFacts([sum(plan.lengths)], [sum(plan.samples)], [0], True)
-        return STEP_S + PACE.step_s(plan, facts)
+        return PACE.step_s(plan, facts)
 
     def first_token_s(self, kind: str) -> list[float]:
         """Of the requests of a kind, in order of size."""
@@ -241,6 +242,8 @@ def main() -> None:
             ("shortest first, with aging", 0.25),
             ("deficit round robin by client", 0.25),
             ("oldest and shortest", 0.25),
+            ("oldest and shortest", 0.4),
+            ("oldest and shortest", 0.5),
             ("oldest and shortest", 1.0),
         ):
             rows.append({"load": name, **measure(order, step_s, load)})

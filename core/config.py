@@ -199,9 +199,10 @@ class EngineConfig:
     max_running_requests: int = 256
     chunked_prefill_size: int = 2048  # most prompt tokens of one request in a step; -1: no chunks
     max_prefill_tokens: int = 8192  # most prompt tokens of all requests in a step
-    # On a CPU: about how long a step with prompts may take, by the speed measured at start; fewer
-    # prompt tokens are computed in it then than the two limits above allow. 0: no limit.
-    cpu_step_s: float = 0.25
+    # On a CPU: seconds that a step with prompts should take, by the speed measured at start; fewer
+    # prompt tokens are computed in it then than the two limits above allow. 0: no limit. None: 20
+    # times what every step costs whatever it holds, at least 0.25 and at most 1.
+    cpu_step_s: float | None = None
     disable_prefix_cache: bool = False
     seed: int = 0  # of requests that bring no seed of their own
     # Where compiled kernels are kept between starts; None: $TRITON_CACHE_DIR, else a folder of the

@@ -1,11 +1,12 @@
 """The engine's loop in the leader of each DP rank, and the followers' on the other ranks.
 
-Step n+1 is planned and launched before step n's tokens are on the host, unless step n is so long
+Step n+1 is planned and launched before step n's tokens are on the host, unless either is so long
 that who comes meanwhile had better be in step n+1. With several DP ranks every turn is agreed on by
 all (`core.engine.lockstep`), and a rank without rows runs the step all the same. Knows nothing of
 sockets: it is given an inbox, an outbox and the ranks' channels.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -15,9 +16,9 @@ from core.engine.lockstep import Lockstep, rank_facts, settle
 from core.engine.scheduler import Scheduler
 from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, RequestOutput, StepPlan
 
-# A step with prompts that is expected to take longer is awaited before the next one is planned: the
-# device then idles for the millisecond that planning takes, and a request that comes in such a step
-# waits for its rest only, not for another one that was planned without it.
+# Where prompts that take longer are computed or wait, a step is awaited before the next one is
+# planned: the device then idles for the millisecond that planning takes, and a request that comes
+# meanwhile waits for the rest of one step, not for another one that was planned without it.
 LONG_STEP_S = 0.1
 # The plan of a DP rank without rows in a step; schedulers number theirs from 1.
 IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [], best_only=True)
@@ -56,7 +57,8 @@ class RunningStep:
 
     plan: StepPlan | None  # None: this DP rank has no rows in it
     wait: Wait
-    is_long: bool = False
+    expected_s: float = 0.0  # 0: not known
+    begun_s: float | None = None  # when it was launched; None: others had to end before
 
 
 class EngineLoop:
@@ -101,10 +103,12 @@ class EngineLoop:
             self.outbox.send([], self.scheduler.stats())
             self.wait_for_work()
         outputs: list[RequestOutput] = []
-        if previous is not None and previous.is_long:
+        if previous is not None and (
+            previous.expected_s >= LONG_STEP_S or self.scheduler.has_prompts_for(LONG_STEP_S)
+        ):
             outputs, previous = self._finish(previous), None
         outputs += self.scheduler.admit(self.inbox.drain())
-        running = self._launch()
+        running = self._launch(alone=previous is None)
         if previous is not None:
             outputs += self._finish(previous)
         self.outbox.send(outputs, self.scheduler.stats())
@@ -114,11 +118,13 @@ class EngineLoop:
     def _finish(self, running: RunningStep) -> list[RequestOutput]:
         """Wait for a step; what it adds to each request."""
         result = running.wait()
+        if running.begun_s is not None and running.expected_s >= LONG_STEP_S:
+            self.scheduler.observe(running.expected_s, time.monotonic() - running.begun_s)
         if running.plan is None:
             return []
         return self.scheduler.commit(running.plan, result)
 
-    def _launch(self) -> RunningStep | None:
+    def _launch(self, *, alone: bool) -> RunningStep | None:
         plan = self.scheduler.next_batch()
         agreement = self.lockstep.agree(plan, busy=self.scheduler.has_work)
         self.parked = agreement.parks
@@ -126,9 +132,10 @@ class EngineLoop:
             return None
         step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)
         self.followers.send(step)
-        seconds = self.launcher.pace.step_s(step.plan, step.facts)
-        is_long = step.facts.has_prefill and seconds >= LONG_STEP_S
-        return RunningStep(plan, self.launcher.launch(step), is_long)
+        has_prefill = step.facts.has_prefill
+        expected_s = self.launcher.pace.step_s(step.plan, step.facts) if has_prefill else 0.0
+        begun_s = time.monotonic() if alone else None
+        return RunningStep(plan, self.launcher.launch(step), expected_s, begun_s)
 
 
 class PlanReceiver(Protocol):

@@ -17,7 +17,13 @@ FIRST_TOKENS = 16  # of the smallest step that is timed
 MOST_TOKENS = 512  # of the largest
 LONG_ENOUGH_S = 0.06  # a step that takes so long tells the speed
 CONTEXT_TOKENS = 2048  # cached before the tokens of a timed step, where the model allows
+# Of a timed step at most and at least, lest a disturbed measurement tell nonsense.
+MOST_BASE, LEAST_TOKEN = 0.75, 0.1
 WITH_LOGPROBS = structs.replace(GREEDY, logprobs=0)  # made-up prompts want theirs then
+
+# A step's time in costs that every step has, and its bounds.
+BASE_COSTS = 20
+SHORTEST_STEP_S, LONGEST_STEP_S = 0.25, 1.0
 
 # Runs such a step in every DP rank and returns its seconds, the same on every rank.
 Timed = Callable[[StepPlan], float]
@@ -30,10 +36,17 @@ class Pace:
     token_s: float = 0.0  # of a token, wherever it stands
     pair_s: float = 0.0  # of a token for each one before it: attention
     logprob_s: float = 0.0  # of a row of prompt logprobs, beside its token
+    base_s: float = 0.0  # of every step, whatever it holds: weights are read, kernels begun
 
     @property
     def known(self) -> bool:
         return self.token_s > 0
+
+    @property
+    def worthwhile_s(self) -> float:
+        """How long a step with prompts should take: so long that what every step costs is a small
+        part of it, and short enough for those who wait for its end."""
+        return min(max(BASE_COSTS * self.base_s, SHORTEST_STEP_S), LONGEST_STEP_S)
 
     def prompt_s(self, start: int, length: int, with_logprobs: bool) -> float:
         """Of so many tokens of a prompt from position `start` on."""
@@ -64,7 +77,8 @@ class Pace:
             for start, length in zip(plan.starts, plan.lengths, strict=True)
         )
         tokens, logprobs = max(facts.rows), max(facts.logprob_rows)
-        return tokens * self.token_s + pairs * self.pair_s + logprobs * self.logprob_s
+        rest_s = tokens * self.token_s + pairs * self.pair_s + logprobs * self.logprob_s
+        return self.base_s + rest_s
 
 
 def measure_pace(timed: Timed, *, step_tokens: int, context_tokens: int) -> Pace:
@@ -83,8 +97,18 @@ def measure_pace(timed: Timed, *, step_tokens: int, context_tokens: int) -> Pace
     if num > 1:
         with_logprobs = step(prompts=[(0, num)], sampling=WITH_LOGPROBS)
         logprob_s = max(timed(with_logprobs) - seconds, 0.0) / (num - 1)
-    token_s = max(seconds / num - pair_s * num / 2, 0.1 * seconds / num)
-    return Pace(token_s, pair_s, logprob_s)
+    base_s = 0.0
+    if num > 1:
+        half = num // 2
+        half_s = min(timed(step(prompts=[(0, half)])) for _ in range(2))
+        flat_s, half_flat_s = (
+            total_s - pair_s * tokens * tokens / 2
+            for total_s, tokens in ((seconds, num), (half_s, half))
+        )
+        base_s = (num * half_flat_s - half * flat_s) / (num - half)
+        base_s = min(max(base_s, 0.0), MOST_BASE * seconds)
+    token_s = (seconds - base_s) / num - pair_s * num / 2
+    return Pace(max(token_s, LEAST_TOKEN * seconds / num), pair_s, logprob_s, base_s)
 
 
 def _long_enough(timed: Timed, most_tokens: int) -> tuple[int, float]:

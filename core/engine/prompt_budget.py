@@ -5,6 +5,8 @@ from core.engine.pace import Pace
 LEAST_TOKENS = 16  # of a chunk that is cut: smaller ones cost their step more than they compute
 # Of the time of a step that is left to prompts whatever its decodes take.
 LEAST_SHARE = 0.25
+# Of what every step costs, that prompts get at least: with less a step would be mostly that.
+LEAST_BASE_COSTS = 5
 
 
 class PromptBudget:

@@ -18,7 +18,7 @@ from core.engine.waiting import WaitingQueue, age_key
 SHORT_SHARE = 0.5
 # Of a step's time, that the oldest prompt gets at least beside shorter ones: where steps are cut to
 # a time, one with short prompts is made shorter, as they wait for its end.
-LONG_SHARE = 0.125
+LONG_SHARE = 0.25
 
 ROUNDING = 1.001  # lest a token too few fits into the time that was set apart
 
@@ -79,17 +79,18 @@ def _wanted_by_shorter(
     budget: PromptBudget,
     may_enter: MayEnter,
 ) -> tuple[int, float]:
-    """Tokens and seconds that prompts shorter than the oldest would take, up to their share."""
-    oldest = next(by_age(prefilling, waiting), None)
-    if oldest is None:
+    """Tokens and seconds that prompts would take that are shorter than the first older one that the
+    step has no room for; up to their share."""
+    first, passed = _first_to_be_cut(prefilling, waiting, budget)
+    if first is None:
         return 0, 0.0
     most_tokens, most_seconds = int(budget.tokens * SHORT_SHARE), budget.seconds * SHORT_SHARE
     tokens, seconds = 0, 0.0
     for request in by_length(prefilling, waiting):
         left = request.tokens_left
-        if (request.priority, left) >= (oldest.priority, oldest.tokens_left):
+        if (request.priority, left) >= (first.priority, first.tokens_left):
             break
-        if request is oldest or (request.slot < 0 and not may_enter(request)):
+        if request in passed or (request.slot < 0 and not may_enter(request)):
             continue
         if budget.chunk != -1:
             left = min(left, budget.chunk)
@@ -99,3 +100,20 @@ def _wanted_by_shorter(
         if tokens >= most_tokens or (seconds and seconds >= most_seconds):
             break
     return min(tokens, most_tokens), min(seconds, max(most_seconds, 0.0))
+
+
+def _first_to_be_cut(
+    prefilling: Sequence[Request], waiting: WaitingQueue, budget: PromptBudget
+) -> tuple[Request | None, set[Request]]:
+    """By age the first prompt that does not fit into the step beside the shorter ones' share, and
+    those before it; None where all fit."""
+    tokens, seconds = budget.tokens * (1 - SHORT_SHARE), budget.seconds * (1 - SHORT_SHARE)
+    passed: set[Request] = set()
+    for request in by_age(prefilling, waiting):
+        left, with_logprobs = request.tokens_left, request.wants_prompt_logprobs
+        tokens -= left
+        seconds -= budget.cost_s(request.num_computed, left, with_logprobs)
+        if tokens < 0 or seconds < 0:
+            return request, passed
+        passed.add(request)
+    return None, passed

@@ -13,6 +13,7 @@ docs/scheduler.md tells how it decides.
 """
 
 import enum
+import itertools
 import random
 import time
 from collections import deque
@@ -24,7 +25,7 @@ import msgspec
 from core.config import EngineConfig
 from core.engine.decode_set import DecodeSet
 from core.engine.pace import Pace
-from core.engine.prompt_budget import LEAST_SHARE, PromptBudget
+from core.engine.prompt_budget import LEAST_BASE_COSTS, LEAST_SHARE, PromptBudget
 from core.engine.prompt_order import OldestAndShortest, PromptOrder
 from core.engine.request import Request, State
 from core.engine.residents import Residents
@@ -43,6 +44,8 @@ from core.interfaces.messages import (
 HEADROOM_TOKENS = 32
 # Waiting requests looked past in a step because most of their prompt is being computed by another.
 MAX_DEFERRED = 4
+# How much a step's time may differ from what the pace says, and what one step counts of late.
+MOST_SLOWNESS, SLOWNESS_WEIGHT = 8.0, 0.2
 EXPIRY_INTERVAL_S = 0.1  # between two looks at deadlines
 QUEUE_TIMEOUT = "queue_timeout"  # RequestOutput.error_code of one that waited too long
 UNKNOWN_PACE = Pace()
@@ -105,11 +108,14 @@ class Scheduler:
         order: PromptOrder = ORDER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`pace`: where it is known, a step's prompts are cut to `engine.cpu_step_s`."""
+        """`pace`: where it is known, a step's prompts are cut to `engine.cpu_step_s`, or to what is
+        worthwhile at that pace."""
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
-        self._step_s = config.cpu_step_s
-        self._pace = pace if config.cpu_step_s > 0 else UNKNOWN_PACE
+        step_s = config.cpu_step_s
+        self._step_s = pace.worthwhile_s if step_s is None else step_s
+        self._pace = pace if self._step_s > 0 else UNKNOWN_PACE
+        self._slowness = 1.0  # of late, against the pace
         self._order = order
         self._clock = clock
         self._next_expiry_s = 0.0
@@ -265,6 +271,19 @@ class Scheduler:
         """Whether a request is live or a planned step is not committed."""
         return bool(self._live or self._in_flight)
 
+    def has_prompts_for(self, seconds: float) -> bool:
+        """Whether prompts that run or wait would take so long, as far as the pace is known."""
+        if not self._pace.known:
+            return False
+        left_s = 0.0
+        for request in itertools.chain(self._prefilling, self._waiting.by_age()):
+            left_s += self._pace.prompt_s(
+                request.num_computed, request.tokens_left, request.wants_prompt_logprobs
+            )
+            if left_s >= seconds:
+                return True
+        return False
+
     def next_batch(self) -> StepPlan | None:
         """Plan the next step; None where nothing can run before the step in flight is committed,
         or at all. The lists of a plan are never changed afterwards."""
@@ -348,9 +367,7 @@ class Scheduler:
         budget = PromptBudget(
             tokens=self._step_prefill_tokens,
             chunk=self._chunk_tokens,
-            seconds=max(
-                self._step_s - self._pace.decode_s(draft.starts), LEAST_SHARE * self._step_s
-            ),
+            seconds=self._prompt_s(draft),
             pace=self._pace,
         )
         for candidates in self._order.passes(
@@ -360,6 +377,18 @@ class Scheduler:
             lambda request: may_admit and self._may_enter(request),
         ):
             self._plan_pass(draft, candidates, budget, may_admit=may_admit)
+
+    def _prompt_s(self, draft: _Draft) -> float:
+        """Seconds at the pace that a step has for prompts, beside its decodes."""
+        step_s, base_s = self._step_s / self._slowness, self._pace.base_s
+        left_s = step_s - base_s - self._pace.decode_s(draft.starts)
+        return max(left_s, LEAST_SHARE * step_s, LEAST_BASE_COSTS * base_s)
+
+    def observe(self, expected_s: float, actual_s: float) -> None:
+        """A step with prompts took so long. A machine has other things to do now and then, also
+        while the pace was measured."""
+        ratio = min(max(actual_s / expected_s, 1 / MOST_SLOWNESS), MOST_SLOWNESS)
+        self._slowness += SLOWNESS_WEIGHT * (ratio - self._slowness)
 
     def _may_enter(self, request: Request) -> bool:
         """Whether a waiting request is worth trying: there is a slot, pages were not found to be

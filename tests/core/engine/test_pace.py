@@ -30,20 +30,29 @@ class Machine:
     token_s=SPEEDS,
     pair_share=st.floats(0, 1e-3),
     logprob_share=st.floats(0, 10),
+    base_tokens=st.floats(0, 15),
     context=st.integers(1, 100_000),
     step_tokens=st.integers(1, 8192),
 )
 def test_it_finds_the_pace_of_a_machine(
-    token_s: float, pair_share: float, logprob_share: float, context: int, step_tokens: int
+    token_s: float,
+    pair_share: float,
+    logprob_share: float,
+    base_tokens: float,
+    context: int,
+    step_tokens: int,
 ) -> None:
-    right = Pace(token_s, token_s * pair_share, token_s * logprob_share)
+    right = Pace(
+        token_s, token_s * pair_share, token_s * logprob_share, base_s=token_s * base_tokens
+    )
     machine = Machine(right)
     found = measure_pace(machine.timed, step_tokens=step_tokens, context_tokens=context)
     assert found.known
     assert max(machine.sizes) <= min(step_tokens, context, MOST_TOKENS)
-    num = machine.sizes[-1]
-    if context >= 2 * num:  # else there is no room to tell attention from the rest
+    num = max(machine.sizes)
+    if context >= 2 * num and num >= 16:  # else there is no room to tell attention from the rest
         assert found.token_s == pytest.approx(right.token_s, rel=1e-3)
+        assert found.base_s == pytest.approx(right.base_s, rel=1e-3, abs=1e-6)
         assert found.pair_s == pytest.approx(right.pair_s, rel=1e-3, abs=1e-9)
     if num > 1:
         assert found.logprob_s == pytest.approx(right.logprob_s, rel=1e-3, abs=1e-9)
@@ -85,3 +94,8 @@ def test_a_step_of_another_dp_rank_counts() -> None:
     plan = step(decodes=[7], prompts=[(0, 3)])
     assert pace.step_s(plan, StepFacts([4, 10], [2, 1], [0, 3], True)) == 10 * 0.5 + 3 * 2.0
     assert Pace().step_s(plan, StepFacts([4], [2], [0], True)) == 0.0
+
+
+@pytest.mark.parametrize(("base_s", "seconds"), [(0.0, 0.25), (0.02, 0.4), (5.0, 1.0)])
+def test_a_step_is_as_long_as_its_fixed_cost_asks_for(base_s: float, seconds: float) -> None:
+    assert Pace(0.001, base_s=base_s).worthwhile_s == pytest.approx(seconds)

@@ -6,7 +6,7 @@ import pytest
 
 from core.config import EngineConfig
 from core.engine.pace import Pace
-from core.engine.prompt_budget import LEAST_TOKENS
+from core.engine.prompt_budget import LEAST_BASE_COSTS, LEAST_TOKENS
 from core.engine.prompt_order import LONG_SHARE
 from core.engine.scheduler import EXPIRY_INTERVAL_S, QUEUE_TIMEOUT, Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
@@ -243,3 +243,44 @@ def test_no_time_is_kept_where_the_pace_is_not_known_or_not_wanted() -> None:
     ):
         scheduler.admit([prompt("A", 1000)])
         assert turn(scheduler) == {"A": 512}
+
+
+def test_a_short_prompt_is_not_forgotten_where_the_oldest_needs_even_less() -> None:
+    """What the oldest leaves would else go to the next long one."""
+    scheduler = new_scheduler()
+    scheduler.admit([prompt("A", 70), prompt("B", 640)])
+    assert turn(scheduler) == {"A": 64}
+    scheduler.admit([prompt("s", 10)])
+    assert turn(scheduler) == {"A": 6, "s": 10, "B": 48}
+
+
+def test_steps_follow_the_machine_when_it_slows_down_and_recovers() -> None:
+    pace = Pace(token_s=0.001)
+    scheduler = new_scheduler(pace, num_pages=4000, max_prefill_tokens=8192, cpu_step_s=0.4)
+    scheduler.admit([prompt(name, 3000) for name in "ABCD"])
+    assert sum(turn(scheduler).values()) == pytest.approx(400, abs=2)
+    for _ in range(40):
+        scheduler.observe(expected_s=0.1, actual_s=0.2)
+    assert sum(turn(scheduler).values()) == pytest.approx(200, abs=2)
+    for _ in range(40):
+        scheduler.observe(expected_s=0.1, actual_s=0.1)
+    assert sum(turn(scheduler).values()) == pytest.approx(400, abs=2)
+
+
+def test_a_step_is_never_mostly_what_every_step_costs() -> None:
+    pace = Pace(token_s=0.001, base_s=0.1)
+    scheduler = new_scheduler(pace, max_prefill_tokens=8192, cpu_step_s=0.1)
+    scheduler.admit([prompt("A", 1000)])
+    assert turn(scheduler)["A"] == LEAST_BASE_COSTS * 100
+
+
+def test_whether_prompts_take_long() -> None:
+    scheduler = new_scheduler(Pace(token_s=0.001))
+    assert not scheduler.has_prompts_for(0.01)
+    scheduler.admit([prompt("A", 60), prompt("B", 60)])
+    assert scheduler.has_prompts_for(0.1)
+    assert not scheduler.has_prompts_for(0.2)
+    while scheduler._live["B"].num_computed < 60:
+        turn(scheduler)
+    assert not scheduler.has_prompts_for(0.01)
+    assert not new_scheduler().has_prompts_for(0.0)
