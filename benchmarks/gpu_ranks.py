@@ -99,6 +99,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from core.engine.links import FollowerLinks, open_links
     from core.engine.offline import OfflineLeader
     from core.engine.ranks import join_ranks
+    from core.kernels.native_dtypes import native_dtypes
     from core.loading.files import resolve_files
     from core.plugin_manager import PluginManager
     from core.resolve import resolve
@@ -109,7 +110,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     device = open_device(f"cuda:{rank}" if cuda else "cpu", 4 if cuda else 1)
     plugins = PluginManager.load(config.plugins.blocklist)
     files = resolve_files(config.model, lambda *_: None)
-    resolved = resolve(config, plugins, files, arguments.device)
+    resolved = resolve(config, plugins, files, arguments.device, native_dtypes())
     config, plan = resolved.config, resolved.plan
     endpoints = endpoints_in(arguments.folder, plan.dp)
     begin = time.perf_counter()
