@@ -8,33 +8,34 @@ this connection ends, and nothing is ever written into the answer to another req
 
 import asyncio
 import enum
-import re
-import secrets
 from collections import deque
 from collections.abc import Callable
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, NoReturn
 
 import httptools
 from uvicorn.server import ServerState
 
-from core.interfaces.http import EXTENSION, HttpStats, RequestRecord
-from core.serve.http_exchange import (
-    HIGH_WATER_BYTES,
+from core.interfaces.http import RequestRecord
+from core.serve.http_deadlines import InputTimer, OutputTimer, Wait
+from core.serve.http_exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
+from core.serve.http_head import (
+    NO_PROXY,
+    NOT_HTTP,
     REQUEST_ID_HEADER,
-    STATUS_LINES,
-    App,
-    Exchange,
+    TOO_LARGE,
+    HeadRefused,
+    Refusal,
+    address,
+    has_body,
+    read_head,
+    request_id,
+    stand_in,
 )
-from core.serve.http_limits import SPARE_DESCRIPTORS, HttpLimits
+from core.serve.http_limits import SPARE_DESCRIPTORS
 from core.serve.http_refusal import error_body, error_headers
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+-]{1,128}")
-_NOT_HTTP = (400, "invalid_http", "this is not a valid HTTP request")
-_TOO_LARGE = (431, "headers_too_large", "the request's headers are too large or too many")
+from core.serve.http_shared import Shared
 
 MOST_FAREWELLS = SPARE_DESCRIPTORS // 2  # connections that are told why they are refused
-Refusal = tuple[int, str, str]  # status, code, message
 
 
 class Phase(enum.Enum):
@@ -43,46 +44,6 @@ class Phase(enum.Enum):
     BETWEEN = "between"
     HEAD = "head"
     BODY = "body"
-
-
-class Wait(enum.Enum):
-    """What of a client's an input timer runs for."""
-
-    NOTHING = "nothing"  # it is the application's turn
-    FIRST = "first"
-    NEXT = "next"
-    HEAD = "head"
-    BODY = "body"
-    REST = "rest"  # of a body whose request has been answered
-
-
-class Shared:
-    """What all connections of a server have in common."""
-
-    def __init__(
-        self,
-        app: App,
-        limits: HttpLimits,
-        stats: HttpStats,
-        on_end: Callable[[RequestRecord], None],
-    ) -> None:
-        """`on_end` gets the record of each request as it ends."""
-        self.app = app
-        self.limits = limits
-        self.stats = stats
-        self.on_end = on_end
-        # Connections without a request under way, the one that has been so for longest first.
-        self.idle: dict[Connection, None] = {}
-
-    def make_room(self) -> bool:
-        """Whether there is room for one more connection; an idle one may have to go for it."""
-        if self.stats.connections < self.limits.max_connections:
-            return True
-        if not self.idle:
-            return False
-        self.stats.connections_evicted += 1
-        next(iter(self.idle)).abort()
-        return True
 
 
 class _Refused(Exception):
@@ -121,10 +82,8 @@ class Connection(asyncio.Protocol):
         self._closing = False
         self._read_paused = False
         self._writable: asyncio.Event = asyncio.Event()
-        self._input_timer: asyncio.TimerHandle | None = None
-        self._input_wait: tuple[Wait, int] = (Wait.NOTHING, 0)
-        self._output_timer: asyncio.TimerHandle | None = None
-        self._unsent_bytes = 0  # when the output timer was started
+        self._input_timer = InputTimer(self.limits, self._on_input_deadline)
+        self._output_timer = OutputTimer(self.limits.stall_s, self._unsent_bytes, self.abort)
 
     # The transport.
 
@@ -145,9 +104,8 @@ class Connection(asyncio.Protocol):
             self.abort()
         else:
             most = self.limits.max_connections
-            self._refuse(
-                (503, "too_many_connections", f"the server has {most} connections; try again later")
-            )
+            message = f"the server has {most} connections; try again later"
+            self._refuse(Refusal(503, "too_many_connections", message))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deaf = self._closing = True
@@ -185,14 +143,13 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.write_paused = True
         self._writable.clear()
-        self._start_output_timer(self.limits.stall_s)
+        self._output_timer.start(self.limits.stall_s)
 
     def resume_writing(self) -> None:
         self.write_paused = False
         self._writable.set()
-        if not self._closing and self._output_timer is not None:
-            self._output_timer.cancel()
-            self._output_timer = None
+        if not self._closing:
+            self._output_timer.stop()
 
     def shutdown(self) -> None:
         """The server ends: finish what is being answered, then close."""
@@ -245,7 +202,7 @@ class Connection(asyncio.Protocol):
     def too_many_bodies(self) -> Refusal:
         most = self.limits.max_total_body_bytes
         message = f"the bodies of all requests under way exceed {most} bytes; try again later"
-        return 503, "too_many_bodies", message
+        return Refusal(503, "too_many_bodies", message)
 
     def on_exchange_end(self, exchange: Exchange) -> None:
         """The application has returned."""
@@ -294,7 +251,7 @@ class Connection(asyncio.Protocol):
             return
         self._trailer_bytes += len(name) + len(value) + 4  # of a trailer nothing is kept
         if self._trailer_bytes > self.limits.max_head_bytes:
-            self._stop(_TOO_LARGE)
+            self._stop(TOO_LARGE)
 
     def on_headers_complete(self) -> None:
         if self._in_stand_in or self._deaf:
@@ -302,7 +259,7 @@ class Connection(asyncio.Protocol):
         size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
         limits = self.limits
         if size > limits.max_head_bytes or len(self._headers) > limits.max_headers:
-            self._stop(_TOO_LARGE)
+            self._stop(TOO_LARGE)
         if len(self._waiting) >= limits.max_pipelined:
             self._hear_no_more()
             return
@@ -334,7 +291,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._in_stand_in or self._deaf or self._reading is None:
             return
-        if self._parser.should_upgrade() and self._has_body():
+        if self._parser.should_upgrade() and has_body(self._headers):
             return  # the body is still to come; see _after_upgrade
         self._reading.complete()
         if not self._reading.keep_alive:
@@ -359,115 +316,52 @@ class Connection(asyncio.Protocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]
                 if self._parser.get_method() == b"CONNECT":
-                    self._break_off((405, "method_not_allowed", "this server is no proxy"))
-                elif self._has_body():
+                    self._break_off(NO_PROXY)
+                elif has_body(self._headers):
                     self._after_upgrade()
             except httptools.HttpParserCallbackError as error:
                 cause = error.__context__
                 if not isinstance(cause, _Refused):
-                    self._break_off(_NOT_HTTP)  # a target that is no URL, for one
+                    self._break_off(NOT_HTTP)  # a target that is no URL, for one
             except httptools.HttpParserError:
-                self._break_off(_NOT_HTTP)
-
-    def _has_body(self) -> bool:
-        return any(
-            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"")
-            for name, value in self._headers
-        )
+                self._break_off(NOT_HTTP)
 
     def _after_upgrade(self) -> None:
         """An Upgrade that is ignored, of a request with a body. The parser takes what follows the
         headers for another protocol; read as a request, it would be smuggled in. A fresh parser
         gets a head that frames the body in the same way."""
-        framing = [
-            b"%b: %b\r\n" % (name, value)
-            for name, value in self._headers
-            if name in (b"content-length", b"transfer-encoding")
-        ]
         self._parser = self._new_parser()
         self._in_stand_in = True
-        self._parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % b"".join(framing))
+        self._parser.feed_data(stand_in(self._headers))
         self._in_stand_in = False
 
     def _check_framing(self) -> None:
         """What belongs to no body stays within its limits, however slowly it comes."""
         most = self.limits.max_head_bytes
         if self._phase is Phase.HEAD and self._framing_bytes > most:
-            self._break_off(_TOO_LARGE)
+            self._break_off(TOO_LARGE)
         elif self._phase is Phase.BODY and (
             self._gap_bytes > most
             or self._framing_bytes > most + self.limits.framing_factor * self._body_bytes
         ):
-            self._break_off((400, "invalid_framing", "the body's framing is larger than the body"))
+            message = "the body's framing is larger than the body"
+            self._break_off(Refusal(400, "invalid_framing", message))
         elif self._phase is Phase.BETWEEN and self._gap_bytes > most:
-            self._break_off(_NOT_HTTP)
+            self._break_off(NOT_HTTP)
 
     def _new_exchange(self) -> Exchange:
-        version = self._parser.get_http_version()
-        method = self._parser.get_method().decode("ascii")
-        if version not in ("1.0", "1.1"):
-            self._stop((505, "unsupported_version", "this server speaks HTTP/1.1 and HTTP/1.0"))
-        if method == "CONNECT":
-            self._stop((405, "method_not_allowed", "this server is no proxy"))
-        fields: dict[bytes, list[bytes]] = {}
-        for name, value in self._headers:
-            if name in _FIELDS:
-                fields.setdefault(name, []).append(value.strip())
-        self._check_head(version, fields)
-        url = httptools.parse_url(self._url) if self._url != b"*" else None
-        raw_path = url.path or b"/" if url is not None else b"*"
-        path = unquote(raw_path.decode("ascii"))
-        if url is not None and url.host is not None:
-            # An absolute target outranks the Host header; guards look at that header alone.
-            host = b"[%b]" % url.host if b":" in url.host else url.host
-            host += b"" if url.port is None else b":%d" % url.port
-            self._headers = [field for field in self._headers if field[0] != b"host"]
-            self._headers.append((b"host", host))
-        record = RequestRecord(
-            request_id=_request_id(fields.get(REQUEST_ID_HEADER, [])),
-            client=_address(self._client),
-            method=method,
-            path=path,
-        )
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": version,
-            "method": method,
-            "scheme": "http",
-            "path": path,
-            "raw_path": raw_path,
-            "query_string": (url.query if url is not None else None) or b"",
-            "root_path": "",
-            "headers": self._headers,
-            "client": self._client,
-            "server": self._server,
-            "extensions": {EXTENSION: record},
-        }
-        lengths = fields.get(b"content-length")
-        return Exchange(
-            self,
-            scope,
-            record,
-            keep_alive=self._parser.should_keep_alive(),
-            expects_continue=[v.lower() for v in fields.get(b"expect", [])] == [b"100-continue"],
-            encoding=b",".join(fields.get(b"content-encoding", [])).lower(),
-            announced_bytes=int(lengths[0]) if lengths else None,
-        )
-
-    def _check_head(self, version: str, fields: dict[bytes, list[bytes]]) -> None:
-        """Stop at what the parser lets through though it is wrong, or though we can't do it."""
-        codings = b",".join(fields.get(b"transfer-encoding", [])).lower()
-        if codings and version == "1.0":
-            self._stop(_NOT_HTTP)
-        if codings not in (b"", b"chunked"):
-            self._stop((501, "unsupported_coding", "Transfer-Encoding may be chunked only"))
-        hosts = fields.get(b"host", [])
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
-            self._stop((400, "invalid_host", "a request has one Host header"))
-        expectations = fields.get(b"expect", [])
-        if any(value.lower() != b"100-continue" for value in expectations):
-            self._stop((417, "unsupported_expectation", "Expect may be 100-continue only"))
+        try:
+            head = read_head(
+                version=self._parser.get_http_version(),
+                method=self._parser.get_method().decode("ascii"),
+                url=self._url,
+                headers=self._headers,
+                client=self._client,
+                server=self._server,
+            )
+        except HeadRefused as error:
+            self._stop(error.refusal)
+        return Exchange(self, head, keep_alive=self._parser.should_keep_alive())
 
     # Order of answers.
 
@@ -482,7 +376,7 @@ class Connection(asyncio.Protocol):
         task.add_done_callback(self._server_state.tasks.discard)
         self._server_state.tasks.add(task)
 
-    def _stop(self, refusal: Refusal) -> None:
+    def _stop(self, refusal: Refusal) -> NoReturn:
         """Break off from inside a callback of the parser."""
         self._break_off(refusal)
         raise _Refused
@@ -520,7 +414,7 @@ class Connection(asyncio.Protocol):
         """Answer outside of any exchange, and close."""
         status, code, message = refusal
         record = RequestRecord(
-            request_id=_request_id([]), status=status, code=code, client=_address(self._client)
+            request_id=request_id([]), status=status, code=code, client=address(self._client)
         )
         body = error_body(status, code, message)
         headers = [
@@ -547,10 +441,10 @@ class Connection(asyncio.Protocol):
         self._shared.idle.pop(self, None)
         self._stop_timers()
         if at_rest:
-            self._start_output_timer(self.limits.stall_s)
+            self._output_timer.start(self.limits.stall_s)
             self._transport.close()
             return
-        self._start_output_timer(self.limits.discard_s if in_body else self.limits.linger_s)
+        self._output_timer.start(self.limits.discard_s if in_body else self.limits.linger_s)
         self._transport.write_eof()
         if self._read_paused:
             self._read_paused = False
@@ -576,17 +470,9 @@ class Connection(asyncio.Protocol):
     # Timers.
 
     def _settle(self) -> None:
-        """Let the timer of the present state run: each state has its own, from its beginning."""
-        wait = (self._waits_for(), self._num_messages)
-        if wait == self._input_wait and self._input_timer is not None:
-            return
-        if self._input_timer is not None:
-            self._input_timer.cancel()
-            self._input_timer = None
-        self._input_wait = wait
-        if wait[0] is not Wait.NOTHING and not self._closing:
-            seconds = self._seconds_of(wait[0])
-            self._input_timer = self._loop.call_later(seconds, self._on_input_deadline)
+        """Let the timer of the present state run."""
+        if not self._closing:
+            self._input_timer.settle(self._waits_for(), self._num_messages)
 
     def _waits_for(self) -> Wait:
         if self._current is not None:
@@ -597,20 +483,7 @@ class Connection(asyncio.Protocol):
             return Wait.REST
         return Wait.NEXT if self._num_messages else Wait.FIRST
 
-    def _seconds_of(self, wait: Wait) -> float:
-        limits = self.limits
-        return {
-            Wait.FIRST: limits.head_s,
-            Wait.NEXT: limits.idle_s,
-            Wait.HEAD: limits.head_s,
-            Wait.BODY: limits.body_s,
-            Wait.REST: limits.discard_s,
-        }[wait]
-
-    def _on_input_deadline(self) -> None:
-        self._input_timer = None
-        wait = self._input_wait[0]
-        seconds = self._seconds_of(wait)
+    def _on_input_deadline(self, wait: Wait, seconds: float) -> None:
         if wait is Wait.BODY and self._read_paused:
             self._settle()  # the application does not take what has come
         elif wait is Wait.NEXT:
@@ -618,44 +491,16 @@ class Connection(asyncio.Protocol):
         elif wait is Wait.REST:
             self.abort()
         elif wait is Wait.BODY:
-            self._break_off((408, "timeout", f"the body took more than {seconds:g} s"))
+            message = f"the body took more than {seconds:g} s"
+            self._break_off(Refusal(408, "timeout", message))
         else:
             message = f"the request's headers took more than {seconds:g} s"
-            self._break_off((408, "timeout", message))
+            self._break_off(Refusal(408, "timeout", message))
 
-    def _start_output_timer(self, seconds: float) -> None:
-        if self._output_timer is not None:
-            self._output_timer.cancel()
-        self._unsent_bytes = self._transport.get_write_buffer_size()
-        self._output_timer = self._loop.call_later(seconds, self._on_output_deadline)
-
-    def _on_output_deadline(self) -> None:
-        """The client took something in the meantime, or the connection ends."""
-        unsent = self._transport.get_write_buffer_size()
-        if 0 < unsent < self._unsent_bytes:
-            self._start_output_timer(self.limits.stall_s)
-        else:
-            self.abort()
+    def _unsent_bytes(self) -> int:
+        size: int = self._transport.get_write_buffer_size()
+        return size
 
     def _stop_timers(self) -> None:
-        for timer in (self._input_timer, self._output_timer):
-            if timer is not None:
-                timer.cancel()
-        self._input_timer = self._output_timer = None
-
-
-_FIELDS = frozenset(
-    {b"transfer-encoding", b"content-length", b"content-encoding", b"host", b"expect"}
-    | {REQUEST_ID_HEADER}
-)
-
-
-def _address(peer: tuple[str, int] | None) -> str:
-    return "" if peer is None else f"{peer[0]}:{peer[1]}"
-
-
-def _request_id(values: list[bytes]) -> str:
-    """The client's id where it is one, in form and of ordinary length; else a new one."""
-    if len(values) == 1 and _REQUEST_ID.fullmatch(values[0]):
-        return values[0].decode()
-    return secrets.token_hex(16)
+        self._input_timer.stop()
+        self._output_timer.stop()

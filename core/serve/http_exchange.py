@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from core.interfaces.http import CLIENT_CLOSED, RequestRecord
+from core.interfaces.http import CLIENT_CLOSED
 from core.serve.http_body import BodyError, GzipDecoder
+from core.serve.http_head import REQUEST_ID_HEADER, Head
 from core.serve.http_refusal import error_body, error_headers
 
 if TYPE_CHECKING:
     from core.serve.http_connection import Connection
 
 HIGH_WATER_BYTES = 64 * 1024  # of a body that waits for the application
-REQUEST_ID_HEADER = b"x-request-id"
 _NOT_IN_NAMES = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
 _NOT_IN_VALUES = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _WITHOUT_BODY = (204, 304)
@@ -48,17 +48,12 @@ class Exchange:
     def __init__(
         self,
         connection: "Connection",
-        scope: Message,
-        record: RequestRecord,
+        head: Head,
         *,
         keep_alive: bool,
-        expects_continue: bool,
-        encoding: bytes,
-        announced_bytes: int | None,
     ) -> None:
-        """`encoding` is the Content-Encoding; `announced_bytes` the Content-Length, if any."""
-        self.scope = scope
-        self.record = record
+        self.scope = head.scope
+        self.record = head.record
         self.keep_alive = keep_alive
         self.message_complete = False  # the request's last byte has come
         self.response_started = False
@@ -68,10 +63,10 @@ class Exchange:
         self.counted_bytes = 0  # of the body, in the sum over all connections
         self._connection = connection
         self._write_now = connection.transport_write  # while not disconnected
-        self._expects_continue = expects_continue
-        self._encoding = encoding
-        self._decoder = GzipDecoder() if encoding in (b"gzip", b"x-gzip") else None
-        self._announced_bytes = announced_bytes
+        self._expects_continue = head.expects_continue
+        self._encoding = head.encoding
+        self._decoder = GzipDecoder() if head.encoding in (b"gzip", b"x-gzip") else None
+        self._announced_bytes = head.announced_bytes
         self._body_given = False  # the application has the whole body
         self._changed = asyncio.Event()
         self._chunked = False

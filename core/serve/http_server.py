@@ -17,8 +17,9 @@ from uvicorn.server import ServerState
 
 from core.errors import ConfigError, ResourceError
 from core.interfaces.http import HttpStats, RequestRecord
-from core.serve.http_connection import Connection, Shared
+from core.serve.http_connection import Connection
 from core.serve.http_limits import HttpLimits
+from core.serve.http_shared import Shared
 
 BACKLOG = 2048
 # A peer that is gone without a word, while nothing is sent to it, is noticed after a minute.

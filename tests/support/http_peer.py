@@ -6,8 +6,9 @@ from typing import Any
 from uvicorn.server import ServerState
 
 from core.interfaces.http import HttpStats, RequestRecord
-from core.serve.http_connection import Connection, Shared
+from core.serve.http_connection import Connection
 from core.serve.http_limits import HttpLimits
+from core.serve.http_shared import Shared
 
 
 class Server:
