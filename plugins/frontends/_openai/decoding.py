@@ -8,6 +8,7 @@ import difflib
 import functools
 import re
 import typing
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -88,7 +89,11 @@ def _decode(body: bytes, kind: type[T], strict: bool) -> tuple[T, list[str]]:
         names = [UNNAMED]  # there may be a million
     else:
         names = [name for name in _fields(body) if name not in known]
-    return _build({name: fields[name] for name in fields if name in known}, kind, names)
+    try:
+        return _build({name: fields[name] for name in fields if name in known}, kind, names)
+    except msgspec.ValidationError as error:
+        # What is missing may be there under a name that is misspelt.
+        raise _explain(str(error), kind, names) from error
 
 
 def _num_bytes_left(body: bytes, fields: Fields) -> int:
@@ -154,8 +159,9 @@ def _drop_unknown_options(fields: Fields) -> list[str]:
     return [f"stream_options.{name}" for name in inner if name not in known]
 
 
-def _explain(text: str, kind: type[msgspec.Struct]) -> RequestError:
-    """A msgspec sentence, "Expected `int`, got `str` - at `$.n`", in our words."""
+def _explain(text: str, kind: type[msgspec.Struct], left_out: Sequence[str] = ()) -> RequestError:
+    """A msgspec sentence, "Expected `int`, got `str` - at `$.n`", in our words. `left_out`:
+    fields that are not known."""
     message, _, path = text.partition(" - at ")
     found = re.search(r"\$\.?([^`]*)", path)
     param = found.group(1) if found else None
@@ -173,9 +179,10 @@ def _explain(text: str, kind: type[msgspec.Struct]) -> RequestError:
         )
     missing = re.match(r"Object missing required field `(.*)`", message)
     if missing:
-        return RequestError(
-            f"{missing.group(1)} is required", param=missing.group(1), code="missing_parameter"
-        )
+        name = missing.group(1)
+        close = difflib.get_close_matches(name, left_out[:64], n=1)
+        hint = f"; {shorten(close[0], MAX_NAME_CHARACTERS)} is no field" if close else ""
+        return RequestError(f"{name} is required{hint}", param=name, code="missing_parameter")
     words = message.replace("`", "").replace("null", "nothing").replace(" | ", " or ")
     words = words[:1].lower() + words[1:]
     subject = param or "the body"

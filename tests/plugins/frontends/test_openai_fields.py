@@ -150,8 +150,10 @@ def test_what_is_asked_of_known_fields_is_not_lost_beside_unknown_ones():
     assert (decoded.temperature, decoded.stop, decoded.logit_bias) == (0.25, ["é\n"], {7: -1.0})
     with pytest.raises(RequestError, match="temperature: expected float"):
         decode(json.dumps({**BASE[CHAT], "foo": 1, "temperature": "x"}).encode(), ChatRequest)
-    with pytest.raises(RequestError, match="messages is required"):
+    with pytest.raises(RequestError, match=r"^messages is required$"):
         decode(b'{"foo": 1}', ChatRequest)
+    with pytest.raises(RequestError, match=r"^messages is required; mesages is no field$"):
+        decode(b'{"mesages": []}', ChatRequest)
     with pytest.raises(RequestError, match="stream_options: expected object"):
         decode(json.dumps({**BASE[CHAT], "foo": 1, "stream_options": [1]}).encode(), ChatRequest)
 
