@@ -227,8 +227,9 @@ def _shape_call(call: Mapping[str, Any], form: MessageForm, index: int) -> Messa
     function = dict(call["function"])
     function["arguments"] = _arguments(function.get("arguments"), form)
     shaped = {**call, "function": function}
-    if shaped.get("id") is None:
-        shaped["id"] = f"call_{index:04d}"
+    shaped.setdefault("type", "function")
+    given = shaped.get("id")
+    shaped["id"] = f"call_{index:04d}" if given is None else str(given)
     if form.short_call_ids:
         shaped["id"] = short_id(shaped["id"])
     return shaped
@@ -255,10 +256,10 @@ def _shape_result(plain: Message, form: MessageForm, calls: dict[str, str]) -> M
     """A tool's answer. One without an id answers the latest call."""
     shaped = {**plain, "content": _content(_parts(plain.get("content")), "tool", form)}
     call_id = plain.get("tool_call_id")
-    if not isinstance(call_id, str):
+    if call_id is None:
         call_id = next(reversed(calls), None)
-    elif form.short_call_ids:
-        call_id = short_id(call_id)
+    else:
+        call_id = short_id(str(call_id)) if form.short_call_ids else str(call_id)
     if call_id is not None:
         shaped["tool_call_id"] = call_id
     if form.names_results and "name" not in shaped and call_id in calls:
@@ -268,7 +269,6 @@ def _shape_result(plain: Message, form: MessageForm, calls: dict[str, str]) -> M
 
 def short_id(call_id: str) -> str:
     """Nine letters and digits that stand for an id: itself where it has that form."""
-    call_id = str(call_id)
     if len(call_id) == CALL_ID_CHARACTERS and call_id.isascii() and call_id.isalnum():
         return call_id
     return sha256(call_id.encode("utf-8", "replace")).hexdigest()[:CALL_ID_CHARACTERS]

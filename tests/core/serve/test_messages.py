@@ -215,6 +215,17 @@ def test_a_short_id_stands_for_the_same_call():
     assert "abcDEF123" in ours(MANNERS["mistral"], second_turn(None, ARGUMENTS, "abcDEF123"))
 
 
+@pytest.mark.parametrize("call_id", [7, [7], {"a": 7}, None])
+def test_ids_of_odd_types_are_text(call_id):
+    turn = second_turn(None, ARGUMENTS, call_id)
+    del turn[1]["tool_calls"][0]["type"]
+    shaped = shape_messages(turn, MessageForm(names_results=True))
+    [call] = shaped[1]["tool_calls"]
+    assert (shaped[2]["tool_call_id"], shaped[2]["name"]) == (call["id"], "get_weather")
+    assert isinstance(call["id"], str)
+    assert call["type"] == "function"
+
+
 def test_the_request_is_left_as_it_was():
     turn = second_turn(None, "")
     before = json.dumps(turn)
