@@ -1,15 +1,22 @@
-"""Offline decode and prefill rates on SmolLM2-135M, bf16, against vLLM in the same run.
+"""Decode and prefill rates on a CPU beside llama.cpp and vLLM, in one run.
 
-    python -m benchmarks.decode_prefill --peer-python /path/to/vllm/bin/python
+    python -m benchmarks.decode_prefill --llama-python PYTHON --vllm-python PYTHON [key=value ...]
 
-Either engine runs in a process of its own. Prompts are random tokens, greedy, prefix cache off. A
-cell is the best of three: seconds to the
-first token of the whole batch give the prefill rate, the seconds of `--new-tokens` more tokens
-the decode rate. Ours runs before and after the peer and the better one counts, as the peer's
-start-up keeps the machine warm for it. Prints one JSON object; without a peer it has no ratios.
+Ours is `+model=smollm2` (a GGUF file in Q4_1) with the defaults, and the keys that are given;
+llama.cpp reads the same file, vLLM the same weights in bfloat16. Every engine is a process of its
+own that stays, and they take turns: each repetition of a cell asks one after the other for the
+whole batch's first tokens, and then for `--new-tokens` more, so that what else the machine does
+falls on all. The least of a cell's repetitions counts, of the wall's seconds and, apart, of the
+CPU's: beside other load compare those of one thread (`--threads 1`). Prompts are random tokens,
+greedy, prefix cache off. Prints one JSON object; ratios are ours to the peer's rates, above 1 where
+ours is faster.
+
+An engine's program prints {"startup_s"}, then for each line [batch, prompt tokens, new tokens] of
+its input {"seconds", "cpu_seconds"}, both over all its threads.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,123 +24,193 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-
-from core.interfaces.messages import SamplingParams
-from tests.support import smollm2
-from tests.support.engine import app_config, folder_model, offline_engine
+from typing import Any
 
 Row = dict[str, float]
-Sizes = tuple[list[int], int, int]  # batches, tokens of a prompt, tokens generated
 
 
-def print_our_rates(folder: Path, sizes: Sizes) -> None:
-    """The start-up seconds, then a row per batch size, as JSON lines."""
-    batches, prompt_tokens, new_tokens = sizes
-    model = folder_model(folder, dtype="bfloat16", max_model_len=2048)
+def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
+    """Ours, as a program that takes turns."""
+    os.cpu_count = lambda: threads  # type: ignore[assignment]  # what an engine in this process asks
+    from core.compose import compose, parse_overrides
+    from core.engine.alone import build_alone, offline_alone
+    from core.interfaces.messages import SamplingParams
+
     start = time.perf_counter()
-    config = app_config(model, engine={"disable_prefix_cache": True, "kv_cache_tokens": 16384})
-    with offline_engine(config) as engine:
-        print(json.dumps({"startup_s": time.perf_counter() - start}), flush=True)
-
-        def seconds(batch: int, tokens: int) -> float:
-            prompts = [
-                [random.randrange(10, 40000) for _ in range(prompt_tokens)] for _ in range(batch)
-            ]
-            params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-            begin = time.perf_counter()
-            answers = engine.generate(prompts, params)
-            elapsed = time.perf_counter() - begin
-            assert all(len(answer.token_ids) == tokens for answer in answers)
-            return elapsed
-
-        seconds(2, 4)
-        for batch in batches:
-            prefill = min(seconds(batch, 1) for _ in range(3))
-            full = min(seconds(batch, new_tokens + 1) for _ in range(3))
-            row = {
-                "batch": batch,
-                "prefill_tok_s": batch * prompt_tokens / prefill,
-                "decode_tok_s": batch * new_tokens / (full - prefill),
-            }
-            print(json.dumps(row), flush=True)
-
-
-def rates_of(words: list[str]) -> list[Row]:
-    """The rows that a program prints as JSON lines."""
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
-    completed = subprocess.run(
-        words, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    if completed.returncode:
-        sys.exit(f"{words[0]} failed:\n{completed.stderr[-2000:]}")
-    lines = [json.loads(line) for line in completed.stdout.splitlines() if line.startswith("{")]
-    return [row | lines[0] for row in lines[1:]]
-
-
-def better(first: list[Row], second: list[Row]) -> list[Row]:
-    """Row by row, the higher rates of two runs."""
-    return [
-        {key: min(a[key], b[key]) if key == "startup_s" else max(a[key], b[key]) for key in a}
-        for a, b in zip(first, second, strict=True)
+    defaults = [
+        "+model=smollm2",
+        "engine.device=cpu",
+        "engine.disable_prefix_cache=true",
+        "engine.kv_cache_tokens=16384",
+        f"model.max_model_len={max_tokens}",
     ]
+    lone = build_alone(compose(parse_overrides([*defaults, *words])))
+    engine, built = offline_alone(lone), lone.engine.describe()
+
+    def turn(batch: int, prompt_tokens: int, tokens: int) -> Row:
+        prompts = [
+            [random.randrange(10, 40000) for _ in range(prompt_tokens)] for _ in range(batch)
+        ]
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        answers = engine.generate(prompts, params)
+        elapsed, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+        assert all(len(answer.token_ids) == tokens for answer in answers)
+        return {"seconds": elapsed, "cpu_seconds": cpu}
+
+    ready = {
+        "startup_s": time.perf_counter() - start,
+        "dtype": f"{built['dtype']}, {lone.resolved.dtype_reason or 'as asked for'}",
+        "weight_bytes": built["weight_bytes"],
+    }
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turn(*json.loads(line))), flush=True)
+
+
+class Engine:
+    """A program that takes turns."""
+
+    def __init__(self, command: list[str], threads: int, log: Path) -> None:
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+        }
+        self._log = log
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | environment,
+            )
+        self.ready: dict[str, Any] = self._answer()
+
+    def turn(self, *sizes: int) -> Row:
+        """Seconds of one batch: batch, prompt tokens, new tokens."""
+        assert self._process.stdin is not None
+        print(json.dumps(sizes), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def stop(self) -> None:
+        """End the program."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:  # engines log there, too
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"an engine ended:\n{self._log.read_text()[-2000:]}")
+
+
+def rates(engines: dict[str, Engine], sizes: tuple[int, int, int], repeats: int) -> dict[str, Row]:
+    """Tokens a second of each engine in one cell, by the wall's and by the CPU's seconds."""
+    batch, prompt_tokens, new_tokens = sizes
+    first: dict[str, list[Row]] = {name: [] for name in engines}
+    full: dict[str, list[Row]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            first[name].append(engine.turn(batch, prompt_tokens, 1))
+            full[name].append(engine.turn(batch, prompt_tokens, new_tokens + 1))
+
+    def row(name: str) -> Row:
+        found: Row = {"batch": batch}
+        for kind, ending in (("seconds", "tok_s"), ("cpu_seconds", "tok_cpu_s")):
+            prefill = min(each[kind] for each in first[name])
+            decode = min(each[kind] for each in full[name]) - prefill
+            found[f"prefill_{ending}"] = round(batch * prompt_tokens / prefill, 1)
+            found[f"decode_{ending}"] = round(batch * new_tokens / max(decode, 1e-9), 1)
+        return found
+
+    return {name: row(name) for name in engines}
+
+
+def ratios(ours: Row, peer: Row) -> Row:
+    """Of each rate, ours over the peer's."""
+    return {
+        key: value if key == "batch" else round(value / peer[key], 3) for key, value in ours.items()
+    }
+
+
+@contextlib.contextmanager
+def started(arguments: argparse.Namespace, batches: list[int]) -> Iterator[dict[str, Engine]]:
+    """The engines that were asked for, by name; ours is the first."""
+    from tests.support import smollm2
+
+    max_tokens = arguments.prompt_tokens + arguments.new_tokens + 8
+    threads = arguments.threads
+    scripts = Path(__file__).parent
+    sizes = [str(number) for number in (max(batches), max_tokens, threads)]
+    engines: dict[str, Engine] = {}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+
+        def start(name: str, *command: str | Path) -> None:
+            log = Path(temporary) / f"{name}.log"
+            engines[name] = Engine([str(word) for word in command], threads, log)
+            stack.callback(engines[name].stop)
+
+        ours = ["-m", "benchmarks.decode_prefill", "--ours", "--threads", str(threads)]
+        tokens = ["--prompt-tokens", str(max_tokens), "--new-tokens", "0"]
+        start("nodeweave", sys.executable, *ours, *tokens, *arguments.words)
+        if arguments.llama_python:
+            (gguf,) = smollm2.files().weight_files
+            script = scripts / "llama_cpp_rates.py"
+            start("llama.cpp", arguments.llama_python, script, gguf, *sizes)
+        if arguments.vllm_python:
+            folder = smollm2.write_folder(Path(temporary) / "smollm2")
+            script = scripts / "vllm_rates.py"
+            start("vllm", arguments.vllm_python, script, folder, *sizes)
+        yield engines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer-python", help="the Python of an environment with vLLM")
-    parser.add_argument("--folder", type=Path, help="a Hugging Face folder; default: SmolLM2")
+    parser.add_argument("words", nargs="*", help="keys of our engine: model.dtype=float32")
+    parser.add_argument("--llama-python", help="the Python of an environment with xllamacpp")
+    parser.add_argument("--vllm-python", help="the Python of an environment with vLLM")
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--ours", action="store_true", help="print our rows and nothing else")
-    arguments = parser.parse_args()
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    sizes = (batches, arguments.prompt_tokens, arguments.new_tokens)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every engine")
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()
     if arguments.ours:
-        print_our_rates(arguments.folder, sizes)
+        max_tokens = arguments.prompt_tokens + arguments.new_tokens
+        serve_ours(arguments.threads, max_tokens, arguments.words)
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or smollm2.write_folder(Path(temporary))
-        print(json.dumps(compare(folder, sizes, arguments.peer_python), indent=1))
-
-
-def compare(folder: Path, sizes: Sizes, peer_python: str | None) -> dict[str, object]:
-    """Both engines' rows and their ratios."""
-    batches, prompt_tokens, new_tokens = sizes
-
-    def ours() -> list[Row]:
-        flags = {
-            "--folder": folder,
-            "--batches": ",".join(map(str, batches)),
-            "--prompt-tokens": prompt_tokens,
-            "--new-tokens": new_tokens,
-        }
-        words = [str(word) for pair in flags.items() for word in pair]
-        return rates_of([sys.executable, "-m", "benchmarks.decode_prefill", "--ours", *words])
-
-    report: dict[str, object] = {"benchmark": "decode_prefill", "device": "cpu"}
-    rows = ours()
-    if peer_python:
-        script = Path(__file__).with_name("vllm_rates.py")
-        peer = rates_of(
-            [
-                *(peer_python, str(script), str(folder)),
-                *(",".join(map(str, batches)), str(prompt_tokens), str(new_tokens)),
-            ]
-        )
-        rows = better(rows, ours())
-        report["vllm"] = peer
-        report["ratio"] = [
-            {
-                "batch": a["batch"],
-                "prefill": round(a["prefill_tok_s"] / b["prefill_tok_s"], 3),
-                "decode": round(a["decode_tok_s"] / b["decode_tok_s"], 3),
-            }
-            for a, b in zip(rows, peer, strict=True)
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    report: dict[str, Any] = {
+        "benchmark": "decode_prefill",
+        "device": "cpu",
+        "threads": arguments.threads,
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+    }
+    with started(arguments, batches) as engines:
+        report |= {name: engine.ready | {"cells": []} for name, engine in engines.items()}
+        for engine in engines.values():
+            engine.turn(2, 16, 4)
+        for batch in batches:
+            sizes = (batch, arguments.prompt_tokens, arguments.new_tokens)
+            for name, row in rates(engines, sizes, arguments.repeats).items():
+                report[name]["cells"].append(row)
+    ours, *peers = (name for name in engines)
+    report["ratios"] = {
+        peer: [
+            ratios(a, b) for a, b in zip(report[ours]["cells"], report[peer]["cells"], strict=True)
         ]
-    report["nodeweave"] = rows
-    return report
+        for peer in peers
+    }
+    report["load_average"] = os.getloadavg()
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from core.errors import ConfigError
 
+QUANTIZED_WEIGHTS = ("auto", "keep", "dequantize")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPERT_ROUTINGS = ("learned", "uniform_random")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -103,6 +104,9 @@ class ModelConfig:
     load_format: str = "auto"
     # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that
     dtype: str = "auto"
+    # Whether a CPU keeps GGUF's 4- and 8-bit matrices as they are; auto: where it would otherwise
+    # compute a 16-bit checkpoint in float32.
+    quantized_weights: str = "auto"
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     # uniform_random draws experts at random, for benchmarks on made-up weights: answers mean
     # nothing.
@@ -115,6 +119,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_choice("model.load_format", self.load_format, LOAD_FORMATS)
         require_choice("model.dtype", self.dtype, DTYPES)
+        require_choice("model.quantized_weights", self.quantized_weights, QUANTIZED_WEIGHTS)
         require_choice("model.expert_routing", self.expert_routing, EXPERT_ROUTINGS)
         require_range("model.max_model_len", self.max_model_len, 1)
         for name in self.default_sampling:

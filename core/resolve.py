@@ -51,7 +51,10 @@ def resolve(
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
     )
+    asked_dtype = config.model.dtype
     config, dtype_reason = settle_dtype(config, spec, device, dtypes)
+    config, kept = settle_quantized_weights(config, files, device, dtypes, asked_dtype)
+    dtype_reason += kept
     config = settle_page_size(config, spec)
     config = settle_backends(config, plugins, device, spec, plan)
     plan = dataclasses.replace(plan, replicated_rows=experts_add_up(config, plan))
@@ -98,6 +101,30 @@ def settle_dtype(
         reason = f"the checkpoint's; this CPU multiplies it ({dtypes.native[dtype]})"
     settled = dataclasses.replace(config.model, dtype=dtype)
     return dataclasses.replace(config, model=settled), reason
+
+
+def settle_quantized_weights(
+    config: AppConfig, files: ModelFiles, device: str, dtypes: NativeDtypes, asked_dtype: str
+) -> tuple[AppConfig, str]:
+    """Replace `auto`, and say what is kept. Raises PlanError where nothing can be.
+
+    Products of kept matrices are as exact as bfloat16: whoever asks for float32 gets that."""
+    choice, num_kept = config.model.quantized_weights, len(files.group_bits)
+    possible = device == "cpu" and dtypes.grouped and num_kept > 0
+    if choice == "keep" and not possible:
+        raise PlanError(
+            [
+                "model.quantized_weights=keep needs a GGUF file with matrices in Q4_0, Q4_1, Q4_K "
+                "or Q8_0, and engine.device=cpu on a CPU with AVX2; set "
+                "model.quantized_weights=auto"
+            ]
+        )
+    if choice == "auto":
+        in_place_of_16_bits = asked_dtype == "auto" and config.model.dtype == "float32"
+        choice = "keep" if possible and in_place_of_16_bits else "dequantize"
+    settled = dataclasses.replace(config.model, quantized_weights=choice)
+    kept = f"; {num_kept} matrices stay in 4 and 8 bits" if choice == "keep" else ""
+    return dataclasses.replace(config, model=settled), kept
 
 
 def settle_page_size(config: AppConfig, spec: ModelSpec) -> AppConfig:

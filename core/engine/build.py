@@ -219,8 +219,17 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     placements = initial_placements(
         spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
     )
+    keeps = config.model.quantized_weights == "keep"
+    group_bits = context.files.group_bits if keeps else {}
     shapes = measure_rank(
-        family, spec, plan, context.rank, dtype=dtype, device=device, placements=placements
+        family,
+        spec,
+        plan,
+        context.rank,
+        dtype=dtype,
+        device=device,
+        placements=placements,
+        group_bits=group_bits,
     )
     check_weights_fit(shapes.num_bytes, device, context.local_ranks)
     whole = shapes  # of the model: one rank's that is alone, each expert once
@@ -258,7 +267,7 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             ops=ops,
             dtype=dtype,
             device=device,
-            form=select_format(device, spec.quantization, dtype),
+            form=select_format(device, spec.quantization, dtype, keep_groups=keeps),
             placements=placements,
             dispatchers=dispatchers,
             uniform_routing=routes_at_random(config, context.rank),

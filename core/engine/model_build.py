@@ -84,10 +84,12 @@ def measure_model(
     dtype: torch.dtype,
     device: torch.device,
     placements: Mapping[int, LayerPlacement] | None = None,
+    group_bits: Mapping[str, int] | None = None,
 ) -> tuple[Model, ShapeReader]:
     """A rank's part of a model without weights (it can't compute), and what it would hold on a
-    device of that type. Experts are in order unless `placements` says otherwise."""
-    shapes = ShapeReader(dtype)
+    device of that type. Experts are in order unless `placements` says otherwise. `group_bits`: of
+    matrices that stay in groups, by name; None: none do."""
+    shapes = ShapeReader(dtype, group_bits=group_bits)
     model = family.build(
         spec,
         model_context(
@@ -98,7 +100,7 @@ def measure_model(
             ops=TorchOps(),
             dtype=dtype,
             device=META,
-            form=select_format(device, spec.quantization, dtype),
+            form=select_format(device, spec.quantization, dtype, keep_groups=bool(group_bits)),
             placements=(
                 initial_placements(spec, plan, ExpertBalanceConfig())
                 if placements is None
@@ -119,10 +121,18 @@ def measure_rank(
     dtype: torch.dtype,
     device: torch.device,
     placements: Mapping[int, LayerPlacement] | None = None,
+    group_bits: Mapping[str, int] | None = None,
 ) -> ShapeReader:
     """What a rank of a plan would hold on a device of that type, without reading any of it."""
     return measure_model(
-        family, spec, plan, rank, dtype=dtype, device=device, placements=placements
+        family,
+        spec,
+        plan,
+        rank,
+        dtype=dtype,
+        device=device,
+        placements=placements,
+        group_bits=group_bits,
     )[1]
 
 

@@ -98,6 +98,8 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []  # what a user should know of the files; shown once at start
     # How files without a config.json call the keys of `hf_config`, the place included.
     key_names: dict[str, str] = {}
+    # Matrices in groups of 4- or 8-bit numbers: bits by name (core.interfaces.weights.GroupedInts).
+    group_bits: dict[str, int] = {}
     num_tensors: int = 0  # that are stored; 0: none are, or nobody counted
 
 

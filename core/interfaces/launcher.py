@@ -17,6 +17,7 @@ class NativeDtypes:
 
     native: Mapping[str, str]  # dtype -> the instructions
     lacking: Mapping[str, str]  # dtype -> why there are none
+    grouped: bool = False  # whether torch has fast products of 4-bit groups for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from core.interfaces.destinations import Destinations as Destinations  # part of
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing as Routing
-from core.interfaces.weights import LinearWeight
+from core.interfaces.weights import ExpertWeight, GroupedInts, LinearWeight
 
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
@@ -32,18 +32,18 @@ class ExpertKernel(Protocol):
         up in float32; 0 for rows without experts."""
         ...
 
-    def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
+    def read(self, expert: int) -> tuple[ExpertWeight, ExpertWeight]:
         """The matrices of a local expert: gate and up (2I, E), and down (E, I). Not to be written
         into; valid until the next `write`."""
         ...
 
-    def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
+    def write(self, expert: int, gate_up_2IE: ExpertWeight, down_EI: ExpertWeight) -> None:
         """Replace a local expert by matrices of the same form; copies them."""
         ...
 
 
 # (gate and up rows back to back (2I, E), down (E, I)) of one expert.
-ExpertWeights = tuple[LinearWeight, LinearWeight]
+ExpertWeights = tuple[ExpertWeight, ExpertWeight]
 
 
 class Ops(Protocol):
@@ -53,8 +53,9 @@ class Ops(Protocol):
         """Prepare a linear layer (repacking the weight where that is faster): x @ W.T + b."""
         ...
 
-    def logits(self, weight_VE: Tensor) -> LinearKernel:
-        """Prepare an output head: (R, E) -> (R, V) in float32, a new tensor.
+    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
+        """Prepare an output head: (R, E) -> (R, V) in float32, a new tensor. `groups_VE`: the same
+        weight as the checkpoint holds it, where the format keeps that; it has fewer bytes.
 
         The best tokens' logits are not rounded to the weight's dtype: near 25 bfloat16 has steps
         of 0.125, which makes ties of tokens that differ.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from core.parallel.sharding import Shard as Shard  # part of this contract
 
+GROUP = 32  # columns of a row that share a scale and a minimum in `GroupedInts`
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -21,6 +23,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
+    group_bits: int = 0  # 4 or 8: a matrix that `WeightSource.groups` gives; 0: it doesn't
 
 
 class WeightSource(Protocol):
@@ -42,6 +45,22 @@ class WeightSource(Protocol):
         """
         ...
 
+    def groups(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> "GroupedInts":
+        """The same slice of a matrix with `TensorInfo.group_bits`, not dequantised. Along `dim` 1
+        the bounds lie between groups."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedInts:
+    """A matrix of whole numbers from 0 to 2 ** bits - 1, with a scale and a minimum for each 32
+    columns of a row: value = stored * scale + minimum."""
+
+    values_OI: Tensor  # uint8, one a byte
+    scales_OG: Tensor  # float32, (O, I / 32)
+    minimums_OG: Tensor  # float32, (O, I / 32)
+    bits: int  # 4 or 8
+
 
 @dataclass(frozen=True, slots=True)
 class BlockFp8:
@@ -52,7 +71,8 @@ class BlockFp8:
     scales: Tensor  # (ceil(O / 128), ceil(I / 128))
 
 
-LinearWeight = Tensor | BlockFp8
+ExpertWeight = Tensor | BlockFp8
+LinearWeight = ExpertWeight | GroupedInts
 
 
 class WeightReader(Protocol):
@@ -78,6 +98,17 @@ class WeightReader(Protocol):
         tensor dequantises it."""
         ...
 
+    def group_bits(self, name: str) -> int:
+        """4 or 8 where `take_groups` can give a matrix, 0 where it is stored in another way."""
+        ...
+
+    def take_groups(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> GroupedInts:
+        """This rank's part of a matrix with `group_bits`, as it is stored. It holds whole groups,
+        and nothing past the end of the matrix."""
+        ...
+
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds an (optional) tensor."""
         ...
@@ -89,6 +120,12 @@ class WeightReader(Protocol):
 
 class WeightFormat(Protocol):
     """How the matrices of linear and expert layers are kept on a device; chosen once."""
+
+    def keeps_groups(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> bool:
+        """Whether `take` gives this part of a matrix in groups."""
+        ...
 
     def take(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
@@ -104,6 +141,11 @@ class WeightFormat(Protocol):
 class PlainFormat:
     """Matrices in the model's dtype, whatever the checkpoint holds."""
 
+    def keeps_groups(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> bool:
+        return False
+
     def take(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
     ) -> LinearWeight:
@@ -116,6 +158,12 @@ class PlainFormat:
 def plain(weight: LinearWeight) -> Tensor:
     """A weight that is known to be a plain tensor."""
     assert isinstance(weight, Tensor)
+    return weight
+
+
+def expert_weight(weight: LinearWeight) -> ExpertWeight:
+    """A weight of an expert, which no format keeps in groups."""
+    assert not isinstance(weight, GroupedInts)
     return weight
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import ExpertKernel, ExpertWeights
-from core.interfaces.weights import BlockFp8, LinearWeight, plain
+from core.interfaces.weights import BlockFp8, ExpertWeight, plain
 from core.kernels.block_fp8 import dequantize
 from core.kernels.cpu_linear import multiply_packed, pack, packs
 from core.kernels.moe_permute import sum_grouped
@@ -77,13 +77,13 @@ class CpuExperts:
             out_ME.copy_(self._form.multiply(F.silu(gate_MI).mul_(up_MI), self._down_L[expert]))
         return out
 
-    def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
+    def read(self, expert: int) -> tuple[ExpertWeight, ExpertWeight]:
         return (
             self._form.matrix(self._gate_up_L[expert]),
             self._form.matrix(self._down_L[expert]),
         )
 
-    def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
+    def write(self, expert: int, gate_up_2IE: ExpertWeight, down_EI: ExpertWeight) -> None:
         replace, gate_up_L, down_L = self._form.replace, self._gate_up_L, self._down_L
         gate_up_L[expert] = replace(gate_up_L[expert], plain(gate_up_2IE))
         down_L[expert] = replace(down_L[expert], plain(down_EI))
@@ -99,5 +99,5 @@ class CpuMoeOps(TorchMoeOps):
         return CpuExperts(experts, dtype)
 
 
-def _in_dtype(weight: LinearWeight, dtype: torch.dtype) -> Tensor:
+def _in_dtype(weight: ExpertWeight, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype) if isinstance(weight, BlockFp8) else weight

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import BlockFp8, LinearWeight
-from core.kernels import block_fp8
+from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight
+from core.kernels import block_fp8, grouped_ints
 from core.kernels.cpu_linear import packed_linear, packs
 from core.kernels.cpu_moe import CpuMoeOps
 from core.kernels.torch_heads import transform_heads
@@ -25,9 +25,9 @@ NUM_REFINED = 32  # best logits of a row that are computed again in float32
 
 
 def _refined_logits(multiply: LinearKernel, weight_VE: Tensor) -> LinearKernel:
-    """A 16-bit head whose best logits are computed again in float32; keeps `weight_VE`.
+    """A head whose best logits are computed again in float32; keeps `weight_VE`.
 
-    torch rounds the sums that `multiply` gives to the weight's dtype. A head in float32 would read
+    `multiply` gives sums that torch has rounded to 16 bits. A head in float32 would read
     twice the bytes at every step; the few rows of the weight that matter cost 2% of a step.
     """
     num_refined = min(NUM_REFINED, weight_VE.shape[0])
@@ -95,15 +95,20 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         self._rotations: dict[int, _Rotation] = {}
 
     def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
-        """A packed layer where oneDNN takes the dtype, F.linear elsewhere."""
+        """A packed layer where oneDNN takes the dtype and for 4- and 8-bit groups, F.linear
+        elsewhere."""
         if isinstance(weight_OI, BlockFp8):
             return block_fp8.linear(weight_OI, bias_O)
+        if isinstance(weight_OI, GroupedInts):
+            return grouped_ints.packed_linear(weight_OI, bias_O)
         if packs(weight_OI.dtype):
             return packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
-    def logits(self, weight_VE: Tensor) -> LinearKernel:
-        """As `linear`, the best logits of a 16-bit head refined."""
+    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
+        """As `linear`, the best logits refined where 16 bits decided which they are."""
+        if groups_VE is not None:
+            return _refined_logits(self.linear(groups_VE, None), weight_VE)
         multiply = self.linear(weight_VE, None)
         if weight_VE.dtype is torch.float32:
             return multiply

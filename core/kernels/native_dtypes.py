@@ -18,6 +18,8 @@ _FLAGS = {
     "bfloat16": ("amx_bf16", "avx512_bf16", "bf16"),
     "float16": ("amx_fp16", "avx512_fp16"),
 }
+# With one of them torch has vectorised products of 4-bit groups (core.kernels.grouped_ints).
+_GROUPED_FLAGS = ("avx2", "avx512f")
 # Values of ONEDNN_MAX_CPU_ISA that leave a dtype without them; in any case, others mean no limit.
 _WITHOUT_BFLOAT16 = frozenset(
     ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -44,7 +46,8 @@ def native_dtypes(
             lacking[dtype] = f"{'='.join(limit)} forbids the instructions for it ({', '.join(has)})"
         else:
             native[dtype] = has[0]
-    return NativeDtypes(native=native, lacking=lacking)
+    grouped = "fma" in flags and not flags.isdisjoint(_GROUPED_FLAGS)
+    return NativeDtypes(native=native, lacking=lacking, grouped=grouped)
 
 
 def _flags(cpuinfo: Path) -> frozenset[str]:

@@ -20,7 +20,7 @@ from core.interfaces.ops import (
     LinearKernel,
     Routing,
 )
-from core.interfaces.weights import BlockFp8, LinearWeight
+from core.interfaces.weights import BlockFp8, ExpertWeight
 from core.kernels.block_fp8 import dequantize, dequantize_rows
 from core.kernels.expert_map import map_experts
 from core.kernels.moe_permute import sum_grouped
@@ -59,7 +59,7 @@ def stack_experts(experts: Iterable[ExpertWeights], num_experts: int) -> ExpertW
     return gate_up_L2IE, down_LEI
 
 
-def _room_for(matrix: LinearWeight, count: int) -> LinearWeight:
+def _room_for(matrix: ExpertWeight, count: int) -> ExpertWeight:
     if isinstance(matrix, BlockFp8):
         values, scales = matrix.values_OI, matrix.scales
         return BlockFp8(
@@ -69,20 +69,20 @@ def _room_for(matrix: LinearWeight, count: int) -> LinearWeight:
     return matrix.new_empty(count, *matrix.shape)
 
 
-def experts_of(stacked: LinearWeight) -> int:
+def experts_of(stacked: ExpertWeight) -> int:
     """How many experts stand in a stacked matrix."""
     values = stacked.values_OI if isinstance(stacked, BlockFp8) else stacked
     return values.shape[0]
 
 
-def matrix_of(stacked: LinearWeight, expert: int) -> LinearWeight:
+def matrix_of(stacked: ExpertWeight, expert: int) -> ExpertWeight:
     """A view of one expert's matrix."""
     if isinstance(stacked, BlockFp8):
         return BlockFp8(stacked.values_OI[expert], stacked.scales[expert])
     return stacked[expert]
 
 
-def write_matrix(stacked: LinearWeight, expert: int, matrix: LinearWeight) -> None:
+def write_matrix(stacked: ExpertWeight, expert: int, matrix: ExpertWeight) -> None:
     """Copy a matrix of the same form over one expert's."""
     if isinstance(stacked, BlockFp8):
         assert isinstance(matrix, BlockFp8)
@@ -116,15 +116,15 @@ class TorchExperts:
             out_ME.copy_(F.linear(F.silu(gate_MI) * up_MI, down_EI))
         return out.to(self._dtype)
 
-    def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
+    def read(self, expert: int) -> tuple[ExpertWeight, ExpertWeight]:
         return matrix_of(self._gate_up_L2IE, expert), matrix_of(self._down_LEI, expert)
 
-    def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
+    def write(self, expert: int, gate_up_2IE: ExpertWeight, down_EI: ExpertWeight) -> None:
         write_matrix(self._gate_up_L2IE, expert, gate_up_2IE)
         write_matrix(self._down_LEI, expert, down_EI)
 
     @staticmethod
-    def _wide(matrix: LinearWeight, like: Tensor) -> Tensor:
+    def _wide(matrix: ExpertWeight, like: Tensor) -> Tensor:
         if isinstance(matrix, BlockFp8):
             return dequantize(matrix, like.dtype)
         return matrix.to(like.dtype)

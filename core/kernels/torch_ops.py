@@ -10,8 +10,8 @@ from torch import Tensor
 
 from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import BlockFp8, LinearWeight
-from core.kernels import block_fp8
+from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight
+from core.kernels import block_fp8, grouped_ints
 from core.kernels.precision import accurate
 from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import TorchLatentOps
@@ -42,9 +42,11 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
         """The layer as torch computes it; keeps a plain weight as it is."""
         if isinstance(weight_OI, BlockFp8):
             return block_fp8.linear(weight_OI, bias_O)
+        if isinstance(weight_OI, GroupedInts):
+            return grouped_ints.linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
-    def logits(self, weight_VE: Tensor) -> LinearKernel:
+    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
         """Multiplied in float32 or wider."""
         return lambda x_RE: F.linear(accurate(x_RE), accurate(weight_VE)).float()
 

@@ -19,7 +19,7 @@ from core.interfaces.ops import (
     LinearKernel,
     Routing,
 )
-from core.interfaces.weights import BlockFp8, LinearWeight
+from core.interfaces.weights import BlockFp8, ExpertWeight
 from core.kernels.dependent_launch import options
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles
 from core.kernels.side_stream import SideStream
@@ -87,16 +87,16 @@ class TritonExperts:
         self._products.down(self._products.gate_up(rows, tiles), tiles, out_PE)
         return out_PE
 
-    def read(self, expert: int) -> tuple[LinearWeight, LinearWeight]:
+    def read(self, expert: int) -> tuple[ExpertWeight, ExpertWeight]:
         return matrix_of(self._gate_up_L2IE, expert), matrix_of(self._down_LEI, expert)
 
-    def write(self, expert: int, gate_up_2IE: LinearWeight, down_EI: LinearWeight) -> None:
+    def write(self, expert: int, gate_up_2IE: ExpertWeight, down_EI: ExpertWeight) -> None:
         write_matrix(self._gate_up_L2IE, expert, gate_up_2IE)
         write_matrix(self._down_LEI, expert, down_EI)
 
 
 def _products(
-    gate_up_L2IE: LinearWeight, down_LEI: LinearWeight, dtype: torch.dtype
+    gate_up_L2IE: ExpertWeight, down_LEI: ExpertWeight, dtype: torch.dtype
 ) -> PlainExperts | Fp8Experts:
     if isinstance(gate_up_L2IE, BlockFp8):
         assert isinstance(down_LEI, BlockFp8)

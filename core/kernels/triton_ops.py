@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import BlockFp8, LinearWeight
+from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight, plain
 from core.kernels import triton_fp8, triton_linear
 from core.kernels.dependent_launch import options
 from core.kernels.triton_heads import TritonHeadOps
@@ -57,10 +57,11 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
         by the vendor's GEMM, through torch."""
         if isinstance(weight_OI, BlockFp8):
             return triton_fp8.linear(weight_OI, bias_O)
-        vendor: LinearKernel = lambda x_TI: F.linear(x_TI, weight_OI, bias_O)  # noqa: E731
-        return triton_linear.linear("linear", weight_OI, bias_O, vendor)
+        matrix_OI = plain(weight_OI)
+        vendor: LinearKernel = lambda x_TI: F.linear(x_TI, matrix_OI, bias_O)  # noqa: E731
+        return triton_linear.linear("linear", matrix_OI, bias_O, vendor)
 
-    def logits(self, weight_VE: Tensor) -> LinearKernel:
+    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
         """As `linear`, storing the float32 sums."""
         vendor = _vendor_logits(weight_VE)
         return triton_linear.linear("logits", weight_VE, None, vendor, dtype=torch.float32)
@@ -141,11 +142,12 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
         """Few rows: one kernel; else the linear layer, then the product of its halves."""
         if isinstance(weight_2IE, BlockFp8):
             return triton_fp8.gated_linear(weight_2IE, bias_2I, self.silu_and_mul)
+        matrix_2IE = plain(weight_2IE)
         return triton_linear.linear(
             "gated_linear",
-            weight_2IE,
+            matrix_2IE,
             bias_2I,
-            lambda x_TE: self.silu_and_mul(F.linear(x_TE, weight_2IE, bias_2I)),
+            lambda x_TE: self.silu_and_mul(F.linear(x_TE, matrix_2IE, bias_2I)),
             gated=True,
         )
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import (
+    GROUP,
     BlockFp8,
+    GroupedInts,
     LinearWeight,
     PlainFormat,
     Shard,
@@ -18,7 +20,8 @@ from core.interfaces.weights import (
     WeightReader,
     join_rows,
 )
-from core.kernels.block_fp8 import BLOCK, dequantize
+from core.kernels import block_fp8, grouped_ints
+from core.kernels.block_fp8 import BLOCK
 
 _FP8_CAPABILITY = (9, 0)  # of a CUDA device that multiplies e4m3 matrices fast enough: Hopper
 
@@ -29,6 +32,12 @@ class BlockFp8Format:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
+
+    def keeps_groups(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> bool:
+        """Never."""
+        return False
 
     def take(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
@@ -50,10 +59,60 @@ class BlockFp8Format:
                 join_rows([part.values_OI for part in blocks]),
                 join_rows([part.scales for part in blocks]),
             )
-        return join_rows([self._plain(part) for part in parts])
+        return join_rows([_plain(part, self._dtype) for part in parts])
 
-    def _plain(self, weight: LinearWeight) -> Tensor:
-        return dequantize(weight, self._dtype) if isinstance(weight, BlockFp8) else weight
+
+class GroupedIntsFormat:
+    """Matrices as the checkpoint holds them, in 4- or 8-bit groups, wherever a rank's part is made
+    of whole groups and of as many outputs as the kernel takes; in `dtype` where it is not."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def keeps_groups(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> bool:
+        """Whether the checkpoint has groups of it, and this part is made of whole ones."""
+        return weights.group_bits(name) > 0 and _between_groups(shape, shard)
+
+    def take(
+        self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
+    ) -> LinearWeight:
+        """This rank's part: groups, or a dequantised matrix."""
+        if self.keeps_groups(weights, name, shape, shard):
+            return weights.take_groups(name, shape, shard)
+        return weights.take(name, shape, shard)
+
+    def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
+        """Outputs back to back. Stays in groups where all parts have equally many bits."""
+        if len(parts) == 1:
+            return parts[0]
+        grouped = [part for part in parts if isinstance(part, GroupedInts)]
+        if len(grouped) == len(parts) and len({part.bits for part in grouped}) == 1:
+            return GroupedInts(
+                join_rows([part.values_OI for part in grouped]),
+                join_rows([part.scales_OG for part in grouped]),
+                join_rows([part.minimums_OG for part in grouped]),
+                grouped[0].bits,
+            )
+        return join_rows([_plain(part, self._dtype) for part in parts])
+
+
+def _plain(weight: LinearWeight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, BlockFp8):
+        return block_fp8.dequantize(weight, dtype)
+    if isinstance(weight, GroupedInts):
+        return grouped_ints.dequantize(weight, dtype)
+    return weight
+
+
+def _between_groups(shape: tuple[int, int], shard: Shard | None) -> bool:
+    local = shard.local_shape(shape) if shard else shape
+    if shard is not None:
+        start, stop = shard.bounds(shape[shard.dim])
+        if stop - start != local[shard.dim] or (shard.dim == 1 and start % GROUP):
+            return False
+    return min(local) > 0 and local[0] % grouped_ints.OUTPUTS == 0 and local[1] % GROUP == 0
 
 
 def _between_blocks(shard: Shard, size: int) -> bool:
@@ -65,11 +124,16 @@ def select_format(
     device: torch.device,
     quantization: BlockQuantization | None,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    keep_groups: bool = False,
 ) -> WeightFormat:
-    """The form for `device` of a checkpoint's weights; `dtype` is the model's.
+    """The form for `device` of a checkpoint's weights; `dtype` is the model's. `keep_groups`:
+    matrices in groups of 4- and 8-bit numbers stay so (model.quantized_weights).
 
     fp8 blocks stay what they are on GPUs that multiply them, and become plain matrices on CPUs and
     older GPUs."""
+    if keep_groups:
+        return GroupedIntsFormat(dtype)
     if quantization is None or (quantization.rows, quantization.columns) != (BLOCK, BLOCK):
         return PlainFormat()
     if device.type != "cuda":

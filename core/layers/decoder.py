@@ -21,7 +21,7 @@ from core.interfaces.model import (
 )
 from core.interfaces.weights import WeightReader
 from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec
-from core.layers.embedding import LMHead, VocabEmbedding
+from core.layers.embedding import LMHead, VocabEmbedding, head_groups
 from core.layers.gqa import GroupedQueryAttention
 from core.layers.mla import LatentAttention
 from core.layers.mla_spec import LatentAttentionSizes
@@ -80,7 +80,15 @@ class Decoder:
         self.num_heads, self.kv = _cache_shape(spec, context)
         self._embedding = VocabEmbedding(context, "model.embed_tokens", vocab_size, hidden_size)
         if spec.tie_word_embeddings:
-            self.head = LMHead(context, self._embedding.weight_LE, vocab_size, axis="tp")
+            self.head = LMHead(
+                context,
+                self._embedding.weight_LE,
+                vocab_size,
+                axis="tp",
+                groups_LE=head_groups(
+                    context, "model.embed_tokens", vocab_size, hidden_size, axis="tp"
+                ),
+            )
         else:
             self.head = LMHead.from_checkpoint(context, "lm_head", vocab_size, hidden_size)
         cos_sin_CD = rope_table(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.model import BestTokens, BuildContext
+from core.interfaces.weights import GroupedInts
 from core.kernels.ragged import gather_rows
 from core.layers.row_exchange import row_exchange
 from core.parallel.layout import Layout
@@ -46,6 +47,18 @@ class VocabEmbedding:
         return hidden_TE.masked_fill_(elsewhere_T.unsqueeze(1), 0)
 
 
+def head_groups(
+    context: BuildContext, name: str, vocab_size: int, hidden_size: int, *, axis: str
+) -> GroupedInts | None:
+    """A head's weight as the checkpoint holds it, where the format keeps that: read beside the
+    matrix, whose rows are looked up, and which the best logits are computed from."""
+    shard = Sharding.over(context.comms.axes[axis]).padded(0)
+    shape = (vocab_size, hidden_size)
+    if not context.format.keeps_groups(context.weights, f"{name}.weight", shape, shard):
+        return None
+    return context.weights.take_groups(f"{name}.weight", shape, shard)
+
+
 class LMHead:
     """Hidden states, replicated over tp -> logits (core.interfaces.model.OutputHead).
 
@@ -64,9 +77,16 @@ class LMHead:
     )
 
     def __init__(
-        self, context: BuildContext, weight_LE: Tensor, vocab_size: int, *, axis: str
+        self,
+        context: BuildContext,
+        weight_LE: Tensor,
+        vocab_size: int,
+        *,
+        axis: str,
+        groups_LE: GroupedInts | None = None,
     ) -> None:
-        self._kernel = context.ops.logits(weight_LE)
+        """`groups_LE`: see `head_groups`."""
+        self._kernel = context.ops.logits(weight_LE, groups_LE)
         self._comm = context.comms.axes[axis]
         self._gather_columns = context.comms.bridge(axis, src=Layout.COLUMNS, dst=Layout.REPLICATED)
         shared = axis == "world"
@@ -83,7 +103,8 @@ class LMHead:
         axis = context.head_axis
         shard = Sharding.over(context.comms.axes[axis]).padded(0)
         weight_LE = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), shard)
-        return cls(context, weight_LE, vocab_size, axis=axis)
+        groups_LE = head_groups(context, name, vocab_size, hidden_size, axis=axis)
+        return cls(context, weight_LE, vocab_size, axis=axis, groups_LE=groups_LE)
 
     def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
         """(R, E) -> (A, L) in float32. `rows` counts R of every DP rank."""

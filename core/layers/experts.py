@@ -14,7 +14,7 @@ from torch import Tensor
 from core.interfaces.model import BuildContext
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import Destinations, ExpertWeights
-from core.interfaces.weights import BlockFp8, LinearWeight, WeightReader
+from core.interfaces.weights import BlockFp8, ExpertWeight, WeightReader, expert_weight
 from core.layers.expert_moves import Move, expert_moves
 from core.layers.moe_spec import MoELayerSpec
 from core.layers.router import ExpertMap
@@ -122,20 +122,20 @@ def _read_expert(context: BuildContext, weights: WeightReader, spec: MoELayerSpe
         for name in (names.gate, names.up)
     )
     down = form.take(weights, f"{names.down}.weight", (hidden_size, size), sharding.equal(1))
-    return form.join([gate, up]), down
+    return expert_weight(form.join([gate, up])), expert_weight(down)
 
 
-def _copy(matrix: LinearWeight) -> LinearWeight:
+def _copy(matrix: ExpertWeight) -> ExpertWeight:
     if isinstance(matrix, BlockFp8):
         return BlockFp8(matrix.values_OI.clone(), matrix.scales.clone())
     return matrix.clone()
 
 
-def _tensors(matrix: LinearWeight) -> tuple[Tensor, ...]:
+def _tensors(matrix: ExpertWeight) -> tuple[Tensor, ...]:
     return (matrix.values_OI, matrix.scales) if isinstance(matrix, BlockFp8) else (matrix,)
 
 
-def _rebuilt(like: LinearWeight, parts: Iterator[Tensor]) -> LinearWeight:
+def _rebuilt(like: ExpertWeight, parts: Iterator[Tensor]) -> ExpertWeight:
     """A matrix of the form of `like` out of the bytes of its tensors."""
     # Bytes cut out of a row may start anywhere, but a tensor's at a multiple of its item's size.
     tensors = [

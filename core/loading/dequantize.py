@@ -14,6 +14,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from core.errors import ModelError
+from core.interfaces.weights import GroupedInts
+from core.loading.gguf_config import GROUPED_BITS
 
 # Values worked on at once: the steps in between stay in the processor's cache, and torch runs
 # operations this small on the calling thread, which is faster than its thread pool where other
@@ -65,6 +67,33 @@ def _chunk(raw: Tensor, kind: GGMLQuantizationType, what: str) -> Tensor:
         ) from error
 
 
+def grouped(raw: Tensor, kind: GGMLQuantizationType) -> GroupedInts:
+    """Bytes (rows, bytes of a row) of one of `GROUPED_BITS` -> the numbers that they hold; they
+    give what `dequantize` does."""
+    num_rows, (_, block_bytes) = raw.shape[0], GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, block_bytes)
+    match kind:
+        case GGMLQuantizationType.Q4_0:
+            scales, values = _half(blocks[:, :2]), _nibbles(blocks[:, 2:], 1)
+            minimums = scales * -8
+        case GGMLQuantizationType.Q4_1:
+            scales, values = _half(blocks[:, :2]), _nibbles(blocks[:, 4:], 1)
+            minimums = _half(blocks[:, 2:4])
+        case GGMLQuantizationType.Q4_K:
+            values, scales, subtracted = _q4_k_parts(blocks)
+            minimums = -subtracted
+        case _:
+            assert kind == GGMLQuantizationType.Q8_0, kind
+            scales, values = _half(blocks[:, :2]), blocks[:, 2:] ^ 128  # signed to unsigned
+            minimums = scales * -128
+    return GroupedInts(
+        values.reshape(num_rows, -1),
+        scales.reshape(num_rows, -1),
+        minimums.reshape(num_rows, -1),
+        GROUPED_BITS[kind],
+    )
+
+
 def _half(raw_B2: Tensor) -> Tensor:
     return raw_B2.view(torch.float16).float()
 
@@ -90,14 +119,19 @@ def _q8_0(raw: Tensor) -> Tensor:
 
 def _q4_k(raw: Tensor) -> Tensor:
     """Super-blocks of 8 x 32 values with 6-bit scales and minimums."""
+    q_B832, scales_B8, mins_B8 = _q4_k_parts(raw)
+    return (q_B832 * scales_B8.unsqueeze(2)).sub_(mins_B8.unsqueeze(2))
+
+
+def _q4_k_parts(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Stored values (B, 8, 32), and the scale and what is subtracted of each 32."""
     num_blocks = raw.shape[0]
     scale_B1, min_scale_B1 = _half(raw[:, :2]), _half(raw[:, 2:4])
     low, mins, high = raw[:, 4:16].reshape(num_blocks, 3, 4).unbind(1)
     scales_B8 = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), 1)
     mins_B8 = torch.cat((mins & 63, (high >> 4) | ((mins >> 2) & 48)), 1)
     q = _nibbles(raw[:, 16:].reshape(num_blocks, 4, 32), 2).reshape(num_blocks, 8, 32)
-    values = q * (scale_B1 * scales_B8).unsqueeze(2)
-    return values.sub_((min_scale_B1 * mins_B8).unsqueeze(2))
+    return q, scale_B1 * scales_B8, min_scale_B1 * mins_B8
 
 
 def _q6_k(raw: Tensor) -> Tensor:

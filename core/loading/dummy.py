@@ -10,7 +10,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from core.interfaces.weights import BlockFp8, Shard, WeightReader
+from core.interfaces.weights import BlockFp8, GroupedInts, Shard, WeightReader
 from core.loading.progress import ByteMeter, OnProgress
 from core.loading.reader import LOAD_TASK, ScopedReader
 from core.loading.takes import FP8, Take, require_whole_blocks
@@ -66,6 +66,16 @@ class DummyReader:
         scales = torch.full(take.local_scales_shape, FP8_SCALE, device=self._device)
         self._meter.add(take.num_local_bytes)
         return BlockFp8(self._values(take), scales)
+
+    def group_bits(self, name: str) -> int:
+        """Made-up matrices are not in groups."""
+        return 0
+
+    def take_groups(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> GroupedInts:
+        """Never asked for."""
+        raise AssertionError(name)
 
     def has(self, name: str) -> bool:
         """Optional tensors are absent."""

@@ -118,7 +118,7 @@ def _dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
 
 def _from_gguf(path: Path) -> ModelFiles:
     # Imported here: these need numpy, which a folder of safetensors does without.
-    from core.loading.gguf_config import hf_config, key_names, metadata_warnings
+    from core.loading.gguf_config import group_bits, hf_config, key_names, metadata_warnings
     from core.loading.gguf_header import read_gguf
     from core.loading.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
     from core.loading.gguf_tokens import read_tokens
@@ -135,6 +135,7 @@ def _from_gguf(path: Path) -> ModelFiles:
         default_sampling={},
         warnings=[*metadata_warnings(file), *tokens.warnings, *splitting_warnings(file)],
         key_names=key_names(file),
+        group_bits=group_bits(file),
         num_tensors=len(file.tensors),
     )
 

@@ -10,10 +10,10 @@ from gguf.constants import GGML_QUANT_SIZES
 from torch import Tensor
 
 from core.errors import ModelError
-from core.interfaces.weights import TensorInfo
-from core.loading.dequantize import PLAIN_DTYPES, dequantize
+from core.interfaces.weights import GROUP, GroupedInts, TensorInfo
+from core.loading.dequantize import PLAIN_DTYPES, dequantize, grouped
 from core.loading.file_rows import RowFile
-from core.loading.gguf_config import ROPE_FACTORS, head_dim, hf_name, is_permuted
+from core.loading.gguf_config import GROUPED_BITS, ROPE_FACTORS, head_dim, hf_name, is_permuted
 from core.loading.gguf_header import GGUFTensor, read_gguf
 
 
@@ -49,7 +49,9 @@ class GGUFSource:
                 self._permuted.add(name)
             dtype = PLAIN_DTYPES.get(tensor.quantization, dtype)
             self._stored[name] = tensor
-            self._tensors[name] = TensorInfo(tensor.shape, dtype, path)
+            self._tensors[name] = TensorInfo(
+                tensor.shape, dtype, path, GROUPED_BITS.get(tensor.quantization, 0)
+            )
         self._file = RowFile(path)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -66,12 +68,41 @@ class GGUFSource:
         if len(stored.shape) == 1:
             yield self._vector(name, staging)[start:stop].view(-1, 1)
             return
+        columns = self._columns(name, dim, start, stop)
+        what = f"{self._path}: tensor {name}"
+        for raw in self._raw(name, dim, start, stop, staging):
+            yield dequantize(raw.contiguous(), stored.quantization, dtype, what)[:, columns]
+
+    def groups(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> GroupedInts:
+        """A slice of a matrix, as it is stored."""
+        columns, kind = self._columns(name, dim, start, stop), self._stored[name].quantization
+        groups = slice(columns.start // GROUP, columns.stop // GROUP)
+        pieces = [
+            grouped(raw.contiguous(), kind) for raw in self._raw(name, dim, start, stop, staging)
+        ]
+        return GroupedInts(
+            torch.cat([piece.values_OI[:, columns] for piece in pieces]),
+            torch.cat([piece.scales_OG[:, groups] for piece in pieces]),
+            torch.cat([piece.minimums_OG[:, groups] for piece in pieces]),
+            GROUPED_BITS[kind],
+        )
+
+    def _columns(self, name: str, dim: int, start: int, stop: int) -> slice:
+        """Where the columns of a part lie among those of the blocks that it touches."""
+        if dim == 0:
+            return slice(0, self._stored[name].shape[1])
+        skip = start % GGML_QUANT_SIZES[self._stored[name].quantization][0]
+        return slice(skip, skip + stop - start)
+
+    def _raw(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> Iterator[Tensor]:
+        """The bytes of a matrix's part, some rows at a time, in the order of Hugging Face: whole
+        blocks of columns."""
+        stored = self._stored[name]
         num_rows, num_columns = stored.shape
         block_size, block_bytes = GGML_QUANT_SIZES[stored.quantization]
         first_row, last_row = (start, stop) if dim == 0 else (0, num_rows)
         first_column, last_column = (0, num_columns) if dim == 0 else (start, stop)
         first_block, last_block = first_column // block_size, -(-last_column // block_size)
-        skip = first_column - first_block * block_size
         # Permuted rows change places within their head only, so that whole heads are read.
         group = self._head_dim if name in self._permuted else 1
         row = first_row // group * group
@@ -85,13 +116,10 @@ class GGUFSource:
             group,
         )
         for raw in pieces:
-            what = f"{self._path}: tensor {name}"
-            values = dequantize(raw.contiguous(), stored.quantization, dtype, what)
             if group > 1:
-                values = self._unpermuted(values)
-            rows = slice(max(first_row - row, 0), max(last_row - row, 0))
-            row += values.shape[0]
-            yield values[rows, skip : skip + last_column - first_column]
+                raw = self._unpermuted(raw)
+            yield raw[max(first_row - row, 0) : max(last_row - row, 0)]
+            row += raw.shape[0]
 
     def _vector(self, name: str, staging: Tensor) -> Tensor:
         """A whole tensor of one dimension."""

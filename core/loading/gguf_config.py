@@ -22,6 +22,14 @@ ARCHITECTURES = {
 # llama.cpp stores the rows of these as rotated pairs instead of rotated halves.
 PERMUTED_SUFFIXES = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
 ROPE_FACTORS = "rope_freqs.weight"
+# Formats of matrices that are whole numbers in groups of 32 columns, and the numbers' bits
+# (core.interfaces.weights.GroupedInts).
+GROUPED_BITS = {
+    GGMLQuantizationType.Q4_0: 4,
+    GGMLQuantizationType.Q4_1: 4,
+    GGMLQuantizationType.Q4_K: 4,
+    GGMLQuantizationType.Q8_0: 8,
+}
 
 _TOP_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -102,6 +110,15 @@ def hf_name(name: str) -> str:
         return f"model.layers.{int(block[1])}.{_BLOCK_NAMES[block[2]]}.{block[3]}"
     stem, _, kind = name.rpartition(".")
     return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES else name
+
+
+def group_bits(file: GGUFFile) -> dict[str, int]:
+    """Bits of every matrix in groups, by its Hugging Face name."""
+    return {
+        hf_name(name): GROUPED_BITS[tensor.quantization]
+        for name, tensor in file.tensors.items()
+        if len(tensor.shape) == 2 and tensor.quantization in GROUPED_BITS
+    }
 
 
 def is_permuted(file: GGUFFile, name: str) -> bool:

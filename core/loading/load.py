@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.model import BlockQuantization
-from core.interfaces.weights import BlockFp8, WeightSource
+from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight, WeightSource
 from core.loading.takes import FP8, Take, is_block_quantised, scales_name, scales_shape
 
 # Bytes read before they are passed on: on a CPU they should still be in its cache then.
@@ -32,13 +32,25 @@ class TakeLoader:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load(self, take: Take) -> Tensor | BlockFp8:
+    def load(self, take: Take) -> LinearWeight:
         """The part, on the device; whole once this returns."""
+        if take.group_bits:
+            return self._groups(take)
         if take.as_blocks:
             return BlockFp8(self._plain(take, FP8), self._scales(take).to(self._device))
         if is_block_quantised(self._tensors[take.name]):
             return self._dequantised(take)
         return self._plain(take, take.dtype)
+
+    def _groups(self, take: Take) -> GroupedInts:
+        found = self._source.groups(take.name, take.dim, *take.bounds, self._staging())
+        assert found.values_OI.shape == take.local_shape, (take, found.values_OI.shape)
+        return GroupedInts(
+            found.values_OI.to(self._device),
+            found.scales_OG.to(self._device),
+            found.minimums_OG.to(self._device),
+            found.bits,
+        )
 
     def _plain(self, take: Take, dtype: torch.dtype) -> Tensor:
         out, out_RC = self._empty(take, dtype)

@@ -7,16 +7,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from torch import Tensor
-
-from core.interfaces.weights import BlockFp8
+from core.interfaces.weights import LinearWeight
 from core.loading.takes import Take
 
 NUM_THREADS = 4
 # Loaded (or being loaded) and not taken: more would hide no longer waits.
 MAX_AHEAD_BYTES = 1 << 28
 
-Load = Callable[[Take], Tensor | BlockFp8]
+Load = Callable[[Take], LinearWeight]
 
 
 class Prefetcher:
@@ -35,11 +33,11 @@ class Prefetcher:
         self._num_waiting = Counter(takes)
         self._max_ahead_bytes = max_ahead_bytes
         self._ahead_bytes = 0
-        self._ahead: dict[Take, deque[Future[Tensor | BlockFp8]]] = {}
+        self._ahead: dict[Take, deque[Future[LinearWeight]]] = {}
         self._early: Counter[Take] = Counter()  # asked for before their turn
         self._pool = ThreadPoolExecutor(num_threads, "load-weights") if takes else None
 
-    def get(self, take: Take) -> Tensor | BlockFp8:
+    def get(self, take: Take) -> LinearWeight:
         """The loaded part; whoever gets it owns it. The first call begins to read ahead. Raises
         what `load` raised, and ends the threads then."""
         self._refill()

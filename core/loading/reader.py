@@ -5,14 +5,22 @@ nothing of file formats.
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
-from core.interfaces.weights import BlockFp8, Shard, WeightReader, WeightSource
+from core.interfaces.weights import (
+    GROUP,
+    BlockFp8,
+    GroupedInts,
+    LinearWeight,
+    Shard,
+    WeightReader,
+    WeightSource,
+)
 from core.loading.check import ADVICE, missing_text, surplus_names, surplus_text, take_problems
 from core.loading.load import TakeLoader
 from core.loading.prefetch import NUM_THREADS, Prefetcher
@@ -41,6 +49,14 @@ class ScopedReader:
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> BlockFp8:
         return self._reader.take_blocks(f"{self._prefix}.{name}", shape, shard)
+
+    def group_bits(self, name: str) -> int:
+        return self._reader.group_bits(f"{self._prefix}.{name}")
+
+    def take_groups(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> GroupedInts:
+        return self._reader.take_groups(f"{self._prefix}.{name}", shape, shard)
 
     def has(self, name: str) -> bool:
         return self._reader.has(f"{self._prefix}.{name}")
@@ -108,6 +124,18 @@ class CheckpointReader:
         assert isinstance(part, BlockFp8)
         return part
 
+    def group_bits(self, name: str) -> int:
+        """Of a matrix that the checkpoint holds in groups; 0: it doesn't."""
+        return self._tensors[name].group_bits if name in self._tensors else 0
+
+    def take_groups(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> GroupedInts:
+        """This rank's part of a matrix in groups, as it is stored."""
+        part = self._get(Take(name, shape, shard, torch.uint8, group_bits=self.group_bits(name)))
+        assert isinstance(part, GroupedInts)
+        return part
+
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
         return name in self._tensors
@@ -131,7 +159,7 @@ class CheckpointReader:
         if surplus:
             raise ModelError(f"{surplus_text(surplus, self._tensors)}; {ADVICE}")
 
-    def _get(self, take: Take) -> Tensor | BlockFp8:
+    def _get(self, take: Take) -> LinearWeight:
         self._require(take)
         part = self._prefetcher.get(take)
         self._taken.add(take.name)
@@ -160,11 +188,18 @@ class ShapeReader:
     """Meta tensors instead of weights: what a rank would hold, for planning memory.
 
     `takes` are all calls, in order. `pieces` maps (name, dim, index of the part) to its number of
-    elements, zeros included. `present`: names of optional tensors that are there.
+    elements, zeros included. `present`: names of optional tensors that are there. `group_bits`: of
+    the matrices that the checkpoint holds in groups, by name.
     """
 
-    def __init__(self, dtype: torch.dtype, present: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        present: Container[str] = (),
+        group_bits: Mapping[str, int] | None = None,
+    ) -> None:
         self._dtype, self._present = dtype, present
+        self._group_bits = group_bits or {}
         self._names: set[str] = set()
         self.takes: list[Take] = []
         self.pieces: dict[tuple[str, int, int], int] = {}
@@ -195,6 +230,21 @@ class ShapeReader:
             torch.empty(take.local_shape, dtype=FP8, device="meta"),
             torch.empty(take.local_scales_shape, dtype=torch.float32, device="meta"),
         )
+
+    def group_bits(self, name: str) -> int:
+        """Of a matrix that the checkpoint holds in groups; 0: it doesn't."""
+        return self._group_bits.get(name, 0)
+
+    def take_groups(
+        self, name: str, shape: tuple[int, ...], shard: Shard | None = None
+    ) -> GroupedInts:
+        """Meta tensors of the values, scales and minimums that this rank would keep."""
+        take = Take(name, shape, shard, torch.uint8, group_bits=self.group_bits(name))
+        self._record(take)
+        num_outputs, num_inputs = take.local_shape
+        numbers = torch.empty((num_outputs, num_inputs // GROUP), device="meta")
+        values = torch.empty(take.local_shape, dtype=torch.uint8, device="meta")
+        return GroupedInts(values, numbers, numbers, take.group_bits)
 
     def has(self, name: str) -> bool:
         """Whether an optional tensor is there."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ModelError
-from core.interfaces.weights import TensorInfo
+from core.interfaces.weights import GroupedInts, TensorInfo
 from core.loading.file_rows import RowFile
 from core.loading.safetensors_header import StoredTensor, read_header
 
@@ -71,6 +71,10 @@ class SafetensorsSource:
             columns = (start * inner_bytes, stop * inner_bytes)
         for rows in self._file(info.file).rows(at, row_bytes, num_rows, columns, staging):
             yield rows.view(info.dtype)
+
+    def groups(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> GroupedInts:
+        """No tensor has `group_bits`."""
+        raise AssertionError(name)
 
     def _file(self, path: str) -> RowFile:
         with self._lock:

@@ -11,7 +11,7 @@ import torch
 
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
-from core.interfaces.weights import Shard, TensorInfo
+from core.interfaces.weights import GROUP, Shard, TensorInfo
 
 FP8 = torch.float8_e4m3fn
 # The only size of blocks that BlockFp8 (core.interfaces.weights) has.
@@ -20,13 +20,14 @@ BLOCK = BlockQuantization(128, 128)
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """One call of a reader's `take` or `take_blocks`."""
+    """One call of a reader's `take`, `take_blocks` or `take_groups`."""
 
     name: str
     shape: tuple[int, ...]  # logical
     shard: Shard | None
-    dtype: torch.dtype  # of the result; FP8 where `as_blocks`
+    dtype: torch.dtype  # of the result; FP8 where `as_blocks`, uint8 where `group_bits`
     as_blocks: bool = False
+    group_bits: int = 0  # of the groups that it is taken as; 0: it is not
 
     @property
     def dim(self) -> int:
@@ -50,7 +51,11 @@ class Take:
 
     @property
     def num_local_bytes(self) -> int:
-        """Bytes of the result, its scales included."""
+        """Bytes of the result, its scales included; of groups as kernels keep them."""
+        if self.group_bits:
+            # 16 bits of scale and 16 of minimum a group; 8-bit values are two of 4 bits each.
+            num_parts = self.group_bits // 4
+            return self.num_local_values * num_parts * (4 * GROUP + 32) // (8 * GROUP)
         if not self.as_blocks:
             return self.num_local_values * self.dtype.itemsize
         return self.num_local_values + 4 * math.prod(self.local_scales_shape)

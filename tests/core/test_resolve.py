@@ -31,6 +31,7 @@ def settled(
     *,
     dtypes: NativeDtypes = NO_DTYPES,
     changes: Mapping[str, Any] | None = None,
+    group_bits: dict[str, int] | None = None,
 ) -> Resolved:
     """A preset whose shape is known, `changes` made to it."""
     config = compose(parse_overrides([f"+model={model}", *words]), [])
@@ -42,6 +43,7 @@ def settled(
         tokenizer_dir="",
         eos_ids=[],
         default_sampling={},
+        group_bits=group_bits or {},
     )
     return resolve(config, PluginManager.load(), files, device, dtypes)
 
@@ -166,3 +168,50 @@ def test_a_cpu_computes_in_what_it_multiplies(
     )
     assert on_gpu.config.model.dtype == (words[0].partition("=")[2] if words else of_checkpoint)
     assert on_gpu.dtype_reason == ""
+
+
+GROUPS = {"model.layers.0.mlp.up_proj.weight": 4, "lm_head.weight": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "native", "device", "choice"),
+    [
+        ([], [], "cpu", "keep"),
+        ([], ["bfloat16"], "cpu", "dequantize"),
+        ([], [], "cuda", "dequantize"),
+        (["model.dtype=float32"], [], "cpu", "dequantize"),  # whoever asks for it gets it exactly
+        (["model.quantized_weights=keep"], ["bfloat16"], "cpu", "keep"),
+        (["model.quantized_weights=dequantize"], [], "cpu", "dequantize"),
+    ],
+)
+def test_quantized_weights_stay_where_a_cpu_has_no_16_bits(
+    words: list[str], native: list[str], device: str, choice: str
+) -> None:
+    dtypes = NativeDtypes(
+        native=dict.fromkeys(native, "i"),
+        lacking=dict.fromkeys({"bfloat16", "float16"} - set(native), "none"),
+        grouped=True,
+    )
+    found = settled("llama31_8b", words, device, dtypes=dtypes, group_bits=GROUPS)
+    assert found.config.model.quantized_weights == choice
+    assert ("2 matrices stay in 4 and 8 bits" in found.dtype_reason) == (choice == "keep")
+
+
+@pytest.mark.parametrize(
+    ("grouped", "device", "group_bits"),
+    [(False, "cpu", GROUPS), (True, "cuda", GROUPS), (True, "cpu", {})],
+)
+def test_keeping_what_cannot_be_kept_is_refused(
+    grouped: bool, device: str, group_bits: dict[str, int]
+) -> None:
+    dtypes = NativeDtypes(native={}, lacking={"bfloat16": "none"}, grouped=grouped)
+    found = settled("llama31_8b", [], device, dtypes=dtypes, group_bits=group_bits)
+    assert found.config.model.quantized_weights == "dequantize"
+    with pytest.raises(PlanError, match="quantized_weights=keep needs a GGUF file"):
+        settled(
+            "llama31_8b",
+            ["model.quantized_weights=keep"],
+            device,
+            dtypes=dtypes,
+            group_bits=group_bits,
+        )

@@ -1,11 +1,15 @@
 """SmolLM2-135M-Instruct, real weights: the preset's files, and a Hugging Face folder of them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from core.compose import compose, parse_overrides
 from core.config import ModelConfig
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
+
+if TYPE_CHECKING:
+    import torch
 
 
 def preset() -> ModelConfig:
@@ -23,17 +27,24 @@ def write_folder(folder: Path) -> Path:
     import torch
     import transformers
 
-    gguf = Path(files().weight_files[0])
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    dequantized(torch.bfloat16).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**_source()).save_pretrained(folder)
+    return folder
+
+
+def dequantized(dtype: "torch.dtype") -> Any:
+    """transformers' model of the GGUF."""
+    import transformers
+
     # Recent releases of transformers keep GGUF weights packed unless told not to.
     options = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)}
         if hasattr(transformers, "GgufConfig")
         else {}
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, **options, dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    return folder
+    return transformers.AutoModelForCausalLM.from_pretrained(**_source(), **options, dtype=dtype)
+
+
+def _source() -> dict[str, str]:
+    gguf = Path(files().weight_files[0])
+    return {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

@@ -54,6 +54,14 @@ def test_a_dtype_is_native_where_cpu_and_limit_allow(
     assert found.native.keys() | found.lacking.keys() == {"bfloat16", "float16"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "grouped"),
+    [("avx2 fma", True), (f"{ICE_LAKE} fma", True), ("avx fma", False), ("asimd bf16", False)],
+)
+def test_products_of_groups_need_vectors_of_x86(tmp_path: Path, flags: str, grouped: bool) -> None:
+    assert native_dtypes(written(tmp_path, flags), {}).grouped == grouped
+
+
 def test_arm_s_name_for_flags(tmp_path: Path) -> None:
     assert "bfloat16" in native_dtypes(written(tmp_path, "asimd bf16", "Features\t"), {}).native
 

@@ -13,9 +13,10 @@ from gguf.quants import quantize
 from safetensors.torch import load_file
 
 from core.errors import ModelError
-from core.loading.dequantize import dequantize
+from core.kernels.grouped_ints import dequantize as dequantize_groups
+from core.loading.dequantize import dequantize, grouped
 from core.loading.gguf import GGUFSource
-from core.loading.gguf_config import hf_config
+from core.loading.gguf_config import GROUPED_BITS, group_bits, hf_config
 from core.loading.gguf_header import read_gguf
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, folder_files, run_model, tp_logits
@@ -54,6 +55,39 @@ def test_dequantised_values_are_the_librarys(kind: Kind, shape: tuple[int, int])
     assert torch.equal(found, expected)
     rounded = dequantize(torch.from_numpy(raw), kind, torch.bfloat16, "w")
     assert torch.equal(rounded, expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", GROUPED_BITS)
+def test_groups_hold_what_is_dequantised(kind: Kind) -> None:
+    raw = random_blocks(kind, 7, 512)
+    found = grouped(torch.from_numpy(raw), kind)
+    assert found.bits == GROUPED_BITS[kind]
+    assert found.values_OI.dtype is torch.uint8
+    assert int(found.values_OI.max()) == 2**found.bits - 1
+    expected = torch.from_numpy(reference_dequantize(raw, kind))
+    torch.testing.assert_close(dequantize_groups(found, torch.float32), expected)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+def test_groups_of_every_slice_are_those_of_the_whole(
+    tiny_folder: Folder, tmp_path: Path, kind: Kind
+) -> None:
+    path = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf", kind)
+    source = GGUFSource(str(path), torch.float32)
+    bits = group_bits(read_gguf(str(path)))
+    assert {name: info.group_bits for name, info in source.tensors().items()} == {
+        name: bits.get(name, 0) for name in source.tensors()
+    }
+    for name in ("q_proj.weight", "v_proj.weight"):
+        name = f"model.layers.1.self_attn.{name}"
+        assert bits[name] == GROUPED_BITS[kind]
+        num_rows, num_columns = source.tensors()[name].shape
+        whole = read_slice(source, name, 0, 0, num_rows)
+        for dim, size, steps in ((0, num_rows, 1), (1, num_columns, 32)):
+            for start, stop in ((0, size), (steps, 2 * steps), (size - 2 * steps, size)):
+                found = source.groups(name, dim, start, stop, torch.empty(700, dtype=torch.uint8))
+                expected = whole.narrow(dim, start, stop - start)
+                torch.testing.assert_close(dequantize_groups(found, torch.float32), expected)
 
 
 def test_large_tensors_are_shared_out_over_threads(monkeypatch: pytest.MonkeyPatch) -> None:

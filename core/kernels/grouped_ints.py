@@ -1,0 +1,70 @@
+"""Matrices of 4- and 8-bit numbers in groups of 32: dequantised, and multiplied on a CPU.
+
+torch multiplies rows in bfloat16 by 4-bit numbers (`_weight_int4pack_mm_for_cpu`), whose scales and
+minimums it takes in bfloat16; sums are float32, results bfloat16. It needs no instructions for
+bfloat16, and in float32 or float16 it would be a hundred times slower. An 8-bit number is two of 4
+bits: 16 * high + low. Shape legend: T rows, O outputs, I inputs, G groups of a row.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.interfaces.ops import LinearKernel
+from core.interfaces.weights import GROUP, GroupedInts
+from core.kernels.precision import accurate
+
+OUTPUTS = 16  # the kernel takes multiples of so many
+
+
+def dequantize(weight: GroupedInts, dtype: torch.dtype) -> Tensor:
+    """The matrix, computed in float32 and rounded once."""
+    if weight.values_OI.is_meta:
+        return torch.empty(weight.values_OI.shape, dtype=dtype, device="meta")
+    values_OGX = weight.values_OI.float().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
+    values_OGX = values_OGX * weight.scales_OG.unsqueeze(2) + weight.minimums_OG.unsqueeze(2)
+    matrix: Tensor = values_OGX.flatten(1).to(dtype)
+    return matrix
+
+
+def linear(weight: GroupedInts, bias_O: Tensor | None) -> LinearKernel:
+    """x @ W.T + b over the dequantised weight, in float32 or wider: the oracle."""
+    weight_OI = dequantize(weight, torch.float32)
+
+    def run(x_TI: Tensor) -> Tensor:
+        x_wide = accurate(x_TI)
+        bias_wide = None if bias_O is None else bias_O.to(x_wide.dtype)
+        return F.linear(x_wide, weight_OI.to(x_wide.dtype), bias_wide).to(x_TI.dtype)
+
+    return run
+
+
+def packed_linear(weight: GroupedInts, bias_O: Tensor | None) -> LinearKernel:
+    """The layer on a CPU, over a packed copy; does not keep `weight`. Rows may be of any dtype,
+    which results have too. Their error is that of rows, scales and results in bfloat16."""
+    packed, scales_and_zeros = _packed(weight)
+    num_parts = weight.bits // 4
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+
+    def run(x_TI: Tensor) -> Tensor:
+        rows = x_TI.to(torch.bfloat16)
+        if num_parts == 2:
+            rows = torch.cat((rows, rows), 1)
+        result_TO: Tensor = multiply(rows, packed, GROUP, scales_and_zeros).to(x_TI.dtype)
+        return result_TO if bias_O is None else result_TO.add_(bias_O)
+
+    return run
+
+
+def _packed(weight: GroupedInts) -> tuple[Tensor, Tensor]:
+    """What the kernel reads: value = (stored - 8) * scale + zero."""
+    values_OI, scales_OG, minimums_OG = weight.values_OI, weight.scales_OG, weight.minimums_OG
+    if weight.bits == 8:
+        values_OI = torch.cat((values_OI >> 4, values_OI & 15), 1)
+        minimums_OG = torch.cat((minimums_OG, torch.zeros_like(minimums_OG)), 1)
+        scales_OG = torch.cat((scales_OG * 16, scales_OG), 1)
+    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
+    # The middle of a group's range is near 0, so that little is lost where it is rounded.
+    zeros_OG = minimums_OG + scales_OG * 8
+    scales_and_zeros = torch.stack((scales_OG.t(), zeros_OG.t()), 2).to(torch.bfloat16)
+    return pack(values_OI.to(torch.int32), 1), scales_and_zeros.contiguous()
