@@ -19,7 +19,7 @@ from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
 from core.loading.ending import read_ending
 from core.loading.hub import fetch_from_hub, is_repo_id
 from core.loading.package import fetch_from_package
-from core.loading.plain_files import read_json
+from core.loading.plain_files import read_config, read_json
 from core.loading.progress import OnProgress
 from core.loading.random_checkpoint import random_checkpoint_dir
 from core.loading.safetensors_header import StoredTensor, read_header
@@ -146,7 +146,7 @@ def _from_folder(folder: Path, *, dummy: bool) -> ModelFiles:
             f"{folder} has no config.json; needed: a Hugging Face model folder with config.json, "
             "*.safetensors and tokenizer.json"
         )
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     weights: dict[Path, dict[str, StoredTensor]] = {} if dummy else _safetensors_files(folder)
     if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
         config["dtype"] = _stored_dtype(weights)

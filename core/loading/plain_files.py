@@ -60,9 +60,14 @@ def read_plain(path: str | Path, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelError that names the file, and the key where one has a
-    value that could not be passed on to another process."""
-    content = decode_json(path, read_plain(path, max_bytes), dict[str, Any])
+    """The object in a JSON file. Raises ModelError that names the file."""
+    return decode_json(path, read_plain(path, max_bytes), dict[str, Any])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, of values that other processes can be told. Raises ModelError that
+    names the file, and the key where one has another value."""
+    content = read_json(path)
     for key, value in content.items():
         _check_value(path, key, value)
     return content

@@ -17,6 +17,7 @@ from core.config import ModelConfig, PackageSource
 from core.errors import ConfigError, ModelError, ResourceError
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
+from core.serve.tokenizer import HfTokenizer
 from tests.support.gguf_files import write_gguf
 from tests.support.models import (
     TINY,
@@ -121,6 +122,13 @@ def test_a_token_that_ends_turns_in_the_template_ends_an_answer(folder: Path, fi
     else:
         (folder / file).write_text(template)
     assert resolve(folder).eos_ids == [256, 257]
+
+
+def test_numbers_of_any_size_are_read_where_nothing_computes_with_them(folder: Path) -> None:
+    """transformers writes a model_max_length of 10**30 where there is none."""
+    edit_json(folder / "tokenizer_config.json", model_max_length=10**30)
+    assert resolve(folder).warnings == []
+    HfTokenizer.from_folder(folder)
 
 
 def test_a_model_without_an_end_is_warned_of(folder: Path) -> None:
