@@ -15,14 +15,20 @@ from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.loading.tokenizer_settings import check_settings, setting_warnings, token_text
 from core.loading.vocabulary import Vocabulary, read_vocabulary
 
-# Texts of tokens that end a turn or a text: llama.cpp's list (llama-vocab.cpp, special_eog_ids)
-# without those of filling in the middle.
-END_TEXTS = frozenset(
+# Texts of tokens that end a turn, and of those that end a text: llama.cpp's list (llama-vocab.cpp,
+# special_eog_ids) without those of filling in the middle. Files nearly always say which one ends a
+# text, so that its text counts only where nothing is said.
+TURN_ENDS = frozenset(
     {
         "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
-        "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
-        "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-        "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+        "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<turn|>",
+        "<|tool_response>", "[e~[",
+    }
+)  # fmt: skip
+TEXT_ENDS = frozenset(
+    {
+        "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }
 )  # fmt: skip
 NO_END = (
@@ -77,7 +83,7 @@ def _turn_ends(folder: Path, settings: Mapping[str, Any], vocabulary: Vocabulary
     file = folder / "chat_template.jinja"
     if file.exists():
         template += read_plain(file, MAX_TEMPLATE_BYTES).decode(errors="replace")
-    texts = sorted(text for text in END_TEXTS & vocabulary.added if text in template)
+    texts = sorted(text for text in TURN_ENDS & vocabulary.added if text in template)
     return [vocabulary.ids[text] for text in texts]
 
 

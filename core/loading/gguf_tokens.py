@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ModelError
-from core.loading.ending import END_TEXTS
+from core.loading.ending import TEXT_ENDS, TURN_ENDS
 from core.loading.gguf_header import GGUFFile
 from core.loading.vocabulary import MAX_TOKEN_ID
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types
 # Others of which every known vocabulary makes control tokens.
-_CONTROL_TEXTS = END_TEXTS | {
+_CONTROL_TEXTS = TURN_ENDS | TEXT_ENDS | {
     "<s>", "<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
     "<start_of_turn>", "<bos>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cUser\uff5c>",
     "<\uff5cAssistant\uff5c>", "[INST]", "[/INST]",
@@ -38,10 +38,13 @@ class GGUFTokens:
     def end_ids(self) -> list[int]:
         """Every id that ends an answer: those that the file names, and those of known texts."""
         named = [self.ids[kind] for kind in _END_KINDS if kind in self.ids]
-        by_text = [
-            i for i in sorted(self.special | self.user_defined) if self.texts[i] in END_TEXTS
-        ]
-        return list(dict.fromkeys([*named, *by_text]))
+        return list(
+            dict.fromkeys([*named, *self._of_texts(TURN_ENDS)]) or self._of_texts(TEXT_ENDS)
+        )
+
+    def _of_texts(self, texts: frozenset[str]) -> list[int]:
+        whole = sorted(self.special | self.user_defined)
+        return [token_id for token_id in whole if self.texts[token_id] in texts]
 
 
 def read_tokens(file: GGUFFile) -> GGUFTokens:

@@ -63,7 +63,11 @@ def test_a_text_of_plain_type_ends_nothing() -> None:
 
 def test_without_an_eos_id_texts_end_answers_or_a_warning_says_that_none_does() -> None:
     tokens = read_tokens(chatml_file(eos_token_id=None))
-    assert tokens.end_ids == [256, 258]
+    assert tokens.end_ids == [258]
+    assert tokens.warnings == []
+    names = [*byte_alphabet(), "<|endoftext|>", "<|a|>", "<|b|>", "<|c|>"]
+    tokens = read_tokens(chatml_file(eos_token_id=None, tokens=names))
+    assert tokens.end_ids == [256]
     assert tokens.warnings == []
     names = [*byte_alphabet(), "<|a|>", "<|b|>", "<|c|>", "<|d|>"]
     tokens = read_tokens(chatml_file(eos_token_id=None, tokens=names))
