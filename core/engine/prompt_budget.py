@@ -6,7 +6,7 @@ LEAST_TOKENS = 16  # of a chunk that is cut: smaller ones cost their step more t
 # Of the time of a step that is left to prompts whatever its decodes take.
 LEAST_SHARE = 0.25
 # Of what every step costs, that prompts get at least: with less a step would be mostly that.
-LEAST_BASE_COSTS = 5
+LEAST_BASE_COSTS = 6
 
 
 class PromptBudget:
@@ -51,8 +51,8 @@ class PromptBudget:
         return self._pace.prompt_s(start, length, with_logprobs)
 
     def shorten(self, seconds: float) -> None:
-        """Let the step take no longer than this."""
-        self.seconds = min(self.seconds, seconds)
+        """Let the step take no longer than this, as far as that is worth its cost."""
+        self.seconds = min(self.seconds, max(seconds, LEAST_BASE_COSTS * self._pace.base_s))
 
     def hold_back(self, tokens: int, seconds: float) -> None:
         """Set some of it apart; negative values give it back."""

@@ -45,7 +45,7 @@ HEADROOM_TOKENS = 32
 # Waiting requests looked past in a step because most of their prompt is being computed by another.
 MAX_DEFERRED = 4
 # How much a step's time may differ from what the pace says, and what one step counts of late.
-MOST_SLOWNESS, SLOWNESS_WEIGHT = 8.0, 0.2
+MOST_SLOWNESS, SLOWNESS_WEIGHT = 3.0, 0.2
 EXPIRY_INTERVAL_S = 0.1  # between two looks at deadlines
 QUEUE_TIMEOUT = "queue_timeout"  # RequestOutput.error_code of one that waited too long
 UNKNOWN_PACE = Pace()

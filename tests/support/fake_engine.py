@@ -42,6 +42,12 @@ def endpoints_in(folder: Path | str, num_dp: int = 1) -> Endpoints:
 Reply = Callable[[Generate], Sequence[int] | str]  # text: the engine gives the request up
 
 
+class QueueTimeout(str):
+    """A reply: the request waited too long, for this reason."""
+
+    __slots__ = ()
+
+
 class FakeEngine:
     """One step a turn, one token a live request. A reply that ends before max_tokens is
     followed by the end-of-sequence token; `ignore_eos` repeats it."""
@@ -134,7 +140,10 @@ class FakeEngine:
     ) -> RequestOutput:
         sampling = request.sampling
         if isinstance(tokens, str):
-            return RequestOutput(request.request_id, [], finish_reason="error", error=tokens)
+            code = "queue_timeout" if isinstance(tokens, QueueTimeout) else None
+            return RequestOutput(
+                request.request_id, [], finish_reason="error", error=str(tokens), error_code=code
+            )
         output = RequestOutput(request.request_id, [])
         if position == 0:
             output.num_cached_tokens = 0

@@ -9,6 +9,7 @@ import pytest
 from core.errors import WorkerDied
 from core.interfaces.frontend import EngineState
 from core.serve.process import shutting_down
+from tests.support.fake_engine import QueueTimeout
 from tests.support.http_stack import ANSWER, MODEL, Stack
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -290,3 +291,24 @@ def test_worker_died_is_an_internal_error_for_those_it_hit():
 
     assert as_request_error(WorkerDied("x")).status == 500
     assert "secret" not in str(as_request_error(ValueError("secret")))
+
+
+def test_priority_and_time_in_the_queue_reach_the_engine(stack, http):
+    body = {"model": MODEL, "prompt": "hi", "n": 2, "priority": -3}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "hi"}], "priority": 7}
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    http.post("/v1/completions", json={"prompt": "hi"})
+    assert [request.priority for request in stack.engine.seen] == [-3, -3, 7, 0]
+    refused = http.post("/v1/completions", json=body | {"priority": 2**31})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waited_too_long_may_come_back(stack, http, stream):
+    stack.engine.reply = lambda request: QueueTimeout("too much to do")
+    body = {"prompt": "hi", "stream": stream}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "queue_timeout"
+    assert int(response.headers["retry-after"]) > 0
