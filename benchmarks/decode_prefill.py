@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, float]
+Rates = dict[str, float | None]  # None: load hid the difference that it comes from
 
 
 def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
     """Ours, as a program that takes turns."""
-    os.cpu_count = lambda: threads  # type: ignore[assignment]  # what an engine in this process asks
+    os.cpu_count = lambda: threads  # what an engine in this process asks
     from core.compose import compose, parse_overrides
     from core.engine.alone import build_alone, offline_alone
     from core.interfaces.messages import SamplingParams
@@ -111,7 +112,9 @@ class Engine:
         raise SystemExit(f"an engine ended:\n{self._log.read_text()[-2000:]}")
 
 
-def rates(engines: dict[str, Engine], sizes: tuple[int, int, int], repeats: int) -> dict[str, Row]:
+def rates(
+    engines: dict[str, Engine], sizes: tuple[int, int, int], repeats: int
+) -> dict[str, Rates]:
     """Tokens a second of each engine in one cell, by the wall's and by the CPU's seconds."""
     batch, prompt_tokens, new_tokens = sizes
     first: dict[str, list[Row]] = {name: [] for name in engines}
@@ -121,23 +124,27 @@ def rates(engines: dict[str, Engine], sizes: tuple[int, int, int], repeats: int)
             first[name].append(engine.turn(batch, prompt_tokens, 1))
             full[name].append(engine.turn(batch, prompt_tokens, new_tokens + 1))
 
-    def row(name: str) -> Row:
-        found: Row = {"batch": batch}
+    def row(name: str) -> Rates:
+        found: Rates = {"batch": batch}
         for kind, ending in (("seconds", "tok_s"), ("cpu_seconds", "tok_cpu_s")):
             prefill = min(each[kind] for each in first[name])
             decode = min(each[kind] for each in full[name]) - prefill
             found[f"prefill_{ending}"] = round(batch * prompt_tokens / prefill, 1)
-            found[f"decode_{ending}"] = round(batch * new_tokens / max(decode, 1e-9), 1)
+            rate = round(batch * new_tokens / decode, 1) if decode > 0 else None
+            found[f"decode_{ending}"] = rate
         return found
 
     return {name: row(name) for name in engines}
 
 
-def ratios(ours: Row, peer: Row) -> Row:
+def ratios(ours: Rates, peer: Rates) -> Rates:
     """Of each rate, ours over the peer's."""
-    return {
-        key: value if key == "batch" else round(value / peer[key], 3) for key, value in ours.items()
-    }
+
+    def ratio(key: str) -> float | None:
+        mine, theirs = ours[key], peer[key]
+        return None if mine is None or theirs is None else round(mine / theirs, 3)
+
+    return {key: value if key == "batch" else ratio(key) for key, value in ours.items()}
 
 
 @contextlib.contextmanager
