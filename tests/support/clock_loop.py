@@ -10,6 +10,10 @@ class ClockLoop(asyncio.SelectorEventLoop):
 
     _now = 0.0
 
+    def pause(self, seconds: float) -> None:
+        """Let time pass in which this process does not run."""
+        self._now += seconds
+
     def time(self) -> float:
         return self._now
 

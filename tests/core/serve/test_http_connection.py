@@ -111,6 +111,27 @@ def test_each_state_has_a_deadline_that_dripping_does_not_move(data, drip, secon
 
 
 @pytest.mark.parametrize(
+    ("before", "after"),
+    [(b"", GET), (b"GET / HT", GET[8:]), (post(b"he", length=5), b"llo"), (GET, GET)],
+)
+def test_time_in_which_the_server_was_paused_does_not_count(before, after):
+    """A process that goes on runs its timers before it reads what has come meanwhile."""
+
+    async def main():
+        peer = Server(echo).connect()
+        await peer.say(before)
+        asyncio.get_running_loop().pause(1000)
+        await settle()
+        assert not peer.is_ending()
+        await peer.say(after)
+        assert {status for status, _ in answers(peer.heard)} == {200}
+        await asyncio.sleep(100)
+        assert peer.closed
+
+    clock_loop.run(main())
+
+
+@pytest.mark.parametrize(
     ("begin", "piece", "status"),
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n", b"a: b\r\n", 431),
