@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 from core.errors import ConfigError
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
+from plugins.comm._nccl_group import NcclCommunicator, require_nccl
 from plugins.comm._symm_exchange import PeerExchange, PeerMemory, buffer_bytes
-from plugins.comm.nccl import NcclBackend, NcclCommunicator
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,14 @@ _MOST_RANKS = 8  # of one host
 _memory_of: dict[str, PeerMemory | None] = {}
 
 
-class SymmMemBackend(NcclBackend):
+class SymmMemBackend:
     """The factory behind comm=symm_mem; groups are NCCL's."""
+
+    torch_backend = "nccl"
 
     def __init__(self, options: NoOptions) -> None:
         """Raises ConfigError where this machine or this torch has no NCCL."""
-        super().__init__(options, "symm_mem")
+        require_nccl("symm_mem")
 
     def communicator(self, group: object) -> Communicator:
         """Connect the buffers of a group's ranks, all of which call this. Where they can't reach
