@@ -46,7 +46,7 @@ def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
         raise ModelError(f"{location} is no model; needed: a folder, or a .gguf file")
     _require_architecture(files.hf_config, location)
     if model.load_format == "dummy":
-        return msgspec.structs.replace(files, weight_files=[], weight_format="dummy")
+        return msgspec.structs.replace(files, weight_files=[], weight_format="dummy", group_bits={})
     if model.load_format not in ("auto", files.weight_format):
         raise ConfigError(
             f"model.load_format={model.load_format!r}, but {location} holds {files.weight_format} "

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -230,9 +231,11 @@ def test_dummy_takes_config_and_tokenizer_from_local_files(
     assert (files.weight_format, files.tokenizer_dir) == ("dummy", str(folder))
     (folder / "tokenizer.json").unlink()
     assert Path(resolve(folder, load_format="dummy").tokenizer_dir).is_relative_to(own_cache)
-    gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf")
+    gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    assert resolve(gguf).group_bits["lm_head.weight"] == 8
     files = resolve(gguf, load_format="dummy")
     assert (files.weight_format, files.weight_files) == ("dummy", [])
+    assert files.group_bits == {}  # made-up matrices are plain
 
 
 Damage = Callable[[Path], object]
