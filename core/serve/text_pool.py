@@ -55,6 +55,10 @@ from core.serve.text_process import (
 WALL_S = 30.0  # of waiting and working together; a job that takes longer is answered with 503
 MAX_WAITING = 4096  # jobs
 SMALL_BYTES = 64 * 1024  # of a job; larger ones leave a worker free for those
+# Where every worker has been at one job for longer while others wait, another is forked, so that
+# a few jobs that run into their limits don't keep the rest waiting.
+RELIEF_S = 0.05
+EXTRA_WORKERS = 6
 RESTART_S = 1.0  # between starts of a template process that doesn't stay
 UNPACK_BYTES = 4 * 128 * 1024  # of ids that are turned into numbers between two pauses
 END_S = 2.0
@@ -65,13 +69,14 @@ log = logging.getLogger(__name__)
 class _Job:
     """A job and who waits for it."""
 
-    __slots__ = ("done", "frame", "is_large", "timer", "worker")
+    __slots__ = ("began", "done", "frame", "is_large", "timer", "worker")
 
     def __init__(self, frame: bytes, done: "asyncio.Future[bytes]") -> None:
         self.frame = frame
         self.done = done
         self.is_large = len(frame) > SMALL_BYTES
         self.worker: _Worker | None = None
+        self.began = 0.0  # by the event loop's clock
         self.timer: asyncio.TimerHandle | None = None
 
     def finish(self, reply: bytes) -> None:
@@ -105,10 +110,17 @@ class _Worker(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's has no such base
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can be given a job. A socket may be closed before we are told."""
+        assert self._transport is not None
+        return self.job is None and not self.leaving and not self._transport.is_closing()
+
     def begin(self, job: _Job) -> None:
         self.job, job.worker = job, self
         assert self._transport is not None
         self._transport.writelines((LENGTH.pack(len(job.frame)), job.frame))
+        job.frame = b""  # up to 8 MiB, which the socket's buffer holds as long as it has to
 
     def data_received(self, data: bytes) -> None:
         while data:
@@ -128,6 +140,8 @@ class _Worker(asyncio.Protocol):
                 if job is not None:
                     job.finish(whole)
                 self._pool.dispatch()
+                if self.job is None:
+                    self._pool.retire(self)
             self._in_head = not self._in_head
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -154,6 +168,7 @@ class TextPool:
         self._process: subprocess.Popen[bytes] | None = None
         self._received = bytearray()
         self._closed = False
+        self._relief: asyncio.TimerHandle | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_status = msgspec.msgpack.Decoder(TemplateStatus).decode
@@ -192,6 +207,8 @@ class TextPool:
     def close(self) -> None:
         """End the processes. Jobs that wait are failed."""
         self._closed = True
+        if self._relief is not None:
+            self._relief.cancel()
         if self._restarting is not None:
             self._restarting.cancel()
         self._drop_template("the server is shutting down")
@@ -201,9 +218,7 @@ class TextPool:
         worker free for small ones."""
         if not self._waiting:
             return
-        idle = [
-            worker for worker in self._workers.values() if worker.job is None and not worker.leaving
-        ]
+        idle = [worker for worker in self._workers.values() if worker.is_idle]
         num_large = sum(w.job is not None and w.job.is_large for w in self._workers.values())
         passed: list[_Job] = []
         while idle and self._waiting:
@@ -214,8 +229,28 @@ class TextPool:
                 passed.append(job)
                 continue
             num_large += job.is_large
+            job.began = self._loop.time()
             idle.pop().begin(job)
         self._waiting.extendleft(reversed(passed))
+        if self._waiting and self._relief is None:
+            self._relief = self._loop.call_later(RELIEF_S, self._relieve)
+
+    def retire(self, worker: _Worker) -> None:
+        """Let a worker go that has become one too many."""
+        num_staying = sum(not one.leaving for one in self._workers.values())
+        if num_staying > self._num_workers and not self._waiting:
+            worker.leaving = True
+            worker.close()
+
+    def _relieve(self) -> None:
+        self._relief = None
+        jobs = [worker.job for worker in self._workers.values()]
+        since = self._loop.time() - RELIEF_S
+        are_stuck = all(job is not None and job.began <= since for job in jobs)
+        room = len(jobs) < self._num_workers + EXTRA_WORKERS
+        if are_stuck and room and not self._closed and self._control is not None:
+            self._loop.create_task(self._fork())
+        self.dispatch()
 
     def look_at_end(self, worker: _Worker) -> None:
         """A worker's socket closed, or the template process told of its end: once both are known,
@@ -226,7 +261,8 @@ class TextPool:
             return
         if worker.job is not None:
             worker.job.fail(_error_of(worker.signal, self._boot))
-        if not self._closed and self._control is not None:
+        is_one_short = len(self._workers) < self._num_workers
+        if is_one_short and not self._closed and self._control is not None:
             self._loop.create_task(self._fork())
 
     async def _do(self, job: TextJob) -> bytes:
