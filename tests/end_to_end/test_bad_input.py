@@ -50,7 +50,7 @@ REQUESTS: dict[str, tuple[str, bytes, int, str]] = {
     "empty token list": (COMPLETIONS, completion(prompt=[]), 400, "prompt"),
     "no messages": (CHAT, chat(messages=[]), 400, "messages"),
     "too long prompt": (COMPLETIONS, completion(prompt=[1] * 9000), 400, "8192"),
-    "too many tokens wanted": (COMPLETIONS, completion(max_tokens=9000), 400, "max_tokens"),
+    "less than no tokens wanted": (COMPLETIONS, completion(max_tokens=-1), 400, "max_tokens"),
     "unknown model": (COMPLETIONS, completion(model="gpt-7"), 404, "gpt-7"),
     "unknown field": (COMPLETIONS, completion(temprature=1), 400, "temprature"),
     "n = 10^6": (COMPLETIONS, completion(n=10**6), 400, "n"),
@@ -69,7 +69,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server("+model=smollm2") as running:
+    with running_server("+model=smollm2", "frontend.strict_fields=true") as running:
         yield running
         assert running.stop() == 0
 
