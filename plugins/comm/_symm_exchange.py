@@ -13,6 +13,8 @@ from plugins.comm._symm_kernels import exchange_kernel
 
 _LEAST_BLOCK, _MOST_BLOCK = 4096, 16384  # bytes that a program moves at once: 16 to 64 a thread
 _FLAG_BYTES = 4
+# By bytes: two goes send less from three ranks on, for another launch. Measured with two ranks.
+_DIRECT_BYTES = 4 * 2**20
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 128  # bytes, of slots
 
@@ -38,22 +40,27 @@ class PeerExchange:
     """Collectives of one rank; all ranks of the group call the same ones in the same order, on one
     stream. Nothing waits for the device."""
 
-    def __init__(self, memory: PeerMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: PeerMemory, direct_bytes: int = _DIRECT_BYTES) -> None:
+        """`direct_bytes`: the most that a rank pushes to its peers for a sum in one go."""
+        self._memory, self._direct_bytes = memory, direct_bytes
 
     def can_sum(self, x: Tensor, num_parts: int = 1) -> bool:
         """Whether `reduce` takes x (and `reduce_part`, with as many parts as ranks)."""
         return x.dtype in _SUMMED and self._fits(x, num_parts)
 
     def can_carry(self, x: Tensor) -> bool:
-        """Whether `gather` takes x, of any type."""
-        return x.nbytes % 4 == 0 and x.data_ptr() % 4 == 0 and self._fits(x, 1)
+        """Whether `gather` takes x, of any type. The same on all ranks, wherever x lies."""
+        return x.nbytes % 4 == 0 and self._fits(x, 1)
 
     def _fits(self, x: Tensor, num_parts: int) -> bool:
         return x.is_contiguous() and 0 < x.nbytes <= num_parts * self._memory.slot_bytes
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks, rounded once and the same on all; written into x."""
+        """The sum over ranks, rounded once and the same on all; may be written into x."""
+        size = self._memory.size
+        pushed = (size - 1) * x.nbytes
+        if pushed > self._direct_bytes and x.nbytes % (4 * size) == 0:
+            return self.gather(self.reduce_part(x.view(-1))).view_as(x)
         self._launch(x.view(-1), x, x.numel(), cut=False, total=True)
         return x
 
@@ -65,6 +72,8 @@ class PeerExchange:
 
     def gather(self, x: Tensor) -> Tensor:
         """(ranks, *x.shape): what every rank brought; a new tensor."""
+        if x.data_ptr() % 4:
+            x = x.clone()
         parts = x.new_empty(self._memory.size, *x.shape)
         words = x.view(-1).view(torch.int32)
         self._launch(words, parts.view(-1).view(torch.int32), words.numel(), cut=False, total=False)

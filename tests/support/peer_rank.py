@@ -45,13 +45,15 @@ _kept: list[Tensor] = []
 
 def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    exchange = PeerExchange(connect(rank, size, folder))
+    memory = connect(rank, size, folder)
+    exchange, in_two = PeerExchange(memory), PeerExchange(memory, direct_bytes=0)
     results: dict[str, np.ndarray] = {}
     for turn, count in enumerate(SIZES):
         for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
             x = value(rank, turn, count, dtype)
             if exchange.can_sum(x):
                 results[f"reduce/{name}/{turn}"] = exchange.reduce(x.clone()).float().numpy()
+                results[f"in_two/{name}/{turn}"] = in_two.reduce(x.clone()).float().numpy()
             if exchange.can_carry(x):
                 results[f"gather/{name}/{turn}"] = exchange.gather(x).float().numpy()
             parts = value(rank, turn, count * size, dtype)

@@ -57,6 +57,7 @@ def test_sums_are_of_all_ranks_and_rounded_once(
         for rank, got in enumerate(results):
             if f"reduce/{name}/{turn}" in got:
                 np.testing.assert_array_equal(got[f"reduce/{name}/{turn}"], total)
+                np.testing.assert_array_equal(got[f"in_two/{name}/{turn}"], total)
                 seen += 1
             if f"part/{name}/{turn}" in got:
                 np.testing.assert_array_equal(
