@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from core.errors import ConfigError
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
@@ -82,37 +81,49 @@ class SymmMemCommunicator(NcclCommunicator):
 
 
 def _connect(group: ProcessGroup) -> PeerMemory | None:
-    """Buffers that all ranks of a group can write into; None where some can't."""
+    """Buffers that all ranks of a group can write into; None where some can't, which all ranks then
+    agree on."""
     device = torch.device("cuda", torch.cuda.current_device())
     size = dist.get_world_size(group)
-    can = torch.tensor([int(_reaches_all(device, size))], device=device)
-    dist.all_reduce(can, dist.ReduceOp.MIN, group=group)
-    if not int(can):
+    if not _all_can(_reaches_all(device, size), group, device):
         log.info("comm=symm_mem: %d ranks can't reach each other's memory; NCCL is used", size)
         return None
+    memory = None
+    try:
+        memory = _exchange_buffers(group, size, device)
+    except RuntimeError as error:  # a container may not allow it
+        log.warning("comm=symm_mem: %s (comm=nccl does without)", str(error).splitlines()[0])
+    # Nobody pushes before the flags of all are zero, which this waits for.
+    if not _all_can(memory is not None, group, device):
+        log.warning("comm=symm_mem: not all of %d ranks could connect; NCCL is used", size)
+        return None
+    return memory
+
+
+def _exchange_buffers(group: ProcessGroup, size: int, device: torch.device) -> PeerMemory:
+    """Raises RuntimeError where the driver or the system refuses."""
     import torch.distributed._symmetric_memory as symm_mem
 
     num_bytes = buffer_bytes(size, _SLOT_BYTES, NUM_PROGRAMS)
-    try:
-        buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
-        handle = symm_mem.rendezvous(buffer, group.group_name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"comm=symm_mem: the memory of {size} ranks could not be connected "
-            f"({str(error).splitlines()[0]}); set comm=nccl"
-        ) from error
+    buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symm_mem.rendezvous(buffer, group.group_name)
     buffer.zero_()
-    memory = PeerMemory(
+    _kept.append((buffer, handle))
+    torch.cuda.synchronize(device)
+    return PeerMemory(
         rank=dist.get_rank(group),
         size=size,
         slot_bytes=_SLOT_BYTES,
         buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
         epochs=torch.zeros(NUM_PROGRAMS, dtype=torch.int32, device=device),
     )
-    _kept.append((buffer, handle))
-    torch.cuda.synchronize(device)
-    dist.barrier(group, device_ids=[device.index])  # nobody pushes before all flags are zero
-    return memory
+
+
+def _all_can(this_rank: bool, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks can; waits for them."""
+    can = torch.tensor([int(this_rank)], device=device)
+    dist.all_reduce(can, dist.ReduceOp.MIN, group=group)
+    return bool(can.item())
 
 
 _kept: list[object] = []  # what the addresses in `_memory_of` belong to
