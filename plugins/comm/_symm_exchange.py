@@ -3,12 +3,11 @@
 The memory is given (`PeerMemory`); knows nothing of how ranks got it, nor of what carries the rest.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from core.kernels.dependent_launch import options
+from core.kernels.peer_memory import PeerMemory
 from plugins.comm._symm_kernels import exchange_kernel
 
 _LEAST_BLOCK, _MOST_BLOCK = 4096, 16384  # bytes that a program moves at once: 16 to 64 a thread
@@ -17,17 +16,6 @@ _FLAG_BYTES = 4
 _DIRECT_BYTES = 4 * 2**20
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 128  # bytes, of slots
-
-
-@dataclass(frozen=True, slots=True)
-class PeerMemory:
-    """A buffer of `buffer_bytes` on every rank of a group, each within reach of all."""
-
-    rank: int
-    size: int
-    slot_bytes: int  # the most that one rank sends another at once
-    buffers: Tensor  # int64 (size,) on the device: addresses of the ranks' buffers, zeros at first
-    epochs: Tensor  # int32 (programs,) on the device, zeros at first
 
 
 def buffer_bytes(size: int, slot_bytes: int, num_programs: int) -> int:
@@ -40,9 +28,12 @@ class PeerExchange:
     """Collectives of one rank; all ranks of the group call the same ones in the same order, on one
     stream. Nothing waits for the device."""
 
-    def __init__(self, memory: PeerMemory, direct_bytes: int = _DIRECT_BYTES) -> None:
-        """`direct_bytes`: the most that a rank pushes to its peers for a sum in one go."""
-        self._memory, self._direct_bytes = memory, direct_bytes
+    def __init__(
+        self, memory: PeerMemory, slot_bytes: int, direct_bytes: int = _DIRECT_BYTES
+    ) -> None:
+        """`slot_bytes`: the most that one rank sends another at once. `direct_bytes`: the most that
+        a rank pushes to its peers for a sum in one go."""
+        self._memory, self._slot_bytes, self._direct_bytes = memory, slot_bytes, direct_bytes
 
     def can_sum(self, x: Tensor, num_parts: int = 1) -> bool:
         """Whether `reduce` takes x (and `reduce_part`, with as many parts as ranks)."""
@@ -53,7 +44,7 @@ class PeerExchange:
         return x.nbytes % 4 == 0 and self._fits(x, 1)
 
     def _fits(self, x: Tensor, num_parts: int) -> bool:
-        return x.is_contiguous() and 0 < x.nbytes <= num_parts * self._memory.slot_bytes
+        return x.is_contiguous() and 0 < x.nbytes <= num_parts * self._slot_bytes
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, rounded once and the same on all; may be written into x."""
@@ -90,8 +81,8 @@ class PeerExchange:
             memory.buffers,
             memory.epochs,
             num_values,
-            memory.slot_bytes,
-            2 * memory.size * memory.slot_bytes,
+            self._slot_bytes,
+            2 * memory.size * self._slot_bytes,
             RANK=memory.rank,
             NUM_RANKS=memory.size,
             CUT=cut,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+from core.kernels.peer_flags import await_flags, raise_flags
 
 
 @triton.jit
@@ -28,34 +29,6 @@ def _slot(buffer_ptr, like_ptr, epoch, source, slot_bytes, NUM_RANKS: tl.constex
     index = ((epoch & 1) * NUM_RANKS + source).to(tl.int64)
     pointer = (buffer_ptr + index * slot_bytes).to(like_ptr.dtype)
     return tl.multiple_of(pointer, 16)
-
-
-@triton.jit
-def _raise_flags(
-    buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_RANKS: tl.constexpr
-):
-    """Tell every peer that what this program pushed is there. All of its threads have pushed."""
-    tl.debug_barrier()
-    for distance in tl.static_range(1, NUM_RANKS):
-        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
-        flags = (tl.load(buffers_ptr + peer) + flags_at).to(tl.pointer_type(tl.int32))
-        place = flags + RANK * tl.num_programs(0) + program
-        tl.atomic_xchg(place, epoch, sem="release", scope="sys")
-
-
-@triton.jit
-def _await_flags(
-    buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_RANKS: tl.constexpr
-):
-    """Until every peer has pushed. A peer may be a launch ahead; numbers wrap around."""
-    flags = (tl.load(buffers_ptr + RANK) + flags_at).to(tl.pointer_type(tl.int32))
-    for distance in tl.static_range(1, NUM_RANKS):
-        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
-        place = flags + peer * tl.num_programs(0) + program
-        seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
-        while seen - epoch < 0:
-            seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["slot_bytes", "flags_at"])
@@ -91,8 +64,8 @@ def exchange_kernel(
             slot_ptr = _slot(tl.load(buffers_ptr + peer), x_ptr, epoch, RANK, slot_bytes, NUM_RANKS)
             tl.store(slot_ptr + values, tl.load(part_ptr + values, mask=inside), mask=inside)
     if program < num_chunks:
-        _raise_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
-        _await_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+        raise_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+        await_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
     let_successor_start(DEPENDENT)
     own = tl.load(buffers_ptr + RANK)
     for chunk in range(program, num_chunks, tl.num_programs(0)):

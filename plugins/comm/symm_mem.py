@@ -6,26 +6,20 @@ sizes its choice of protocol. Here one kernel pushes values straight into the pe
 well. torch's symmetric memory connects the buffers; multicast is not used.
 """
 
-import logging
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
+from core.kernels.peer_memory import PeerMemory, connect
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
-from plugins.comm._symm_exchange import PeerExchange, PeerMemory, buffer_bytes
-
-log = logging.getLogger(__name__)
+from plugins.comm._symm_exchange import PeerExchange, buffer_bytes
 
 NUM_PROGRAMS = 64  # of every launch
 _SLOT_BYTES = 4 * 2**20  # beyond, NCCL's bandwidth counts, and its all-reduce sends less
-_MOST_RANKS = 8  # of one host
 
-# By the name of a group: axes of the same ranks share it, and take turns on one stream. Buffers are
-# connected as long as the process lives.
+# By the name of a group: axes of the same ranks share it, and take turns on one stream.
 _memory_of: dict[str, PeerMemory | None] = {}
 
 
@@ -43,7 +37,10 @@ class SymmMemBackend:
         each other's memory NCCL carries everything, and the log says so."""
         assert isinstance(group, ProcessGroup)
         if group.group_name not in _memory_of:
-            _memory_of[group.group_name] = _connect(group)
+            num_bytes = buffer_bytes(group.size(), _SLOT_BYTES, NUM_PROGRAMS)
+            _memory_of[group.group_name] = connect(
+                group, num_bytes, NUM_PROGRAMS, key="comm=symm_mem", instead="NCCL is used"
+            )
         memory = _memory_of[group.group_name]
         return NcclCommunicator(group) if memory is None else SymmMemCommunicator(group, memory)
 
@@ -54,7 +51,7 @@ class SymmMemCommunicator(NcclCommunicator):
 
     def __init__(self, group: ProcessGroup, memory: PeerMemory) -> None:
         super().__init__(group)
-        self._peers = PeerExchange(memory)
+        self._peers = PeerExchange(memory, _SLOT_BYTES)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks; written into `x` where that is contiguous."""
@@ -78,60 +75,3 @@ class SymmMemCommunicator(NcclCommunicator):
         if dim % x.dim() == 0:
             return parts.flatten(0, 1)
         return torch.cat(parts.unbind(0), dim)
-
-
-def _connect(group: ProcessGroup) -> PeerMemory | None:
-    """Buffers that all ranks of a group can write into; None where some can't, which all ranks then
-    agree on."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    size = dist.get_world_size(group)
-    if not _all_can(_reaches_all(device, size), group, device):
-        log.info("comm=symm_mem: %d ranks can't reach each other's memory; NCCL is used", size)
-        return None
-    memory = None
-    try:
-        memory = _exchange_buffers(group, size, device)
-    except RuntimeError as error:  # a container may not allow it
-        log.warning("comm=symm_mem: %s (comm=nccl does without)", str(error).splitlines()[0])
-    # Nobody pushes before the flags of all are zero, which this waits for.
-    if not _all_can(memory is not None, group, device):
-        log.warning("comm=symm_mem: not all of %d ranks could connect; NCCL is used", size)
-        return None
-    return memory
-
-
-def _exchange_buffers(group: ProcessGroup, size: int, device: torch.device) -> PeerMemory:
-    """Raises RuntimeError where the driver or the system refuses."""
-    import torch.distributed._symmetric_memory as symm_mem
-
-    num_bytes = buffer_bytes(size, _SLOT_BYTES, NUM_PROGRAMS)
-    buffer = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
-    handle = symm_mem.rendezvous(buffer, group.group_name)
-    buffer.zero_()
-    _kept.append((buffer, handle))
-    torch.cuda.synchronize(device)
-    return PeerMemory(
-        rank=dist.get_rank(group),
-        size=size,
-        slot_bytes=_SLOT_BYTES,
-        buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
-        epochs=torch.zeros(NUM_PROGRAMS, dtype=torch.int32, device=device),
-    )
-
-
-def _all_can(this_rank: bool, group: ProcessGroup, device: torch.device) -> bool:
-    """Whether all ranks can; waits for them."""
-    can = torch.tensor([int(this_rank)], device=device)
-    dist.all_reduce(can, dist.ReduceOp.MIN, group=group)
-    return bool(can.item())
-
-
-_kept: list[object] = []  # what the addresses in `_memory_of` belong to
-
-
-def _reaches_all(device: torch.device, size: int) -> bool:
-    """Whether the ranks can be GPUs of this host, all within reach of this one."""
-    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-    if not 1 < size <= min(_MOST_RANKS, len(others) + 1):
-        return False
-    return all(torch.cuda.can_device_access_peer(device, other) for other in others)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plugins.comm._symm_exchange import PeerExchange, PeerMemory, buffer_bytes
+from core.kernels.peer_memory import PeerMemory
+from plugins.comm._symm_exchange import PeerExchange, buffer_bytes
 
 SLOT_BYTES = 4096 * 3
 NUM_PROGRAMS = 2
@@ -37,7 +38,7 @@ def connect(rank: int, size: int, folder: Path) -> PeerMemory:
     _kept = buffers
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
     epochs = torch.zeros(NUM_PROGRAMS, dtype=torch.int32)
-    return PeerMemory(rank, size, SLOT_BYTES, addresses, epochs)
+    return PeerMemory(rank, size, addresses, epochs)
 
 
 _kept: list[Tensor] = []
@@ -46,7 +47,7 @@ _kept: list[Tensor] = []
 def main() -> None:
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     memory = connect(rank, size, folder)
-    exchange, in_two = PeerExchange(memory), PeerExchange(memory, direct_bytes=0)
+    exchange, in_two = PeerExchange(memory, SLOT_BYTES), PeerExchange(memory, SLOT_BYTES, 0)
     results: dict[str, np.ndarray] = {}
     for turn, count in enumerate(SIZES):
         for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from plugins.comm import symm_mem
+from core.kernels import peer_memory
 
 
 @pytest.fixture
@@ -18,17 +18,17 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         said["asked"].append(this_rank)
         return this_rank and said["others"][len(said["asked"]) - 1]
 
-    monkeypatch.setattr(symm_mem, "_all_can", all_can)
-    monkeypatch.setattr(symm_mem, "_reaches_all", lambda device, size: True)
+    monkeypatch.setattr(peer_memory, "_all_can", all_can)
+    monkeypatch.setattr(peer_memory, "_reaches_all", lambda device, size: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(symm_mem.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(symm_mem, "_exchange_buffers", lambda group, size, device: "memory")
+    monkeypatch.setattr(peer_memory.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(peer_memory, "_exchange_buffers", lambda *_: "memory")
     return said
 
 
 def connect() -> object:
     group: Any = object()
-    return symm_mem._connect(group)
+    return peer_memory.connect(group, 1, 1, key="comm=symm_mem", instead="NCCL is used")
 
 
 def test_ranks_that_all_can_are_connected(ranks: dict[str, Any]) -> None:
@@ -36,10 +36,10 @@ def test_ranks_that_all_can_are_connected(ranks: dict[str, Any]) -> None:
     assert ranks["asked"] == [True, True]
 
 
-def test_one_out_of_reach_leaves_all_to_nccl(
+def test_one_out_of_reach_leaves_all_unconnected(
     ranks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(symm_mem, "_reaches_all", lambda device, size: False)
+    monkeypatch.setattr(peer_memory, "_reaches_all", lambda device, size: False)
     assert connect() is None
     assert ranks["asked"] == [False]
 
@@ -47,14 +47,14 @@ def test_one_out_of_reach_leaves_all_to_nccl(
 def test_a_refusal_of_the_system_is_told_and_agreed_on(
     ranks: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(group: object, size: int, device: torch.device) -> object:
+    def refuse(*_: object) -> object:
         raise RuntimeError("pidfd_getfd: not permitted\nand more")
 
-    monkeypatch.setattr(symm_mem, "_exchange_buffers", refuse)
+    monkeypatch.setattr(peer_memory, "_exchange_buffers", refuse)
     with caplog.at_level(logging.WARNING):
         assert connect() is None
     assert ranks["asked"] == [True, False]
-    assert "pidfd_getfd: not permitted (comm=nccl does without)" in caplog.text
+    assert "comm=symm_mem: pidfd_getfd: not permitted; NCCL is used" in caplog.text
 
 
 def test_a_peer_that_was_refused_counts_for_all(ranks: dict[str, Any]) -> None:
