@@ -153,12 +153,13 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 EXPERT_MODELS = ("qwen3_moe", "mixtral", "deepseek_v3", "deepseek_v2_lite", "deepseek_v2")
 
 
-def write_tiny_model(folder: Path, name: str, seed: int = 0) -> Path:
-    """A Hugging Face folder with random float32 weights and a byte tokenizer."""
+def write_tiny_model(folder: Path, name: str, seed: int = 0, **sizes: Any) -> Path:
+    """A Hugging Face folder with random float32 weights and a byte tokenizer. `sizes`: other values
+    of its config."""
     import transformers
 
     prefix, changes = TINY_MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**(TINY | changes))
+    config = getattr(transformers, f"{prefix}Config")(**(TINY | changes | sizes))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).float()
     with torch.no_grad():  # what transformers starts at 0 or 1 would hide mistakes
