@@ -17,7 +17,9 @@ from core.parallel.eplb import nodes_of_groups
 from core.parallel.experts import expert_problems
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
+from core.schema import did_you_mean
 
+MAX_SHOWN = 60  # characters of a stranger's name in an error
 PAGE_SIZE = 16
 # The fast latent kernel of Hopper GPUs copies tiles of 64 tokens, each out of one page, as FlashMLA
 # does; vLLM and SGLang choose 64 for such models too.
@@ -225,6 +227,7 @@ def find_family(
     name = config.model.family
     if name == "auto":
         name = files.hf_config["architectures"][0]
+        _require_family(name, plugins)
     family: ModelFamily = plugins.table("model").create(PluginChoice(name=name))
     try:
         spec = family.parse(files.hf_config)
@@ -232,6 +235,19 @@ def find_family(
     except ModelKeyError as error:
         raise error.named(files.key_names) from error
     return family, spec
+
+
+def _require_family(architecture: str, plugins: PluginManager) -> None:
+    """Raise ModelError where no model plugin serves what the checkpoint says that it is."""
+    known = sorted(plugins.table("model"))
+    if architecture not in known:
+        shown = architecture[:MAX_SHOWN] + "..." * (len(architecture) > MAX_SHOWN)
+        raise ModelKeyError(
+            "architectures",
+            f"={[shown]!r} is served by no model plugin{did_you_mean(shown, known)}\n"
+            f"served: {', '.join(known)}; model.family=NAME takes it for one of these, where it is "
+            "computed like it",
+        )
 
 
 def _require_stored(spec: ModelSpec, num_tensors: int) -> None:

@@ -5,6 +5,7 @@ the files hold.
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,17 @@ MAX_JSON_BYTES = 64 << 20  # of a config; tokenizer.json and an index have limit
 MAX_TEMPLATE_BYTES = 4 << 20  # of a chat template; published ones have some 20 KB
 MAX_DEPTH = 64  # of JSON objects and lists in each other
 _LARGEST_INT = 1 << 63
+_FETCH = "repair it, or fetch it again"
+# What other programs write into JSON, by what it begins with.
+_NO_JSON = {
+    b"NaN": "NaN is no JSON; allowed: null, or the key left out",
+    b"Infinity": "Infinity is no JSON; allowed: a number, null, or the key left out",
+    b"\xef\xbb\xbf": "it begins with a byte order mark; save it as UTF-8 without one",
+    b"\xff\xfe": "it is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8",
+    b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file itself (git lfs pull)",
+    b"<": "it looks like a web page; fetch the file itself",
+}
 _T = TypeVar("_T")
 
 _KINDS = (
@@ -78,9 +90,26 @@ def decode_json(path: Path, content: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not a JSON object: {error}") from error
+        words = _json_words(content, str(error))
+        raise ModelError(f"{path} is not a JSON object: {words}") from error
     except RecursionError as error:
-        raise ModelError(f"{path} is not a JSON object: nested too deeply") from error
+        raise ModelError(f"{path} is not a JSON object: nested too deeply; {_FETCH}") from error
+
+
+def _json_words(content: bytes, error: str) -> str:
+    """What is wrong with a JSON file, where, and what to do."""
+    found = re.search(r" \(byte (\d+)\)$", error)
+    at = int(found[1]) if found else 0
+    # A number is begun before the decoder knows that it is none.
+    starts = [content[max(0, at - back) : at + 32] for back in (0, 1)]
+    line = content[:at].count(b"\n") + 1
+    place = f" (line {line})" if at else ""
+    for beginning, words in _NO_JSON.items():
+        if any(start.startswith(beginning) for start in starts):
+            return words.replace(" is no JSON", f"{place} is no JSON")
+    if not content.strip():
+        return f"it is empty; {_FETCH}"
+    return f"{error[: found.start() if found else None]}{place}; {_FETCH}"
 
 
 def _check_value(path: Path, key: str, value: object) -> None:
@@ -97,5 +126,8 @@ def _check_value(path: Path, key: str, value: object) -> None:
             elif isinstance(item, list):
                 below += item
             elif isinstance(item, int) and not -_LARGEST_INT <= item < _LARGEST_INT:
-                raise ModelError(f"{path}: {key[:100]} holds a number of more than 64 bits")
+                raise ModelError(
+                    f"{path}: {key[:100]} holds a number of more than 64 bits; allowed: from "
+                    "-2**63 to 2**63 - 1"
+                )
         level = below

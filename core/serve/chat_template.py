@@ -41,14 +41,19 @@ class ChatTemplate:
         deadline_s: float = DEADLINE_S,
         max_characters: int = MAX_CHARACTERS,
     ) -> None:
-        """Raises ModelError where the template has a syntax error."""
+        """Raises ModelError where the template can't be compiled."""
         self._environment = TemplateEnvironment(deadline_s, max_characters)
         self._special_tokens = dict(special_tokens)
         try:
             self._template = self._environment.from_string(source)
             tree = self._environment.parse(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the checkpoint's chat template is broken: {error}") from error
+        except Exception as error:  # jinja2's own, and Python's where what jinja2 makes of it fails
+            words = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise ModelError(
+                f"the checkpoint's chat template is broken: {words[:300] or type(error).__name__}; "
+                "repair it where the checkpoint keeps it (chat_template.jinja, "
+                "tokenizer_config.json, or a GGUF file's tokenizer.chat_template)"
+            ) from error
         undeclared = jinja2.meta.find_undeclared_variables(tree)
         self.variables = frozenset(undeclared - self._environment.globals.keys())
         self.form: MessageForm = probe(

@@ -11,7 +11,6 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from core.errors import ModelError
 from core.loading.tokenizer_settings import EXTRA_TOKENS
 
 _PROBE = "a"
@@ -29,7 +28,8 @@ _FLAG_CLASSES = {
 def apply_settings(
     backend: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> None:
-    """Change `backend` to what the config says. `special_tokens`: texts by name, as "bos_token"."""
+    """Change `backend` to what the config says. `special_tokens`: texts by name, as "bos_token".
+    May raise whatever the library does (core.serve.panics)."""
     _mark_special(backend, [*special_tokens.values(), *_extra_tokens(config)])
     if config.get("split_special_tokens"):
         backend.encode_special_tokens = True
@@ -95,11 +95,8 @@ def _with(backend: Tokenizer, wanted: bool, token: str | None, around: list[str]
 
 def _around(backend: Tokenizer) -> tuple[list[str], list[str]]:
     """What the tokenizer puts before and after a text."""
-    try:
-        plain = backend.encode(_PROBE, add_special_tokens=False).tokens
-        whole = backend.encode(_PROBE).tokens
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"tokenizer.json can't tokenize {_PROBE!r}: {str(error)[:300]}") from error
+    plain = backend.encode(_PROBE, add_special_tokens=False).tokens
+    whole = backend.encode(_PROBE).tokens
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]

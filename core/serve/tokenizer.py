@@ -19,6 +19,7 @@ from core.serve.byte_table import REPLACEMENT, byte_of_piece, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
 from core.serve.messages import check_messages, text_size
+from core.serve.panics import building, without_panics
 from core.serve.special_tokens import apply_settings
 
 
@@ -66,29 +67,31 @@ class HfTokenizer:
                 f"there is no tokenizer: {path} does not exist; convert the checkpoint's tokenizer "
                 "to tokenizer.json (transformers' save_pretrained writes it)"
             )
-        try:
+        with building(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ModelError(f"{path} is not a tokenizer: {str(error)[:300]}") from error
         config = _read_json(folder / "tokenizer_config.json")
         check_settings(folder / "tokenizer_config.json", config)
         generation = _read_json(folder / "generation_config.json")
         found = list(eos_ids) or _as_list(generation.get("eos_token_id"))
         special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-        apply_settings(backend, config, special_tokens)
-        return cls(
-            backend,
-            special_tokens=special_tokens,
-            chat_templates=_chat_templates(folder, config),
-            eos_ids=found,
-        )
+        chat_templates = _chat_templates(folder, config)
+        with building(path):
+            apply_settings(backend, config, special_tokens)
+            return cls(
+                backend,
+                special_tokens=special_tokens,
+                chat_templates=chat_templates,
+                eos_ids=found,
+            )
 
+    @without_panics
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # Unlike `encode` this lets other threads run meanwhile, and makes no offsets.
         [found] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = found.ids
         return ids
 
+    @without_panics
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
@@ -97,6 +100,7 @@ class HfTokenizer:
         """The token alone as text, as logprobs report it; "" beyond the vocabulary."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    @without_panics
     def token_bytes(self, token_id: int) -> bytes:
         if self._byte_table is not None:
             pieces = self._byte_table.of_token
@@ -166,6 +170,7 @@ class HfTokenizer:
         skip = self._special_ids if skip_special_tokens else frozenset()
         return WindowDetokenizer(self._decode_window, skip, prompt_ids)
 
+    @without_panics
     def _decode_window(self, token_ids: Sequence[int]) -> str:
         text: str = self._backend.decode(token_ids, skip_special_tokens=False)
         return text

@@ -133,6 +133,15 @@ def files_of(**changes: Any) -> ModelFiles:
         ({"hidden_size": -1}, "^m.gguf: metadata llama.embedding_length=-1 is not supported"),
         ({"vocab_size": -1}, "^config.json: vocab_size=-1 is not supported"),
         ({"num_hidden_layers": 31}, "num_hidden_layers=31: the files hold 30 tensors"),
+        (
+            {"architectures": ["Llama4ForCausalLM"]},
+            r"^config.json: architectures=\['Llama4ForCausalLM'\] is served by no model plugin; "
+            r"did you mean 'LlamaForCausalLM'\?\nserved: Deepseek",
+        ),
+        (
+            {"architectures": ["x" * 9999]},
+            r"^config.json: architectures=\['x{60}\.\.\.'\] is served",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_served_is_named_by_the_files_own_key(

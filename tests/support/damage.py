@@ -1,4 +1,5 @@
-"""Seeded damage to the files of a checkpoint: odd values in JSON, odd bytes in anything."""
+"""Seeded damage to the files of a checkpoint: odd values in JSON, odd words in chat templates, odd
+bytes in anything."""
 
 import copy
 import json
@@ -18,6 +19,30 @@ WORDS = (
     "quant_method", "weight_block_size", "original_max_position_embeddings", "attention_factor",
     "low_freq_factor", "high_freq_factor", "beta_fast", "mscale", "name", "template", "weight_map",
 )  # fmt: skip
+TEMPLATE_PIECES = (
+    "{{", "}}", "{%", "%}", "{#", "#}", "-%}", "{% if", "{% endif %}", "{% for m in messages %}",
+    "{% endfor %}", "{% macro f(x) %}", "{% endmacro %}", "{{ f(f) }}", "{% set x = messages %}",
+    "{% include 'a' %}", "{% import 'a' as b %}", "{% extends 'a' %}", "{% block a %}", "{% raw %}",
+    "{% generation %}", "{% break %}", "{% continue %}", "{{ 1 / 0 }}", "{{ 2 ** 9999 }}",
+    "{{ messages[9] }}", "{{ messages.append(1) }}", "{{ ''.__class__ }}", "{{ x|tojson }}",
+    "{{ x|foo }}", "{{ foo(1) }}", "{{ raise_exception(1) }}", "{{ raise_exception() }}",
+    "{{ strftime_now('%Q') }}", "{{ strftime_now(1) }}", "{{ namespace(1) }}", "{{ dict(1) }}",
+    "{{ range(10**9) }}", "{{ '%s' % x }}", "{{ 'x' * 10**6 }}", "{{ {}[[]] }}", "|", "(", ")", "[",
+    "]", "'", '"', "\\", "~", "not ", " in ", "none", "\u2028", "\x00", "\ud7ff", "content", "role",
+)  # fmt: skip
+
+
+def damaged_template(draw: random.Random, source: str) -> str:
+    """Pieces of jinja put in, taken out, doubled or moved."""
+    for _ in range(draw.choice([1, 1, 2, 4])):
+        start = draw.randrange(len(source) + 1)
+        end = start + draw.choice([0, 0, 1, 3, 20, 200])
+        kind = draw.randrange(4)
+        put = {0: "", 1: source[start:end] * draw.choice([2, 50])}.get(
+            kind, draw.choice(TEMPLATE_PIECES) * draw.choice([1, 1, 1, 300])
+        )
+        source = source[:start] + put + source[end:]
+    return source
 
 
 def odd_value(draw: random.Random) -> Any:

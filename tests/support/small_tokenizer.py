@@ -11,6 +11,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 
@@ -68,6 +69,48 @@ def byte_fallback() -> Tokenizer:
     # Trained as special to get their ids; byte tokens are ordinary pieces of the vocabulary.
     content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 3]
     return Tokenizer.from_str(json.dumps(content))
+
+
+@cache
+def word_pieces() -> Tokenizer:
+    """BERT style: text is lowercased and stripped of accents, unknown words are one token."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return tokenizer
+
+
+@cache
+def unigram() -> Tokenizer:
+    """T5 style: pieces with scores, ▁ for a space, text in NFKC."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    return tokenizer
+
+
+KINDS = {
+    "byte_level": byte_level,
+    "byte_fallback": byte_fallback,
+    "word_pieces": word_pieces,
+    "unigram": unigram,
+}
 
 
 def write_folder(

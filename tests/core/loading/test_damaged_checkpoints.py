@@ -8,16 +8,19 @@ long with other seeds, and loads what it may.
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from core.config import ModelConfig
-from core.errors import ModelError, NodeweaveError
+from core.errors import ModelError, NodeweaveError, RequestError
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
 from core.loading.generation import IGNORED as GENERATION_IGNORED
@@ -27,17 +30,22 @@ from core.loading.tokenizer_settings import READ as TOKENIZER_READ
 from core.parallel.plan import Plan
 from core.plugin_manager import PluginManager
 from core.resolve import find_family
+from core.serve.panics import LibraryError
 from core.serve.tokenizer import HfTokenizer
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
-from tests.support.damage import damaged_bytes, damaged_json
+from tests.support import small_tokenizer
+from tests.support.damage import damaged_bytes, damaged_json, damaged_template
 from tests.support.engine import app_config
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, ignore_progress, run_model
+from tests.support.template_manners import MANNERS
 
 Folder = Callable[[str], Path]
 SECONDS = float(os.environ.get("NODEWEAVE_FUZZ_SECONDS", "0"))
 NUM_CASES = 40  # of each kind of file, where no time is given
 MOST_POSITIONS = 1 << 16  # whose rotary angles are computed here
+MOST_MIB = 1024  # by which one case may raise the most that this process has held
+FILES = re.compile(r"config\.json|tokenizer|safetensors|\.gguf|chat template")
 LONGEST_S = 20.0  # of processor time, in one case: what takes long takes minutes
 KEYS = {
     "llama": llama.LLAMA_KEYS,
@@ -52,6 +60,11 @@ SETTINGS = {
     "generation_config.json": sorted({*GENERATION_READ, *GENERATION_NEUTRAL, *GENERATION_IGNORED}),
     "tokenizer_config.json": sorted(TOKENIZER_READ),
 }
+TOKENIZER_PARTS = (
+    "type", "pattern", "Regex", "String", "behavior", "decoders", "normalizers", "pretokenizers",
+    "processors", "special_tokens", "single", "pair", "precompiled_charsmap", "replacement",
+    "prepend_scheme", "cls", "sep", "trim_offsets", "add_prefix_space", "unk_id", "scores",
+)  # fmt: skip
 PLUGINS = PluginManager.load([])
 
 
@@ -75,22 +88,73 @@ def seeds(kind: str) -> Iterator[random.Random]:
 def serve(path: Path) -> str | None:
     """What the processes of a server do with these files before weights are read; the words of the
     error where there is one."""
-    begin = time.process_time()
+    begin, held_mib = time.process_time(), most_held_mib()
     try:
         files = resolve_files(ModelConfig(name="m", path=str(path)), ignore_progress)
         line = msgspec.json.encode(files)  # what the other processes are told
         assert msgspec.json.decode(line, type=ModelFiles) == files
         find_family(app_config(ModelConfig(name="m")), PLUGINS, files)
         tokenizer = HfTokenizer.from_folder(files.tokenizer_dir, files.eos_ids)
-        tokenizer.decode(tokenizer.encode("Hello <|end|>"))
+        use(tokenizer)
     except NodeweaveError as error:
         words = str(error)
         words.encode()  # an error that can't be shown is none
         assert len(words) < 4000, words[:300]
+        assert FILES.search(words), words
         return words
     finally:
         assert time.process_time() - begin < LONGEST_S
+        assert most_held_mib() - held_mib < MOST_MIB
     return None
+
+
+def render(folder: Path) -> str | None:
+    """What the text service does with a template; the words of the error where there is one."""
+    try:
+        tokenizer = HfTokenizer.from_folder(folder, [])
+        tokenizer.compile_templates()
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    except (ModelError, RequestError) as error:
+        return str(error)
+    return None
+
+
+def most_held_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+@contextmanager
+def one_request() -> Iterator[None]:
+    """Let pass what the library raises; not what a fault of ours would."""
+    try:
+        yield
+    except LibraryError:
+        pass
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+
+
+def use(tokenizer: HfTokenizer) -> None:
+    """What the frontend does with a tokenizer."""
+    with one_request():
+        ids = tokenizer.encode("Hello <|end|> h\u00e9")
+        tokenizer.decode(ids)
+    answers: list[tuple[list[int], list[int]]] = [
+        ([], [*range(300)]),
+        ([1, 2], [5, 300, 1 << 20, 3]),
+        ([250], [250] * 9),
+    ]
+    for prompt, answer in answers:
+        for skip in (True, False):
+            with one_request():
+                detokenizer = tokenizer.detokenizer(skip_special_tokens=skip, prompt_ids=prompt)
+                for token_id in answer:
+                    detokenizer.add([token_id])
+                detokenizer.finish()
+    for token_id in (0, 1, 200, 300, 1 << 20):
+        with one_request():
+            tokenizer.token_text(token_id)
 
 
 def load(path: Path) -> bool:
@@ -146,12 +210,35 @@ def test_damaged_settings_are_refused_or_served(
         serve(folder)
 
 
-def test_a_damaged_tokenizer_is_refused_or_served(tiny_folder: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bytes", *small_tokenizer.KINDS])
+def test_a_damaged_tokenizer_is_refused_or_served(
+    kind: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
     folder = copied(tiny_folder("llama"), tmp_path / "m")
+    if kind in small_tokenizer.KINDS:
+        rewrite(folder / "tokenizer.json", small_tokenizer.KINDS[kind]().to_str().encode())
     content = json.loads((folder / "tokenizer.json").read_text())
-    for draw in seeds("tokenizer"):
-        rewrite(folder / "tokenizer.json", damaged_json(draw, content, list(content)))
+    keys = [*content, *content["model"], *TOKENIZER_PARTS]
+    for draw in seeds(f"tokenizer {kind}"):
+        rewrite(folder / "tokenizer.json", damaged_json(draw, content, keys))
         serve(folder)
+
+
+def test_a_damaged_chat_template_is_refused_or_rendered(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    folder = copied(tiny_folder("llama"), tmp_path / "m")
+    sources, rendered = sorted(MANNERS), 0
+    for draw in seeds("template"):
+        source = damaged_template(draw, MANNERS[draw.choice(sources)])
+        rewrite(folder / "chat_template.jinja", source.encode())
+        begin, held_mib = time.process_time(), most_held_mib()
+        words = render(folder)
+        rendered += words is None
+        assert words is None or ("chat template" in words and len(words) < 4000), words[:300]
+        assert time.process_time() - begin < LONGEST_S
+        assert most_held_mib() - held_mib < MOST_MIB
+    assert rendered
 
 
 @pytest.mark.parametrize("kind", ["header", "index"])

@@ -242,6 +242,38 @@ Damage = Callable[[Path], object]
 DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["is not a JSON object"]),
+    "config is empty": (
+        lambda f: (f / "config.json").write_text("  "),
+        ["config.json is not a JSON object: it is empty; repair it, or fetch it again"],
+    ),
+    "config with NaN": (
+        lambda f: (f / "config.json").write_text('{\n "a": 1,\n "b": [NaN]}'),
+        ["config.json is not a JSON object: NaN (line 3) is no JSON; allowed: null"],
+    ),
+    "config with an infinite number": (
+        lambda f: (f / "config.json").write_text('{"a": -Infinity}'),
+        ["Infinity (line 1) is no JSON"],
+    ),
+    "config with a byte order mark": (
+        lambda f: (f / "config.json").write_text("{}", encoding="utf-8-sig"),
+        ["byte order mark"],
+    ),
+    "config in UTF-16": (
+        lambda f: (f / "config.json").write_text("{}", encoding="utf-16"),
+        ["it is UTF-16"],
+    ),
+    "config is a pointer": (
+        lambda f: (f / "config.json").write_text("version https://git-lfs.github.com/spec/v1"),
+        ["config.json is not a JSON object: it is a pointer of Git LFS"],
+    ),
+    "config is a web page": (
+        lambda f: (f / "config.json").write_text("<!doctype html>"),
+        ["it looks like a web page"],
+    ),
+    "config with a comma too many": (
+        lambda f: (f / "config.json").write_text('{\n "a": 1,\n}'),
+        ["(line 3); repair it, or fetch it again"],
+    ),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), ["is not a JSON object"]),
     "no architecture": (lambda f: edit_config(f, architectures=None), ["architectures=None"]),
     "no weights": (
