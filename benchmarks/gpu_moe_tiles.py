@@ -102,11 +102,15 @@ _FEW_FP8: dict[bool, list[_Values]] = {
 _MANY_FP8: dict[bool, list[_Values]] = {
     True: [
         (128, 128, 8, 3, False, 0),
+        (128, 128, 8, 3, False, 1),
+        (128, 128, 8, 4, False, 0),
         (128, 128, 8, 4, False, 1),
         (128, 128, 4, 3, True, 0),
         (128, 128, 8, 3, True, 1),
     ],
     False: [
+        (128, 128, 8, 3, False, 0),
+        (128, 128, 8, 3, False, 1),
         (128, 128, 8, 4, False, 0),
         (128, 128, 8, 4, False, 1),
         (128, 128, 4, 4, True, 0),
