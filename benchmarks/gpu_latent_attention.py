@@ -79,7 +79,7 @@ def time_expanded(num_heads: int, sequences: int, cached: int, rows: int) -> flo
     backend, batch, cache = make(num_heads, [rows] * sequences, [cached + rows] * sequences)
     q, out = (normal(sequences * rows, num_heads, size) for size in (NOPE + ROPE, VALUE))
     tokens = min(backend.group_tokens, sequences * (cached + rows))
-    keys, values = normal(tokens, num_heads, NOPE + ROPE), normal(tokens, num_heads, VALUE)
+    keys, values = normal(tokens, num_heads, NOPE), normal(tokens, num_heads, VALUE)
     plan = backend.plan(batch)
     return microseconds(
         lambda: backend.expanded(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from core.interfaces.attention import SequenceBatch
 
-# (X, Z) cached vectors -> keys (X, H, D) and values (X, H, V) of this rank's heads.
+# (X, Z) cached vectors -> non-rotary keys (X, H, N) and values (X, H, V) of this rank's heads. The
+# rotary part of a key is that of the cached vector, for every head.
 Expand = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -91,7 +92,7 @@ class LatentProjections(Protocol):
         ...
 
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (X, H, D), rotary part included, and values (X, H, V)."""
+        """Non-rotary keys (X, H, N) and values (X, H, V)."""
         ...
 
 

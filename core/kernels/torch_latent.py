@@ -55,3 +55,9 @@ class TorchLatentOps:
         real_R = (slots_T >= 0).nonzero()[:, 0]
         cache_BPZ.flatten(0, 1)[slots_T[real_R]] = prepared_TZ[real_R].to(cache_BPZ.dtype)
         return turned_THR
+
+
+def whole_keys(k_XHN: Tensor, k_XR: Tensor) -> Tensor:
+    """Keys (X, H, N + R) of every head; their rotary part is the same."""
+    k_XHR = k_XR.unsqueeze(1).expand(-1, k_XHN.shape[1], -1)
+    return torch.cat((k_XHN, k_XHR), dim=2)

@@ -25,10 +25,13 @@ def _rotate_pairs(
 ):  # fmt: skip
     heads_H = tl.arange(0, BLOCK_H)
     columns_F = tl.arange(0, BLOCK_F)
+    columns_R = tl.arange(0, 2 * BLOCK_F)
     inside_HF = (heads_H[:, None] < num_heads) & (columns_F[None, :] < half)
-    pairs_HF = x_ptr + heads_H[:, None] * head_stride + 2 * columns_F[None, :]
-    even_HF = tl.load(pairs_HF, mask=inside_HF, other=0.0).to(tl.float32)
-    odd_HF = tl.load(pairs_HF + 1, mask=inside_HF, other=0.0).to(tl.float32)
+    inside_HR = (heads_H[:, None] < num_heads) & (columns_R[None, :] < 2 * half)
+    # Whole vectors are read and pairs parted in registers: one by one, loads would be of two bytes.
+    places_HR = x_ptr + heads_H[:, None] * head_stride + columns_R[None, :]
+    pairs_HR = tl.load(places_HR, mask=inside_HR, other=0.0).to(tl.float32)
+    even_HF, odd_HF = tl.split(tl.reshape(pairs_HR, (BLOCK_H, BLOCK_F, 2)))
     # In place a pair's results go where other threads' pairs came from: all must have been read.
     tl.debug_barrier()
     first_HF = even_HF * cos_F[None, :] - odd_HF * sin_F[None, :]

@@ -128,12 +128,11 @@ class LatentExpansion:
         torch.bmm(out_THC.transpose(0, 1), self._value_HCV, out=out_THV.transpose(0, 1))
 
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (X, H, D), rotary part included, and values (X, H, V)."""
+        """Non-rotary keys (X, H, N) and values (X, H, V)."""
         num_heads, _, rank = self._key_HNC.shape
         kv_XHY = self._expand(cached_XZ[:, :rank]).view(-1, num_heads, sum(self._split))
-        k_nope_XHN, v_XHV = kv_XHY.split_with_sizes(self._split, dim=2)
-        k_rope_XHR = cached_XZ[:, None, rank:].expand(-1, num_heads, -1)
-        return torch.cat((k_nope_XHN, k_rope_XHR), dim=2), v_XHV
+        k_XHN, v_XHV = kv_XHY.split_with_sizes(self._split, dim=2)
+        return k_XHN, v_XHV
 
 
 class _LowRankQueries:

@@ -17,6 +17,7 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
+from core.kernels.torch_latent import whole_keys
 from plugins.attention._cpu_backend import CpuBackend
 from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots
 
@@ -77,7 +78,9 @@ class CpuLatentBackend:
         q_HTW, out_HTV = self._heads_first(q_THD), out_THV.transpose(0, 1)
         merged: _Merged | None = None  # of the sequence that is under way
         for pieces, slots_X in plan.groups:
-            k_XHD, v_XHV = expand(slots_YZ.index_select(0, slots_X))
+            cached_XZ = slots_YZ.index_select(0, slots_X)
+            k_XHN, v_XHV = expand(cached_XZ)
+            k_XHD = whole_keys(k_XHN, cached_XZ[:, self._spec.latent_dim :])
             k_HXW, v_HXW = self._heads_first(k_XHD), self._heads_first(v_XHV)
             for piece in pieces:
                 parts = list(_parts(piece))

@@ -12,6 +12,7 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
+from core.kernels.torch_latent import whole_keys
 from plugins.attention._torch_ref_backend import attend, each_sequence
 
 
@@ -46,7 +47,12 @@ class TorchRefLatentBackend:
         self, plan: object, cache_BPZ: Tensor, q_THD: Tensor, expand: Expand, out_THV: Tensor
     ) -> None:
         """Attend each sequence to the keys and values of all its tokens."""
-        self._forward(plan, cache_BPZ, q_THD, expand, out_THV)
+
+        def every_head(cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
+            k_XHN, v_XHV = expand(cached_XZ)
+            return whole_keys(k_XHN, cached_XZ[:, self._spec.latent_dim :]), v_XHV
+
+        self._forward(plan, cache_BPZ, q_THD, every_head, out_THV)
 
     def _forward(
         self,

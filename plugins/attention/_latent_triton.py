@@ -22,7 +22,7 @@ from plugins.attention._latent_portable import block_of
 from plugins.attention._latent_triton_kernels import expanded_kernel
 from plugins.attention._triton_device import TritonDevice, describe
 
-# Keys and values of a group take at most this much, unless one token has more.
+# Non-rotary keys and values of a group take at most this much, unless one token has more.
 _EXPANDED_BYTES = 256 * 1024 * 1024
 
 
@@ -71,7 +71,7 @@ class TritonLatentBackend:
         self._cached_dim = spec.latent_dim + spec.rope_dim
         self.absorbed_attention = AbsorbedAttention(spec)
         self.expanded_tiles = _expanded_tiles(spec, self._wide, device)
-        token_values = spec.num_heads * (spec.nope_dim + spec.rope_dim + spec.value_dim)
+        token_values = spec.num_heads * (spec.nope_dim + spec.value_dim)
         self.group_tokens = max(1, _EXPANDED_BYTES // (token_values * spec.dtype.itemsize))
 
     def plan(self, batch: SequenceBatch) -> "_Plan":
@@ -93,23 +93,27 @@ class TritonLatentBackend:
         assert q_THD.stride(2) == out_THV.stride(2) == 1
         slots_YZ = cache_BPZ.view(-1, self._cached_dim)
         for group in plan.expanded.groups:
-            k_XHD, v_XHV = expand(slots_YZ.index_select(0, group.slots_X))
-            assert k_XHD.stride(2) == v_XHV.stride(2) == 1
-            self._attend_group(plan.expanded, group, q_THD, k_XHD, v_XHV, out_THV)
+            cached_XZ = slots_YZ.index_select(0, group.slots_X)
+            k_XHN, v_XHV = expand(cached_XZ)
+            assert k_XHN.stride(2) == v_XHV.stride(2) == 1
+            k_XR = cached_XZ[:, self.spec.latent_dim :]
+            self._attend_group(plan.expanded, group, q_THD, k_XHN, k_XR, v_XHV, out_THV)
 
     def _attend_group(
         self,
         plan: _Expanded,
         group: _Group,
         q_THD: Tensor,
-        k_XHD: Tensor,
+        k_XHN: Tensor,
+        k_XR: Tensor,
         v_XHV: Tensor,
         out_THV: Tensor,
     ) -> None:
         spec, tiles = self.spec, self.expanded_tiles
         expanded_kernel[(group.blocks_6.shape[0], spec.num_heads)](
             q_THD,
-            k_XHD,
+            k_XHN,
+            k_XR,
             v_XHV,
             out_THV,
             out_THV if plan.state_THV is None else plan.state_THV,
@@ -117,8 +121,9 @@ class TritonLatentBackend:
             group.blocks_6,
             q_THD.stride(0),
             q_THD.stride(1),
-            k_XHD.stride(0),
-            k_XHD.stride(1),
+            k_XHN.stride(0),
+            k_XHN.stride(1),
+            k_XR.stride(0),
             v_XHV.stride(0),
             v_XHV.stride(1),
             out_THV.stride(0),

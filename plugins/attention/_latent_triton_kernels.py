@@ -1,7 +1,7 @@
 """Triton kernel of expanded latent attention; the absorbed one is in _latent_decode_kernels.
 
-Dimensions of keys lie in two tiles, so that 128 + 64 of them are not padded to 256. Scores are kept
-in units of log2.
+Dimensions of keys lie in two tiles: 128 + 64 of them are not padded to 256, and the rotary ones,
+which all heads share, are read from the cached vectors. Scores are kept in units of log2.
 
 Shape legend: see core.interfaces.latent_attention; M rows of a tile (heads, or new tokens of one
 head), N tokens of a tile, K splits of a row's context. C, R, N and V are padded to powers of two.
@@ -30,8 +30,10 @@ def _attend_tile(
     num_tokens,
     seen_M,
     k_ptr,
+    k_rope_ptr,
     v_ptr,
     k_stride,
+    k_rope_stride,
     v_stride,
     scale_log2,
     MASKED: tl.constexpr,
@@ -56,7 +58,7 @@ def _attend_tile(
         k_ptr_T1 + columns_N[None, :], mask=inside_T1 & (columns_N < NOPE_DIM)[None, :], other=0.0
     )
     k_TR = tl.load(
-        k_ptr_T1 + NOPE_DIM + columns_R[None, :],
+        k_rope_ptr + tokens_T[:, None].to(tl.int64) * k_rope_stride + columns_R[None, :],
         mask=inside_T1 & (columns_R < ROPE_DIM)[None, :],
         other=0.0,
     )
@@ -81,6 +83,7 @@ def _attend_tile(
 def expanded_kernel(
     q_ptr,
     k_ptr,
+    k_rope_ptr,
     v_ptr,
     out_ptr,
     state_ptr,
@@ -90,6 +93,7 @@ def expanded_kernel(
     q_head_stride,
     k_stride,
     k_head_stride,
+    k_rope_stride,
     v_stride,
     v_head_stride,
     out_stride,
@@ -154,6 +158,7 @@ def expanded_kernel(
         acc_MV = tl.load(state_ptr_MV, mask=valid_MV, other=0.0)
 
     k_ptr += place * k_stride + head * k_head_stride
+    k_rope_ptr += place * k_rope_stride
     v_ptr += place * v_stride + head * v_head_stride
     seen_M = position - piece_token + tile_M  # the last token of the piece that a row sees
     num_tokens = tl.minimum(position + num_rows - piece_token, piece_tokens)
@@ -161,13 +166,13 @@ def expanded_kernel(
     for first_token in range(0, num_unmasked, BLOCK_T):
         most_M, sum_M, acc_MV = _attend_tile(
             q_MN, q_MR, most_M, sum_M, acc_MV, first_token, num_tokens, seen_M,
-            k_ptr, v_ptr, k_stride, v_stride, scale_log2, False, WIDE,
+            k_ptr, k_rope_ptr, v_ptr, k_stride, k_rope_stride, v_stride, scale_log2, False, WIDE,
             NOPE_DIM, ROPE_DIM, VALUE_DIM, BLOCK_T, BLOCK_N, BLOCK_R, BLOCK_V,
         )  # fmt: skip
     for first_token in range(num_unmasked, num_tokens, BLOCK_T):
         most_M, sum_M, acc_MV = _attend_tile(
             q_MN, q_MR, most_M, sum_M, acc_MV, first_token, num_tokens, seen_M,
-            k_ptr, v_ptr, k_stride, v_stride, scale_log2, True, WIDE,
+            k_ptr, k_rope_ptr, v_ptr, k_stride, k_rope_stride, v_stride, scale_log2, True, WIDE,
             NOPE_DIM, ROPE_DIM, VALUE_DIM, BLOCK_T, BLOCK_N, BLOCK_R, BLOCK_V,
         )  # fmt: skip
 

@@ -53,7 +53,7 @@ class Step:
         return split_queries(self.spec, self.q_THZ)
 
     def expand(self, cached_XZ: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in the dtype of the cache; values are strided, as a model's are."""
+        """In the dtype of the cache, and strided, as a model's are."""
         self.expanded_tokens.append(cached_XZ.shape[0])
         return expand(cached_XZ, self.key_HNC, self.value_HVC)
 
@@ -66,12 +66,11 @@ def split_queries(spec: LatentAttentionSpec, q_THZ: Tensor) -> tuple[Tensor, Ten
 
 
 def expand(cached_XZ: Tensor, key_HNC: Tensor, value_HVC: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (X, H, D) and values (X, H, V)."""
+    """Non-rotary keys (X, H, N) and values (X, H, V)."""
     num_heads, nope_dim, rank = key_HNC.shape
     weight_OC = torch.cat((key_HNC, value_HVC), dim=1).flatten(0, 1)
     kv_XHY = (cached_XZ[:, :rank] @ weight_OC.T).unflatten(1, (num_heads, -1))
-    rope_XHR = cached_XZ[:, None, rank:].expand(-1, num_heads, -1)
-    return torch.cat((kv_XHY[..., :nope_dim], rope_XHR), dim=2), kv_XHY[..., nope_dim:]
+    return kv_XHY[..., :nope_dim], kv_XHY[..., nope_dim:]
 
 
 def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
@@ -109,7 +108,8 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
         wide_XZ = cached_XZ.double()
         one_head = wide_XZ.unsqueeze(1).expand(-1, case.num_heads, -1)
         absorbed.append(attend(q_THZ[own], one_head, one_head[..., :latent_dim], scale))
-        keys, values = expand(wide_XZ, key_HNC.double(), value_HVC.double())
+        nope_XHN, values = expand(wide_XZ, key_HNC.double(), value_HVC.double())
+        keys = torch.cat((nope_XHN, one_head[..., latent_dim:]), dim=2)
         expanded.append(attend(q_THD[own], keys, values, scale))
         start += rows
     spec = LatentAttentionSpec(
