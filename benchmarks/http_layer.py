@@ -25,7 +25,7 @@ import msgspec
 from core.cluster.boot import FrontendBoot, Served
 from core.cluster.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, ModelConfig
-from core.interfaces.control import ChildStatus, Failed, ModelFiles, Ready
+from core.interfaces.control import ChildStatus, EngineReady, Failed, ModelFiles, Ready
 from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import byte_level, write_folder
 
@@ -68,7 +68,8 @@ class Stack:
         )
         os.close(write_fd)
         assert self.frontend.stdin is not None
-        self.frontend.stdin.write(msgspec.json.encode(boot) + b"\n")
+        for message in (boot, EngineReady({})):
+            self.frontend.stdin.write(msgspec.json.encode(message) + b"\n")
         self.frontend.stdin.flush()
         self.url = self._wait_ready(read_fd)
 

@@ -57,6 +57,7 @@ class Child:
         self.returncode: int | None = None  # negative: killed by that signal
         self.beat_s: float | None = None  # when the last beat came
         self.motion = Motion(time.monotonic())
+        self.was_heard = False
         self.last_heard = "nothing yet"
         self.dropped_lines = 0  # of its log, so far
         self.status_ended = False
@@ -206,6 +207,7 @@ class Child:
             case LinesDropped(lines):
                 self.dropped_lines = lines
                 return status
+        self.was_heard = True
         self.last_heard = heard_text(status)
         return status
 

@@ -250,10 +250,12 @@ class Supervisor:
         return {**own, **self._group.infos}
 
     def _waiting_for(self) -> list[str]:
+        # Frontends are ready after the workers: until these are, one that lives is no news.
         own = [
             f"{child.label}: last heard: {child.last_heard}"
             for child in self._children
             if not child.ready
+            and (child.spec.is_worker or self._told_frontends or not child.was_heard)
         ]
         return [*own, *self._group.waiting_for()]
 

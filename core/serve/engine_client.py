@@ -45,8 +45,9 @@ log = logging.getLogger(__name__)
 class ZmqEngine:
     """Implements core.interfaces.frontend.Engine. Lives in one event loop's thread.
 
-    SERVING begins with the parent's word that all workers are ready, or once every scheduler has
-    sent its gauges, whichever comes first. Which side of a socket starts first does not matter.
+    SERVING begins once the parent said that all workers are ready and every scheduler has sent its
+    gauges: facts, limits and gauges are there then. `on_serving` is called at that moment, once. Which
+    side of a socket starts first does not matter.
     `limits` keep whatever could hurt a worker from being sent, whoever asks. A request that is not
     begun within `queue_timeout_s` ends with an error whose code is "queue_timeout"; 0: none does.
     """
@@ -59,6 +60,7 @@ class ZmqEngine:
         limits: RequestLimits,
         *,
         queue_timeout_s: float = 0.0,
+        on_serving: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._balancer = balancer
@@ -69,9 +71,10 @@ class ZmqEngine:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepOutput)
         self._streams: dict[str, ZmqStream] = {}
-        # By DP rank: what to send once its scheduler is there; None: it is.
-        self._held: list[list[EngineInput] | None] = [[] for _ in endpoints.plans]
+        self._on_serving = on_serving
         self._ranks = {str(rank): rank for rank in range(len(endpoints.plans))}
+        self._unheard = set(self._ranks.values())  # DP ranks whose scheduler said nothing yet
+        self._workers_ready = False
         self._stats_by_dp = [EngineStats() for _ in endpoints.plans]
         self._expert_loads: ExpertLoads | None = None
         self._info: dict[str, Any] = {}
@@ -139,6 +142,7 @@ class ZmqEngine:
         """Every worker is up; `info` is what the first one said of itself."""
         self._info = info
         self._limits = self._limits.at_most(info.get("max_model_len"))
+        self._workers_ready = True
         self._begin_serving()
 
     def drain(self) -> None:
@@ -187,9 +191,6 @@ class ZmqEngine:
         return RequestError(message, code=code, status=503)
 
     def _send(self, dp_rank: int, message: EngineInput) -> None:
-        if (held := self._held[dp_rank]) is not None:
-            held.append(message)
-            return
         try:
             send(self._socket, self._encoder.encode(message), to=str(dp_rank))
         except zmq.ZMQError as error:
@@ -211,8 +212,11 @@ class ZmqEngine:
             self._idle.set_result(None)
 
     def _begin_serving(self) -> None:
-        if self._state is EngineState.STARTING:
+        """Once nothing is missing any more."""
+        complete = self._workers_ready and not self._unheard
+        if complete and self._state is EngineState.STARTING:
             self._state = EngineState.SERVING
+            self._on_serving()
 
     def _look_soon(self) -> None:
         """Look for messages in the next turn of the event loop. The descriptor tells changes only,
@@ -241,10 +245,11 @@ class ZmqEngine:
         self._look_soon()
 
     def _dispatch(self, dp_rank: int, step: StepOutput) -> None:
-        if self._held[dp_rank] is not None:
-            self._greet(dp_rank)
         if step.stats is not None:
             self._stats_by_dp[dp_rank] = step.stats
+            if dp_rank in self._unheard:
+                self._unheard.remove(dp_rank)
+                self._begin_serving()
         if step.expert_loads is not None:
             self._expert_loads = step.expert_loads
         streams, balancer = self._streams, self._balancer
@@ -262,14 +267,6 @@ class ZmqEngine:
                 ended = True
         if ended:
             self._check_idle()
-
-    def _greet(self, dp_rank: int) -> None:
-        """A scheduler is heard for the first time: it can be sent to."""
-        held, self._held[dp_rank] = self._held[dp_rank] or [], None
-        for message in held:
-            self._send(dp_rank, message)
-        if all(waiting is None for waiting in self._held):
-            self._begin_serving()
 
 
 def total_stats(by_dp: Sequence[EngineStats]) -> EngineStats:

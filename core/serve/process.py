@@ -37,7 +37,7 @@ from core.interfaces.control import (
     Phase,
     Ready,
 )
-from core.interfaces.frontend import FrontendContext, ServedModel
+from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
 from core.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
@@ -128,17 +128,16 @@ class Frontend:
             balancer,
             limits,
             queue_timeout_s=config.frontend.queue_timeout_s,
+            on_serving=self._tell_ready,
         )
         application = await self._application()
-        url = url_of(listener)
+        self._url = url_of(listener)
         self._server = Server(
             application,
             limits=self._limits,
             stats=self._http,
             on_end=self._access_log,
-            on_started=lambda: self._channel.send(
-                Ready({"url": url, "needs_key": self._api_key is not None})
-            ),
+            on_started=self._tell_ready,
         )
         self._exit_status = 0
 
@@ -161,6 +160,11 @@ class Frontend:
         self._text.close()
         self._engine.close()
         return self._exit_status if self._engine.alive else 1
+
+    def _tell_ready(self) -> None:
+        """Once a request that is sent now would be answered: the parent shows the URL then."""
+        if self._server.started and self._engine.state is EngineState.SERVING:
+            self._channel.send(Ready({"url": self._url, "needs_key": self._api_key is not None}))
 
     async def _application(self) -> Any:
         """The chosen frontend plugin's ASGI application, guarded."""

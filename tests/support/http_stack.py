@@ -147,6 +147,7 @@ class Stack:
         if self._serving:
             for engine in self.engines:
                 engine.start()
+            self.call(self.client.engine_ready, {})
             while self.client.state is EngineState.STARTING:
                 self.call(lambda: None)
         return self

@@ -135,6 +135,7 @@ def tcp_endpoints(num_dp: int) -> Endpoints:
 async def load(engine: ZmqEngine, seed: int, num_requests: int) -> None:
     """Requests in bursts; some are aborted, the others answered rightly; the engine falls idle."""
     draw = random.Random(seed)
+    engine.engine_ready({})
     while engine.state is EngineState.STARTING:
         await asyncio.sleep(0.001)
 

@@ -56,6 +56,7 @@ def run(tmp_path, scenario, peer_first=True):
     """Run `scenario(engine, peer)`, both sides serving."""
 
     async def both_sides(engine, peer):
+        engine.engine_ready({})
         await peer.send(stats=EngineStats(num_running=1))
         await until(lambda: engine.state is EngineState.SERVING)
         await scenario(engine, peer)
@@ -63,7 +64,7 @@ def run(tmp_path, scenario, peer_first=True):
     run_dp(tmp_path, both_sides, num_dp=1, balancer=SoloBalancer(), peer_first=peer_first)
 
 
-def run_dp(tmp_path, scenario, *, num_dp, balancer, peer_first=True):
+def run_dp(tmp_path, scenario, *, num_dp, balancer, peer_first=True, on_serving=lambda: None):
     """Run `scenario(engine, *peers)`; no peer has said anything."""
     endpoints = endpoints_in(tmp_path, num_dp)
 
@@ -72,7 +73,9 @@ def run_dp(tmp_path, scenario, *, num_dp, balancer, peer_first=True):
 
     async def main():
         peers = make_peers() if peer_first else []
-        engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer, LIMITS)
+        engine = ZmqEngine(
+            endpoints, asyncio.get_running_loop(), balancer, LIMITS, on_serving=on_serving
+        )
         peers = peers or make_peers()
         try:
             assert engine.state is EngineState.STARTING
@@ -200,6 +203,7 @@ def test_unreadable_messages_end_the_engine_not_the_process(tmp_path):
 
 def test_requests_are_spread_and_aborted_where_they_run(tmp_path):
     async def scenario(engine, *peers):
+        engine.engine_ready({})
         for dp_rank, peer in enumerate(peers):
             assert engine.state is EngineState.STARTING, "not every scheduler is there"
             await peer.send(stats=EngineStats(num_running=dp_rank + 1, kv_pages_total=10))
@@ -225,17 +229,38 @@ def test_requests_are_spread_and_aborted_where_they_run(tmp_path):
     run_dp(tmp_path, scenario, num_dp=3, balancer=RoundRobin(3))
 
 
-def test_requests_wait_for_a_scheduler_that_is_ready_but_not_heard_yet(tmp_path):
-    async def scenario(engine, peer):
-        engine.engine_ready({"dtype": "float32"})
-        assert (engine.state, engine.info) == (EngineState.SERVING, {"dtype": "float32"})
-        engine.generate("a", [1], SAMPLING).close()
-        engine.generate("b", [1], SAMPLING)
-        await peer.send(stats=EngineStats())
-        got = [await peer.receive() for _ in range(3)]
-        assert got == [Generate("a", [1], SAMPLING), Abort(["a"]), Generate("b", [1], SAMPLING)]
+@pytest.mark.parametrize("parent_first", [True, False])
+def test_it_serves_once_facts_and_gauges_are_there_in_either_order(tmp_path, parent_first):
+    """Nobody sees it serve with the facts, the limits or the gauges of an engine not yet known."""
+    info = {"dtype": "float32", "max_model_len": 4}
+    served = []
 
-    run_dp(tmp_path, scenario, num_dp=1, balancer=SoloBalancer())
+    async def scenario(engine, *peers):
+        if parent_first:
+            engine.engine_ready(info)
+        for dp_rank, peer in enumerate(peers):
+            assert engine.state is EngineState.STARTING
+            with pytest.raises(RequestError, match="still being loaded"):
+                engine.generate("early", [1], SAMPLING)
+            await peer.send(stats=EngineStats(kv_pages_total=10))
+            await until(lambda rank=dp_rank: engine.stats_by_dp[rank].kv_pages_total == 10)
+        if not parent_first:
+            assert engine.state is EngineState.STARTING, "the parent said nothing yet"
+            engine.engine_ready(info)
+        assert engine.state is EngineState.SERVING
+        with pytest.raises(RequestError, match="allowed: 1 to 3"):
+            engine.generate("long", [1] * 4, SAMPLING)
+        engine.engine_ready(info)
+        assert (engine.info, engine.stats.kv_pages_total) == (info, 20)
+        assert served == ["once"]
+
+    run_dp(
+        tmp_path,
+        scenario,
+        num_dp=2,
+        balancer=RoundRobin(2),
+        on_serving=lambda: served.append("once"),
+    )
 
 
 def test_the_balancer_hears_of_every_token_and_end(tmp_path):
@@ -243,6 +268,7 @@ def test_the_balancer_hears_of_every_token_and_end(tmp_path):
     sampling = SamplingParams(max_tokens=10, ignore_eos=True)
 
     async def scenario(engine, *peers):
+        engine.engine_ready({})
         for peer in peers:
             await peer.send(stats=EngineStats())
         await until(lambda: engine.state is EngineState.SERVING)

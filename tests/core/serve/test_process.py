@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import httpx
 import msgspec
@@ -110,16 +111,22 @@ def start(tmp_path):
 def serving(start, tmp_path):
     """(process, fake engine, client) ready to answer; the engine holds its steps."""
     process = start()
-    url = process.wait_status(Ready).info["url"]
     answer_ids = []
-    engine = FakeEngine(process.endpoints, lambda _: answer_ids)
-    with httpx.Client(base_url=url, timeout=20) as http:
-        process.send(EngineReady({"dtype": "float32"}))
-        while http.get("/ready").status_code != 200:
-            pass
+    engine = FakeEngine(process.endpoints, lambda _: answer_ids).start()
+    process.send(EngineReady({"dtype": "float32"}))
+    with httpx.Client(base_url=process.wait_status(Ready).info["url"], timeout=20) as http:
+        assert http.get("/ready").status_code == 200
         answer_ids += http.post("/tokenize", json={"prompt": ANSWER}).json()["tokens"]
-        engine.start()
         yield process, engine, http
+    engine.stop()
+
+
+@contextmanager
+def engine_of(process):
+    """An engine that is ready, behind a frontend nobody asks for answers."""
+    engine = FakeEngine(process.endpoints, lambda _: []).start()
+    process.send(EngineReady({}))
+    yield
     engine.stop()
 
 
@@ -264,7 +271,8 @@ def test_no_anonymous_access_from_other_machines(start, tmp_path):
     key_file = tmp_path / "key"
     key_file.write_text("secret\n")
     process = start(host="0.0.0.0", api_key_file=str(key_file))
-    ready = process.wait_status(Ready)
+    with engine_of(process):
+        ready = process.wait_status(Ready)
     assert ready.info["needs_key"] is True
     port = ready.info["url"].rsplit(":", 1)[1]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
@@ -304,7 +312,8 @@ def test_any_frontend_is_guarded_and_bounded(start, tmp_path):
     for environment in ({"NODEWEAVE_API_KEY": "secret"}, {}):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         process = start(name="acme", max_body_bytes=1024, environment=environment)
-        url = process.wait_status(Ready).info["url"]
+        with engine_of(process):
+            url = process.wait_status(Ready).info["url"]
         with httpx.Client(base_url=url, timeout=20) as http:
             if "NODEWEAVE_API_KEY" in environment:
                 assert http.post("/any", content=b"abc").status_code == 401
@@ -316,6 +325,7 @@ def test_any_frontend_is_guarded_and_bounded(start, tmp_path):
             answer = http.post("/any", content=b"abc", headers=foreign)
             assert answer.status_code in (401, 403)
             assert "acme" not in answer.text
+        process.close()  # and with it the address that the next one's engine comes to
 
 
 def test_a_missing_tokenizer_and_an_unknown_frontend_are_told(start, tmp_path):

@@ -105,6 +105,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ZmqEngine,
     endpoints = endpoints_in(tmp_path_factory.mktemp("engine"))
     loop = asyncio.new_event_loop()
     engine = ZmqEngine(endpoints, loop, LeastTokens(1), LIMITS)
+    engine.engine_ready({})
     worker = Worker(endpoints.engine)
     worker.socket.send(msgspec.msgpack.encode(StepOutput([], EngineStats(kv_pages_total=3))))
 

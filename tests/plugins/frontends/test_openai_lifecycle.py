@@ -133,9 +133,22 @@ def test_ready_only_while_serving():
         assert http.get("/ready").json()["error"]["code"] == "starting"
         refused = http.post(CHAT, json=BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_starting")
+        stack.engine.start()
+        while "pages 100.0" not in (page := pages_of(http)):
+            assert page == "pages 0.0"
+        assert http.get("/ready").json()["error"]["code"] == "starting", "gauges alone"
+        assert http.get("/server_info").json()["state"] == "starting"
         stack.call(stack.client.engine_ready, {"dtype": "float32"})
         assert http.get("/ready").status_code == 200
-        assert http.get("/server_info").json()["engine"] == {"dtype": "float32"}
+        info = http.get("/server_info").json()
+        assert (info["state"], info["engine"]) == ("serving", {"dtype": "float32"})
+
+
+def pages_of(http):
+    """What /metrics says of the pool."""
+    lines = http.get("/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("nodeweave_kv_cache_pages{")]
+    return f"pages {line.split()[-1]}"
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest():
