@@ -66,7 +66,14 @@ class ResourceError(NodeweaveError):
 
 
 class WorkerDied(NodeweaveError):
-    """A process of this engine ended when it should not have; names it and the cause."""
+    """A process of this engine ended when it should not have; names it and the cause.
+
+    `ranks`: of a rank that finds its peers gone, which ones it misses.
+    """
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class RequestError(NodeweaveError):

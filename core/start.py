@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from core.cluster.boot import FrontendBoot, Served, WorkerBoot
+from core.cluster.boot import FrontendBoot, Served, WorkerBoot, worker_name
 from core.cluster.display import Display, SummaryInfo
 from core.cluster.endpoints import RunDirectory, node_endpoints
 from core.cluster.facts import gather
@@ -218,7 +218,7 @@ def _worker(
         endpoints=endpoints,
     )
     return ProcessSpec(
-        name=f"worker {placement.rank}",
+        name=worker_name(placement.rank),
         module="core.worker",
         boot=msgspec.json.encode(boot),
         env={**environment, **placement.env},

@@ -9,10 +9,11 @@ import time
 
 import msgspec
 
-from core.cluster.boot import WorkerBoot
+from core.cluster.boot import WorkerBoot, worker_name
 from core.cluster.channel import Channel, exit_with_parent
 from core.cluster.log_stream import exit_now, steady_output
 from core.cluster.machine import raise_descriptor_limit
+from core.cluster.missing import missing_ranks
 from core.cluster.signals import leave_signals_to_parent
 from core.interfaces.control import LinesDropped, Phase, Progress, Ready
 from core.loading.cache import cache_root
@@ -25,14 +26,17 @@ def main() -> None:
     exit_with_parent()
     leave_signals_to_parent()
     raise_descriptor_limit()  # strangers at its ports hold some until they are turned away
+    boot: WorkerBoot | None = None
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
         channel.exit_at_end()
         with steady_output(lambda lines: channel.send(LinesDropped(lines))):
             run(boot, channel)
     except Exception as error:
+        blamed = missing_ranks(error, boot.rank, boot.plan.world_size) if boot else ()
+        blames = [worker_name(rank) for rank in blamed]
         # Other threads may sit in a collective that never ends.
-        exit_now(channel.report_failure(explained(error, cache_root())))
+        exit_now(channel.report_failure(explained(error, cache_root()), blames))
 
 
 def run(boot: WorkerBoot, channel: Channel) -> None:

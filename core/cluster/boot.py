@@ -12,6 +12,11 @@ from core.interfaces.control import Endpoints, ModelFiles
 from core.parallel.plan import Plan
 
 
+def worker_name(rank: int) -> str:
+    """What the process of a rank is called, by its parent and by the other ranks."""
+    return f"worker {rank}"
+
+
 class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank (`core.worker`) needs to know."""
 

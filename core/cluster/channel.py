@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import msgspec
@@ -122,17 +122,17 @@ class Channel:
 
         self.listen(handler)
 
-    def report_failure(self, error: BaseException) -> int:
+    def report_failure(self, error: BaseException, blames: Sequence[str] = ()) -> int:
         """Tell the parent why this process ends; returns the exit status to end with.
 
         The parent prints it, once for all processes: print nothing here. Errors that are not
-        meant for users carry their traceback.
+        meant for users carry their traceback. `blames`: see Failed.
         """
         kind = failure_kind(error)
+        text = str(error)
         if kind == INTERNAL:
-            self.send(Failed(kind, "".join(traceback.format_exception(error)).rstrip()))
-        else:
-            self.send(Failed(kind, str(error)))
+            text = "".join(traceback.format_exception(error)).rstrip()
+        self.send(Failed(kind, text, list(blames)))
         return failure_exit_code(kind)
 
     def _read(self, handler: Callable[[ParentControl | None], None]) -> None:

@@ -4,6 +4,7 @@ Decides nothing and never blocks; `core.cluster.supervisor` does the former, `co
 is the other end of the pipes.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import msgspec
 
 from core.cluster.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
 from core.cluster.motion import Motion
+from core.cluster.process_stat import end_under_way
 from core.interfaces.control import (
     Beat,
     ChildStatus,
@@ -44,8 +46,8 @@ class ProcessSpec:
 
 
 class Child:
-    """A started process. `failed`, `ready`, `motion` and `returncode` are set as it says and does
-    so, `frozen` by `core.cluster.vigil`."""
+    """A started process. `failed`, `ready`, `motion`, `returncode` and `is_ending` are set as it
+    says and does so, `frozen` by `core.cluster.vigil`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         """Start it, in a session of its own: a Ctrl-C in the terminal does not reach it."""
@@ -55,6 +57,9 @@ class Child:
         self.ready: Ready | None = None
         self.frozen: str | None = None  # how, in words
         self.returncode: int | None = None  # negative: killed by that signal
+        self.is_ending = False  # the kernel is at it, or was: it closed its end of the status pipe
+        self.ended_as: int | None = None  # `returncode`, maybe known before it was reaped
+        self.wrong_s = math.inf  # when it failed or began to end
         self.beat_s: float | None = None  # when the last beat came
         self.motion = Motion(time.monotonic())
         self.was_heard = False
@@ -135,6 +140,7 @@ class Child:
             while data := os.read(self.status_fd, _READ_BYTES):
                 self._partial += data
             self.status_ended = True
+            self._begin_end()
         except BlockingIOError:
             pass
         *lines, self._partial = self._partial.split(b"\n")
@@ -148,8 +154,17 @@ class Child:
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
         self._kill_group()
-        self.returncode = self._process.wait()
+        self.returncode = self.ended_as = self._process.wait()
+        self._begin_end()
         return True
+
+    def look_whether_ending(self) -> None:
+        """Ask the kernel whether it is at ending it, which only that can tell until it is done."""
+        if self.returncode is None:
+            is_ending, code = end_under_way(self.pid)
+            if is_ending:
+                self.ended_as = code
+                self._begin_end()
 
     def kill(self) -> None:
         """SIGKILL to it and all it started, unless it was reaped before."""
@@ -177,16 +192,18 @@ class Child:
 
     def exit_text(self) -> str:
         """How it ended, for people."""
-        assert self.returncode is not None
-        if self.returncode >= 0:
-            return f"ended with exit status {self.returncode}"
-        number = -self.returncode
+        assert self.is_ending
+        if self.ended_as is None:
+            return "ended (the kernel is not done with it yet)"
+        if self.ended_as >= 0:
+            return f"ended with exit status {self.ended_as}"
+        number = -self.ended_as
         names = {item.value: item.name for item in signal.Signals}
         return f"was killed by {names.get(number, f'signal {number}')}"
 
     def exit_hint(self) -> str:
         """What to look at, where the way it ended suggests something; may be empty."""
-        if self.returncode == -signal.SIGKILL:
+        if self.ended_as == -signal.SIGKILL:
             return " (if nobody sent that: the kernel does when memory runs out, see `dmesg`)"
         return ""
 
@@ -201,6 +218,7 @@ class Child:
                 self.ready = status
             case Failed():
                 self.failed = self.failed or status
+                self.wrong_s = min(self.wrong_s, time.monotonic())
             case Beat():
                 self._count(status)
                 return status
@@ -210,6 +228,10 @@ class Child:
         self.was_heard = True
         self.last_heard = heard_text(status)
         return status
+
+    def _begin_end(self) -> None:
+        self.is_ending = True
+        self.wrong_s = min(self.wrong_s, time.monotonic())
 
     def _count(self, beat: Beat) -> None:
         self.beat_s = now = time.monotonic()

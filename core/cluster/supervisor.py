@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from core.cluster.blame import cause, is_echo, suspicion
+from core.cluster.blame import cause, likeliest, patience_s
 from core.cluster.channel import INTERNAL, failure_exit_code
 from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import Child, ProcessSpec
@@ -31,7 +31,6 @@ from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady,
 FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
 STOP_S = 1.0  # for processes to end by themselves after a failure, before they are killed
 CLEAN_STOP_S = 5.0  # the same where nothing failed
-SETTLE_S = 0.25  # in which a failure that may be the echo of another waits for its cause
 ENDED_BY_SIGNAL = "the server was told to end at once"
 KILL_S = 5.0  # for the kernel to end what was killed
 
@@ -86,7 +85,7 @@ class Supervisor:
         self._stage = Stage.STARTING
         self._exit_code = 0
         self._deadline: float | None = None  # of the stage; in STARTING moved by every status
-        self._settling = False
+        self._suspected_s: float | None = None  # when a process was first seen to go wrong
         self._told_group = self._told_frontends = False
         self._num_signals = 0
         self._gave_up = False
@@ -136,6 +135,8 @@ class Supervisor:
         paused_s = self._vigil.look(self._children)
         if self._deadline is not None:
             self._deadline += paused_s  # the children were paused too, or were not heard
+        if self._suspected_s is not None:
+            self._suspected_s += paused_s
         self._tell_dropped_lines()
         for event in self._group.events():
             self._on_group_event(event)
@@ -181,7 +182,7 @@ class Supervisor:
 
     def _moved(self) -> None:
         """A start goes on. Node 0 keeps the deadline for all nodes."""
-        if self._stage is Stage.STARTING and not self._settling and self._leads:
+        if self._stage is Stage.STARTING and self._suspected_s is None and self._leads:
             self._deadline = time.monotonic() + self._launch.startup_timeout_s
 
     def _advance(self) -> None:
@@ -194,11 +195,11 @@ class Supervisor:
                 if all(child.ready for child in self._children) and self._group.others_ready:
                     self._enter(Stage.RUNNING, None)
                     self._on_ready(self._infos())
-                elif late and not self._settling:
+                elif late and self._suspected_s is None:
                     self._fail_start(self._late_text(), here=True)
                 else:
                     self._on_waiting(self._waiting_for())
-            case Stage.DRAINING if not frontends and not self._settling:
+            case Stage.DRAINING if not frontends and self._suspected_s is None:
                 self._group.stop()
                 self._stop(CLEAN_STOP_S)
             case Stage.LEAVING if late:
@@ -209,7 +210,7 @@ class Supervisor:
                 self._on_error(text)
                 self._group.failed(text, text, 1)
                 self._kill()
-            case Stage.DRAINING if late and not self._settling:
+            case Stage.DRAINING if late and self._suspected_s is None:
                 text = (
                     f"{frontends[0].label} did not finish {self._launch.shutdown_grace_s:g} s "
                     "(launch.shutdown_grace_s) after it was told to; it is killed"
@@ -286,23 +287,24 @@ class Supervisor:
         suspects = [child for child in self._children if self._went_wrong(child)]
         if not suspects:
             return
-        culprit = min(suspects, key=suspicion)
-        if is_echo(culprit) and len(self._living()) > 1:
-            if not self._settling:
-                self._settling = True
-                self._deadline = time.monotonic() + SETTLE_S
-            if self._deadline is not None and time.monotonic() < self._deadline:
-                return
-        self._fail(culprit)
+        for child in self._living():
+            child.look_whether_ending()
+        culprit = likeliest([child for child in self._children if self._went_wrong(child)])
+        now = time.monotonic()
+        if self._suspected_s is None:
+            self._suspected_s = now
+        self._deadline = self._suspected_s + patience_s(culprit)
+        if now >= self._deadline:
+            self._fail(culprit)
 
     def _went_wrong(self, child: Child) -> bool:
         if child.failed is not None or child.frozen is not None:
             return True
         finished = self._stage is Stage.DRAINING and not child.spec.is_worker
-        return child.returncode is not None and not (finished and child.returncode == 0)
+        return child.is_ending and not (finished and child.ended_as in (0, None))
 
     def _fail(self, culprit: Child) -> None:
-        brief, full = cause(culprit)
+        brief, full = cause(culprit, self._children)
         if self._stage is Stage.STARTING:
             kind = culprit.failed.kind if culprit.failed else INTERNAL
             self._fail_start(full, failure_exit_code(kind), here=True)
@@ -390,7 +392,7 @@ class Supervisor:
 
     def _enter(self, stage: Stage, limit_s: float | None) -> None:
         self._stage = stage
-        self._settling = False
+        self._suspected_s = None
         self._deadline = None if limit_s is None else time.monotonic() + limit_s
 
     def _living(self) -> list[Child]:

@@ -1,6 +1,7 @@
 """Finds processes that live but don't move: stopped by a signal, silent, or stuck in a step.
 
-Looks only; `core.cluster.supervisor` acts. A worker tells some times a second how far its steps
+Looks only; `core.cluster.supervisor` acts. It also sees whether the kernel is at ending one, which
+may take long before the parent hears of it. A worker tells some times a second how far its steps
 are (`Channel.beat`, `core.cluster.motion`); that needs Python's lock now and then, so that on a
 machine with too much to do beats come late, and silence must be long to count. A process that is
 stopped is told apart by the kernel's word, which needs no patience. Only time in which this watcher
@@ -9,9 +10,9 @@ ran itself counts: where both were paused (`docker pause`), nobody is to blame.
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from core.cluster.process import Child
+from core.cluster.process_stat import process_state
 from core.cluster.watch_clock import WatchClock
 
 LOOK_S = 0.25  # between two looks
@@ -50,6 +51,7 @@ class Vigil:
                 child.forgive(paused_s)
             self._stopped_since.clear()
         for child in living:
+            child.look_whether_ending()
             self._look_at_state(child, now)
             heard_s = child.beat_s
             if heard_s is not None and now - heard_s >= SILENT_S:
@@ -76,13 +78,3 @@ class Vigil:
                 zip(problems, in_step, strict=True), key=lambda pair: pair[1].motion.behind
             )
             child.frozen = f"is frozen: {problem}"
-
-
-def process_state(pid: int) -> str:
-    """The kernel's letter for what a process does ("R", "S", "T": stopped); "" where it can't be
-    told. https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html"""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:  # it is gone, or this is no Linux
-        return ""
-    return stat.rpartition(")")[2].split()[0]

@@ -109,14 +109,15 @@ def open_links(
     mailbox = ZmqMailbox(wire, endpoints.engine, dp_rank)
     sockets = [mailbox.socket]
     lockstep: Lockstep = SoloLockstep()
+    leaders = [group[0] for group in plan.groups("tp")][:num_dp]
     if num_dp > 1 and dp_rank == 0:
-        hub = ZmqHubLinks(wire, endpoints.lockstep, num_dp, answer_s=step_timeout_s)
-        lockstep = HubLockstep(hub, num_dp)
+        hub = ZmqHubLinks(wire, endpoints.lockstep, leaders, answer_s=step_timeout_s)
+        lockstep = HubLockstep(hub, leaders)
         sockets.append(hub.socket)
         awaited.append(hub)
     elif num_dp > 1:
         link = ZmqHubLink(wire, endpoints.lockstep, dp_rank, answer_s=step_timeout_s)
-        lockstep = PeerLockstep(link)
+        lockstep = PeerLockstep(link, leaders[0])
         sockets.append(link.socket)
         awaited.append(link)
     return LeaderLinks(

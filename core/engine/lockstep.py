@@ -34,6 +34,7 @@ Why nothing hangs:
    commits. So a round in which nobody runs is followed by one with rows or by parking.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -121,9 +122,11 @@ class SoloLockstep:
 class HubLockstep:
     """DP rank 0 of several."""
 
-    def __init__(self, links: HubLinks, num_dp: int) -> None:
+    def __init__(self, links: HubLinks, leaders: Sequence[int]) -> None:
+        """`leaders`: the ranks that schedule, by DP rank."""
         self._links = links
-        self._others = range(1, num_dp)
+        self._leaders = leaders
+        self._others = range(1, len(leaders))
         self._round = 0
         self._parked = True
 
@@ -137,9 +140,11 @@ class HubLockstep:
             try:
                 dp_rank, facts = self._links.receive()
             except TimeoutError as error:
-                silent = [str(other) for other in self._others if other not in told]
+                silent = [other for other in self._others if other not in told]
                 raise WorkerDied(
-                    f"the scheduler of DP rank {', '.join(silent)} does not answer: {error}"
+                    f"the scheduler of DP rank {', '.join(map(str, silent))} does not answer: "
+                    f"{error}",
+                    ranks=[self._leaders[other] for other in silent],
                 ) from error
             assert facts.round == self._round, (dp_rank, facts, self._round)
             assert dp_rank not in told, (dp_rank, facts)
@@ -154,8 +159,10 @@ class HubLockstep:
 class PeerLockstep:
     """Every other DP rank."""
 
-    def __init__(self, link: HubLink) -> None:
+    def __init__(self, link: HubLink, hub_rank: int) -> None:
+        """`hub_rank`: the rank that schedules for DP rank 0."""
         self._link = link
+        self._hub_rank = hub_rank
         self._round = 0
 
     def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
@@ -166,7 +173,8 @@ class PeerLockstep:
                 message = self._link.receive()
             except TimeoutError as error:
                 raise WorkerDied(
-                    f"the schedulers don't agree on a step: DP rank 0 does not answer: {error}"
+                    f"the schedulers don't agree on a step: DP rank 0 does not answer: {error}",
+                    ranks=[self._hub_rank],
                 ) from error
             assert message.round == self._round, (message, self._round)
             if isinstance(message, Agreement):

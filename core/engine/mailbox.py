@@ -5,12 +5,14 @@ may start first.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 import zmq
 
 from core.engine.lockstep import HubMessage, RankFacts
+from core.errors import WorkerDied
 from core.interfaces.messages import (
     AgreedStep,
     EngineInput,
@@ -89,16 +91,20 @@ class ZmqPlanSender:
     def __init__(self, wire: Wire, endpoint: str, followers: Sequence[int]) -> None:
         self._socket = wire.bind(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
-        self._names = [str(rank) for rank in followers]
+        self._ranks = {str(rank): rank for rank in followers}
 
     def await_peers(self, timeout_s: float) -> None:
-        """Until every follower is there. Raises ResourceError naming those who are not."""
-        await_hellos(self._socket, self._names, timeout_s=timeout_s, whose="rank")
+        """Until every follower is there. Raises ResourceError naming those who are not, WorkerDied
+        where one came and is gone."""
+        with _missing(*self._ranks.values()):
+            await_hellos(self._socket, self._ranks, timeout_s=timeout_s, whose="rank")
 
     def send(self, step: AgreedStep) -> None:
+        """Raises WorkerDied where a follower is gone."""
         data = self._encoder.encode(step)
-        for name in self._names:
-            send(self._socket, data, to=name)
+        for name, rank in self._ranks.items():
+            with _missing(rank):
+                send(self._socket, data, to=name)
 
 
 class ZmqPlanReceiver:
@@ -120,19 +126,26 @@ class ZmqPlanReceiver:
 class ZmqHubLinks:
     """The hub's links to the leaders of the other DP ranks, who connect here."""
 
-    def __init__(self, wire: Wire, endpoint: str, num_dp: int, *, answer_s: float) -> None:
+    def __init__(
+        self, wire: Wire, endpoint: str, leaders: Sequence[int], *, answer_s: float
+    ) -> None:
+        """`leaders`: the ranks that schedule, by DP rank."""
         self.socket = wire.bind(endpoint)
-        self._names = [str(dp_rank) for dp_rank in range(1, num_dp)]
+        self._leaders = leaders
+        self._names = [str(dp_rank) for dp_rank in range(1, len(leaders))]
         self._answer_s = answer_s
         self._decoder = msgspec.msgpack.Decoder(RankFacts)
         self._encoder = msgspec.msgpack.Encoder()
 
     def await_peers(self, timeout_s: float) -> None:
-        """Until every other leader is there. Raises ResourceError naming those who are not."""
-        await_hellos(self.socket, self._names, timeout_s=timeout_s, whose="DP rank")
+        """Until every other leader is there. Raises ResourceError naming those who are not,
+        WorkerDied where one came and is gone."""
+        with _missing(*self._leaders[1:]):
+            await_hellos(self.socket, self._names, timeout_s=timeout_s, whose="DP rank")
 
     def send(self, dp_rank: int, message: HubMessage) -> None:
-        send(self.socket, self._encoder.encode(message), to=str(dp_rank))
+        with _missing(self._leaders[dp_rank]):
+            send(self.socket, self._encoder.encode(message), to=str(dp_rank))
 
     def receive(self) -> tuple[int, RankFacts]:
         _wait(self.socket, self._answer_s)
@@ -160,6 +173,16 @@ class ZmqHubLink:
     def receive(self) -> HubMessage:
         _wait(self.socket, self._answer_s)
         return self._decoder.decode(receive(self.socket))
+
+
+@contextmanager
+def _missing(*ranks: int) -> Iterator[None]:
+    """Around sending to some ranks: where one is gone, that is what ends this one."""
+    try:
+        yield
+    except zmq.ZMQError as error:
+        names = " or ".join(str(rank) for rank in ranks)
+        raise WorkerDied(f"rank {names} can't be reached: {error.strerror}", ranks=ranks) from error
 
 
 def _wait(socket: Socket, timeout_s: float) -> None:

@@ -31,11 +31,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     info: dict[str, Any]
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The child ends because of an error: `kind` is its class in core.errors, or "internal"."""
+class Failed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """The child ends because of an error: `kind` is its class in core.errors, or "internal".
+
+    `blames`: processes ("worker 1"), the end of any of which explains it: messages to them or
+    collectives with them failed.
+    """
 
     kind: str
     message: str
+    blames: list[str] = []
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):

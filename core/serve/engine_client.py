@@ -46,8 +46,8 @@ class ZmqEngine:
     """Implements core.interfaces.frontend.Engine. Lives in one event loop's thread.
 
     SERVING begins once the parent said that all workers are ready and every scheduler has sent its
-    gauges: facts, limits and gauges are there then. `on_serving` is called at that moment, once. Which
-    side of a socket starts first does not matter.
+    gauges: facts, limits and gauges are there then, and `on_serving` is called. Which side of a
+    socket starts first does not matter.
     `limits` keep whatever could hurt a worker from being sent, whoever asks. A request that is not
     begun within `queue_timeout_s` ends with an error whose code is "queue_timeout"; 0: none does.
     """

@@ -7,7 +7,7 @@ where there is none it finds nothing.
 
 from collections.abc import Mapping
 
-from core.cluster.vigil import process_state
+from core.cluster.process_stat import process_state
 from core.cluster.watch_clock import WatchClock
 
 LOOK_S = 0.5  # between two looks

@@ -32,6 +32,7 @@ class Ran:
     size: int
     ranks: list[dict[str, np.ndarray]]
     dtypes: dict[str, str]
+    missing: list[str]  # ranks that each but the last one missed, once that one had left
 
 
 def run_ranks(backend: str, size: int, folder: Path) -> Ran:
@@ -57,7 +58,8 @@ def run_ranks(backend: str, size: int, folder: Path) -> Ran:
     assert not any("Warning" in error for error in errors), errors[0]
     dtypes = dict(line.split() for line in (folder / "0.npz.dtypes").read_text().splitlines())
     ranks = [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
-    return Ran(backend, size, ranks, dtypes)
+    missing = [path.read_text() for path in sorted(folder.glob("meet.missing*"))]
+    return Ran(backend, size, ranks, dtypes, missing)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -133,6 +135,14 @@ def test_bfloat16_sums_are_rounded_once(ran: Ran) -> None:
     exact = torch.tensor(1.0 + (ran.size - 1) * 2.0**-8)
     for got in ran.ranks:
         np.testing.assert_array_equal(got["bfloat16_rounding"], float(exact.bfloat16()))
+
+
+def test_ranks_whose_peer_left_know_that_it_is_not_their_own_fault(ran: Ran) -> None:
+    """As the parent must name the one that ended, not those who found out."""
+    if not ran.backend.startswith("gloo"):
+        pytest.skip("only gloo notices by itself")
+    others = [tuple(p for p in range(ran.size) if p != rank) for rank in range(ran.size - 1)]
+    assert ran.missing == [str(ranks) for ranks in others]
 
 
 def test_an_axis_without_peers_gives_the_identity() -> None:

@@ -26,6 +26,8 @@ from core.interfaces.control import (
     Ready,
 )
 
+ECHO = "rank 1 does not answer"
+
 
 def main() -> None:
     channel = Channel.open()
@@ -78,7 +80,10 @@ def main() -> None:
                 channel.send(Ready(info))
                 channel.listen(lambda message: None)
                 Path(boot["trigger"]).read_text()  # a FIFO: blocks until the test writes
-                channel.report_failure(WorkerDied("rank 1 does not answer"))
+                error = ZeroDivisionError("a bug") if boot.get("bug") else WorkerDied(ECHO)
+                channel.report_failure(error, boot.get("blames", ()))
+                if boot.get("abort"):
+                    os.abort()
                 sleep_forever()
             case "silent_exit":
                 sys.exit(7)

@@ -1,11 +1,13 @@
 """The supervisor with small real children: starts, failures, signals, and no orphans, ever."""
 
+import ctypes
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +19,10 @@ import pytest
 
 from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import ProcessSpec
+from core.cluster.process_stat import process_state
 from core.cluster.supervisor import FAREWELL_S, Supervisor
 from core.config import LaunchConfig
-from core.interfaces.control import ChildStatus, Phase, Progress, Ready
+from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
 from core.interfaces.launcher import Site
 
 ROOT = Path(__file__).parents[3]
@@ -288,6 +291,101 @@ def test_an_echo_without_another_cause_is_reported(
     assert (run.exit_code, run.errors) == (1, ["rank 1 does not answer"])
 
 
+@dataclass
+class SlowEnd:
+    """Keeps a killed process from being reaped, as a GPU's driver does: its thread is traced, and
+    stays until the tracer has looked at it. All of its files are closed by then."""
+
+    run: Run
+    name: str
+    error_s: float = -1.0  # from the kill to the error
+    state: str = ""  # of the process when the error was told
+
+    def begin(self) -> None:
+        """Kill it, and return when its files are closed; let it go once an error was told."""
+        pid = self.run.infos[self.name]["pid"]
+        ready = threading.Event()
+        threading.Thread(target=self._hold, args=(pid, ready), daemon=True).start()
+        assert ready.wait(20)
+        if self.state == "refused":
+            pytest.skip("this system lets nobody trace")
+        begin_s = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        while process_state(pid) != "Z":
+            assert time.monotonic() - begin_s < 20
+        assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def _hold(self, pid: int, ready: threading.Event) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        seize, all_threads = 0x4206, 0x40000000  # PTRACE_SEIZE, __WALL
+        thread = max(int(path.name) for path in Path(f"/proc/{pid}/task").iterdir())
+        if thread == pid or libc.ptrace(seize, thread, None, None) != 0:
+            self.state = "refused"
+        ready.set()
+        begin_s = time.monotonic()
+        while self.state != "refused" and not self.run.errors:
+            time.sleep(0.005)
+        self.error_s, self.state = time.monotonic() - begin_s, process_state(pid) or self.state
+        os.waitpid(thread, all_threads)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "echo",
+    [
+        None,
+        {},
+        {"blames": ["worker 1"]},
+        {"blames": ["worker 1", "worker 2"]},
+        {"bug": True},
+        {"abort": True},
+    ],
+    ids=str,
+)
+def test_a_killed_worker_that_takes_long_to_end_is_named_at_once(
+    engine: Callable[..., Run], tmp_path: Path, echo: dict[str, Any] | None
+) -> None:
+    """Whether or not its peer complains, and however: long before the kernel is done with it."""
+    trigger = tmp_path / "trigger"
+    os.mkfifo(trigger)
+    peer = {"mode": "worker"} if echo is None else {"mode": "echo_then_hang", **echo}
+    ends: list[SlowEnd] = []
+
+    def when_ready(run: Run) -> None:
+        ends.append(SlowEnd(run, "worker 1"))
+        ends[0].begin()
+        if echo is not None:
+            trigger.write_text("now\n")
+
+    children = {"worker 0": peer | {"trigger": str(trigger)}}
+    run = engine(HEALTHY | children, when_ready=when_ready)
+    (text,) = run.errors
+    assert text.startswith(f"worker 1 (pid {run.infos['worker 1']['pid']}) was killed by SIGKILL")
+    assert ends[0].state == "Z", "it was not reaped before"
+    assert run.exit_code == 1
+    assert run.end_seconds < END_LIMIT_S
+
+
+def test_a_blamed_worker_that_lives_is_named_with_who_misses_it(
+    engine: Callable[..., Run], tmp_path: Path
+) -> None:
+    trigger = tmp_path / "trigger"
+    os.mkfifo(trigger)
+    echo = {"mode": "echo_then_hang", "trigger": str(trigger), "blames": ["worker 1"]}
+    run = engine(
+        HEALTHY | {"worker 0": echo}, when_ready=lambda run: trigger.write_text("now\n") and None
+    )
+    pids = {name: run.infos[name]["pid"] for name in ("worker 0", "worker 1")}
+    brief = f"worker 1 (pid {pids['worker 1']}) stopped answering"
+    found = f"{brief}, as worker 0 (pid {pids['worker 0']}) found: rank 1 does not answer"
+    assert run.errors == [found]
+    assert [death["cause"] for death in run.events("engine_died")] == [brief]
+    assert run.end_seconds < END_LIMIT_S
+
+
 def test_what_a_worker_started_ends_with_it(engine: Callable[..., Run]) -> None:
     others: list[int] = []
 
@@ -504,6 +602,28 @@ def test_node_0_drains_when_another_node_is_asked_to_end(engine: Callable[..., R
     assert (run.exit_code, run.errors) == (0, [])
     assert len(run.events("drain")) == 1
     assert group.calls[-1] == ("stop",)
+
+
+def test_a_blamed_worker_of_another_node_is_left_to_that_node(
+    engine: Callable[..., Run], tmp_path: Path
+) -> None:
+    """It knows how its worker ended; that its word comes after the complaint is no matter."""
+    group = FakeGroup(0)
+    trigger = tmp_path / "trigger"
+    os.mkfifo(trigger)
+    echo = {"mode": "echo_then_hang", "trigger": str(trigger), "blames": ["worker 3"]}
+
+    def on_status(run: Run, name: str, status: ChildStatus) -> None:
+        if isinstance(status, Failed):
+            group.script.append(Ended("worker 3 on node 1 was killed", "worker 3 died", 1))
+
+    run = engine(
+        HEALTHY | {"worker 0": echo},
+        when_ready=lambda run: trigger.write_text("now\n") and None,
+        on_status=on_status,
+        group=group,
+    )
+    assert run.errors == ["worker 3 on node 1 was killed"]
 
 
 def test_a_second_signal_ends_all_nodes_at_once(engine: Callable[..., Run]) -> None:

@@ -15,7 +15,8 @@ from core.cluster import vigil as module
 from core.cluster import watch_clock as watch_clock_module
 from core.cluster.motion import ACTIVE_CPU_S, PATIENCE, Motion
 from core.cluster.process import Child
-from core.cluster.vigil import Vigil, process_state
+from core.cluster.process_stat import process_state
+from core.cluster.vigil import Vigil
 from core.interfaces.control import Beat
 
 

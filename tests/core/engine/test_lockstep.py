@@ -79,7 +79,7 @@ def test_the_hub_wakes_the_parked_and_answers_all_in_order_of_ranks():
         *[(1, facts(2)), (2, facts(2))],
         *[(1, facts(3)), (2, facts(3))],
     )
-    hub = HubLockstep(links, num_dp=3)
+    hub = HubLockstep(links, range(3))
     agreements = [hub.agree(None, busy=False) for _ in range(3)]
     assert [agreement.facts.rows for agreement in agreements] == [[0, 0, 5], [0, 0, 0], [0, 0, 0]]
     assert [agreement.parks for agreement in agreements] == [False, True, True]
@@ -91,24 +91,24 @@ def test_the_hub_wakes_the_parked_and_answers_all_in_order_of_ranks():
 def test_a_peer_passes_over_a_wake_that_crossed_its_facts():
     agreement = settle([facts(1), facts(1, rows=5)])
     link = Links(Wake(1), agreement)
-    assert PeerLockstep(link).agree(None, busy=False) == agreement
+    assert PeerLockstep(link, 0).agree(None, busy=False) == agreement
     assert link.sent == [(facts(1),)]
 
 
 def test_who_does_not_answer_is_named():
     with pytest.raises(WorkerDied, match=r"of DP rank 1, 3 does not answer: 5 s passed"):
-        HubLockstep(Links((2, facts(1))), num_dp=4).agree(None, busy=False)
+        HubLockstep(Links((2, facts(1))), range(4)).agree(None, busy=False)
     with pytest.raises(WorkerDied, match=r"DP rank 0 does not answer: 5 s passed"):
-        PeerLockstep(Links()).agree(None, busy=False)
+        PeerLockstep(Links(), 0).agree(None, busy=False)
 
 
 def test_ranks_that_hold_other_rounds_are_found_out():
     with pytest.raises(AssertionError):
-        HubLockstep(Links((1, facts(2))), num_dp=2).agree(None, busy=False)
+        HubLockstep(Links((1, facts(2))), range(2)).agree(None, busy=False)
     with pytest.raises(AssertionError):
-        HubLockstep(Links((1, facts(1)), (1, facts(1))), num_dp=3).agree(None, busy=False)
+        HubLockstep(Links((1, facts(1)), (1, facts(1))), range(3)).agree(None, busy=False)
     with pytest.raises(AssertionError):
-        PeerLockstep(Links(settle([facts(2)]))).agree(None, busy=False)
+        PeerLockstep(Links(settle([facts(2)])), 0).agree(None, busy=False)
 
 
 def test_all_dp_ranks_warm_up_with_rows():

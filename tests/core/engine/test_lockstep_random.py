@@ -253,10 +253,10 @@ class Engine:
         self.num_requests = 0
         up = Link(self.network)
         down = {dp_rank: Link(self.network) for dp_rank in range(1, dp)}
-        hub: Lockstep = HubLockstep(HubEnds(up, down), dp) if dp > 1 else SoloLockstep()
+        hub: Lockstep = HubLockstep(HubEnds(up, down), range(dp)) if dp > 1 else SoloLockstep()
         self.leaders = [Leader(self, 0, hub, up)]
         for dp_rank, link in down.items():
-            peer = PeerLockstep(PeerEnds(dp_rank, up, link))
+            peer = PeerLockstep(PeerEnds(dp_rank, up, link), 0)
             self.leaders.append(Leader(self, dp_rank, peer, link))
 
     def run(self, num_actions: int) -> int:
