@@ -72,6 +72,14 @@ SWEPT = [
     (64, 4, 6, 1),
     (128, 4, 3, 2),
     (128, 4, 4, 1),
+    (32, 4, 4, 4),
+    (32, 4, 6, 3),
+    (32, 4, 8, 2),
+    (64, 4, 2, 4),
+    (64, 4, 3, 2),
+    (64, 4, 4, 2),
+    (128, 4, 2, 2),
+    (128, 8, 3, 1),
 ]
 # Of few sequences, which have few tiles: as many programs as tiles, all of which fit beside each
 # other.
