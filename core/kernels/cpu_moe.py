@@ -66,7 +66,7 @@ class CpuExperts:
     def __call__(self, dispatched: Dispatched) -> Tensor:
         if dispatched.routes is not None:
             num_experts = len(self._down_L)
-            return sum_grouped(self, dispatched.hidden, dispatched.routes, num_experts, self._dtype)
+            return sum_grouped(self, dispatched, dispatched.routes, num_experts, self._dtype)
         hidden = plain_rows(dispatched, self._dtype)
         out = torch.empty_like(hidden, dtype=self._dtype)
         counts = dispatched.counts_L.tolist()

@@ -112,14 +112,16 @@ def sum_results(
 
 def sum_grouped(
     kernel: Callable[[Dispatched], Tensor],
-    x_TE: Tensor,
+    dispatched: Dispatched,
     routes: Routes,
     num_experts: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """What rows with routes become, by a kernel of grouped ones: (T, E)."""
     grouping = group_rows(routes.experts_TK, num_experts)
-    results = kernel(Dispatched(x_TE[grouping.source], grouping.counts_L, None))
+    scales = None if dispatched.scales is None else dispatched.scales[grouping.source]
+    rows = dispatched.hidden[grouping.source]
+    results = kernel(Dispatched(rows, grouping.counts_L, None, scales))
     return sum_results(results, grouping.positions_TK, routes.weights_TK, dtype)
 
 

@@ -4,6 +4,7 @@ torch's symmetric memory connects them; multicast is not used. Knows nothing of 
 """
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ class PeerMemory:
 
     rank: int
     size: int
-    buffers: Tensor  # int64 (size,) on the device: addresses of the ranks' buffers, zeros at first
+    own: Tensor  # uint8: this rank's buffer, zeros at first
+    buffers: Tensor  # int64 (size,) on the device: addresses of the ranks' buffers
     epochs: Tensor  # int32 (programs,) on the device, zeros at first
 
 
@@ -63,6 +65,7 @@ def _exchange_buffers(
     return PeerMemory(
         rank=dist.get_rank(group),
         size=size,
+        own=buffer,
         buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
         epochs=torch.zeros(num_programs, dtype=torch.int32, device=device),
     )
@@ -79,8 +82,11 @@ _kept: list[object] = []  # what the addresses belong to: connected as long as t
 
 
 def _reaches_all(device: torch.device, size: int) -> bool:
-    """Whether the ranks can be GPUs of this host, all within reach of this one."""
+    """Whether the ranks can be GPUs of this host, all within reach of this one. Ranks may share a
+    GPU, slowly, where torch's own variable allows that: for trying with few GPUs."""
     others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-    if not 1 < size <= min(_MOST_RANKS, len(others) + 1):
+    sharing = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+    most = _MOST_RANKS if sharing else min(_MOST_RANKS, len(others) + 1)
+    if not 1 < size <= most:
         return False
     return all(torch.cuda.can_device_access_peer(device, other) for other in others)

@@ -105,7 +105,7 @@ class TorchExperts:
     def __call__(self, dispatched: Dispatched) -> Tensor:
         if dispatched.routes is not None:
             num_experts = experts_of(self._down_LEI)
-            return sum_grouped(self, dispatched.hidden, dispatched.routes, num_experts, self._dtype)
+            return sum_grouped(self, dispatched, dispatched.routes, num_experts, self._dtype)
         hidden = accurate(plain_rows(dispatched, torch.float32))
         out = torch.zeros_like(hidden)
         counts = dispatched.counts_L.tolist()

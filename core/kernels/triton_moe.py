@@ -51,7 +51,7 @@ class TritonExperts:
 
     def __call__(self, dispatched: Dispatched) -> Tensor:
         if dispatched.routes is not None:
-            return self._sums(dispatched.hidden, dispatched.routes)
+            return self._sums(dispatched, dispatched.routes)
         hidden, counts_L = dispatched.hidden, dispatched.counts_L
         num_places = hidden.shape[:-1].numel()
         if num_places == 0:
@@ -61,15 +61,16 @@ class TritonExperts:
         tiles = cut_into_tiles(counts_L, num_places, capacity, block_M)
         return self._results(self._products.rows(dispatched), tiles).view(hidden.shape)
 
-    def _sums(self, x_TE: Tensor, routes: Routes) -> Tensor:
+    def _sums(self, dispatched: Dispatched, routes: Routes) -> Tensor:
         """Of rows that lie as they came: products read each where it is."""
+        x_TE = dispatched.hidden
         out_TE = torch.empty(x_TE.shape, dtype=self._dtype, device=x_TE.device)
         if routes.experts_TK.numel() == 0:
             return out_TE
         num_experts = experts_of(self._down_LEI)
         num_pairs, top_k = routes.experts_TK.numel(), routes.experts_TK.shape[1]
         block_M = self._products.block_M(num_pairs, num_experts)
-        values, scales = self._products.operands(x_TE)
+        values, scales = self._products.operands(dispatched)
         if x_TE.shape[0] <= min(block_M, _MOST_ROWS_IN_ORDER):
             experts_TK = routes.experts_TK.contiguous()
             tiles = ExpertTiles(experts_TK, num_pairs, block_M, top_k)

@@ -177,9 +177,9 @@ class PlainExperts:
         rows_PE = plain_rows(dispatched, self._dtype).flatten(0, -2)
         return ExpertRows(rows_PE, None, None, rows_PE.shape[0])
 
-    def operands(self, x_TE: Tensor) -> tuple[Tensor, None]:
+    def operands(self, dispatched: Dispatched) -> tuple[Tensor, None]:
         """Rows as the first product reads them, and their scales."""
-        return x_TE, None
+        return plain_rows(dispatched, self._dtype), None
 
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""

@@ -217,9 +217,11 @@ class Fp8Experts:
             values_PE, scales = quantize_rows(values_PE.contiguous())
         return ExpertRows(values_PE, scales, None, values_PE.shape[0])
 
-    def operands(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def operands(self, dispatched: Dispatched) -> tuple[Tensor, Tensor]:
         """Rows as the first product reads them, quantised once each, and their scales."""
-        return quantize_rows(x_TE)
+        if dispatched.scales is not None:
+            return dispatched.hidden, dispatched.scales
+        return quantize_rows(dispatched.hidden)
 
     def gate_up(self, rows: ExpertRows, tiles: ExpertTiles) -> ExpertRows:
         """silu(x @ gate.T) * (x @ up.T): (P, I)."""

@@ -11,6 +11,7 @@ from plugins.moe_a2a._options import (
     DeepEPOptions,
     EmulatedOptions,
     NcclOptions,
+    SymmMemOptions,
 )
 
 
@@ -34,6 +35,12 @@ def register_moe_a2a() -> Sequence[Registration]:
             factory="plugins.moe_a2a.nccl:NcclDispatcher",
             config=NcclOptions,
             summary="all-to-all with counts over comm.ep: NCCL on GPUs, gloo on CPUs",
+        ),
+        Registration(
+            name="symm_mem",
+            factory="plugins.moe_a2a.symm_mem:create",
+            config=SymmMemOptions,
+            summary="GPUs of one host write rows into each other's memory; no counts",
         ),
         Registration(
             name="deepep",
@@ -71,9 +78,26 @@ def check_plan(config: AppConfig) -> Sequence[str]:
         choice = config.moe_a2a.prefill if phase == "prefill" else config.moe_a2a.decode
         if choice.name == "local" and config.parallel.ep > 1:
             problems += _local_problems(config, phase)
+        if choice.name == "symm_mem":
+            problems += _symm_mem_problems(config, phase)
         if choice.name == "deepep":
             problems += config_problems(config, phase)
     return problems
+
+
+def _symm_mem_problems(config: AppConfig, phase: str) -> list[str]:
+    """Why GPUs can't write into each other's memory."""
+    if config.engine.device == "cpu":
+        return [
+            f"moe_a2a.{phase}=symm_mem needs engine.device=cuda, but it is 'cpu'; set "
+            f"moe_a2a.{phase}=auto"
+        ]
+    if config.launch.nnodes > 1:
+        return [
+            f"moe_a2a.{phase}=symm_mem connects the GPUs of one host, but launch.nnodes="
+            f"{config.launch.nnodes}; set moe_a2a.{phase}=deepep or moe_a2a.{phase}=auto"
+        ]
+    return []
 
 
 def _local_problems(config: AppConfig, phase: str) -> list[str]:

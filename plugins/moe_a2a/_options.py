@@ -42,6 +42,17 @@ class NcclOptions:
 
 
 @dataclass(slots=True, kw_only=True)
+class SymmMemOptions:
+    """Of `symm_mem`."""
+
+    fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
+    buffer_mib: int = 256  # of each rank and phase; steps with more rows go as allgather has them
+
+    def __post_init__(self) -> None:
+        require_range("moe_a2a.<phase>.options.buffer_mib", self.buffer_mib, 1, 65536)
+
+
+@dataclass(slots=True, kw_only=True)
 class DeepEPOptions:
     """Of `deepep`."""
 

@@ -174,7 +174,13 @@ def apply_experts(
     expert of each local one."""
     if dispatched.routes is not None:
         assert dispatcher.layout is ExpertLayout.ROUTED
-        return sum_of_experts(case, dispatched.hidden, dispatched.routes, owners)
+        hidden = dispatched.hidden
+        if dispatched.scales is not None:
+            assert hidden.dtype == torch.float8_e4m3fn
+            hidden = dequantize_rows(hidden, dispatched.scales, torch.float32)
+        else:
+            assert hidden.dtype == case.dtype
+        return sum_of_experts(case, hidden, dispatched.routes, owners)
     device = dispatched.hidden.device
     hidden, counts = dispatched.hidden.cpu(), dispatched.counts_L.tolist()
     assert dispatched.counts_L.dtype == torch.int64
@@ -203,7 +209,6 @@ def sum_of_experts(case: Case, hidden: Tensor, routes: Routes, owners: tuple[int
     x_TE, experts_TK = hidden.cpu(), routes.experts_TK.cpu()
     weights_TK = routes.weights_TK.cpu()
     assert experts_TK.shape == weights_TK.shape == (len(x_TE), case.top_k)
-    assert x_TE.dtype == case.dtype
     total_TE = torch.zeros(x_TE.shape)
     for row, of_row in enumerate(experts_TK.tolist()):
         for k, local in enumerate(of_row):

@@ -4,6 +4,8 @@ Triton's kernels run in its interpreter where there is no GPU; with one, `-k cud
 there, and what is of Triton alone runs there anyway. Shape legend: see core.kernels.torch_moe.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,17 +99,21 @@ def test_triton_experts_of_fp8_blocks(counts: list[int], batched: bool, given: s
 
 @needs_fp8
 @pytest.mark.parametrize("num_rows", [1, 9, 16, 40])
-def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int) -> None:
+@pytest.mark.parametrize("given", ["rows", "fp8 rows"])
+def test_triton_experts_of_fp8_blocks_sum_rows_with_routes(num_rows: int, given: str) -> None:
     """The same as the same rows grouped beforehand."""
     _, make, device = TRITON
     hidden_size, size, dtype = 200, 256, torch.bfloat16
     pairs = (quantized(w) for w in weights(5, hidden_size, size, torch.float32))
     kernel = make().experts(pairs_of(*pairs, device), 5, dtype)
     x_TE, routes = normal(3, num_rows, hidden_size, dtype=dtype), routes_of(num_rows, 3, 5)
-    out = kernel(arrived(x_TE, routes, device))
     on_device = arrived(x_TE, routes, device)
     assert on_device.routes is not None
-    expected = sum_grouped(kernel, on_device.hidden, on_device.routes, 5, dtype)
+    if given == "fp8 rows":  # quantised by who sent them
+        values, scales = quantize_rows(on_device.hidden)
+        on_device = replace(on_device, hidden=values, scales=scales)
+    out = kernel(on_device)
+    expected = sum_grouped(kernel, on_device, on_device.routes, 5, dtype)
     assert relative_error(out, expected.cpu().double()) <= 1e-2
 
 

@@ -38,7 +38,7 @@ def connect(rank: int, size: int, folder: Path) -> PeerMemory:
     _kept = buffers
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
     epochs = torch.zeros(NUM_PROGRAMS, dtype=torch.int32)
-    return PeerMemory(rank, size, addresses, epochs)
+    return PeerMemory(rank, size, buffers[rank], addresses, epochs)
 
 
 _kept: list[Tensor] = []

@@ -61,3 +61,13 @@ def test_a_peer_that_was_refused_counts_for_all(ranks: dict[str, Any]) -> None:
     ranks["others"] = [True, False]
     assert connect() is None
     assert ranks["asked"] == [True, True]
+
+
+def test_ranks_share_a_gpu_only_where_torch_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    device = torch.device("cuda", 0)
+    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
+    assert not peer_memory._reaches_all(device, 2)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    assert peer_memory._reaches_all(device, 2)
+    assert not peer_memory._reaches_all(device, 9)

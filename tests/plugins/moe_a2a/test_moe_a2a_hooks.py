@@ -178,3 +178,11 @@ def test_registering_imports_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_symm_mem_is_for_the_gpus_of_one_host() -> None:
+    assert moe_a2a.check_plan(config("symm_mem", "symm_mem")) == []
+    (problem,) = moe_a2a.check_plan(config(decode="symm_mem", nnodes=2))
+    assert problem.startswith("moe_a2a.decode=symm_mem connects the GPUs of one host")
+    (problem,) = moe_a2a.check_plan(config("symm_mem", device="cpu"))
+    assert problem.startswith("moe_a2a.prefill=symm_mem needs engine.device=cuda")
