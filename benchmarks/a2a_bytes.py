@@ -23,6 +23,7 @@ from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.routing import Routing
 from core.kernels.torch_ops import TorchOps
 from core.parallel.plan import Plan
+from plugins.moe_a2a._fixed import FixedDispatcher
 from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.nccl import NcclDispatcher
@@ -130,6 +131,8 @@ def measure(ep: int, num_rows: int, *, fp8: bool) -> dict[str, Any]:
     row |= {name: round(sum(bound[name] for bound in bounds) / ep, 2) for name in bounds[0]}
     nccl = moved(lambda spec: NcclDispatcher(NcclOptions(), spec), ep, num_rows, fp8=fp8)
     row |= {"nccl": round(nccl, 1), "ratio": round(nccl / row["least"], 4)}
+    fixed = moved(lambda spec: FixedDispatcher(spec, fp8=fp8), ep, num_rows, fp8=fp8)
+    row |= {"nccl_fixed": round(fixed, 1), "fixed_ratio": round(fixed / row["least"], 4)}
     if not fp8:
         made = lambda spec: AllGatherDispatcher(AllGatherOptions(), spec)  # noqa: E731
         row["allgather"] = round(moved(made, ep, num_rows, fp8=False), 1)

@@ -32,9 +32,9 @@ def register_moe_a2a() -> Sequence[Registration]:
         ),
         Registration(
             name="nccl",
-            factory="plugins.moe_a2a.nccl:NcclDispatcher",
+            factory="plugins.moe_a2a.nccl:create",
             config=NcclOptions,
-            summary="all-to-all with counts over comm.ep: NCCL on GPUs, gloo on CPUs",
+            summary="collectives of comm.ep, with counts or without: NCCL on GPUs, gloo on CPUs",
         ),
         Registration(
             name="symm_mem",

@@ -7,6 +7,7 @@ from core.errors import ConfigError
 
 LAYOUTS = ("contiguous", "batched")
 ALL_LAYOUTS = ("routed", *LAYOUTS)
+EXCHANGES = ("auto", "fixed", "counted")
 LOW_LATENCY_ROWS = 1024  # DeepEP counts a rank's rows for one expert below this (FINISHED_SUM_TAG)
 
 
@@ -39,6 +40,13 @@ class NcclOptions:
     """Of `nccl`."""
 
     fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
+    # counted: a row goes to the ranks of its experts, and the host waits for counts in every layer.
+    # fixed: to all ranks, in sizes known before a step. auto: fixed on GPUs in decode steps, and in
+    # others where that sends at most twice the bytes.
+    exchange: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_choice("moe_a2a.<phase>.options.exchange", self.exchange, EXCHANGES)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""Rows to the ranks of their experts by all-to-all with counts: NCCL on GPUs, gloo on CPUs.
+"""Rows to the ranks of their experts by the collectives of comm.ep: NCCL on GPUs, gloo on CPUs.
 
-A row goes once to each rank that holds any of its experts, together with weights and ids, and comes
-back from each as one weighted sum. Three collectives a layer: counts, rows, sums. The host waits
-for the counts, so this is not for graphs.
+`counted`: a row goes once to each rank that holds any of its experts, together with weights and
+ids, and comes back from each as one weighted sum. Three collectives a layer: counts, rows, sums.
+The host waits for the counts, so this is not for graphs. `fixed` (plugins.moe_a2a._fixed) sends
+rows to all ranks, so that sizes are known before a step.
 Shape legend: T own rows, K experts of a row, R ranks of the axis, S sent rows (one for each pair
 of row and destination rank), N received rows, E hidden size, B bytes of a packed row.
 """
@@ -13,12 +14,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout
+from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
 from core.kernels.block_fp8 import FP8
 from core.kernels.moe_permute import count_values, group_rows, sum_results
+from plugins.moe_a2a._fixed import FixedDispatcher, bytes_ratio
 from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._options import NcclOptions
 from plugins.moe_a2a._packing import RowFormat, ids_dtype, take_rows
+
+_MOST_BYTES_RATIO = 2.0  # that prompts send of what they must, so that the host needn't wait
+
+
+def create(options: NcclOptions, spec: A2ASpec) -> Dispatcher:
+    """The dispatcher of a phase."""
+    if sizes_are_fixed(options, spec):
+        return FixedDispatcher(spec, fp8=options.fp8 and spec.fp8)
+    return NcclDispatcher(options, spec)
+
+
+def sizes_are_fixed(options: NcclOptions, spec: A2ASpec) -> bool:
+    """Whether rows go to all ranks. A GPU's host has to run ahead, which counts forbid in every
+    layer: few rows always cost less than that, those of prompts up to so many times the bytes."""
+    if options.exchange != "auto":
+        return options.exchange == "fixed"
+    if spec.device.type != "cuda":
+        return False
+    ratio = bytes_ratio(spec.comm.size, spec.top_k)
+    return spec.phase == "decode" or ratio <= _MOST_BYTES_RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +56,7 @@ class _Handle:
 
 
 class NcclDispatcher:
-    """All-to-all over the ep axis' communicator, whatever that is."""
+    """All-to-all with counts over the ep axis' communicator, whatever that is."""
 
     layout = ExpertLayout.CONTIGUOUS
     capturable = False

@@ -9,11 +9,10 @@ import torch
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
-from plugins.moe_a2a import deepep
+from plugins.moe_a2a import deepep, nccl
 from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.local import LocalDispatcher
-from plugins.moe_a2a.nccl import NcclDispatcher
 from tests.contracts.a2a_cases import CPU, Case, spec_of
 from tests.support import fake_deep_ep
 
@@ -48,8 +47,10 @@ BACKENDS = {
     "allgather": Parameters(AllGatherDispatcher, AllGatherOptions()),
     "allgather-contiguous": Parameters(AllGatherDispatcher, AllGatherOptions(layout="contiguous")),
     "allgather-batched": Parameters(AllGatherDispatcher, AllGatherOptions(layout="batched")),
-    "nccl": Parameters(NcclDispatcher, NcclOptions(), fp8=True),
-    "nccl-plain": Parameters(NcclDispatcher, NcclOptions(fp8=False)),
+    "nccl": Parameters(nccl.create, NcclOptions(exchange="counted"), fp8=True),
+    "nccl-plain": Parameters(nccl.create, NcclOptions(exchange="counted", fp8=False)),
+    "nccl-fixed": Parameters(nccl.create, NcclOptions(exchange="fixed"), fp8=True),
+    "nccl-fixed-plain": Parameters(nccl.create, NcclOptions(exchange="fixed", fp8=False)),
     "deepep-normal": Parameters(
         fake_deepep, DeepEPOptions(), sizes=(2, 4), hidden_size=256, can=bfloat16_only, fp8=True
     ),

@@ -401,7 +401,8 @@ def test_the_built_in_plugins_load_and_carry_our_version():
         assert len(manager.table(family)) > 0, family
     assert {"torch_ref", "cpu", "triton"} <= set(manager.table("attention"))
     assert {"gloo", "nccl"} <= set(manager.table("comm"))
-    assert {"local", "allgather", "nccl", "deepep", "emulated"} == set(manager.table("moe_a2a"))
+    names = {"local", "allgather", "symm_mem", "nccl", "deepep", "emulated"}
+    assert names == set(manager.table("moe_a2a"))
     assert {"tp", "tp_ep", "dp_attention"} == set(manager.table("parallel_plan"))
     assert {"static", "local", "slurm", "kubernetes", "ray"} == set(manager.table("launcher"))
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher, ExpertLayout
-from plugins.moe_a2a._options import AllGatherOptions
+from plugins.moe_a2a import nccl
+from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -30,6 +31,7 @@ def spec() -> A2ASpec:
 
 DISPATCHERS = {
     "allgather": lambda: AllGatherDispatcher(AllGatherOptions(), spec()),
+    "nccl-fixed": lambda: nccl.create(NcclOptions(), spec()),
     "allgather-batched": lambda: AllGatherDispatcher(AllGatherOptions(layout="batched"), spec()),
 }
 
@@ -47,7 +49,10 @@ def routed(seed: int) -> tuple[Tensor, Tensor]:
 def scaled_by_expert(dispatcher: Dispatcher, x_TE: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Experts that multiply by their number + 1, without waiting."""
     dispatched = dispatcher.dispatch(x_TE, ids, weights, [NUM_ROWS])
-    if dispatcher.layout is ExpertLayout.BATCHED:
+    if dispatched.routes is not None:
+        ids_AK, weights_AK = dispatched.routes.experts_TK, dispatched.routes.weights_TK
+        factors = (weights_AK * (ids_AK + 1)).sum(1, keepdim=True)
+    elif dispatcher.layout is ExpertLayout.BATCHED:
         factors = torch.arange(1, NUM_EXPERTS + 1, device="cuda")[:, None, None]
     else:
         ends = dispatched.counts_L.cumsum(0)
