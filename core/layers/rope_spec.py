@@ -14,6 +14,8 @@ from core.layers.config_reader import MAX_POSITIONS, is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0  # of configs that don't say it
+# Of the numbers below; published ones lie between 0.1 and 1e9. Beyond, angles overflow.
+LEAST, MOST = 1e-9, 1e12
 # What an object of each kind may hold beside what every one does.
 _KEYS_OF_ALL = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _KEYS = {
@@ -156,6 +158,10 @@ class _Fields:
             raise self.error(
                 name,
                 f"={shown(value)} is needed by rope_type={self._kind!r}; allowed: a number above 0",
+            )
+        if not LEAST <= value <= MOST:
+            raise self.error(
+                name, f"={shown(value)} is not supported; allowed: from {LEAST:g} to {MOST:g}"
             )
         return float(value)
 

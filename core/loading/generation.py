@@ -12,14 +12,23 @@ from core.errors import ModelError
 MAX_TOKEN_IDS = 1000  # that end an answer
 _LARGEST_ID = (1 << 32) - 1
 
-# Defaults for requests that don't say: key -> (what is allowed, in words).
+_LARGEST_TOP_K = (1 << 31) - 1
+
+# Defaults for requests that don't say: key -> (what is allowed, in words); no more than requests
+# may say themselves.
 _Check = Callable[[float], bool]
 SAMPLING: Mapping[str, tuple[_Check, str]] = {
     "temperature": (lambda value: 0 <= value <= 100, "a number from 0 to 100"),
     "top_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "top_k": (lambda value: value == int(value) >= -1, "a whole number, 0 or -1 for all tokens"),
+    "top_k": (
+        lambda value: -1 <= value <= _LARGEST_TOP_K and value == int(value),
+        f"a whole number up to {_LARGEST_TOP_K}, 0 or -1 for all tokens",
+    ),
     "min_p": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (lambda value: 0 < value <= 100, "a number above 0, up to 100"),
+    "repetition_penalty": (
+        lambda value: 0.01 <= value <= 100,
+        "a number above 0: from 0.01 to 100",
+    ),
 }
 # They make a choice where there is one, so that `do_sample: false` sets them aside.
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p")

@@ -75,6 +75,18 @@ def test_old_dtype_key_is_read() -> None:
         (fp8(fmt="e5m2"), ["fmt='e5m2'", "e4m3"]),
         (fp8(activation_scheme="static"), ["activation_scheme='static'", "dynamic"]),
         (config(rope_scaling={"type": "dynamic"}), ["dynamic"]),
+        (config(rope_parameters={"rope_theta": 1e300}), ["rope_theta=1e+300", "1e-09 to 1e+12"]),
+        (
+            config(
+                rope_scaling={
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 128,
+                    "beta_fast": 1e-320,
+                }
+            ),
+            ["beta_fast=1e-320", "1e-09 to 1e+12"],
+        ),
         (config(layer_types=["sliding_attention"]), ["sliding_attention", "full_attention"]),
         (
             config("MistralForCausalLM", sliding_window=511),

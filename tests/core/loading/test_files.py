@@ -324,6 +324,10 @@ DAMAGE: dict[str, tuple[Damage, list[str]]] = {
         lambda f: (f / "generation_config.json").write_text('{"temperature": "hot"}'),
         ["generation_config.json", "temperature='hot'", "from 0 to 100"],
     ),
+    "a huge top_k": (
+        lambda f: (f / "generation_config.json").write_text(f'{{"top_k": {2**70}}}'),
+        ["top_k=1180591620717411303424", "up to 2147483647"],
+    ),
     "a penalty of nothing": (
         lambda f: (f / "generation_config.json").write_text('{"repetition_penalty": 0}'),
         ["repetition_penalty=0", "above 0"],
