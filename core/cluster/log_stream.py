@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
 MAX_QUEUED_BYTES = 1 << 20
+Notice = Callable[[int, str], bytes]  # lines that were lost, why -> the line that says so
 AGAIN_S = 5.0  # between two attempts to tell what was lost, where nothing else is written
 TELL_S = 1.0  # at least between two calls of `on_dropped`
 DRAIN_S = 0.5  # for what is queued to be written before the process ends
@@ -36,9 +37,14 @@ class LogWriter:
         self._queue: deque[tuple[int, bytes]] = deque()
         self._queued_bytes = 0  # those that the thread is writing included
         self._losses: dict[int, _Loss] = {}  # by descriptor, not told there yet
+        self._notices: dict[int, Notice] = {}
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="nodeweave-log", daemon=True)
         self._thread.start()
+
+    def tell_losses(self, fd: int, notice: Notice) -> None:
+        """Tell what a descriptor did not take in the form of what else is written to it."""
+        self._notices[fd] = notice
 
     def write(self, fd: int, data: bytes) -> None:
         """Queue some text; drops it where too much is waiting. Never blocks."""
@@ -80,7 +86,7 @@ class LogWriter:
     def _write_or_lose(self, fd: int, data: bytes) -> None:
         with self._changed:
             before = self._losses.pop(fd, _Loss())
-        notice = before.notice()
+        notice = before.notice(self._notices.get(fd, _plain_notice))
         whole = notice + data
         written, reason = _write_all(fd, whole)
         with self._changed:
@@ -123,13 +129,15 @@ class _Loss:
     reason: str = ""
     torn: bool = False  # the last thing that was written is no whole line
 
-    def notice(self) -> bytes:
+    def notice(self, form: Notice) -> bytes:
         """What is written before the next line; nothing where nothing was lost."""
-        end = "\n" if self.torn else ""
-        if not self.lines:
-            return end.encode()
-        lines = "1 line" if self.lines == 1 else f"{self.lines} lines"
-        return f"{end}{lines} of this log could not be written: {self.reason}\n".encode()
+        end = b"\n" if self.torn else b""
+        return end + form(self.lines, self.reason) if self.lines else end
+
+
+def _plain_notice(lines: int, reason: str) -> bytes:
+    count = "1 line" if lines == 1 else f"{lines} lines"
+    return f"{count} of this log could not be written: {reason}\n".encode()
 
 
 def _write_all(fd: int, data: bytes) -> tuple[int, str | None]:

@@ -29,6 +29,10 @@ class Writer(Protocol):
 
     def write(self, fd: int, data: bytes) -> None: ...
 
+    def tell_losses(self, fd: int, notice: Callable[[int, str], bytes]) -> None:
+        """How a line says that so many lines were lost, and why."""
+        ...
+
 
 def access_log(config: FrontendConfig, writer: Writer) -> AccessLog:
     """What is called with each request that ended. Raises ConfigError for a file that can't be
@@ -46,6 +50,9 @@ def access_log(config: FrontendConfig, writer: Writer) -> AccessLog:
                 f"frontend.access_log_file={config.access_log_file!r} can't be written: "
                 f"{error.strerror}"
             ) from error
+
+    if config.access_log == "json":
+        writer.tell_losses(fd, json_notice)
 
     def log(record: RequestRecord) -> None:
         if record.path not in PROBES or record.status >= 400:
@@ -77,6 +84,12 @@ def json_line(record: RequestRecord, ended_s: float) -> bytes:
         "bytes_in": record.bytes_in,
         "bytes_out": record.bytes_out,
     }
+    return msgspec.json.encode(fields) + b"\n"
+
+
+def json_notice(lines: int, reason: str) -> bytes:
+    """In the place of lines that could not be written."""
+    fields = {"time": _iso(time.time()), "dropped_lines": lines, "reason": reason}
     return msgspec.json.encode(fields) + b"\n"
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from core.cluster import log_stream
 from core.cluster.log_stream import LogWriter
 from core.config import FrontendConfig
 from core.errors import ConfigError
@@ -56,6 +57,30 @@ def test_text_lines():
     )
 
 
+def test_a_json_log_tells_of_lost_lines_in_json(monkeypatch):
+    written, full = [], [True]
+
+    def write_all(fd, data):
+        if full[0]:
+            return 0, "No space left on device"
+        written.append(data)
+        return len(data), None
+
+    monkeypatch.setattr(log_stream, "_write_all", write_all)
+    writer = LogWriter()
+    log = access_log(FrontendConfig(access_log="json"), writer)
+    for _ in range(3):
+        log(RECORD)
+    writer.drain(60)
+    full[0] = False
+    log(RECORD)
+    writer.close()
+    lines = [json.loads(line) for line in b"".join(written).splitlines()]
+    assert [line.get("request_id") for line in lines] == [None, "abc"]
+    assert (lines[0]["dropped_lines"], lines[0]["reason"]) == (3, "No space left on device")
+    assert lines[0]["time"].endswith("+00:00")
+
+
 @pytest.mark.parametrize("form", [json_line, text_line])
 def test_a_path_from_a_stranger_stays_on_its_line(form):
     line = form(HOSTILE, 0.0)
@@ -72,6 +97,9 @@ class Lines:
 
     def write(self, fd, data):
         self.written.append((fd, data))
+
+    def tell_losses(self, fd, notice):
+        self.notice = notice
 
 
 def test_probes_are_told_only_where_they_fail():
