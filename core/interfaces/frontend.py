@@ -151,9 +151,14 @@ class Tokenizer(Protocol):
         ...
 
     def detokenizer(
-        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        takes_over: bool = False,
     ) -> IncrementalDetokenizer:
-        """For an answer that follows these tokens; () where it begins a text."""
+        """For an answer that follows these tokens; () where it begins a text. `takes_over`: broken
+        bytes that end the prompt are the answer's (core.interfaces.text.Prompt.is_open)."""
         ...
 
 

@@ -34,6 +34,7 @@ class PromptTexts(msgspec.Struct, tag="prompts", kw_only=True):
     max_prompts: int = 1
     max_tokens: int = MAX_TOKENIZED  # of each; the ids of a longer one are not returned
     echo: bool = False  # the text of each is wanted
+    offsets: bool = False  # and where its tokens begin, where their own texts don't tell
 
 
 class TokenList(msgspec.Struct, tag="tokenize", kw_only=True):
@@ -79,6 +80,12 @@ class Prompt(msgspec.Struct, kw_only=True):
     ids: list[int] = []
     at_least: bool = False  # `num_tokens` is a bound: the text was too long to be tokenized
     text: str | None = None  # where it was asked for
+    # Whether `text` leaves out a character that the last of these token ids began: it is the
+    # answer's, whatever becomes of it.
+    is_open: bool = False
+    # Where each token begins in the text, in characters. None where that is not asked for, or told
+    # by the tokens' own texts: they are those of the text, in their order.
+    offsets: list[int] | None = None
 
 
 class TokensJson(msgspec.Struct, kw_only=True):

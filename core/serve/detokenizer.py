@@ -24,13 +24,18 @@ class ByteDetokenizer:
 
     __slots__ = ("_decode", "_opening", "_pending", "_spaces", "_state", "_table")
 
-    def __init__(self, table: ByteTable, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, table: ByteTable, prompt_ids: Sequence[int] = (), takes_over: bool = False
+    ) -> None:
+        """`takes_over`: what the prompt's last bytes become is the answer's, also where the answer
+        does not complete them."""
         self._table = table.of_token
         decoder = codecs.getincrementaldecoder("utf-8")(table.errors)
         self._decode = decoder.decode
         self._state = decoder.getstate
         self._spaces = self._spaces_to_drop(table.stripped_spaces, prompt_ids)
-        self._pending = self._unfinished(prompt_ids, table.errors)
+        unfinished = self._unfinished(prompt_ids, table.errors)
+        self._pending = "" if takes_over else unfinished
         self._opening = bool(self._spaces or self._pending)
 
     @property
@@ -99,7 +104,11 @@ class WindowDetokenizer:
     __slots__ = ("_context_text", "_decode", "_done", "_ids", "_skip", "holding")
 
     def __init__(
-        self, decode: Decode, skip: frozenset[int], prompt_ids: Sequence[int] = ()
+        self,
+        decode: Decode,
+        skip: frozenset[int],
+        prompt_ids: Sequence[int] = (),
+        takes_over: bool = False,
     ) -> None:
         self._decode = decode
         self._skip = skip
@@ -112,6 +121,10 @@ class WindowDetokenizer:
             self._context_text = decode(self._ids)
             if self._context_text and REPLACEMENT not in self._context_text:
                 break
+        if takes_over:
+            known = self._context_text.rstrip(REPLACEMENT)
+            self.holding = known != self._context_text
+            self._context_text = known
         self._done = len(self._ids)
 
     def add(self, token_ids: Sequence[int]) -> str:

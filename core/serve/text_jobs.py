@@ -36,6 +36,8 @@ class PackedPrompt(msgspec.Struct, kw_only=True):
     ids: bytes = b""
     at_least: bool = False
     text: str | None = None
+    is_open: bool = False
+    offsets: bytes | None = None  # four bytes each
 
 
 class TextLimits(Protocol):
@@ -106,12 +108,23 @@ class TextJobs:
             if isinstance(prompt, str):
                 packed = self._encode(prompt, job.add_special_tokens, job.max_tokens)
                 packed.text = prompt if job.echo else None
+                if job.offsets and packed.ids:
+                    packed.offsets = self._offsets(prompt, packed.ids, job.add_special_tokens)
             else:
                 packed = _pack(prompt, job.max_tokens)
                 if job.echo and packed.ids:
-                    packed.text = self._tokenizer.decode(prompt, skip_special_tokens=False)
+                    packed.text, packed.is_open = self._tokenizer.decode_open(prompt)
             found.append(packed)
         return found
+
+    def _offsets(self, text: str, packed_ids: bytes, add_special_tokens: bool) -> bytes | None:
+        """Where tokens begin in a text that the tokenizer changed; None where it did not."""
+        ids = array("I", packed_ids).tolist()
+        with self._limits.tokenizing(len(text)):
+            if text in self._tokenizer.decode(ids, skip_special_tokens=False):
+                return None
+            offsets = self._tokenizer.offsets(text, add_special_tokens=add_special_tokens)
+        return array("I", offsets).tobytes()
 
     def _token_list(self, job: TokenList) -> TokensJson:
         source = job.source

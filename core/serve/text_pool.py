@@ -406,7 +406,14 @@ async def _unpack(packed: PackedPrompt) -> Prompt:
         if begin:
             await asyncio.sleep(0)
         ids += array("I", packed.ids[begin : begin + UNPACK_BYTES])
-    return Prompt(num_tokens=packed.num_tokens, ids=ids, at_least=packed.at_least, text=packed.text)
+    return Prompt(
+        num_tokens=packed.num_tokens,
+        ids=ids,
+        at_least=packed.at_least,
+        text=packed.text,
+        is_open=packed.is_open,
+        offsets=None if packed.offsets is None else array("I", packed.offsets).tolist(),
+    )
 
 
 def _start_process(boot: TextBoot) -> tuple[subprocess.Popen[bytes], socket.socket]:

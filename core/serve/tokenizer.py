@@ -96,6 +96,30 @@ class HfTokenizer:
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_open(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """Text that goes on, special tokens included, and whether the last tokens began a character
+        that is left out: a detokenizer with `takes_over` gives it."""
+        if self._byte_table is not None:
+            detokenizer = ByteDetokenizer(self._byte_table)
+            return detokenizer.add(token_ids), detokenizer.holding
+        whole = self.decode(token_ids, skip_special_tokens=False)
+        text = whole.rstrip(REPLACEMENT)
+        return text, text != whole
+
+    @without_panics
+    def offsets(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Where each token of `encode` begins in the text, in characters, whatever the tokenizer
+        made of it. A character of several tokens begins with its first; tokens beside the text have
+        the place where the one before them ends."""
+        [found] = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        offsets: list[int] = []
+        last_end = 0
+        for begin, end in found.offsets:
+            is_inside = begin < last_end  # a character that a token before it began
+            offsets.append(last_end if begin == end else begin + is_inside)
+            last_end = max(end, last_end)
+        return offsets
+
     def token_text(self, token_id: int) -> str:
         """The token alone as text, as logprobs report it; "" beyond the vocabulary."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
@@ -162,13 +186,17 @@ class HfTokenizer:
             self._templates[name] = ChatTemplate(source, self._special_tokens)
 
     def detokenizer(
-        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        takes_over: bool = False,
     ) -> IncrementalDetokenizer:
         table = self._text_byte_table if skip_special_tokens else self._byte_table
         if table is not None:
-            return ByteDetokenizer(table, prompt_ids)
+            return ByteDetokenizer(table, prompt_ids, takes_over)
         skip = self._special_ids if skip_special_tokens else frozenset()
-        return WindowDetokenizer(self._decode_window, skip, prompt_ids)
+        return WindowDetokenizer(self._decode_window, skip, prompt_ids, takes_over)
 
     @without_panics
     def _decode_window(self, token_ids: Sequence[int]) -> str:

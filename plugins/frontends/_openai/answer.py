@@ -92,10 +92,14 @@ class Answer:
         skip_special_tokens: bool,
         min_tokens: int,
         wants_logprobs: bool,
+        takes_over: bool = False,
     ) -> None:
-        """Only stop strings that end after `min_tokens` tokens count."""
+        """Only stop strings that end after `min_tokens` tokens count. `takes_over`: a character
+        that the prompt began is this answer's, whatever becomes of it."""
         self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids
+            skip_special_tokens=skip_special_tokens,
+            prompt_ids=prompt_ids,
+            takes_over=takes_over,
         )
         self._matcher = StopMatcher(stops)
         self._include_stop = include_stop

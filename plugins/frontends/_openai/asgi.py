@@ -41,13 +41,14 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def check_content_type(scope: Scope) -> None:
-    """Raise RequestError 415 unless the body is said to be JSON, as vLLM and SGLang do. A web page
-    can send other types to any server without asking, and none where it takes a Blob."""
+    """Raise RequestError 415 unless the body is said to be JSON. vLLM and SGLang refuse the same,
+    with 400. A web page can send other types to any server without asking, and none where it takes
+    a Blob."""
     values = header_values(scope, b"content-type")
     if [value.partition(b";")[0].strip().lower() for value in values] != [b"application/json"]:
         raise RequestError(
             "the body's Content-Type must be application/json "
-            "(curl: -H 'Content-Type: application/json')",
+            "(curl: -H 'Content-Type: application/json', or --json instead of -d)",
             code="unsupported_media_type",
             status=415,
         )

@@ -94,7 +94,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
         )
         stops = stop_strings(body, service.config)
 
-        def make_answer(prompt_ids: list[int]) -> Answer:
+        def make_answer() -> Answer:
             return Answer(
                 service.tokenizer,
                 prompt_ids,
@@ -106,9 +106,8 @@ class ChatCompletions(Endpoint[ChatRequest]):
             )
 
         return make_choices(
-            [(prompt_ids, sampling)],
+            [(prompt_ids, sampling, make_answer)],
             body.n or 1,
-            make_answer,
             priority=body.priority,
             prompt_logprobs_once=True,
         )

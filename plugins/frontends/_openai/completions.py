@@ -1,6 +1,7 @@
 """POST /v1/completions. Knows nothing of engines or of sockets."""
 
 import time
+from functools import partial
 from typing import Any
 
 from core.errors import RequestError
@@ -40,9 +41,8 @@ class Completions(Endpoint[CompletionRequest]):
         self._check(body)
         with self.service.tokenizing(body.n or 1):
             prompts = await self._prompts(body)
-        choices = self._choices(body, [prompt.ids for prompt in prompts])
-        echoes = [prompt.text or "" for prompt in prompts]
-        job = _Job(body, self.service.tokenizer, choices, echoes)
+        choices = self._choices(body, prompts)
+        job = _Job(body, self.service.tokenizer, choices, prompts)
         if body.stream:
             await self._answer_streamed(job, call)
         else:
@@ -72,10 +72,11 @@ class Completions(Endpoint[CompletionRequest]):
                 max_prompts=service.config.max_batch_prompts,
                 max_tokens=service.model.max_model_len - 1,
                 echo=bool(body.echo),
+                offsets=bool(body.echo) and body.logprobs is not None,
             )
         )
 
-    def _choices(self, body: CompletionRequest, encoded: list[list[int]]) -> list[Choice]:
+    def _choices(self, body: CompletionRequest, prompts: list[Prompt]) -> list[Choice]:
         service = self.service
         stops = stop_strings(body, service.config)
         of_prompt = body.logprobs if body.echo else None
@@ -99,22 +100,21 @@ class Completions(Endpoint[CompletionRequest]):
                 model=service.model,
             )
 
-        def make_answer(prompt_ids: list[int]) -> Answer:
+        def make_answer(prompt: Prompt) -> Answer:
             return Answer(
                 service.tokenizer,
-                prompt_ids,
+                prompt.ids,
                 stops=stops,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
                 min_tokens=body.min_tokens or 0,
                 wants_logprobs=body.logprobs is not None,
+                takes_over=prompt.is_open,
             )
 
-        prompts = [(prompt_ids, sampling_of(len(prompt_ids))) for prompt_ids in encoded]
         return make_choices(
-            prompts,
+            [(p.ids, sampling_of(len(p.ids)), partial(make_answer, p)) for p in prompts],
             body.n or 1,
-            make_answer,
             priority=body.priority,
             prompt_logprobs_once=not body.stream,
         )
@@ -177,19 +177,23 @@ class _Job:
     """What both forms of a response are made of."""
 
     def __init__(
-        self, body: CompletionRequest, tokenizer: Any, choices: list[Choice], echoes: list[str]
+        self,
+        body: CompletionRequest,
+        tokenizer: Any,
+        choices: list[Choice],
+        prompts: list[Prompt],
     ) -> None:
-        """`echoes`: the text to put in front, by prompt."""
         self.body = body
         self.choices = choices
         self._tokenizer = tokenizer
-        self._echoes = echoes
-        self.num_per_prompt = len(choices) // len(echoes)
+        self._prompts = prompts
+        self.num_per_prompt = len(choices) // len(prompts)
         self._echo_logprobs: dict[int, dict[str, Any]] = {}  # by prompt: built once, not n times
         self._prompt_logprobs: dict[int, Any] = {}
 
     def echo(self, choice: Choice) -> str:
-        return self._echoes[self._prompt_of(choice)]
+        """The text to put in front."""
+        return self._prompts[self._prompt_of(choice)].text or ""
 
     def echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if self.body.logprobs is None:
@@ -198,9 +202,8 @@ class _Job:
         if prompt not in self._echo_logprobs:
             self._echo_logprobs[prompt] = echoed_logprobs(
                 self._tokenizer,
-                choice.prompt_ids,
+                self._prompts[prompt],
                 self._of_prompt(choice) or [],
-                self._echoes[prompt],
                 self.body.logprobs,
             )
         return self._echo_logprobs[prompt]

@@ -46,25 +46,23 @@ class Choice:
 
 
 def make_choices(
-    prompts: Sequence[tuple[list[int], SamplingParams]],
+    prompts: Sequence[tuple[list[int], SamplingParams, Callable[[], Answer]]],
     n: int,
-    make_answer: Callable[[list[int]], Answer],
     *,
     priority: int | None = None,
     prompt_logprobs_once: bool = False,
 ) -> list[Choice]:
-    """prompts x n choices, the answers of a prompt next to each other. `make_answer` gets the
-    prompt's tokens. With `prompt_logprobs_once` they come with a prompt's first answer only."""
+    """prompts x n choices, the answers of a prompt next to each other. With `prompt_logprobs_once`
+    prompt logprobs come with a prompt's first answer only."""
     choices: list[Choice] = []
-    for prompt_ids, sampling in prompts:
+    for prompt_ids, sampling, make_answer in prompts:
         for i in range(n):
             own = sampling
             if (seed := seed_of_choice(sampling.seed, i)) != sampling.seed:
                 own = msgspec.structs.replace(own, seed=seed)
             if i and prompt_logprobs_once and own.prompt_logprobs is not None:
                 own = msgspec.structs.replace(own, prompt_logprobs=None)
-            answer = make_answer(prompt_ids)
-            choices.append(Choice(len(choices), prompt_ids, own, answer, priority or 0))
+            choices.append(Choice(len(choices), prompt_ids, own, make_answer(), priority or 0))
     return choices
 
 

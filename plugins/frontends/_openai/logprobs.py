@@ -8,6 +8,7 @@ from typing import Any
 
 from core.interfaces.frontend import Tokenizer
 from core.interfaces.messages import TokenLogprobs
+from core.interfaces.text import Prompt
 
 LEAST = -9999.0
 
@@ -58,18 +59,16 @@ def completion_logprobs(
 
 
 def echoed_logprobs(
-    tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    entries: Sequence[TokenLogprobs],
-    text: str,
-    num_top: int,
+    tokenizer: Tokenizer, prompt: Prompt, entries: Sequence[TokenLogprobs], num_top: int
 ) -> dict[str, Any]:
-    """The same of a prompt that `text` repeats: its first token has no probability."""
-    offsets = prompt_offsets(tokenizer, prompt_ids, text)
+    """The same of a prompt that the text begins with: its first token has no probability."""
+    offsets = prompt.offsets
+    if offsets is None:
+        offsets = prompt_offsets(tokenizer, prompt.ids, prompt.text or "")
     first: dict[str, Any] = {
         "text_offset": offsets[:1],
         "token_logprobs": [None],
-        "tokens": [completion_token(tokenizer, prompt_ids[0])],
+        "tokens": [completion_token(tokenizer, prompt.ids[0])],
         "top_logprobs": [None],
     }
     return join(first, completion_logprobs(tokenizer, entries, offsets[1:], num_top))
@@ -78,8 +77,8 @@ def echoed_logprobs(
 def prompt_offsets(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -> list[int]:
     """Where each token of a prompt begins in its text, in characters.
 
-    The tokens' text may have more around it, such as a bos token: that has no place of its own.
-    Where the tokenizer changed the text (NFC), offsets are those in what it made of it.
+    The tokens' text may have more around it, such as a bos token: that has no place of its own. A
+    character that the text leaves out at its end, since more tokens are to follow, begins there.
     """
     detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
     pieces: list[str] = []
@@ -89,11 +88,11 @@ def prompt_offsets(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) -
         offsets.append(size + detokenizer.holding)
         pieces.append(detokenizer.add((token_id,)))
         size += len(pieces[-1])
-    pieces.append(detokenizer.finish())
     whole = "".join(pieces)
     at_end = whole.endswith(text)
     before = len(whole) - len(text) if at_end else max(whole.find(text), 0)
-    return [min(max(offset - before, 0), len(text)) for offset in offsets]
+    end = len(text) + (at_end and detokenizer.holding)
+    return [min(max(offset - before, 0), end) for offset in offsets]
 
 
 def chat_token(tokenizer: Tokenizer, token_id: int) -> str:

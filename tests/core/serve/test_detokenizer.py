@@ -143,6 +143,23 @@ def test_a_character_that_the_prompt_began_is_the_answers():
         assert streamed(tokenizer, prompt, [], True) == ""
 
 
+def test_an_answer_may_take_the_prompts_broken_bytes_over():
+    """What was echoed and what follows are the library's decode of both together."""
+    for backend, party in PARTY:
+        tokenizer = tokenizer_of(backend)
+        a = backend.encode("a").ids[-1:]
+        for begun in (1, 2, 3):
+            prompt = [*backend.encode("go").ids, *party[:begun]]
+            text, is_open = tokenizer.decode_open(prompt)
+            assert (text, is_open) == ("go", True)
+            for answer in ([*party[begun:], *a], a, [*party[begun:-1], *a], []):
+                detokenizer = tokenizer.detokenizer(prompt_ids=prompt, takes_over=True)
+                pieces = [detokenizer.add([i]) for i in answer]
+                whole = backend.decode([*prompt, *answer], skip_special_tokens=False)
+                assert "".join([text, *pieces, detokenizer.finish()]) == whole
+        assert tokenizer.decode_open(backend.encode("go").ids) == ("go", False)
+
+
 def test_a_long_prompt_costs_no_more_than_its_end():
     backend = with_decoder("metaspace")
     seen = []

@@ -1,16 +1,20 @@
 """What clients see of text, tokens and offsets, streamed and not, over a fake engine."""
 
 import json
+import unicodedata
+from array import array
 
 import openai
 import pytest
 
 from core.interfaces.messages import RequestOutput, TokenLogprobs
+from core.interfaces.text import PromptTexts
+from core.serve.text_jobs import NoLimits, TextJobs
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.answer import Answer, StopMatcher
 from plugins.frontends._openai.logprobs import completion_logprobs, prompt_offsets
 from tests.support.http_stack import ANSWER, MODEL
-from tests.support.small_tokenizer import byte_fallback, byte_level
+from tests.support.small_tokenizer import byte_fallback, byte_level, word_pieces
 
 USER = [{"role": "user", "content": "hi"}]
 PARTY = [byte_level().token_to_id(piece) for piece in ("ð", "Ł", "İ", "ī")]  # 🎉, byte by byte
@@ -57,6 +61,70 @@ def test_offsets_are_places_in_the_text(client, stack, prompt, stream):
     assert plain[1]["text_offset"] == [
         offset - len(shown) for offset in found["text_offset"][len(prompt_ids) :]
     ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("num_bytes", "answer", "shown"),
+    [
+        (3, PARTY[3:], "a🎉 on"),
+        (1, PARTY[1:], "a🎉 on"),
+        (2, [], "a\ufffd on"),
+        (3, None, "a\ufffd"),
+    ],
+)
+def test_a_prompt_that_ends_inside_a_character_goes_on_in_it(
+    client, stack, stream, num_bytes, answer, shown
+):
+    """Token ids: what is echoed and what follows join into the character, or into one U+FFFD."""
+    prompt = [*stack.tokenizer.encode("a"), *PARTY[:num_bytes]]
+    ids = [*answer, *stack.tokenizer.encode(" on")] if answer is not None else []
+    stack.engine.reply = lambda _: ids
+    text, found, _ = whole_or_streamed(
+        client, stream, prompt=prompt, echo=True, logprobs=1, max_tokens=30 if ids else 0
+    )
+    assert text == shown
+    assert found["text_offset"][:4] == [0, 1, 2, 2][: num_bytes + 1] + [2] * (3 - num_bytes)
+    if answer:
+        plain = whole_or_streamed(client, stream, prompt=prompt, logprobs=1, max_tokens=30)
+        assert plain[0] == "🎉 on", "the answer's, as without echo"
+
+
+def test_offsets_of_a_prompt_that_the_tokenizer_changes_are_places_in_the_prompt():
+    """NFD, lowercase and an unknown word: the tokens' own text is another, the text is as sent."""
+    tokenizer = tokenizer_of(word_pieces())
+    jobs = TextJobs(tokenizer, NoLimits())
+    text = "Größe  STOP 漢 go"
+    job = PromptTexts(prompt=json.dumps(text).encode(), vocab_size=300, echo=True, offsets=True)
+    (packed,) = jobs.run(job)
+    ids, offsets = (array("I", x).tolist() for x in (packed.ids, packed.offsets))
+    assert packed.text == text
+    pieces = [word_pieces().id_to_token(i) for i in ids]
+    assert (pieces[0], pieces[-1]) == ("[CLS]", "[SEP]")
+    assert "[UNK]" in pieces
+    assert offsets[0] == 0
+    assert offsets[-1] == len(text)
+    assert offsets == sorted(offsets)
+    places = {piece: text[a] for piece, a in zip(pieces[1:-1], offsets[1:-1], strict=True)}
+    assert places["[UNK]"] == "漢"
+    for piece, character in places.items():
+        plain = unicodedata.normalize("NFD", character)[0].lower()
+        assert piece == "[UNK]" or piece.removeprefix("##").startswith(plain), places
+
+
+@pytest.mark.parametrize("prompt", ["plain", "日本 🎉", ""])
+def test_offsets_of_other_prompts_are_told_by_their_tokens(prompt):
+    jobs = TextJobs(tokenizer_of(byte_level()), NoLimits())
+    job = PromptTexts(prompt=json.dumps(prompt).encode(), vocab_size=999, echo=True, offsets=True)
+    assert [packed.offsets for packed in jobs.run(job)] == [None]
+
+
+def test_offsets_count_a_character_of_several_tokens_once():
+    """As the tokens' own texts tell them, where those are the prompt's."""
+    for backend, text in ((byte_level(), "a🎉 日本 on"), (byte_fallback(), "The 日本 capital")):
+        tokenizer = tokenizer_of(backend)
+        ids = tokenizer.encode(text)
+        assert tokenizer.offsets(text) == prompt_offsets(tokenizer, ids, text)
 
 
 def test_offsets_of_a_prompt_leave_out_what_is_not_in_its_text():
