@@ -114,7 +114,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     config, plan = resolved.config, resolved.plan
     endpoints = endpoints_in(arguments.folder, plan.dp)
     begin = time.perf_counter()
-    comms = join_ranks(config, plan, rank, plugins, endpoints.store, device)
+    comms = join_ranks(config, plan, rank, plugins, endpoints, device)
     links = open_links(Wire(endpoints.key), endpoints, plan, rank, step_timeout_s=120.0)
     context = RankContext(
         plugins=plugins,

@@ -58,7 +58,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     on_phase("import", time.monotonic() - start)
 
     start = time.monotonic()
-    comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.endpoints.store, device)
+    comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.endpoints, device)
     on_phase("join ranks", time.monotonic() - start)
 
     # Bound before the long work, so that an address that is taken is found now.

@@ -94,7 +94,7 @@ def node_endpoints(plan: Plan, ports: Ports, addresses: Sequence[str], key: str)
             f"tcp://{at(node_of(leader, plan, nnodes), ports.plan(dp_rank))}"
             for dp_rank, leader in enumerate(leaders)
         ],
-        store=at(0, ports.store),
+        store=f"tcp://{at(0, ports.store)}",
         key=key,
     )
 

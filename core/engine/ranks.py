@@ -1,8 +1,10 @@
 """Joins the ranks of a plan: comm plugins over the mesh's process groups."""
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from core.config import AppConfig, PluginChoice
+from core.engine.rank_store import RankStore, StoreHub
 from core.errors import ConfigError
 from core.interfaces.comm import (
     CommBackend,
@@ -12,6 +14,7 @@ from core.interfaces.comm import (
     StandInBackend,
     connect,
 )
+from core.interfaces.control import Endpoints
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import AXES, Plan
 from core.plugin_manager import PluginManager
@@ -32,7 +35,7 @@ def join_ranks(
     plan: Plan,
     rank: int,
     plugins: PluginManager,
-    rendezvous: str,
+    endpoints: Endpoints,
     device: torch.device,
 ) -> Comms:
     """Wait for the other ranks and wrap every axis in the plugin chosen for it.
@@ -52,11 +55,21 @@ def join_ranks(
         torch_backends={
             axis: backends[axis].torch_backend if axis in backends else "" for axis in choices
         },
-        rendezvous=rendezvous,
+        rendezvous=_meeting_place(endpoints, rank),
         timeout_s=config.launch.startup_timeout_s,
         device=device,
     )
     return connect(mesh.groups, backends)
+
+
+def _meeting_place(endpoints: Endpoints, rank: int) -> str | Store:
+    """A path on one host; between nodes a store, which rank 0 keeps until its process ends.
+    Raises ResourceError where its address is taken."""
+    if not endpoints.store.startswith("tcp://"):
+        return endpoints.store
+    if rank == 0:
+        StoreHub(endpoints.store, endpoints.key)
+    return RankStore(endpoints.store, endpoints.key, f"rank {rank}")
 
 
 def stand_in_for_peers(config: AppConfig, plan: Plan, rank: int, plugins: PluginManager) -> Comms:

@@ -2,7 +2,7 @@
 
 With one rank nothing is initialised and torch.distributed is not imported. On one host the ranks
 meet through a file in the private run directory, so that no port is open for it; the collectives'
-own connections stay on the loopback interface.
+own connections stay on the loopback interface. On several they bring a store.
 """
 
 import os
@@ -32,6 +32,7 @@ class Mesh:
     plan: Plan
     rank: int
     groups: Mapping[str, "ProcessGroup | None"]
+    store: "Store | None" = None  # torch holds a store that is written in Python only half
 
     def group(self, axis: str) -> "ProcessGroup | None":
         """The torch.distributed group this rank belongs to along `axis`; None where it has no
@@ -51,7 +52,7 @@ def open_mesh(
     rank: int,
     *,
     torch_backends: Mapping[str, str],
-    rendezvous: str | Path,
+    rendezvous: "str | Path | Store",
     timeout_s: float,
     collective_timeout_s: float = 1800.0,
     device: "torch.device | None" = None,
@@ -59,10 +60,11 @@ def open_mesh(
     """Meet the other ranks and make a group for every axis in `torch_backends` ("tp": "gloo").
 
     Every rank calls this with the same arguments (but `rank` and `device`). `rendezvous` is a
-    path that no file exists at, in a folder only this user can write (ranks of one host), or
-    "host:port" of rank 0. Blocks until all ranks came, at most `timeout_s`: then ResourceError
-    names the missing ones. A collective waits `collective_timeout_s` for its slowest rank.
-    `device` is where this rank computes; gloo does not need it.
+    path that no file exists at, in a folder only this user can write (ranks of one host), or this
+    rank's view of a store that all of them reach. Blocks until all ranks came, at most
+    `timeout_s`: then ResourceError names the missing ones. A collective waits
+    `collective_timeout_s` for its slowest rank. `device` is where this rank computes; gloo does not
+    need it.
     """
     axes = [axis for axis in sorted(torch_backends) if plan.axis_size(axis) > 1]
     if not axes:
@@ -100,40 +102,32 @@ def open_mesh(
                 made[key] = dist.new_group(members, timeout=timeout, backend=backend)
             if rank in members:
                 groups[axis] = made[key]
-    return Mesh(plan, rank, groups)
+    return Mesh(plan, rank, groups, store)
 
 
-def _meet(world_size: int, rank: int, rendezvous: str | Path, timeout_s: float) -> "Store":
+def _meet(
+    world_size: int, rank: int, rendezvous: "str | Path | Store", timeout_s: float
+) -> "Store":
     """A store that all ranks reached. Raises ResourceError naming the ranks that did not."""
-    # Documented names of torch.distributed; its type hints don't export them.
-    from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
+    # A documented name of torch.distributed; its type hints don't export it.
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     deadline = time.monotonic() + timeout_s
     limit = timedelta(seconds=timeout_s)
-    host, _, port = str(rendezvous).rpartition(":")
     store: Store
-    if isinstance(rendezvous, str) and host and port.isdigit() and "/" not in rendezvous:
-        listener_fd = _listen(host, int(port)) if rank == 0 else None
-        try:
-            store = TCPStore(
-                host.strip("[]"),
-                int(port),
-                world_size,
-                rank == 0,
-                limit,
-                wait_for_workers=False,
-                master_listen_fd=listener_fd,
-            )
-        except RuntimeError as error:
-            raise ResourceError(
-                f"rank {rank} can't meet the others at {rendezvous} within {timeout_s:g} s: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-    else:
+    if isinstance(rendezvous, str | Path):
         _stay_on_loopback()
         store = FileStore(str(rendezvous), world_size)
+    else:
+        store = rendezvous
     store.set_timeout(limit)
-    store.set(f"here/{rank}", "")
+    try:
+        store.set(f"here/{rank}", "")
+    except RuntimeError as error:
+        raise ResourceError(
+            f"rank {rank} can't meet the others within {timeout_s:g} s: "
+            f"{str(error).splitlines()[0]}; look above for what stopped or delayed it"
+        ) from error
     waiting = [f"here/{peer}" for peer in range(world_size)]
     try:
         store.wait(waiting, timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
@@ -146,19 +140,6 @@ def _meet(world_size: int, rank: int, rendezvous: str | Path, timeout_s: float) 
             f"{', '.join(missing)} of {world_size}. Look for what stopped or delayed them above"
         ) from error
     return store
-
-
-def _listen(host: str, port: int) -> int:
-    """A listening socket on that address alone: left to itself the store takes every interface.
-    The store owns and closes it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host.strip("[]"), port), family=family).detach()
-    except OSError as error:
-        raise ResourceError(
-            f"rank 0 can't listen at {host}:{port}, where the other ranks come to meet it: "
-            f"{error.strerror}"
-        ) from error
 
 
 def _stay_on_loopback() -> None:

@@ -71,7 +71,7 @@ def test_between_nodes_each_leader_s_socket_is_on_its_own_node() -> None:
     endpoints = node_endpoints(plan, Ports(20000, 4), ["10.0.0.1", "fd00::2"], "ab")
     assert endpoints.engine == "tcp://10.0.0.1:20002"
     assert endpoints.lockstep == "tcp://10.0.0.1:20003"
-    assert endpoints.store == "10.0.0.1:20001"
+    assert endpoints.store == "tcp://10.0.0.1:20001"
     assert endpoints.key == "ab"
     assert endpoints.plans == [
         "tcp://10.0.0.1:20016",
