@@ -30,6 +30,7 @@ from core.cluster.node_messages import (
 from core.cluster.ports import join_address, split_address
 from core.cluster.process import heard_text
 from core.cluster.strangers import RefusalLog
+from core.cluster.watch_clock import WatchClock
 from core.config import ClusterConfig, LaunchConfig
 from core.errors import ResourceError
 from core.interfaces.control import ChildStatus, Ready
@@ -38,6 +39,7 @@ from core.interfaces.launcher import Site
 GATHER_S = 1.0  # after a difference was found, for those of further nodes
 BYE_S = 6.0  # for the other nodes to end their processes after `stop`
 TICK_S = 0.5
+LONGEST_GAP_S = 2.0  # between two looks at deadlines, as far as it counts against the others
 
 
 @dataclass(slots=True)
@@ -51,7 +53,7 @@ class _Node:
     workers_ready: bool = False
     left: bool = False
     last_heard: dict[str, str] = field(default_factory=dict)  # by process
-    moved_s: float = field(default_factory=time.monotonic)  # when it last said something new
+    moved_s: float = field(default_factory=lambda: time.monotonic())  # when it last said something
 
     @property
     def label(self) -> str:
@@ -123,7 +125,9 @@ class Lead:
 
     def agree(self, facts: Mapping[str, str]) -> list[str]:
         difference_s: float | None = None  # when the first was found
+        clock = WatchClock(longest_gap_s=LONGEST_GAP_S)
         while True:
+            self._forgive(clock.tick())
             gathered = self._facts(facts)
             text = report(gathered)
             now = time.monotonic()
@@ -336,6 +340,12 @@ class Lead:
 
     def _absent(self) -> list[int]:
         return [rank for rank in range(1, self.site.nnodes) if rank not in self._nodes]
+
+    def _forgive(self, seconds: float) -> None:
+        """So long this process did not run: that counts against nobody."""
+        self._start_s += seconds
+        for node in self._nodes.values():
+            node.moved_s += seconds
 
     def _check_deadlines(self, now: float) -> None:
         """Raise GroupError where a node took too long to come, or to find its files."""

@@ -30,6 +30,7 @@ from core.cluster.node_messages import (
 )
 from core.cluster.ports import join_address
 from core.cluster.strangers import HANDSHAKE_S
+from core.cluster.watch_clock import WatchClock
 from core.errors import ConfigError, ResourceError
 from core.interfaces.control import Beat, ChildStatus, Failed, LinesDropped, Progress, Ready
 from core.interfaces.launcher import Site
@@ -177,10 +178,10 @@ def reach(
     """An established link to node 0, tried again until it is there.
 
     Raises ConfigError where it has another token, ResourceError where something else answers or
-    nothing does within `timeout_s`.
+    nothing does within `timeout_s`, in which this process ran.
     """
     where = f"node 0 at {join_address(host, port)}"
-    start_s = time.monotonic()
+    clock = WatchClock(longest_gap_s=CONNECT_S + HANDSHAKE_S + 1.0)
     while True:
         try:
             return _connect(host, port, key)
@@ -193,7 +194,8 @@ def reach(
             reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         except LinkError as error:
             raise ResourceError(f"{where}: what answers there is not it: {error}") from error
-        passed_s = time.monotonic() - start_s
+        clock.tick()
+        passed_s = clock.now_s
         if passed_s >= timeout_s:
             raise ResourceError(
                 f"{where} could not be reached for {timeout_s:g} s (cluster.join_timeout_s): "

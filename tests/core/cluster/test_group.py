@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import pytest
@@ -195,6 +196,51 @@ def test_missing_nodes_are_named_at_the_deadline(cluster: Callable[..., Cluster]
     assert time.monotonic() - begin_s >= 0.9
     assert text.startswith("nodes 1, 3 of 4 did not join within 1 s (cluster.join_timeout_s) at ")
     assert any("nodes 1, 3 to join at 127.0.0.1:" in line for line in made.waiting)
+
+
+class Pauses:
+    """Called where a node says that it waits: the first time, everything stands still for long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paused = Event()
+        self.told: SimpleQueue[str] = SimpleQueue()
+        running_s = time.monotonic
+        begin_s = running_s()
+        monkeypatch.setattr(
+            time, "monotonic", lambda: running_s() + (10_000.0 if self.paused.is_set() else 0.0)
+        )
+        assert time.monotonic() - begin_s < 10_000.0
+
+    def __call__(self, text: str) -> None:
+        self.paused.set()
+        self.told.put(text)
+
+
+def test_time_in_which_node_0_was_paused_counts_against_nobody(
+    cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cluster(2, join_timeout_s=60.0)
+    pauses = made.lead._waiting = Pauses(monkeypatch)
+    outcome = made.agree(made.lead)
+    assert pauses.paused.wait(LIMIT_S)
+    made.agree(made.join(1))
+    assert outcome.result(LIMIT_S) == ["127.0.0.1"] * 2
+
+
+def test_time_in_which_a_node_was_paused_does_not_end_its_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    pauses = Pauses(monkeypatch)
+    with ThreadPoolExecutor(1) as threads:
+        outcome = threads.submit(reach, "127.0.0.1", port, KEY, 60.0, pauses)
+        for _ in range(2):  # once before, once after it
+            assert "refused" in pauses.told.get(timeout=LIMIT_S)
+        exchange = Exchange(interval_s=1, timeout_s=10, key=KEY)
+        exchange.listen(socket.create_server(("127.0.0.1", port)))
+        outcome.result(LIMIT_S).close()
+        exchange.close()
 
 
 def test_a_node_that_gets_stuck_is_named_with_its_phase(cluster: Callable[..., Cluster]) -> None:
