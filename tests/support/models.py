@@ -29,7 +29,7 @@ from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
 from core.kernels.torch_heads import transform_heads
-from core.kernels.torch_latent import transform_latent
+from core.kernels.torch_latent import transform_latent, whole_keys
 from core.kernels.torch_ops import TorchOps
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.files import resolve_files
@@ -282,7 +282,9 @@ class DenseAttention:
         )
         turning_THR.copy_(turned_THR)
         (cached_TZ,) = self._cached(layer, cached_TZ)
-        return self._attend(q_THD, *projections.expand(cached_TZ))
+        k_XHN, v_XHV = projections.expand(cached_TZ)
+        rotary_XR = cached_TZ[:, -transform.cos_sin_CR.shape[1] :]
+        return self._attend(q_THD, whole_keys(k_XHN, rotary_XR), v_XHV)
 
     def _cached(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Everything of a layer so far, the new rows included."""
