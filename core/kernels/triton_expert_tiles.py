@@ -17,8 +17,10 @@ from torch import Tensor
 
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertTiles
+from core.kernels.tuning import Choice, choose
 
 _TILES_OF_A_PROGRAM = 32
+_LARGE_M = 64  # places of tiles that are best for any number of places beyond
 _INTERPRETED_PROGRAMS = 4
 
 
@@ -132,6 +134,15 @@ def new_tiles(max_tiles: int, block_M: int, device: torch.device) -> ExpertTiles
     """For a kernel to fill."""
     tiles = torch.empty(1 + 3 * max_tiles, dtype=torch.int32, device=device)
     return ExpertTiles(tiles, max_tiles, block_M)
+
+
+def choose_tiles(found: tuple[Choice, ...], num_places: int) -> Choice | None:
+    """What was measured for so many places, of what core.kernels.tuning.choices gave. For more,
+    what was best for the most of them, if its tiles are as large as those of any more would be."""
+    choice = choose(found, num_places)
+    if choice is None and found and found[-1]["BLOCK_M"] >= _LARGE_M:
+        return found[-1]
+    return choice
 
 
 def usual_block_M(num_places: int, num_experts: int, largest: int) -> int:

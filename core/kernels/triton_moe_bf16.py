@@ -21,13 +21,14 @@ from core.kernels.dependent_launch import let_successor_start, options, wait_for
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.torch_moe import plain_rows
 from core.kernels.triton_expert_tiles import (
+    choose_tiles,
     has_tma,
     num_programs,
     num_tiles,
     tile_at,
     usual_block_M,
 )
-from core.kernels.tuning import choices, choose
+from core.kernels.tuning import choices
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -166,7 +167,7 @@ class PlainExperts:
 
     def block_M(self, num_pairs: int, num_experts: int) -> int:
         """Places of one tile, for at most so many pairs of row and local expert."""
-        choice = choose(self._found, num_pairs)
+        choice = choose_tiles(self._found, num_pairs)
         if choice is not None:
             return int(choice["BLOCK_M"])
         largest = 128 if self._down_LEI.element_size() == 2 else 64
@@ -196,7 +197,7 @@ class PlainExperts:
         multiply(middle, self._down_LEI, out_PE, tiles, tile, gated=False)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
-        choice = choose(self._found, num_places)
+        choice = choose_tiles(self._found, num_places)
         if choice is not None and choice["BLOCK_M"] == block_M:
             return ProductTile(**choice["gate_up" if gated else "down"])
         return usual_tile(block_M, self._down_LEI.element_size(), gated=gated)

@@ -23,6 +23,7 @@ from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
 from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 from core.kernels.triton_expert_tiles import (
+    choose_tiles,
     has_tma,
     num_programs,
     num_tiles,
@@ -30,7 +31,7 @@ from core.kernels.triton_expert_tiles import (
     usual_block_M,
 )
 from core.kernels.triton_fp8 import quantize_rows
-from core.kernels.tuning import choices, choose
+from core.kernels.tuning import choices
 
 _TMA_ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -204,7 +205,7 @@ class Fp8Experts:
 
     def block_M(self, num_places: int, num_experts: int) -> int:
         """Places of one tile, for at most so many pairs of row and local expert."""
-        choice = choose(self._found, num_places)
+        choice = choose_tiles(self._found, num_places)
         if choice is not None:
             return int(choice["BLOCK_M"])
         return usual_block_M(num_places, num_experts, largest=64)
@@ -240,7 +241,7 @@ class Fp8Experts:
         multiply(middle, self._down_LEI, tiles, out_PE, None, tile)
 
     def _tile(self, num_places: int, block_M: int, *, gated: bool) -> ProductTile:
-        choice = choose(self._found, num_places)
+        choice = choose_tiles(self._found, num_places)
         if choice is not None and choice["BLOCK_M"] == block_M:
             return ProductTile(**choice["gate_up" if gated else "down"])
         return usual_tile(block_M, gated=gated)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from core.kernels import tuning
+from core.kernels.triton_expert_tiles import choose_tiles
 from core.kernels.tuning import TunedDevice, choices, choose, tables_for
 
 H100 = TunedDevice("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -70,3 +71,29 @@ def test_every_row_is_of_a_device_that_is_described() -> None:
         rows = json.loads(file.read_text())
         assert {row["device"] for row in rows} <= known, file.name
         assert all(row["max_rows"] >= 1 for row in rows), file.name
+
+
+def test_tiles_of_the_most_places_measured_serve_any_more() -> None:
+    few, many = {"max_rows": 64, "BLOCK_M": 16}, {"max_rows": 4096, "BLOCK_M": 64}
+    assert choose_tiles((few, many), 4097) is many
+    assert choose_tiles((few, many), 64) is few
+    assert choose_tiles((few,), 65) is None  # tiles for few places serve no more than those
+    assert choose_tiles((), 1) is None
+
+
+@pytest.mark.parametrize("operation", ["moe_bf16", "moe_fp8"])
+def test_steps_of_prompts_and_decodes_have_measured_tiles(operation: str) -> None:
+    """Whatever was tuned, a step may hold some rows more than any that was measured."""
+    shapes = {
+        (row["experts"], row["hidden"], row["middle"])
+        for row in tuning.rows_of(operation, "H200") + tuning.rows_of(operation, "H100")
+    }
+    for experts, hidden, middle in shapes:
+        rows = [
+            row
+            for table in ("H200", "H100")
+            for row in tuning.rows_of(operation, table)
+            if (row["experts"], row["hidden"], row["middle"]) == (experts, hidden, middle)
+        ]
+        found = tuple(sorted(rows, key=lambda row: int(row["max_rows"])))
+        assert choose_tiles(found, 1 << 20) is not None, (experts, hidden, middle)
