@@ -19,7 +19,7 @@ def raise_flags(buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_R
     """Tell every peer that what this program pushed is there. All of its threads have pushed."""
     tl.debug_barrier()
     for distance in tl.static_range(1, NUM_RANKS):
-        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+        peer = (RANK + distance) % NUM_RANKS
         flags = (tl.load(buffers_ptr + peer) + flags_at).to(tl.pointer_type(tl.int32))
         place = flags + RANK * tl.num_programs(0) + program
         tl.atomic_xchg(place, epoch, sem="release", scope="sys")
@@ -30,7 +30,7 @@ def await_flags(buffers_ptr, flags_at, program, epoch, RANK: tl.constexpr, NUM_R
     """Until every peer has pushed. A peer may be a launch ahead; numbers wrap around."""
     flags = (tl.load(buffers_ptr + RANK) + flags_at).to(tl.pointer_type(tl.int32))
     for distance in tl.static_range(1, NUM_RANKS):
-        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+        peer = (RANK + distance) % NUM_RANKS
         place = flags + peer * tl.num_programs(0) + program
         seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
         while seen - epoch < 0:

@@ -56,6 +56,17 @@ def _here(experts_K, rank, num_local):
     return (experts_K >= first) & (experts_K < first + num_local)
 
 
+@triton.jit
+def _tell_span(
+    buffers_ptr, spans_at, first_row, num_rows, RANK: tl.constexpr, NUM_RANKS: tl.constexpr
+):
+    """Where this rank's rows begin among all, and how many they are, on every rank."""
+    for rank in tl.static_range(NUM_RANKS):
+        span_ptr = _part(buffers_ptr, rank, spans_at, tl.int32) + 2 * RANK
+        tl.store(span_ptr, first_row)
+        tl.store(span_ptr + 1, num_rows)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def send_rows_kernel(
     x_ptr,
@@ -106,7 +117,7 @@ def send_rows_kernel(
             inside = columns < SIZE
             values = tl.load(x_ptr + row * SIZE + columns, mask=inside, other=0.0)
         for distance in tl.static_range(0, NUM_RANKS):
-            peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+            peer = (RANK + distance) % NUM_RANKS
             here_K = _here(experts_K, peer, num_local)
             if piece == 0:
                 ids_ptr = _part(buffers_ptr, peer, ids_at, tl.int64) + place * TOP_K
@@ -122,11 +133,7 @@ def send_rows_kernel(
                     tl.store(scales_ptr + blocks_C, scales_C, mask=blocks_C < BLOCKS)
     if program < most_rows * PIECES:
         if program == 0:
-            for distance in tl.static_range(0, NUM_RANKS):
-                peer: tl.constexpr = (RANK + distance) % NUM_RANKS
-                span_ptr = _part(buffers_ptr, peer, spans_at, tl.int32) + 2 * RANK
-                tl.store(span_ptr, first_row)
-                tl.store(span_ptr + 1, num_rows)
+            _tell_span(buffers_ptr, spans_at, first_row, num_rows, RANK, NUM_RANKS)
         raise_flags(buffers_ptr, 0, program, epoch, RANK, NUM_RANKS)
         await_flags(buffers_ptr, 0, program, epoch, RANK, NUM_RANKS)
     let_successor_start(DEPENDENT)
@@ -165,7 +172,7 @@ def send_sums_kernel(
     inside_K = choices_K < TOP_K
     ids_ptr = _part(buffers_ptr, RANK, ids_at, tl.int64)
     for distance in tl.static_range(1, NUM_RANKS):
-        peer: tl.constexpr = (RANK + distance) % NUM_RANKS
+        peer = (RANK + distance) % NUM_RANKS
         span_ptr = _part(buffers_ptr, RANK, spans_at, tl.int32) + 2 * peer
         first = tl.load(span_ptr, cache_modifier=".cg")
         count = tl.load(span_ptr + 1, cache_modifier=".cg")

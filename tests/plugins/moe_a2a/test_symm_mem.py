@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from plugins.moe_a2a import symm_mem
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._options import SymmMemOptions
 from plugins.moe_a2a._peer_layout import layout_of, rows_within
+from tests.support.hopper import run_for_hopper
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,41 @@ def test_cpus_and_communicators_without_a_group_are_refused() -> None:
         symm_mem.create(SymmMemOptions(), spec())
     with pytest.raises(ConfigError, match=r"the communicator of comm.ep has none"):
         symm_mem.create(SymmMemOptions(), spec(device=torch.device("cuda"), hidden_size=1))
+
+
+COMPILED = """
+from dataclasses import replace
+from core.kernels.compile_ahead import rehearsal
+from core.kernels.peer_memory import PeerMemory
+from plugins.moe_a2a.symm_mem import SymmMemDispatcher, layout_of
+from tests.plugins.moe_a2a.test_symm_mem import Place, spec
+
+count = 0
+with rehearsal(CPU, lambda done, total: None, 4):
+    for ranks, changes, fp8 in (
+        (2, {"hidden_size": 2048, "num_experts": 128}, False),
+        (8, {}, True),
+        (4, {"hidden_size": 200, "top_k": 6, "dtype": torch.float32}, False),
+    ):
+        one = replace(spec(ranks, **changes), comm=Place(ranks, ranks - 1))
+        layout = layout_of(one, 4, 64, fp8=fp8)
+        own = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+        epochs = torch.zeros(64, dtype=torch.int32)
+        addresses = torch.full((ranks,), own.data_ptr())
+        memory = PeerMemory(ranks - 1, ranks, own, addresses, epochs)
+        made = SymmMemDispatcher(one, layout, memory, Place(ranks))
+        for counts in ([1] * ranks, [3, *[4] * (ranks - 1)]):
+            rows = counts[-1]
+            x_TE = torch.zeros(rows, one.hidden_size, dtype=one.dtype)
+            ids = torch.zeros(rows, one.top_k, dtype=torch.int64)
+            dispatched = made.dispatch(x_TE, ids, ids.float(), counts)
+            output = torch.zeros(sum(counts), one.hidden_size, dtype=one.dtype)
+            assert made.combine(output, dispatched).shape == x_TE.shape
+            count += 1
+print("compiled", count)
+"""  # fmt: skip
+
+
+def test_its_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    assert run_for_hopper(COMPILED, tmp_path) == "compiled 6\n"
