@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from core.config import AppConfig
 from core.hookspecs import Registration, hookimpl
 from plugins.moe_a2a._deepep_limits import config_problems
+from plugins.moe_a2a._measured import fastest, measured_rows
 from plugins.moe_a2a._options import (
     AllGatherOptions,
     DeepEPOptions,
@@ -13,6 +14,8 @@ from plugins.moe_a2a._options import (
     NcclOptions,
     SymmMemOptions,
 )
+
+_SMALL_PROMPTS = 1 / 16  # of the largest step: what takes longest counts in steps with prompts
 
 
 @hookimpl
@@ -60,14 +63,45 @@ def register_moe_a2a() -> Sequence[Registration]:
 
 @hookimpl
 def default_backend(family: str, device: str, config: AppConfig) -> str | None:
-    """What `moe_a2a.<phase>=auto` means on a device, where rows travel to experts."""
+    """What `moe_a2a.<phase>=auto` means on a device, where rows travel to experts: what was fastest
+    for as many ranks and rows, or a rule where nothing was measured."""
     if family not in ("moe_a2a.prefill", "moe_a2a.decode"):
         return None
-    if device == "cuda" and importlib.util.find_spec("deep_ep") is not None:
+    if device != "cuda":
+        return {"cpu": "nccl"}.get(device)
+    has_deepep = importlib.util.find_spec("deep_ep") is not None
+    one_host = config.launch.nnodes == 1
+    measured = _measured_backend(family, config, one_host=one_host, has_deepep=has_deepep)
+    if measured is not None:
+        return measured
+    if has_deepep:
         return "deepep"
-    if device == "cuda" and config.launch.nnodes == 1:
-        return "allgather"  # needs no counts, so that the host never waits in a layer
-    return {"cpu": "nccl", "cuda": "nccl"}.get(device)
+    return "allgather" if one_host else "nccl"
+
+
+def _measured_backend(
+    family: str, config: AppConfig, *, one_host: bool, has_deepep: bool
+) -> str | None:
+    """The fastest of those that can carry rows here, over the steps of a phase; None where nobody
+    measured."""
+    names = {"allgather", "nccl"} | ({"symm_mem"} if one_host else set())
+    if has_deepep:
+        names.add("deepep")
+    parallel, engine = config.parallel, config.engine
+    most, share = engine.max_running_requests, 0.0
+    if family == "moe_a2a.prefill":
+        most, share = most + engine.max_prefill_tokens, _SMALL_PROMPTS
+    most = -(-most // (parallel.tp // parallel.dp_attention))  # ranks share a DP rank's rows
+    shape = config.model.shape or {}
+    return fastest(
+        measured_rows(),
+        ranks=parallel.ep,
+        one_host=one_host,
+        least_rows=int(share * most),
+        most_rows=most,
+        hidden_size=shape.get("hidden_size"),
+        names=names,
+    )
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import Dispatched, Dispatcher
-from core.kernels.block_fp8 import dequantize_rows, quantize_rows
+from core.kernels.block_fp8 import BLOCK, dequantize_rows, quantize_rows
 from tests.contracts.a2a_cases import COUNTS, Case, Rows, rows_of
 
 NUM_LAYERS, NUM_TURNS = 4, 12
@@ -52,6 +52,7 @@ def replay(
     counts = COUNTS[case.counts](comm.size, 0)
     num_experts = case.num_experts + case.redundant
     first = comm.rank * (num_experts // comm.size)
+    block_E = torch.arange(hidden_size, device=device) // BLOCK
     x_TE, experts_TK, weights_TK = (
         part.to(device)
         for part in (all_rows[0].x_TE, all_rows[0].physical_TK, all_rows[0].weights_TK)
@@ -65,7 +66,7 @@ def replay(
         factor_A = torch.where(here_AK, factors_AK, 0.0).sum(1)
         hidden = dispatched.hidden
         if dispatched.scales is not None:
-            hidden = dequantize_rows(hidden, dispatched.scales, torch.float32)
+            hidden = hidden.float() * dispatched.scales[:, block_E]
         product = (hidden.float() * factor_A[:, None]).to(case.dtype)
         return torch.where(here_AK.any(1)[:, None], product, float("nan"))
 
@@ -77,6 +78,7 @@ def replay(
         return out_TE
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         layers()  # compiles
         stream.synchronize()
