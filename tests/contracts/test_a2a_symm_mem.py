@@ -101,5 +101,9 @@ def test_a_graph_of_layers_replays_other_rows(ran: Ran) -> None:
             for turn, brought in enumerate(rows):
                 got = torch.from_numpy(results[f"graph/{name}/{turn}"])
                 expected = a2a_graph.layer_by_layer(case, brought, num_experts)
-                error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-                assert len(got) == 0 or error < 0.05, (name, rank, turn)
+                if len(got) == 0:
+                    continue
+                error = (got - expected).abs().amax() / expected.abs().amax().clamp(min=1e-3)
+                # A value between two fp8 numbers may go the other way in each layer.
+                most = 0.15 if case.fp8 else 0.05
+                assert error < most, (name, rank, turn)
