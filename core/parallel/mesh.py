@@ -9,12 +9,14 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ResourceError
+from core.parallel.doors import closed_afterwards
 from core.parallel.plan import Plan
 
 if TYPE_CHECKING:
@@ -81,14 +83,15 @@ def open_mesh(
     arguments: dict[str, Any] = {}
     if device is not None and device.type == "cuda" and world_backend != "gloo":
         arguments["device_id"] = device
-    dist.init_process_group(
-        world_backend,
-        store=PrefixStore("groups", store),
-        rank=rank,
-        world_size=plan.world_size,
-        timeout=timeout,
-        **arguments,
-    )
+    with _only_peers(world_backend):
+        dist.init_process_group(
+            world_backend,
+            store=PrefixStore("groups", store),
+            rank=rank,
+            world_size=plan.world_size,
+            timeout=timeout,
+            **arguments,
+        )
     assert dist.group.WORLD is not None
     made: dict[tuple[str, tuple[int, ...]], ProcessGroup] = {
         (world_backend, everyone): dist.group.WORLD
@@ -99,10 +102,16 @@ def open_mesh(
         for members in plan.groups(axis):  # in one order everywhere, also where not a member
             key = (backend, tuple(members))
             if key not in made:
-                made[key] = dist.new_group(members, timeout=timeout, backend=backend)
+                with _only_peers(backend):
+                    made[key] = dist.new_group(members, timeout=timeout, backend=backend)
             if rank in members:
                 groups[axis] = made[key]
     return Mesh(plan, rank, groups, store)
+
+
+def _only_peers(backend: str) -> AbstractContextManager[None]:
+    """Makes a group that nobody can connect to afterwards, where that is known to need no more."""
+    return closed_afterwards() if backend == "gloo" else nullcontext()
 
 
 def _meet(

@@ -15,9 +15,11 @@ from core.parallel.plan import Plan
 
 ROOT = Path(__file__).parents[3]
 
-# Each rank sums its own number over every axis and prints what it got, and who shares groups.
+# Each rank is called upon by a stranger, sums its own number over every axis and prints what it
+# got, and who shares groups.
 RANK = """
-import json, os, sys
+import json, os, socket, sys
+import psutil
 import torch, torch.distributed as dist
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
@@ -26,6 +28,13 @@ plan = Plan(dp=2, tp_attn=2, ep=4)
 rank = int(sys.argv[1])
 mesh = open_mesh(plan, rank, torch_backends=dict.fromkeys(("tp", "dp", "ep", "pp"), "gloo"),
                  rendezvous=sys.argv[2], timeout_s=60)
+ports = [c.laddr.port for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
+refused = 0
+for port in ports:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
+    except TimeoutError:
+        refused += 1
 sums = {}
 for axis in ("tp", "dp", "ep"):
     x = torch.tensor([10 ** rank])
@@ -33,6 +42,7 @@ for axis in ("tp", "dp", "ep"):
     sums[axis] = int(x)
 ep_is_world = mesh.group("ep") is dist.group.WORLD
 print(json.dumps({"sums": sums, "pp": mesh.group("pp") is None, "ep_is_world": ep_is_world,
+                  "ports": len(ports), "refused": refused,
                   "interface": os.environ.get("GLOO_SOCKET_IFNAME")}))
 mesh.close()
 sys.stdout.flush()
@@ -57,6 +67,7 @@ def test_groups_of_four_ranks(tmp_path: Path) -> None:
     assert [answer["sums"]["ep"] for answer in answers] == [1111] * 4
     assert all(answer["pp"] and answer["ep_is_world"] for answer in answers)
     assert {answer["interface"] for answer in answers} == {"lo"}
+    assert all(answer["refused"] == answer["ports"] >= 3 for answer in answers), answers
 
 
 def test_missing_ranks_are_named_in_bounded_time(tmp_path: Path) -> None:
