@@ -190,6 +190,9 @@ class AttentionConfig:
     decode: PluginChoice = field(default_factory=PluginChoice)
 
 
+DEFAULT_RUNNING_REQUESTS = 256
+
+
 @dataclass(slots=True, kw_only=True)
 class EngineConfig:
     """Scheduling and memory of one replica."""
@@ -201,7 +204,9 @@ class EngineConfig:
     # the KV pool.
     mem_fraction: float = 0.85
     kv_cache_tokens: int | None = None  # size of the KV pool; None: from mem_fraction
-    max_running_requests: int = 256
+    # Most requests in a step; None: 512 on a GPU of 64 GiB or more, unless experts or requests are
+    # spread over ranks, else 256.
+    max_running_requests: int | None = None
     chunked_prefill_size: int = 2048  # most prompt tokens of one request in a step; -1: no chunks
     max_prefill_tokens: int = 8192  # most prompt tokens of all requests in a step
     # On a CPU: seconds that a step with prompts should take, by the speed measured at start; fewer
@@ -231,6 +236,12 @@ class EngineConfig:
         require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)
         require_range("engine.max_graph_tokens", self.max_graph_tokens, 0, 16384)
+
+    @property
+    def running_limit(self) -> int:
+        """`max_running_requests`; `core.resolve` settles it by the device."""
+        limit = self.max_running_requests
+        return DEFAULT_RUNNING_REQUESTS if limit is None else limit
 
     @property
     def settled_page_size(self) -> int:

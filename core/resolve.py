@@ -8,7 +8,7 @@ see settled values only.
 import dataclasses
 from dataclasses import dataclass
 
-from core.config import AppConfig, PluginChoice
+from core.config import DEFAULT_RUNNING_REQUESTS, AppConfig, PluginChoice
 from core.errors import ModelKeyError, PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import NativeDtypes
@@ -24,6 +24,9 @@ PAGE_SIZE = 16
 # The fast latent kernel of Hopper GPUs copies tiles of 64 tokens, each out of one page, as FlashMLA
 # does; vLLM and SGLang choose 64 for such models too.
 LATENT_PAGE_SIZE = 64
+# On a device with so much memory the pool of most models holds twice the default.
+LARGE_DEVICE_BYTES = 64 * 1024**3
+LARGE_RUNNING_REQUESTS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +48,11 @@ def resolve(
     files: ModelFiles,
     device: str,
     dtypes: NativeDtypes,
+    device_bytes: int = 0,
 ) -> Resolved:
     """Settle the configuration against a model, on a machine that computes on `device` ("cpu" or
-    "cuda") and whose CPU multiplies `dtypes`. Raises PluginError, PlanError, which lists every
-    problem there is, or ConfigError for a KV pool of less than a page."""
+    "cuda", of so much memory) and whose CPU multiplies `dtypes`. Raises PluginError, PlanError,
+    which lists every problem there is, or ConfigError for a KV pool of less than a page."""
     family, spec = find_family(config, plugins, files)
     plan: Plan = plugins.table("parallel_plan").create(
         PluginChoice(name=config.parallel.plan, options=config.parallel.options), config.parallel
@@ -58,6 +62,7 @@ def resolve(
     config, kept = settle_quantized_weights(config, files, device, dtypes, asked_dtype)
     dtype_reason += kept
     config = settle_page_size(config, spec)
+    config = settle_running_requests(config, plan, device_bytes)
     config = settle_backends(config, plugins, device, spec, plan)
     plan = dataclasses.replace(plan, replicated_rows=experts_add_up(config, plan))
     problems = [
@@ -138,6 +143,18 @@ def settle_page_size(config: AppConfig, spec: ModelSpec) -> AppConfig:
     return dataclasses.replace(
         config, engine=dataclasses.replace(config.engine, page_size=page_size)
     )
+
+
+def settle_running_requests(config: AppConfig, plan: Plan, device_bytes: int) -> AppConfig:
+    """Replace None by what the device holds; where ranks have requests or experts of their own, a
+    step's rows are theirs together, and buffers of exchanges grow with them."""
+    if config.engine.max_running_requests is not None:
+        return config
+    alone = plan.dp == 1 and plan.ep == 1
+    large = device_bytes >= LARGE_DEVICE_BYTES
+    limit = LARGE_RUNNING_REQUESTS if alone and large else DEFAULT_RUNNING_REQUESTS
+    engine = dataclasses.replace(config.engine, max_running_requests=limit)
+    return dataclasses.replace(config, engine=engine)
 
 
 def settle_backends(

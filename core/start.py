@@ -75,7 +75,7 @@ def _prepare(
     group.enter("find the model's files")
     machine = find_machine(config.engine.device)
     files = resolve_files(config.model, _progress(display, group))
-    resolved = resolve(config, plugins, files, machine.device, machine.dtypes)
+    resolved = resolve(config, plugins, files, machine.device, machine.dtypes, machine.device_bytes)
     if group.site.node_rank == 0:
         for warning in (*files.warnings, *resolved.spec.warnings):
             display.note(f"warning: {warning}")
@@ -245,7 +245,7 @@ def _public_info(resolved: Resolved) -> dict[str, object]:
         "engine": {
             "device": config.engine.device,
             "page_size": config.engine.page_size,
-            "max_running_requests": config.engine.max_running_requests,
+            "max_running_requests": config.engine.running_limit,
             "chunked_prefill_size": config.engine.chunked_prefill_size,
             "max_prefill_tokens": config.engine.max_prefill_tokens,
             "prefix_cache": not config.engine.disable_prefix_cache,

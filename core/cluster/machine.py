@@ -20,9 +20,15 @@ def find_machine(device: str) -> Machine:
     cpus, dtypes = usable_cpus(), native_dtypes()
     if device == "cpu":
         return Machine(device="cpu", num_devices=0, cpus=cpus, dtypes=dtypes)
-    num_devices, reason = _cuda_devices()
-    if num_devices > 0:
-        return Machine(device="cuda", num_devices=num_devices, cpus=cpus, dtypes=dtypes)
+    devices, reason = _cuda_devices()
+    if devices:
+        return Machine(
+            device="cuda",
+            num_devices=len(devices),
+            device_bytes=min(devices),
+            cpus=cpus,
+            dtypes=dtypes,
+        )
     if device == "cuda":
         raise ResourceError(f"engine.device=cuda: {reason}; set engine.device=cpu or auto")
     return Machine(device="cpu", num_devices=0, cpus=cpus, dtypes=dtypes)
@@ -62,22 +68,33 @@ def _cgroup_quota(cgroup: Path) -> float | None:
         return None
 
 
-def _cuda_devices() -> tuple[int, str]:
-    """How many CUDA devices torch could use (CUDA_VISIBLE_DEVICES obeyed), or why none."""
+def _cuda_devices() -> tuple[list[int], str]:
+    """The memory of each CUDA device that torch could use (CUDA_VISIBLE_DEVICES obeyed), in bytes;
+    or why there is none."""
     if not _torch_has_cuda():
-        return 0, "the installed torch is built without CUDA"
+        return [], "the installed torch is built without CUDA"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0, "no NVIDIA driver is installed (libcuda.so.1)"
+        return [], "no NVIDIA driver is installed (libcuda.so.1)"
     status = driver.cuInit(0)
     if status != 0:
-        return 0, f"the NVIDIA driver found no usable device (cuInit returned {status})"
+        return [], f"the NVIDIA driver found no usable device (cuInit returned {status})"
     count = ctypes.c_int(0)
     status = driver.cuDeviceGetCount(ctypes.byref(count))
     if status != 0 or count.value == 0:
-        return 0, "no CUDA device is visible (see CUDA_VISIBLE_DEVICES)"
-    return count.value, ""
+        return [], "no CUDA device is visible (see CUDA_VISIBLE_DEVICES)"
+    return [_device_bytes(driver, ordinal) for ordinal in range(count.value)], ""
+
+
+def _device_bytes(driver: ctypes.CDLL, ordinal: int) -> int:
+    """Memory of a device by the driver's API; 0 where it doesn't tell."""
+    device, total = ctypes.c_int(0), ctypes.c_size_t(0)
+    if driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(ordinal)) != 0:
+        return 0
+    if driver.cuDeviceTotalMem_v2(ctypes.byref(total), device) != 0:
+        return 0
+    return total.value
 
 
 def _torch_has_cuda() -> bool:

@@ -45,7 +45,7 @@ def graph_sizes(most_rows: int, multiple: int = 1) -> list[int]:
 def most_graph_rows(engine: EngineConfig) -> int:
     """The largest size to capture."""
     most = DEFAULT_MOST_ROWS if engine.max_graph_batch is None else engine.max_graph_batch
-    return min(most, engine.max_running_requests)
+    return min(most, engine.running_limit)
 
 
 def reason_for_eager(
@@ -262,13 +262,13 @@ def make_steps(
         "recorder": select_recorder(device),
     }
     rest: Steps = EagerSteps(parts, "none is captured")
-    most_rows = engine.max_prefill_tokens + engine.max_running_requests
+    most_rows = engine.max_prefill_tokens + engine.running_limit
     sizes = prompt_sizes(min(engine.max_graph_tokens, most_rows), multiple)
     captures_prompts = parts.plan.dp == 1 and parts.attention.prompts_capturable
     for dispatcher in dispatchers.values():
         captures_prompts &= dispatcher.capturable
     if captures_prompts and sizes:
-        num_sequences = min(MOST_SEQUENCES, engine.max_running_requests)
+        num_sequences = min(MOST_SEQUENCES, engine.running_limit)
         rest = PromptGraphs(parts, rest, sizes=sizes, num_sequences=num_sequences, **common)
     sizes = graph_sizes(most_graph_rows(engine), multiple)
     return GraphedSteps(parts, rest, sizes=sizes, **common)

@@ -127,7 +127,7 @@ def plan_pool(
     if device.type == "cpu":
         num_bytes = min(num_bytes, CPU_POOL_BYTES // local_ranks)
     pages_of_one = -(-max_model_len // page_size)
-    useful_pages = config.max_running_requests * pages_of_one + 1
+    useful_pages = config.running_limit * pages_of_one + 1
     num_pages = min(num_bytes // bytes_of_page, useful_pages)
     if num_pages < min(pages_of_one, 64) + 1:
         raise ResourceError(

@@ -187,7 +187,7 @@ def build_dispatchers(
 def _most_rows(engine: EngineConfig, plan: Plan, max_model_len: int) -> dict[str, int]:
     """Rows one rank may enter a dispatch with: its part of its DP rank's tokens, and those of the
     ranks that it shares experts with."""
-    decode = engine.max_running_requests
+    decode = engine.running_limit
     prompts = engine.max_prefill_tokens
     if engine.chunked_prefill_size == -1:
         prompts = max(prompts, max_model_len)  # one prompt may exceed the budget of a step

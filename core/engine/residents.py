@@ -27,7 +27,7 @@ class Residents:
             if config.disable_prefix_cache
             else PrefixCache(self._pool, self._page_size)
         )
-        self._num_slots = config.max_running_requests
+        self._num_slots = config.running_limit
         self._free_slots = list(range(self._num_slots - 1, -1, -1))
         self.running: dict[Request, None] = {}
         # Pages replaced by the cache's, which rows of the step being planned still use.

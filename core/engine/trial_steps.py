@@ -70,7 +70,7 @@ def largest_decode(
     engine: EngineConfig, max_model_len: int, sampling: SamplingParams = GREEDY
 ) -> StepPlan:
     """A decode step of as many requests as may run; one has the longest context."""
-    count = engine.max_running_requests
+    count = engine.running_limit
     context = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // count))
     return step(decodes=[max_model_len, *[context] * (count - 1)], sampling=sampling)
 
@@ -80,7 +80,7 @@ def largest_prefills(
 ) -> list[StepPlan]:
     """Steps of as many new tokens as one may have, decodes among them: of few prompts with much
     before them in the cache, and of many short ones."""
-    count = engine.max_running_requests
+    count = engine.running_limit
     budget = most_prompt_tokens(engine, max_model_len)
     longest = min(longest_chunk(engine, max_model_len), budget)
     before = max(0, min(max_model_len, LONGEST_PREFILL_CONTEXT) - longest)
@@ -108,7 +108,7 @@ def most_prompt_tokens(engine: EngineConfig, max_model_len: int) -> int:
     budget = engine.max_prefill_tokens
     if engine.chunked_prefill_size == -1:
         budget = max(budget, max_model_len)  # one prompt may exceed the budget of a step
-    return min(budget, engine.max_running_requests * max_model_len)
+    return min(budget, engine.running_limit * max_model_len)
 
 
 def row_counts(most: int) -> list[int]:
@@ -127,7 +127,7 @@ def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> 
     short and long contexts beside a prompt, one prompt alone, and several: the longest ones, and
     as many as fit of each length, with and without a token in the cache."""
     steps = []
-    count = engine.max_running_requests
+    count = engine.running_limit
     budget = most_prompt_tokens(engine, max_model_len)
     chunk = min(longest_chunk(engine, max_model_len), budget)
     prompt = (0, min(16, chunk))

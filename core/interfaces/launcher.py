@@ -26,6 +26,7 @@ class Machine:
 
     device: str  # "cpu" or "cuda"
     num_devices: int  # CUDA devices this process may use; 0 on "cpu"
+    device_bytes: int = 0  # memory of the smallest of them
     cpus: tuple[int, ...]  # logical CPUs this process may use
     dtypes: NativeDtypes  # of those CPUs
 

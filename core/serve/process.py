@@ -195,8 +195,7 @@ class Frontend:
             ),
             config=config.frontend,
             # Every DP rank has a batch of its own.
-            max_running_requests=config.engine.max_running_requests
-            * len(self._boot.endpoints.plans),
+            max_running_requests=config.engine.running_limit * len(self._boot.endpoints.plans),
             http=self._http,
             dropped_log_lines=lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
         )

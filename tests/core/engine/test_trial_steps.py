@@ -26,7 +26,7 @@ LIMITS = [
 
 def check(plan: StepPlan, engine: EngineConfig, max_model_len: int) -> None:
     count = len(plan.slots)
-    assert 1 <= count <= engine.max_running_requests
+    assert 1 <= count <= engine.running_limit
     assert plan.slots == [init.slot for init in plan.inits] == list(range(count))
     assert len(plan.starts) == len(plan.lengths) == len(plan.samples) == count
     assert plan.lengths[: plan.num_decodes] == [1] * plan.num_decodes
@@ -58,16 +58,16 @@ def test_every_step_is_one_the_scheduler_could_plan(
 @pytest.mark.parametrize(("engine", "max_model_len"), LIMITS)
 def test_the_largest_reach_the_limits(engine: EngineConfig, max_model_len: int) -> None:
     decode = largest_decode(engine, max_model_len)
-    assert len(decode.slots) == engine.max_running_requests
+    assert len(decode.slots) == engine.running_limit
     assert max(decode.starts) == max_model_len - 1
     budget = engine.max_prefill_tokens
     if engine.chunked_prefill_size == -1:
         budget = max(budget, max_model_len)
-    budget = min(budget, engine.max_running_requests * max_model_len)
+    budget = min(budget, engine.running_limit * max_model_len)
     plans = largest_prefills(engine, max_model_len)
     if engine.chunked_prefill_size == -1 or budget <= engine.chunked_prefill_size:
         assert any(sum(plan.lengths) >= budget for plan in plans)
-    assert all(len(plan.slots) == engine.max_running_requests for plan in plans)
+    assert all(len(plan.slots) == engine.running_limit for plan in plans)
 
 
 def test_default_limits_give_as_many_rows_as_a_step_may_have() -> None:
@@ -101,7 +101,7 @@ def test_prompts_of_every_size_fill_a_step(max_model_len: int) -> None:
         (plan.starts[0] > 0, plan.lengths[0])
         for plan in kernel_steps(engine, max_model_len, decodes=False)
         if len(set(plan.lengths)) == 1
-        and len(plan.slots) == min(engine.max_running_requests, 8192 // plan.lengths[0])
+        and len(plan.slots) == min(engine.running_limit, 8192 // plan.lengths[0])
     }
     for length in (25, 97, 193, 1537):
         assert {(False, length), (True, length)} <= met
