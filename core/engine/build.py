@@ -15,6 +15,7 @@ from core.config import AppConfig
 from core.engine.batch import SlotState
 from core.engine.commit import commit_in_background
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
+from core.engine.foresight import LastSteps
 from core.engine.forward import AttentionOfRank, OnCaptured, RankParts
 from core.engine.graphs import make_steps
 from core.engine.launch import StepLauncher, select_launcher
@@ -28,6 +29,7 @@ from core.engine.memory import (
     page_bytes,
     plan_pool,
 )
+from core.engine.mixed_steps import mixed_tokens
 from core.engine.model_build import (
     build_dispatchers,
     measure_rank,
@@ -35,7 +37,7 @@ from core.engine.model_build import (
     routes_at_random,
     stream_of,
 )
-from core.engine.pace import Pace, measure_pace
+from core.engine.pace import Pace, Timed, measure_pace
 from core.engine.runner import ModelRunner
 from core.engine.sampler import Sampler
 from core.engine.scheduler import Scheduler
@@ -144,6 +146,9 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     phases.end("warm up")
     launcher.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
     phases.end(CAPTURE_TASK)
+    mixed_tokens = _mixed_tokens(config, context, steps, max_model_len)
+    if context.device.type == "cuda" and context.plan.dp == 1 and config.engine.plan_margin_s:
+        steps.foresight = LastSteps(config.engine.plan_margin_s)
     return RankEngine(
         scheduler=Scheduler(
             config.engine,
@@ -152,6 +157,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             eos_ids=context.files.eos_ids,
             dp_rank=context.plan.axis_index("dp", context.rank),
             pace=steps.pace,
+            mixed_tokens=mixed_tokens,
         ),
         launcher=steps,
         balancer=runner.balancer,
@@ -293,7 +299,7 @@ def _build_runner(
     engine, device = config.engine, context.device
     stream = stream_of(loaded.spec, context.plan)
     state = SlotState(
-        num_slots=engine.max_running_requests,
+        num_slots=engine.running_limit,
         max_tokens=max_model_len,
         page_size=engine.settled_page_size,
         device=device,
@@ -317,7 +323,7 @@ def _build_runner(
             dispatchers=loaded.dispatchers,
         ),
         sampler=Sampler(
-            max_slots=engine.max_running_requests,
+            max_slots=engine.running_limit,
             vocab_size=loaded.spec.vocab_size,
             device=device,
             eos_ids=context.files.eos_ids,
@@ -412,19 +418,36 @@ def _measure_pace(
     config: AppConfig, context: RankContext, steps: StepLauncher, max_model_len: int
 ) -> Pace:
     """What steps cost, agreed on by all ranks: the slowest one's time is everybody's."""
+    return measure_pace(
+        _timed(context, steps),
+        step_tokens=most_prompt_tokens(config.engine, max_model_len),
+        context_tokens=max_model_len - 1,
+    )
+
+
+def _mixed_tokens(
+    config: AppConfig, context: RankContext, steps: StepLauncher, max_model_len: int
+) -> int | None:
+    """Most prompt tokens beside decodes while few prompts wait; None: a CPU's steps are cut to a
+    time instead."""
+    if context.device.type == "cpu" or config.engine.mixed_prefill_tokens is not None:
+        return config.engine.mixed_prefill_tokens
+    most = most_prompt_tokens(config.engine, max_model_len)
+    return mixed_tokens(_timed(context, steps), min(most, max_model_len - 1), most)
+
+
+def _timed(context: RankContext, steps: StepLauncher) -> Timed:
+    """Runs a step of made-up requests; the seconds that the slowest rank took."""
     world, num_dp = context.comms.axes["world"], context.plan.axis_size("dp")
 
     def timed(plan: StepPlan) -> float:
         begin = time.perf_counter()
         warm_up(steps, [plan], num_dp)
-        mine = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+        seconds = time.perf_counter() - begin
+        mine = torch.tensor([seconds], dtype=torch.float64, device=context.device)
         return float(world.all_gather(mine, 0).max())
 
-    return measure_pace(
-        timed,
-        step_tokens=most_prompt_tokens(config.engine, max_model_len),
-        context_tokens=max_model_len - 1,
-    )
+    return timed
 
 
 def _warm_up_plans(num_tokens: int) -> list[StepPlan]:

@@ -46,6 +46,8 @@ HEADROOM_TOKENS = 32
 MAX_DEFERRED = 4
 # How much a step's time may differ from what the pace says, and what one step counts of late.
 MOST_SLOWNESS, SLOWNESS_WEIGHT = 3.0, 0.2
+# Most steps that the prompts which wait are spread over for the sake of those that decode.
+BACKLOG_STEPS = 4
 EXPIRY_INTERVAL_S = 0.1  # between two looks at deadlines
 QUEUE_TIMEOUT = "queue_timeout"  # RequestOutput.error_code of one that waited too long
 UNKNOWN_PACE = Pace()
@@ -107,11 +109,14 @@ class Scheduler:
         pace: Pace = UNKNOWN_PACE,
         order: PromptOrder = ORDER,
         clock: Callable[[], float] = time.monotonic,
+        mixed_tokens: int | None = None,
     ) -> None:
         """`pace`: where it is known, a step's prompts are cut to `engine.cpu_step_s`, or to what is
-        worthwhile at that pace."""
+        worthwhile at that pace. `mixed_tokens`: most prompt tokens beside decodes, while few wait;
+        None: as many as without."""
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
+        self._mixed_tokens = mixed_tokens
         step_s = config.cpu_step_s
         self._step_s = pace.worthwhile_s if step_s is None else step_s
         self._pace = pace if self._step_s > 0 else UNKNOWN_PACE
@@ -365,7 +370,7 @@ class Scheduler:
         if not self._prefilling and not (may_admit and self._waiting):
             return
         budget = PromptBudget(
-            tokens=self._step_prefill_tokens,
+            tokens=self._prompt_tokens(draft),
             chunk=self._chunk_tokens,
             seconds=self._prompt_s(draft),
             pace=self._pace,
@@ -377,6 +382,28 @@ class Scheduler:
             lambda request: may_admit and self._may_enter(request),
         ):
             self._plan_pass(draft, candidates, budget, may_admit=may_admit)
+
+    def _prompt_tokens(self, draft: _Draft) -> int:
+        """Prompt tokens of a step. Beside decodes what waits is spread evenly over steps of about
+        `mixed_tokens`, lest decodes wait long, but over no more than a few, lest prompts do."""
+        most = self._step_prefill_tokens
+        if self._mixed_tokens is None or not draft.num_decodes:
+            return most
+        backlog = self._backlog_tokens
+        num_steps = min(max(round(backlog / self._mixed_tokens), 1), BACKLOG_STEPS)
+        # What is known of prompts that wait may be too little: the cache may lose what it had.
+        least = self._mixed_tokens * 3 // 4
+        return min(max(-(-backlog // num_steps), least, 1), most)
+
+    @property
+    def _backlog_tokens(self) -> int:
+        """That prompts have to compute, as far as is known."""
+        return sum(request.tokens_left for request in self._prefilling) + self._waiting.tokens
+
+    @property
+    def is_backlogged(self) -> bool:
+        """Whether the next step has its prompts already, whoever comes."""
+        return self._mixed_tokens is not None and self._backlog_tokens >= self._mixed_tokens
 
     def _prompt_s(self, draft: _Draft) -> float:
         """Seconds at the pace that a step has for prompts, beside its decodes."""

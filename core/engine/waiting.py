@@ -28,6 +28,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._by_age: list[Request] = []
         self._by_length: list[Request] = []
+        self.tokens = 0  # that all of them had to compute when they came to wait
 
     def __len__(self) -> int:
         return len(self._by_age)
@@ -39,6 +40,7 @@ class WaitingQueue:
     def add(self, request: Request, tokens: int) -> None:
         """It waits with about so many tokens to compute."""
         request.waiting_tokens = tokens
+        self.tokens += tokens
         insort(self._by_age, request, key=age_key)
         insort(self._by_length, request, key=_length_key)
 
@@ -47,6 +49,7 @@ class WaitingQueue:
             at = bisect_left(requests, key(request), key=key)
             assert requests[at] is request
             del requests[at]
+        self.tokens -= request.waiting_tokens
 
     @property
     def oldest(self) -> Request | None:

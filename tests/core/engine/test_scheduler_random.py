@@ -45,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         disable_prefix_cache=st.sampled_from([False, False, True]),
         headroom=st.sampled_from([0, 1, 3, 64]),
         pace=st.sampled_from([Pace(), Pace(), Pace(0.05, 0.001, 0.2)]),
+        mixed=st.sampled_from([None, 1, 2, 5]),
     )
     def start(
         self,
@@ -56,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         disable_prefix_cache: bool,
         headroom: int,
         pace: Pace,
+        mixed: int | None,
     ) -> None:
         num_pages = 1 + max(2, pool_tokens // page_size)
         config = EngineConfig(
@@ -73,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_pages=num_pages,
             max_model_len=MAX_MODEL_LEN,
             eos_ids=EOS_IDS,
+            mixed_tokens=mixed,
             headroom_tokens=headroom,
             pace=pace,
             clock=lambda: self.now_s,
@@ -221,7 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def invariants_hold(self) -> None:
         self.scheduler.check()
         stats = self.scheduler.stats()
-        assert stats.num_running <= self.config.max_running_requests
+        assert stats.num_running <= self.config.running_limit
         assert self.scheduler.has_work == bool(self.live or self.in_flight)
 
     def teardown(self) -> None:
