@@ -28,7 +28,7 @@ from core.cluster.ports import Ports, listeners
 from core.cluster.process import ProcessSpec
 from core.cluster.rendezvous import meet
 from core.cluster.supervisor import Supervisor
-from core.config import AppConfig
+from core.config import AppConfig, EngineConfig
 from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
 from core.interfaces.launcher import Launcher, Machine, Placement
 from core.loading.files import resolve_files
@@ -279,10 +279,19 @@ def _summary(
         kv_bytes=sum(info["kv_pool_bytes"] for info in workers.values()),
         memory=_memory(leader),
         graphs=leader["cuda_graphs"] if leader["activation_bytes"] else "",
+        steps=_steps(resolved.config.engine, leader) if leader["activation_bytes"] else "",
         phases=phases,
         total_s=total_s,
         url=frontend["url"],
         needs_key=frontend["needs_key"],
+    )
+
+
+def _steps(engine: EngineConfig, leader: Mapping[str, Any]) -> str:
+    """How large a step of a DP rank may be, and its prompts beside decodes."""
+    return (
+        f"up to {engine.running_limit} requests and {engine.max_prefill_tokens:,} prompt tokens, "
+        f"about {leader['mixed_prefill_tokens']:,} beside decodes while few prompts wait"
     )
 
 

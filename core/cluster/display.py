@@ -39,6 +39,7 @@ class SummaryInfo:
     kv_bytes: int  # of the KV pool, over all ranks
     memory: Mapping[str, int]  # bytes of what rank 0 holds on its GPU, by share; empty on a CPU
     graphs: str  # which steps are captured, or why none is; "" on a CPU
+    steps: str  # how large they may be; "" on a CPU, whose steps are cut to a time
     phases: Mapping[str, float]  # seconds, the slowest rank's, in order
     total_s: float  # from the start of the command
     url: str  # of the server, without a path
@@ -181,6 +182,7 @@ def summary(info: SummaryInfo) -> str:
             f"  plan      {info.plan}: {ranks}",
             f"  KV cache  {info.kv_tokens:,} tokens, {_bytes(info.kv_bytes)}",
             *([f"  memory    {memory} on each rank"] if memory else []),
+            *([f"  steps     {info.steps}"] if info.steps else []),
             *([f"  graphs    {info.graphs}"] if info.graphs else []),
             f"  start-up  {info.total_s:.1f} s" + (f" ({phases})" if phases else ""),
             f"  URL       {info.url}",

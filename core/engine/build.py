@@ -77,6 +77,7 @@ class RankEngine:
     pool_memory: torch.UntypedStorage | None  # that is not taken yet; None: on a GPU
     held: HeldMemory  # on a GPU, beside the pool
     cuda_graphs: str  # which steps are captured, or why none is
+    mixed_tokens: int | None  # prompt tokens beside decodes, while few wait; None: on a CPU
     kv_cache_tokens: int
     max_model_len: int
     weight_bytes: int  # of this rank
@@ -101,6 +102,7 @@ class RankEngine:
             "activation_bytes": self.held.activations,
             "graph_bytes": self.held.graphs,
             "cuda_graphs": self.cuda_graphs,
+            "mixed_prefill_tokens": self.mixed_tokens,
         }
 
 
@@ -165,6 +167,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
         pool_memory=runner.pool if context.device.type == "cpu" else None,
         held=replace(held, graphs=runner.steps.graph_bytes),
         cuda_graphs=runner.steps.describe(),
+        mixed_tokens=mixed_tokens,
         kv_cache_tokens=kv_cache_tokens,
         max_model_len=max_model_len,
         weight_bytes=loaded.shapes.num_bytes,
@@ -430,7 +433,9 @@ def _mixed_tokens(
 ) -> int | None:
     """Most prompt tokens beside decodes while few prompts wait; None: a CPU's steps are cut to a
     time instead."""
-    if context.device.type == "cpu" or config.engine.mixed_prefill_tokens is not None:
+    if context.device.type == "cpu":
+        return None
+    if config.engine.mixed_prefill_tokens is not None:
         return config.engine.mixed_prefill_tokens
     most = most_prompt_tokens(config.engine, max_model_len)
     return mixed_tokens(_timed(context, steps), min(most, max_model_len - 1), most)

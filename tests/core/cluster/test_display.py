@@ -33,6 +33,7 @@ INFO = SummaryInfo(
     kv_bytes=1_610_612_736,
     memory={},
     graphs="",
+    steps="",
     phases={"import": 3.14, "load weights": 2.0},
     total_s=9.84,
     url="http://127.0.0.1:30000",
@@ -70,9 +71,11 @@ def test_the_summary_of_a_dummy_model_on_one_rank_with_a_key() -> None:
 
 def test_the_summary_tells_what_a_gpu_holds() -> None:
     memory = {"weights": 16_060_522_496, "KV pool": 34_361_835_520, "activations": 2_217_264_640}
-    text = summary(replace(INFO, memory=memory, graphs="11 decode steps of up to 64 requests"))
+    told = replace(INFO, memory=memory, graphs="11 decode steps of up to 64 requests")
+    text = summary(replace(told, steps="up to 64 requests"))
     assert (
         "  memory    weights 15.0 GiB, KV pool 32.0 GiB, activations 2.1 GiB on each rank\n"
+        "  steps     up to 64 requests\n"
         "  graphs    11 decode steps of up to 64 requests\n"
     ) in text
 
