@@ -34,17 +34,18 @@ from tests.contracts.a2a_cases import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of,
 
 NUM_PROGRAMS = 2
 HIDDEN = 144  # more than one block of scales, and a part of one
-FEW_ROWS = 6  # that buffers hold in the case in which larger steps are carried otherwise
+FEW_ROWS = 6  # that buffers hold where a step fills them, and where it is carried otherwise
 MANY = 40  # bytes of a file for each value that a case moves
 
 
 def cases(size: int) -> list[tuple[Case, int]]:
-    """The cases of this many ranks, and the rows that buffers hold in each. Few of more than two,
-    since ranks that wait for each other in the interpreter take turns on the machine's cores."""
-    some = CASES[2:] if size == 2 else [CASES[0], CASES[3], *CASES[-3:]]
+    """The cases of this many ranks, and the rows that buffers hold in each. Few, since ranks that
+    wait for each other in the interpreter take turns on the machine's cores."""
+    some = [*CASES[2:11], *CASES[-9:]] if size == 2 else [CASES[0], CASES[10], CASES[-1]]
     found = [(case, MAX_ROWS) for case in some if (case.num_experts + case.redundant) % size == 0]
     wide = [Case(top_k=16), Case(top_k=16, counts="one_has_most", dtype=torch.bfloat16)]
-    return [*found, *((case, MAX_ROWS) for case in wide), (Case(counts="one_has_most"), FEW_ROWS)]
+    full, more = Case(counts="equal"), Case(counts="one_has_most")
+    return [*found, *((case, MAX_ROWS) for case in wide), (full, FEW_ROWS), (more, FEW_ROWS)]
 
 
 class MappedMemory:
