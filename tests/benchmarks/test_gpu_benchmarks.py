@@ -1,11 +1,13 @@
 """The arithmetic of the GPU benchmarks: floors, profiles, ratios, cells. Times nothing."""
 
 import argparse
+import json
+from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_a2a, gpu_engine, gpu_heat, gpu_profile
 from benchmarks import gpu_cells as cells
-from benchmarks import gpu_engine, gpu_heat, gpu_profile
 from benchmarks.emulated_rank import DEEPSEEK_V3, first_plan, later_plan, layer_bytes
 from benchmarks.gpu_floor import Device, sizes_of
 
@@ -238,3 +240,14 @@ def test_rates_of_a_cell_are_those_of_its_seconds() -> None:
     assert row["decode_tok_s"] == 2 * 8 / 0.5
     assert row["tpot_ms"] == 500 / 8
     assert row["run_tok_s"] == round((400 + 2 * 9) / 2.5)
+
+
+def test_times_of_an_all_to_all_replace_those_of_the_same_rows(tmp_path: Path) -> None:
+    table = tmp_path / "moe_a2a.json"
+    common = {"device": "H200", "one_host": True, "ranks": 2, "hidden": 7168, "fp8": True}
+    first = [common | {"rows": rows, "us": {"nccl": 9.0}} for rows in (64, 1)]
+    gpu_a2a.write_table(table, first)
+    other = common | {"rows": 64, "us": {"nccl": 7.0, "symm_mem": 3.0}}
+    gpu_a2a.write_table(table, [other])
+    assert json.loads(table.read_text()) == [first[1], other]
+    assert len(table.read_text().splitlines()) == 4, "a line a row"
