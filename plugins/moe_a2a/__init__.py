@@ -88,7 +88,7 @@ def _measured_backend(
     if has_deepep:
         names.add("deepep")
     parallel, engine = config.parallel, config.engine
-    most, share = engine.max_running_requests, 0.0
+    most, share = engine.running_limit, 0.0
     if family == "moe_a2a.prefill":
         most, share = most + engine.max_prefill_tokens, _SMALL_PROMPTS
     most = -(-most // (parallel.tp // parallel.dp_attention))  # ranks share a DP rank's rows
