@@ -239,11 +239,12 @@ def main() -> None:
         for order, step_s in (
             ("oldest first", 0.0),
             ("oldest first", 0.25),
+            ("oldest first", 0.3),
             ("shortest first, with aging", 0.25),
             ("deficit round robin by client", 0.25),
             ("oldest and shortest", 0.25),
+            ("oldest and shortest", 0.3),
             ("oldest and shortest", 0.4),
-            ("oldest and shortest", 0.5),
             ("oldest and shortest", 1.0),
         ):
             rows.append({"load": name, **measure(order, step_s, load)})

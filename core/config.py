@@ -216,8 +216,8 @@ class EngineConfig:
     # as soon as the step begins.
     plan_margin_s: float = 0.003
     # On a CPU: seconds that a step with prompts should take, by the speed measured at start; fewer
-    # prompt tokens are computed in it then than the two limits above allow. 0: no limit. None: 20
-    # times what every step costs whatever it holds, at least 0.25 and at most 1.
+    # prompt tokens are computed in it then than the two limits above allow. 0: no limit. None: 15
+    # times what every step costs whatever it holds, at least 0.1 and at most 1.
     cpu_step_s: float | None = None
     disable_prefix_cache: bool = False
     seed: int = 0  # of requests that bring no seed of their own

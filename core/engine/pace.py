@@ -21,9 +21,12 @@ CONTEXT_TOKENS = 2048  # cached before the tokens of a timed step, where the mod
 MOST_BASE, LEAST_TOKEN = 0.75, 0.1
 WITH_LOGPROBS = structs.replace(GREEDY, logprobs=0)  # made-up prompts want theirs then
 
-# A step's time in costs that every step has, and its bounds.
-BASE_COSTS = 20
-SHORTEST_STEP_S, LONGEST_STEP_S = 0.25, 1.0
+# Runs of a step that was timed agree where they differ by no more than this; else others follow.
+AGREE, MOST_RUNS, LONGEST_RUNS_S = 1.15, 5, 1.0
+# A step's time in costs that every step has, and its bounds. A short prompt alone costs about two
+# of them: one that waits for the rest of a long step, and then shares one, waits ten times as long.
+BASE_COSTS = 15
+SHORTEST_STEP_S, LONGEST_STEP_S = 0.1, 1.0
 
 # Runs such a step in every DP rank and returns its seconds, the same on every rank.
 Timed = Callable[[StepPlan], float]
@@ -42,11 +45,11 @@ class Pace:
     def known(self) -> bool:
         return self.token_s > 0
 
-    @property
-    def worthwhile_s(self) -> float:
+    def worthwhile_s(self, slowness: float = 1.0) -> float:
         """How long a step with prompts should take: so long that what every step costs is a small
-        part of it, and short enough for those who wait for its end."""
-        return min(max(BASE_COSTS * self.base_s, SHORTEST_STEP_S), LONGEST_STEP_S)
+        part of it, and short enough for those who wait for its end. `slowness`: of late, against
+        this pace."""
+        return min(max(BASE_COSTS * self.base_s * slowness, SHORTEST_STEP_S), LONGEST_STEP_S)
 
     def prompt_s(self, start: int, length: int, with_logprobs: bool) -> float:
         """Of so many tokens of a prompt from position `start` on."""
@@ -91,7 +94,7 @@ def measure_pace(timed: Timed, *, step_tokens: int, context_tokens: int) -> Pace
     context = min(CONTEXT_TOKENS, context_tokens - num)
     pair_s = 0.0
     if context >= num:
-        longer_s = timed(step(prompts=[(context, num)]))
+        longer_s = _quickest(timed, step(prompts=[(context, num)]))
         pair_s = max(longer_s - seconds, 0.0) / (num * context)
     logprob_s = 0.0
     if num > 1:
@@ -100,7 +103,7 @@ def measure_pace(timed: Timed, *, step_tokens: int, context_tokens: int) -> Pace
     base_s = 0.0
     if num > 1:
         half = num // 2
-        half_s = min(timed(step(prompts=[(0, half)])) for _ in range(2))
+        half_s = _quickest(timed, step(prompts=[(0, half)]))
         flat_s, half_flat_s = (
             total_s - pair_s * tokens * tokens / 2
             for total_s, tokens in ((seconds, num), (half_s, half))
@@ -117,5 +120,16 @@ def _long_enough(timed: Timed, most_tokens: int) -> tuple[int, float]:
     while True:
         seconds = timed(step(prompts=[(0, num)]))
         if seconds >= LONG_ENOUGH_S or num == most_tokens:
-            return num, min(seconds, timed(step(prompts=[(0, num)])))
+            return num, _quickest(timed, step(prompts=[(0, num)]), seconds)
         num = min(2 * num, most_tokens)
+
+
+def _quickest(timed: Timed, plan: StepPlan, *before_s: float) -> float:
+    """The least of several runs, `before_s` among them: of two that agree where nothing disturbs
+    them, of more where something does."""
+    runs_s = sorted(before_s)
+    while len(runs_s) < 2 or (
+        runs_s[1] > AGREE * runs_s[0] and len(runs_s) < MOST_RUNS and sum(runs_s) < LONGEST_RUNS_S
+    ):
+        runs_s = sorted([*runs_s, timed(plan)])
+    return runs_s[0]

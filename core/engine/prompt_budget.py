@@ -6,7 +6,7 @@ LEAST_TOKENS = 16  # of a chunk that is cut: smaller ones cost their step more t
 # Of the time of a step that is left to prompts whatever its decodes take.
 LEAST_SHARE = 0.25
 # Of what every step costs, that prompts get at least: with less a step would be mostly that.
-LEAST_BASE_COSTS = 6
+LEAST_BASE_COSTS = 4
 
 
 class PromptBudget:

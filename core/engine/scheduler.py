@@ -44,8 +44,9 @@ from core.interfaces.messages import (
 HEADROOM_TOKENS = 32
 # Waiting requests looked past in a step because most of their prompt is being computed by another.
 MAX_DEFERRED = 4
-# How much a step's time may differ from what the pace says, and what one step counts of late.
-MOST_SLOWNESS, SLOWNESS_WEIGHT = 3.0, 0.2
+# How much a step's time may differ from what the pace says, and what one step counts of late. The
+# pace may have been measured while the machine had ten times as much to do.
+LEAST_SLOWNESS, MOST_SLOWNESS, SLOWNESS_WEIGHT = 0.1, 3.0, 0.2
 # Most steps that the prompts which wait are spread over for the sake of those that decode.
 BACKLOG_STEPS = 4
 EXPIRY_INTERVAL_S = 0.1  # between two looks at deadlines
@@ -117,9 +118,8 @@ class Scheduler:
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
         self._mixed_tokens = mixed_tokens
-        step_s = config.cpu_step_s
-        self._step_s = pace.worthwhile_s if step_s is None else step_s
-        self._pace = pace if self._step_s > 0 else UNKNOWN_PACE
+        self._chosen_step_s = config.cpu_step_s
+        self._pace = UNKNOWN_PACE if config.cpu_step_s == 0 else pace
         self._slowness = 1.0  # of late, against the pace
         self._order = order
         self._clock = clock
@@ -405,16 +405,23 @@ class Scheduler:
         """Whether the next step has its prompts already, whoever comes."""
         return self._mixed_tokens is not None and self._backlog_tokens >= self._mixed_tokens
 
+    @property
+    def step_s(self) -> float:
+        """How long a step with prompts should take now, where the pace is known."""
+        if self._chosen_step_s is not None:
+            return self._chosen_step_s
+        return self._pace.worthwhile_s(self._slowness)
+
     def _prompt_s(self, draft: _Draft) -> float:
         """Seconds at the pace that a step has for prompts, beside its decodes."""
-        step_s, base_s = self._step_s / self._slowness, self._pace.base_s
+        step_s, base_s = self.step_s / self._slowness, self._pace.base_s
         left_s = step_s - base_s - self._pace.decode_s(draft.starts)
         return max(left_s, LEAST_SHARE * step_s, LEAST_BASE_COSTS * base_s)
 
     def observe(self, expected_s: float, actual_s: float) -> None:
         """A step with prompts took so long. A machine has other things to do now and then, also
         while the pace was measured."""
-        ratio = min(max(actual_s / expected_s, 1 / MOST_SLOWNESS), MOST_SLOWNESS)
+        ratio = min(max(actual_s / expected_s, LEAST_SLOWNESS), MOST_SLOWNESS)
         self._slowness += SLOWNESS_WEIGHT * (ratio - self._slowness)
 
     def _may_enter(self, request: Request) -> bool:

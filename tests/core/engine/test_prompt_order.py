@@ -267,6 +267,18 @@ def test_steps_follow_the_machine_when_it_slows_down_and_recovers() -> None:
     assert sum(turn(scheduler).values()) == pytest.approx(400, abs=2)
 
 
+def test_a_pace_that_was_measured_on_a_busy_machine_does_not_leave_long_steps() -> None:
+    """Ten times too slow, as told by the steps that follow: 0.15 s of them, not 1 s."""
+    scheduler = new_scheduler(
+        Pace(token_s=0.01, base_s=0.1), num_pages=4000, max_prefill_tokens=8192
+    )
+    scheduler.admit([prompt(name, 3000) for name in "ABCD"])
+    for _ in range(40):
+        scheduler.observe(expected_s=1.0, actual_s=0.1)
+    assert scheduler.step_s == pytest.approx(0.15, rel=0.01)
+    assert sum(turn(scheduler).values()) == pytest.approx((0.15 - 0.01) / 0.001, rel=0.05)
+
+
 def test_a_step_is_never_mostly_what_every_step_costs() -> None:
     pace = Pace(token_s=0.001, base_s=0.1)
     scheduler = new_scheduler(pace, max_prefill_tokens=8192, cpu_step_s=0.1)

@@ -172,7 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for start, length in zip(starts, prefills, strict=True)
             ]
             least = self.pace.prompt_s(starts[0], LEAST_TOKENS, True) if starts else 0.0
-            assert sum(seconds) <= max(self.scheduler._step_s, least) * (1 + 1e-9)
+            assert sum(seconds) <= max(self.scheduler.step_s, least) * (1 + 1e-9)
         elif len(prefills) > 1:
             assert sum(prefills) <= self.config.max_prefill_tokens
         self.in_flight.append((plan, self.runner.run(plan)))
