@@ -1,4 +1,5 @@
-"""What to tell a user whose disk is full: which folder, what is needed, what is free.
+"""What to tell a user whose disk is full, or may not be written: which folder, what is needed, what
+is free.
 
 Knows which folders an engine writes to, nothing of what it writes there.
 """
@@ -13,6 +14,7 @@ from core.errors import ResourceError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM_TEXTS = tuple(os.strerror(number) for number in _NO_ROOM)  # as other programs quote them
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LITTLE_BYTES = 64 << 20
 _MAX_TEXT = 200
 
@@ -44,11 +46,13 @@ def says_no_room(error: BaseException) -> bool:
 
 
 def explained(error: Exception, cache: Path) -> Exception:
-    """A ResourceError that names the folders which are full, where that is what happened; else the
-    error itself. For whatever writes files somewhere inside a library: compilers, NCCL. `cache`:
-    core.loading.cache.cache_root()."""
-    if isinstance(error, ResourceError) or not says_no_room(error):
+    """A ResourceError that names the folders which are full, or the one that can't be written,
+    where that is what happened; else the error itself. For whatever writes files somewhere inside
+    a library: compilers, NCCL. `cache`: core.loading.cache.cache_root()."""
+    if isinstance(error, ResourceError):
         return error
+    if not says_no_room(error):
+        return _refused(error, cache) or error
     folders = dict(_folders(error, cache))
     full = {place: path for place, path in folders.items() if free_bytes(path) < _LITTLE_BYTES}
     texts = [f"{_free_text(path)} in {path} ({place})" for place, path in (full or folders).items()]
@@ -72,6 +76,10 @@ def _folders(error: BaseException, cache: Path) -> Iterator[tuple[str, Path]]:
     for found in _chain(error):
         if isinstance(found, OSError) and isinstance(found.filename, str):
             yield "where it was written", Path(found.filename).absolute().parent
+    yield from _own_folders(cache)
+
+
+def _own_folders(cache: Path) -> Iterator[tuple[str, Path]]:
     kernels = os.environ.get("TRITON_CACHE_DIR")
     if kernels:
         yield "compiled kernels: engine.kernel_cache_dir", Path(kernels)
@@ -79,6 +87,25 @@ def _folders(error: BaseException, cache: Path) -> Iterator[tuple[str, Path]]:
     yield "temporary files: TMPDIR", Path(tempfile.gettempdir())
     if Path("/dev/shm").is_dir():
         yield "shared memory of processes; of a container --shm-size", Path("/dev/shm")
+
+
+def _refused(error: BaseException, cache: Path) -> ResourceError | None:
+    """Where a file of a folder that the engine writes to could not be made: read-only, or of
+    another user."""
+    for found in _chain(error):
+        if not isinstance(found, OSError) or found.errno not in _REFUSED:
+            continue
+        if not isinstance(found.filename, str):
+            continue
+        written = Path(found.filename).absolute()
+        for place, folder in _own_folders(cache):
+            if written.is_relative_to(folder.absolute()):
+                return ResourceError(
+                    f"can't write to {folder} ({place}): {found.strerror}: "
+                    f"{str(written)[:_MAX_TEXT]}; let this user write there, or choose another "
+                    "folder"
+                )
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -66,6 +66,28 @@ def test_the_folders_that_are_full_are_named(
     assert "NODEWEAVE_CACHE" in text
 
 
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_folder_that_cant_be_written_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where compiled kernels are on a read-only disk, and one that is needed is not there."""
+    kernels, elsewhere = tmp_path / "kernels", tmp_path / "elsewhere"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(kernels))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    why = os.strerror(number)
+    error = caused_by(OSError(number, why, str(kernels / "AB" / "x.ptx")))
+    told = explained(error, tmp_path / "cache")
+    assert isinstance(told, ResourceError)
+    assert str(told) == (
+        f"can't write to {kernels} (compiled kernels: engine.kernel_cache_dir): {why}: "
+        f"{kernels / 'AB' / 'x.ptx'}; let this user write there, or choose another folder"
+    )
+    other = OSError(number, why, str(elsewhere / "weights"))
+    assert explained(other, tmp_path / "cache") is other
+
+
 def test_an_error_that_says_all_stays(tmp_path: Path) -> None:
     error = no_room(tmp_path, 1, FULL)
     assert explained(error, tmp_path) is error
