@@ -1,4 +1,4 @@
-"""What the client of `benchmarks.serve_http` itself costs: streams of a fake engine at a known pace.
+"""What the client of `benchmarks.serve_http` costs: streams of a fake engine at a known pace.
 
     python -m benchmarks.serve_client [--clients 256] [--tokens 200] [--steps-per-second 100]
 

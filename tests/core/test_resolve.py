@@ -32,6 +32,7 @@ def settled(
     dtypes: NativeDtypes = NO_DTYPES,
     changes: Mapping[str, Any] | None = None,
     group_bits: dict[str, int] | None = None,
+    device_gib: float = 0.0,
 ) -> Resolved:
     """A preset whose shape is known, `changes` made to it."""
     config = compose(parse_overrides([f"+model={model}", *words]), [])
@@ -45,7 +46,31 @@ def settled(
         default_sampling={},
         group_bits=group_bits or {},
     )
-    return resolve(config, PluginManager.load(), files, device, dtypes)
+    plugins = PluginManager.load()
+    return resolve(config, plugins, files, device, dtypes, int(device_gib * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "device_gib", "limit"),
+    [
+        ([], "cpu", 0, 256),
+        ([], "cuda", 0, 256),  # a driver that doesn't tell
+        ([], "cuda", 44.5, 256),
+        ([], "cuda", 79.6, 512),
+        ([], "cuda", 139.8, 512),
+        (["parallel=tp2"], "cuda", 79.6, 512),
+        (["parallel=tp2_ep2"], "cuda", 79.6, 256),
+        (["parallel=tp2_ep2_dp2"], "cuda", 139.8, 256),
+        (["engine.max_running_requests=24"], "cuda", 139.8, 24),
+        (["engine.max_running_requests=900"], "cpu", 0, 900),
+    ],
+)
+def test_large_gpus_run_more_requests_unless_told_otherwise(
+    words: list[str], device: str, device_gib: float, limit: int
+) -> None:
+    config = settled("qwen3_moe_tiny", words, device, device_gib=device_gib).config
+    assert config.engine.max_running_requests == limit
+    assert config.engine.running_limit == limit
 
 
 @pytest.mark.parametrize(
