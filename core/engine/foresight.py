@@ -16,8 +16,9 @@ TRUSTED_SHARE = 0.95
 # A step for which nobody had to wait ended before anybody looked: it was foreseen too long.
 LEAST_WAIT_S = 2e-4
 SHRINKING = 0.8
-# What a step that took longer counts; one that took less counts whole.
-GROWING = 0.2
+# What is known grows by no more at once, however long a step took: the machine may have had other
+# things to do. One that took less counts whole.
+GROWING = 1.1
 # Fewer prompt tokens than this say nothing about what one costs.
 LEAST_TOKENS = 128
 MOST_WAIT_S = 0.1
@@ -105,4 +106,4 @@ def _learnt(known: float, seen: float, was_late: bool) -> float:
         return SHRINKING * min(known or seen, seen)
     if not known or seen < known:
         return seen
-    return known + GROWING * (seen - known)
+    return min(seen, GROWING * known)

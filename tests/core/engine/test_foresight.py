@@ -57,10 +57,22 @@ def test_a_step_takes_what_the_last_ones_took(foresight: LastSteps) -> None:
 
 def test_less_counts_at_once_and_more_by_and_by(foresight: LastSteps) -> None:
     foresight.observe(decodes(4), 0.008, WAITED_S)
-    foresight.observe(decodes(4), 0.018, WAITED_S)
-    assert foresight.expected_s(decodes(4)) == pytest.approx(0.008 + GROWING * 0.010)
+    foresight.observe(decodes(4), 0.900, WAITED_S)
+    assert foresight.expected_s(decodes(4)) == pytest.approx(0.008 * GROWING)
+    foresight.observe(decodes(4), 0.009, WAITED_S)
+    assert foresight.expected_s(decodes(4)) == pytest.approx(0.009)
     foresight.observe(decodes(4), 0.006, WAITED_S)
     assert foresight.expected_s(decodes(4)) == pytest.approx(0.006)
+
+
+def test_one_slow_step_does_not_have_the_next_one_planned_too_late(
+    foresight: LastSteps, clock: Clock
+) -> None:
+    for seconds in (0.020, 0.020, 0.500):
+        foresight.observe(decodes(4), seconds, WAITED_S)
+    begun_s = clock.now
+    foresight.wait(begun_s, foresight.expected_s(decodes(4)))
+    assert begun_s < clock.now < begun_s + 0.020
 
 
 def test_a_step_that_had_ended_before_anybody_looked_was_foreseen_too_long(
