@@ -28,7 +28,7 @@ from plugins.moe_a2a._options import SymmMemOptions
 from plugins.moe_a2a._peer_kernels import send_rows_kernel, send_sums_kernel
 from plugins.moe_a2a._peer_layout import PeerLayout, layout_of, rows_within
 
-NUM_PROGRAMS = 64  # of every launch
+NUM_PROGRAMS = 128  # of every launch: about one for each of a large GPU's processors
 _LEAST_BLOCK, _MOST_BLOCK = 128, 1024  # columns of a row that a program moves at once
 
 

@@ -29,10 +29,10 @@ from core.parallel.plan import Plan
 from plugins.comm.gloo import GlooBackend
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._peer_layout import layout_of
-from plugins.moe_a2a.symm_mem import SymmMemDispatcher
+from plugins.moe_a2a.symm_mem import NUM_PROGRAMS, SymmMemDispatcher
 from tests.contracts.a2a_cases import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of, run_steps, spec_of
 
-NUM_PROGRAMS = 2
+FEW_PROGRAMS = 2  # of a launch in the interpreter
 HIDDEN = 144  # more than one block of scales, and a part of one
 FEW_ROWS = 6  # that buffers hold where a step fills them, and where it is carried otherwise
 MANY = 40  # bytes of a file for each value that a case moves
@@ -64,7 +64,7 @@ class MappedMemory:
         buffers = [file[self._used : self._used + num_bytes] for file in self._files]
         self._used += num_bytes
         addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])
-        epochs = torch.zeros(NUM_PROGRAMS, dtype=torch.int32)
+        epochs = torch.zeros(FEW_PROGRAMS, dtype=torch.int32)
         return PeerMemory(self._rank, len(buffers), buffers[self._rank], addresses, epochs)
 
 
@@ -78,9 +78,10 @@ def build(
 ) -> Dispatcher:
     """The dispatcher of this rank."""
     spec = spec_of(case, comm, "decode", HIDDEN, device)
-    layout = layout_of(spec, max_rows, NUM_PROGRAMS, fp8=spec.fp8)
+    num_programs = NUM_PROGRAMS if mapped is None else FEW_PROGRAMS
+    layout = layout_of(spec, max_rows, num_programs, fp8=spec.fp8)
     memory = (
-        peer_memory.connect(comm.group, layout.num_bytes, NUM_PROGRAMS, key="test", instead="none")
+        peer_memory.connect(comm.group, layout.num_bytes, num_programs, key="test", instead="none")
         if mapped is None
         else mapped.take(layout.num_bytes)
     )
