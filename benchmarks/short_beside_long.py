@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Answer:
     sent: Sent
     status: int = 0
     retry_after: str = ""
+    error: str = ""  # code of an error that came within a stream
     first_s: float = 0.0  # after it was sent
     ended_s: float = 0.0  # after the load began
     tokens: int = 0  # of the answer
@@ -70,7 +72,9 @@ class Load:
     healths: list[float] = field(default_factory=list)  # seconds that /health took, each 200
 
     def first_token_s(self, kind: str) -> list[float]:
-        return [answer.first_s for answer in self.answers if answer.sent.kind == kind]
+        """Of the answers that are whole; 0.0 where none is."""
+        whole = [answer for answer in self.answers if answer.whole and answer.sent.kind == kind]
+        return [answer.first_s for answer in whole] or [0.0]
 
     @property
     def tokens(self) -> int:
@@ -194,12 +198,15 @@ class Client:
             elif line.lower().startswith(b"retry-after:"):
                 answer.retry_after = line.split(b":")[1].strip().decode()
             elif line.startswith(b"data: {"):
+                event = json.loads(line[len(b"data: ") :])
+                if "error" in event:
+                    answer.error = event["error"]["code"]
+                    continue
                 if not answer.first_s:
                     answer.first_s = time.perf_counter() - sent_s
-                event = json.loads(line[len(b"data: ") :])
                 answer.tokens = (event.get("usage") or {}).get("completion_tokens", answer.tokens)
             elif line.startswith(b"data: [DONE]"):
-                answer.whole = True
+                answer.whole = not answer.error
         writer.close()
         answer.ended_s = time.perf_counter() - begin
         return answer
@@ -238,6 +245,11 @@ def row(order: str, load: Load, idle_s: Sequence[float]) -> dict[str, Any]:
         "tokens_per_cpu_s": round(load.tokens / load.cpu_s, 1),
         "whole_answers": sum(answer.whole for answer in load.answers),
         "of": len(load.answers),
+        "statuses": dict(Counter(answer.status for answer in load.answers)),
+        "errors_in_streams": dict(Counter(a.error for a in load.answers if a.error)),
+        "refused_without_retry_after": sum(
+            answer.status != 200 and not answer.retry_after for answer in load.answers
+        ),
         "health_max_s": round(max(load.healths), 3),
     }
 
