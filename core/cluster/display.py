@@ -166,6 +166,8 @@ def summary(info: SummaryInfo) -> str:
     files = f", {_bytes(info.file_bytes)} of files" if info.file_bytes else ", random weights"
     ranks = f"{info.num_ranks} {'rank' if info.num_ranks == 1 else 'ranks'} on {info.devices}"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.phases.items())
+    # A GPU is for the engine; a machine is used for other things as well.
+    of_host = "" if info.memory else " of this machine's memory (engine.kv_cache_tokens sets it)"
     memory = ", ".join(f"{share} {_bytes(number)}" for share, number in info.memory.items())
     body = {
         "model": info.served_name,
@@ -180,7 +182,7 @@ def summary(info: SummaryInfo) -> str:
             f"{_count(info.num_parameters)} parameters, {info.dtype}{files}",
             *([f"  dtype     {info.dtype}, {info.dtype_reason}"] if info.dtype_reason else []),
             f"  plan      {info.plan}: {ranks}",
-            f"  KV cache  {info.kv_tokens:,} tokens, {_bytes(info.kv_bytes)}",
+            f"  KV cache  {info.kv_tokens:,} tokens, {_bytes(info.kv_bytes)}{of_host}",
             *([f"  memory    {memory} on each rank"] if memory else []),
             *([f"  steps     {info.steps}"] if info.steps else []),
             *([f"  graphs    {info.graphs}"] if info.graphs else []),

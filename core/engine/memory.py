@@ -9,7 +9,6 @@ Shape legend: N pages, P tokens in a page, G KV heads of this rank, D head dimen
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -17,11 +16,13 @@ from core.config import EngineConfig
 from core.errors import ResourceError
 from core.interfaces.attention import LayerKV
 from core.interfaces.model import KVShape, LatentKVShape
+from core.kernels.host_memory import available_bytes
 
 GIB = 1024**3
 # On a CPU the pool competes with everything else on the host, so that it is bounded unless
-# engine.kv_cache_tokens asks for more.
+# engine.kv_cache_tokens asks for more: for all ranks together, and to a share of what is free.
 CPU_POOL_BYTES = 4 * GIB
+CPU_POOL_SHARE = 0.5
 # Of a GPU, for what torch doesn't count: the CUDA context, code of kernels, buffers of libraries.
 MARGIN_BYTES = GIB
 # A captured step's nodes and parameters, beside the memory that it works in.
@@ -77,7 +78,7 @@ def free_bytes(device: torch.device, local_ranks: int) -> int:
     """Memory this rank may take: the device's free memory, on a CPU shared by its ranks."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // local_ranks
+    return available_bytes() // local_ranks
 
 
 def check_weights_fit(weight_bytes: int, device: torch.device, local_ranks: int) -> None:
@@ -125,7 +126,8 @@ def plan_pool(
         return PoolSize(num_pages, bytes_of_page)
     num_bytes = budget.num_bytes
     if device.type == "cpu":
-        num_bytes = min(num_bytes, CPU_POOL_BYTES // local_ranks)
+        share = int(free_bytes(device, local_ranks) * CPU_POOL_SHARE)
+        num_bytes = min(num_bytes, CPU_POOL_BYTES // local_ranks, share)
     pages_of_one = -(-max_model_len // page_size)
     useful_pages = config.running_limit * pages_of_one + 1
     num_pages = min(num_bytes // bytes_of_page, useful_pages)

@@ -21,6 +21,7 @@ _MADV_POPULATE_WRITE = 23  # of <linux/mman.h>
 
 _LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # glibc refuses more: half of its largest heap
 _KEPT_BYTES = 512 * 1024 * 1024
+CGROUP = Path("/sys/fs/cgroup")  # of this process, as a container shows it
 
 
 def keep_freed_memory() -> bool:
@@ -61,13 +62,19 @@ def populate(address: int, num_bytes: int) -> bool:
     return bool(madvise(start, stop - start, _MADV_POPULATE_WRITE) == 0)
 
 
-def available_bytes() -> int:
+def available_bytes(cgroup: Path = CGROUP) -> int:
     """Memory that this process can take without pushing others out, its container's limit
-    included."""
+    included. Files that are only cached count as available there too, as the kernel drops them.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html
+    """
     available = int(psutil.virtual_memory().available)
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        current = Path("/sys/fs/cgroup/memory.current").read_text()
+        limit = (cgroup / "memory.max").read_text().strip()
+        current = (cgroup / "memory.current").read_text()
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except OSError:  # no container, or an older kind of limit
         return available
-    return min(available, int(limit) - int(current)) if limit.isdigit() else available
+    if not limit.isdigit():
+        return available
+    taken = int(current) - int(counts.get("inactive_file", 0))
+    return max(0, min(available, int(limit) - taken))

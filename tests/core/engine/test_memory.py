@@ -99,5 +99,6 @@ def test_a_cpu_gives_a_fraction_of_what_is_free(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     found = pool_bytes(engine_config(mem_fraction=0.5), HeldMemory(), CPU)
     assert 0 <= GIB - found < 131072 * PAGE_SIZE
+    assert 0 <= GIB - pool_bytes(engine_config(), HeldMemory(), CPU) < 131072 * PAGE_SIZE, "half"
     Memory.available = 100 * GIB
     assert 0 <= CPU_POOL_BYTES - pool_bytes(engine_config(), HeldMemory(), CPU) < 131072 * PAGE_SIZE

@@ -1,10 +1,14 @@
-"""That freed blocks stay with the process once asked for."""
+"""That freed blocks stay with the process once asked for, and how much memory is there to take."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
+
+from core.kernels.host_memory import available_bytes
 
 # Blocks of 20 MiB are mapped one by one and unmapped when freed, unless glibc was told to take
 # them from the heap and to leave the heap as large as it got.
@@ -24,6 +28,35 @@ blocks = [torch.ones(20 << 20, dtype=torch.uint8) for _ in range(10)]
 del blocks
 print(heap_bytes())
 """
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "cached", "expected"),
+    [
+        ("max", 10, 0, 100),
+        ("50", 30, 0, 20),
+        ("50", 45, 30, 35),
+        ("500", 30, 0, 100),
+        ("5", 9, 0, 0),
+    ],
+)
+def test_a_containers_limit_counts_without_files_that_are_only_cached(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    current: int,
+    cached: int,
+    expected: int,
+) -> None:
+    class Memory:
+        available = 100
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    assert available_bytes(tmp_path) == 100, "no container"
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{current}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\nactive_file 3\n")
+    assert available_bytes(tmp_path) == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to do")
