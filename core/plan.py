@@ -30,7 +30,8 @@ usage: python -m core.plan +model=NAME [group=NAME ...] [key=value ...] [flags]
 
 Show which rank is where, what it holds, and the ports of a run over several nodes. Reads no
 weights and starts nothing. Weights are counted as GPUs keep them; engine.device=cpu counts what
-CPUs keep (fp8 weights are dequantised there).
+CPUs keep: fp8 weights are dequantised there, GGUF's 4- and 8-bit ones kept or not as
+model.quantized_weights says.
 
 examples:
   python -m core.plan +model=deepseek_v3 parallel=tp16_ep16 --nodes 2
@@ -133,6 +134,7 @@ def plan_of(
     files = _files(config.model)
     resolved = resolve(config, plugins, files, device, native_dtypes())
     family, spec = find_family(config, plugins, files)
+    keeps = resolved.config.model.quantized_weights == "keep"
     report = plan_report(
         family,
         spec,
@@ -140,6 +142,7 @@ def plan_of(
         dtype=dtype_of(resolved.config),
         device=torch.device(device),
         num_nodes=num_nodes,
+        group_bits=files.group_bits if keeps else None,
     )
     found: list[dict[str, Any]] = []
     text = ""
@@ -159,12 +162,15 @@ def plan_of(
 
 
 def _files(model: "ModelConfig") -> "ModelFiles":
-    """The model's config.json. Nothing is fetched where the configuration holds it; a random
-    checkpoint is written, so that its folder can be named."""
+    """The model's files, whose headers say how weights are stored. Where the configuration holds
+    the config.json, nothing is fetched for it; a random checkpoint is written, so that its folder
+    can be named."""
     from core.interfaces.control import ModelFiles
     from core.loading.files import resolve_files
+    from core.loading.package import is_fetched
 
-    if model.shape is None or model.random_checkpoint is not None:
+    is_here = model.package is not None and is_fetched(model.package)
+    if model.shape is None or model.random_checkpoint is not None or is_here:
         return resolve_files(model, lambda task, done, total, unit: None)
     return ModelFiles(
         hf_config=dict(model.shape),

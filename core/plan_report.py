@@ -72,11 +72,13 @@ def plan_report(
     dtype: torch.dtype,
     device: torch.device,
     num_nodes: int = 1,
+    group_bits: Mapping[str, int] | None = None,
 ) -> PlanReport:
     """Build every rank's part of a model and add up. Layers that are alike are built once.
 
-    `device` is the type that weights would be kept on: quantised ones stay so on "cuda". The plan
-    must fit the model (`core.resolve`). Raises ConfigError where nodes don't divide its ranks.
+    `device` is the type that weights would be kept on: quantised ones stay so on "cuda".
+    `group_bits`: of matrices that a CPU keeps in groups, by name; None: none are. The plan must fit
+    the model (`core.resolve`). Raises ConfigError where nodes don't divide its ranks.
     """
     size = plan.world_size
     if num_nodes < 1 or size % num_nodes != 0:
@@ -85,11 +87,13 @@ def plan_report(
             f"{num_nodes} nodes can't have equally many of the {size} ranks of the plan; "
             f"allowed: {allowed}"
         )
-    sample = _Sample.of(spec)
+    sample = _Sample.of(spec, alike=not group_bits)
     takes_of: list[list[Take]] = []
     kv_values = 0
     for rank in range(size):
-        model, shapes = measure_model(family, sample.spec, plan, rank, dtype=dtype, device=device)
+        model, shapes = measure_model(
+            family, sample.spec, plan, rank, dtype=dtype, device=device, group_bits=group_bits
+        )
         takes_of.append(shapes.takes)
         kv_values = model.kv.token_values
     holders = _holders(takes_of)
@@ -111,7 +115,10 @@ def plan_report(
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(whole.values()),
-        num_distinct=sum(sample.copies(parts[0]) * _num_distinct(parts) for parts in holders),
+        num_distinct=sum(
+            sample.copies(parts[0]) * _num_distinct(parts)
+            for parts in {parts[0].name: parts for parts in holders}.values()
+        ),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_token_bytes=kv_values * spec.num_layers * dtype.itemsize,
         ranks=ranks,
@@ -127,10 +134,10 @@ class _Sample:
     layer_copies: Mapping[int, int]  # layers of the model that are like a layer of the sample
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> "_Sample":
-        """The sample of a model. What is no `DecoderSpec` may differ from layer to layer in ways
-        unknown here, and is its own sample."""
-        if not isinstance(spec, DecoderSpec):
+    def of(cls, spec: ModelSpec, *, alike: bool = True) -> "_Sample":
+        """The sample of a model. What is no `DecoderSpec`, or has layers of one kind that are not
+        `alike` (GGUF files keep some in more bits), is its own sample."""
+        if not alike or not isinstance(spec, DecoderSpec):
             return cls(spec, dict.fromkeys(range(spec.num_layers), 1))
         num_expert_layers = len(spec.moe.layers) if spec.moe else 0
         counts = [spec.num_layers - num_expert_layers, num_expert_layers]
@@ -150,14 +157,15 @@ def _all(takes_of: Iterable[Iterable[Take]]) -> Iterator[Take]:
 
 
 def _holders(takes_of: Iterable[Iterable[Take]]) -> list[list[Take]]:
-    """By tensor: what the ranks take of it, all of them cut the same way."""
-    by_name: dict[str, list[Take]] = {}
+    """By tensor: what the ranks take of it, all of them cut the same way. One that a rank keeps in
+    two forms (a table of tokens that is the head in groups as well) counts as two."""
+    by_form: dict[tuple[str, int], list[Take]] = {}
     for take in _all(takes_of):
-        by_name.setdefault(take.name, []).append(take)
-    for name, parts in by_name.items():
+        by_form.setdefault((take.name, take.group_bits), []).append(take)
+    for (name, _), parts in by_form.items():
         cuts = {(take.dim, _num_parts(take), take.shape, take.dtype) for take in parts}
         assert len(cuts) == 1, f"ranks cut {name} in different ways: {cuts}"
-    return list(by_name.values())
+    return list(by_form.values())
 
 
 def _num_parts(take: Take) -> int:
@@ -177,18 +185,21 @@ def _num_experts(spec: ModelSpec, plan: Plan) -> int:
 
 def _tensor_reports(holders: list[list[Take]], sample: _Sample) -> list[TensorReport]:
     """Tensors of one name pattern, shape and cut, together; in the order of the model."""
-    merged: dict[tuple[str, tuple[int, ...], int], TensorReport] = {}
+    merged: dict[tuple[str, tuple[int, ...], int, str], TensorReport] = {}
     for parts in holders:
         take = parts[0]
         pattern = _NUMBER.sub("*", take.name)
-        key = (pattern, take.shape, _num_parts(take))
+        dtype = str(take.dtype).removeprefix("torch.")
+        if take.group_bits:
+            dtype = f"{take.group_bits}-bit groups"
+        key = (pattern, take.shape, _num_parts(take), dtype)
         held = [part.bounds for part in parts]
         found = merged.get(key)
         merged[key] = TensorReport(
             name=pattern,
             num_tensors=sample.copies(take) + (found.num_tensors if found else 0),
             shape=take.shape,
-            dtype=str(take.dtype).removeprefix("torch."),
+            dtype=dtype,
             num_parts=_num_parts(take),
             part_shape=take.local_shape,
             num_copies=max(max(map(held.count, set(held))), found.num_copies if found else 0),

