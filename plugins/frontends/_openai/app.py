@@ -4,7 +4,7 @@ Knows nothing of how the engine is reached.
 """
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -211,6 +211,12 @@ class Detokenize(Endpoint[DetokenizeRequest]):
         )
 
 
+# Routes of OpenAI's API and of other servers that clients try.
+NOT_SERVED = (
+    "/v1/embeddings", "/v1/responses", "/v1/moderations", "/v1/images", "/v1/audio", "/v1/files",
+    "/v1/batches", "/v1/fine_tuning", "/v1/assistants", "/v1/threads", "/v1/messages", "/v1/rerank",
+    "/v1/score", "/generate", "/pooling", "/classify", "/api",
+)  # fmt: skip
 _SLASHES = re.compile("/{2,}")
 
 
@@ -230,7 +236,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or the wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message = f"there is no such route{_closest_route(request)}"
+        message = _no_route(request.url.path, request.app.routes)
         return _error(request, RequestError(message, code="not_found", status=404))
     allowed = (error.headers or {}).get("Allow", "")
     if request.method == "OPTIONS":
@@ -248,11 +254,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-def _closest_route(request: Request) -> str:
-    """ "; did you mean PATH?" where a path is close to what was asked."""
-    known = [route.path for route in request.app.routes if "{" not in route.path]
-    close = get_close_matches(request.url.path[:100], known, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
+def _no_route(path: str, routes: Sequence[Any]) -> str:
+    """What is not there, the closest that is, and all of them."""
+    known = [route.path for route in routes if "{" not in route.path]
+    for other in NOT_SERVED:
+        if path == other or path.startswith(f"{other}/"):
+            return f"{other} is not served here; there are {', '.join(known)}"
+    close = get_close_matches(path[:100], known, n=1, cutoff=0.7)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"there is no such route{meant}; there are {', '.join(known)}"
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:

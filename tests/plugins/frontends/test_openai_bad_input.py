@@ -158,6 +158,13 @@ def test_bodies_that_are_no_request(http, body, param, message):
 def test_unknown_model_route_and_method(http):
     check_error(http.post(CHAT, json=chat_body(model=LONG)), 404, "model", "does not exist")
     check_error(http.get("/v1/nothing"), 404, None, "no such route")
+    check_error(http.get("/"), 404, None, "there are /health, ")
+    check_error(
+        http.post("/v1/embeddings", json={}), 404, None, "/v1/embeddings is not served here"
+    )
+    check_error(
+        http.post("/v1/audio/speech"), 404, None, "/v1/audio is not served here; there are "
+    )
     check_error(http.get("/v1/completion"), 404, None, "did you mean /v1/completions?")
     check_error(http.get("/chat/completions"), 404, None, "did you mean /v1/chat/completions?")
     check_error(http.get("/v1/chat/completions/"), 405, None, "allowed: POST")
