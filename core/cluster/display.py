@@ -167,7 +167,8 @@ def summary(info: SummaryInfo) -> str:
     ranks = f"{info.num_ranks} {'rank' if info.num_ranks == 1 else 'ranks'} on {info.devices}"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in info.phases.items())
     # A GPU is for the engine; a machine is used for other things as well.
-    of_host = "" if info.memory else " of this machine's memory (engine.kv_cache_tokens sets it)"
+    is_cpu = info.devices.startswith("cpu")
+    of_host = " of this machine's memory (engine.kv_cache_tokens)" if is_cpu else ""
     memory = ", ".join(f"{share} {_bytes(number)}" for share, number in info.memory.items())
     body = {
         "model": info.served_name,

@@ -53,8 +53,8 @@ ERRORS = [
     ([SMOL, "engine.page_size=1.5"], ["engine.page_size=1.5", "expected an integer"]),
     ([SMOL, "engine.page_size=0"], ["engine.page_size=0 is out of range", "1 to 1024"]),
     (
-        [SMOL, "engine.max_running_requests=null"],
-        ["engine.max_running_requests=null", "expected an integer"],
+        [SMOL, "engine.max_prefill_tokens=null"],
+        ["engine.max_prefill_tokens=null", "expected an integer"],
     ),
     ([SMOL, "engine.mem_fraction=nan"], ["engine.mem_fraction=nan", "0.01 to 1.0"]),
     ([SMOL, "engine.disable_prefix_cache=1"], ["disable_prefix_cache=1", "true or false"]),

@@ -46,7 +46,7 @@ def test_the_summary() -> None:
         "\n"
         "  model     smollm2: LlamaForCausalLM, 134.5 M parameters, bfloat16, 87.5 MiB of files\n"
         "  plan      tp=3: 3 ranks on cpu, 1 thread each\n"
-        "  KV cache  65,536 tokens, 1.5 GiB\n"
+        "  KV cache  65,536 tokens, 1.5 GiB of this machine's memory (engine.kv_cache_tokens)\n"
         "  start-up  9.8 s (import 3.1, load weights 2.0)\n"
         "  URL       http://127.0.0.1:30000\n"
         "\n"
