@@ -30,7 +30,13 @@ PLANS = [
     (4, 4, 4),
     (4, 2, 2),
 ]
-BACKENDS = ["allgather", "nccl"]  # DeepEP carries bfloat16 rows: see tests/contracts
+# DeepEP carries bfloat16 rows, and symm_mem those of GPUs: see tests/contracts.
+BACKENDS = {
+    "local": PluginChoice(name="local"),
+    "allgather": PluginChoice(name="allgather"),
+    "nccl": PluginChoice(name="nccl", options={"exchange": "counted"}),
+    "nccl-fixed": PluginChoice(name="nccl", options={"exchange": "fixed"}),
+}
 MAX_TOKENS = 12
 
 
@@ -64,7 +70,7 @@ def generate(
     config = app_config(
         folder_model(folder, max_model_len=256),
         parallel={"plan": "dp_attention", "tp": tp, "ep": ep, "dp_attention": dp, **parallel},
-        moe_a2a={"prefill": PluginChoice(name=a2a), "decode": PluginChoice(name=a2a)},
+        moe_a2a={"prefill": BACKENDS[a2a], "decode": BACKENDS[a2a]},
         engine={
             "page_size": 4,
             "chunked_prefill_size": 16,
@@ -88,7 +94,9 @@ def generate(
 def test_plans_give_the_tokens_of_transformers(
     name: str, plan: tuple[int, int, int], tiny_folder: Folder, expected: Expected
 ) -> None:
-    for a2a in BACKENDS if plan[1] > 1 else ["local"]:
+    names = ["local"] if plan[1] == 1 else ["allgather", "nccl"]
+    names += ["nccl-fixed"] if plan[2] > 1 else []  # ranks with unequal rows
+    for a2a in names:
         assert generate(tiny_folder(name), plan, a2a) == expected(name), a2a
 
 

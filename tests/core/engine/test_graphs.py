@@ -347,6 +347,7 @@ PLANS = {
     # Two DP ranks of two ranks each, whose rows are shared out; some are idle at times.
     "shared_head": ("qwen3_moe", ATTENTION_GROUPS, "allgather"),
     "own_heads": ("qwen3_moe", ATTENTION_GROUPS | {"dp_lm_head": True}, "allgather"),
+    "fixed_exchange": ("qwen3_moe", ATTENTION_GROUPS, "nccl"),
     # Ranks that have all rows: only the best tokens of each travel, and logits where asked for.
     "tp": ("llama", {"plan": "tp", "tp": 2}, "auto"),
     "experts_add_up": ("qwen3_moe", {"plan": "tp_ep", "tp": 2, "ep": 2}, "auto"),
@@ -357,6 +358,7 @@ PLANS = {
 @pytest.mark.parametrize("name", list(PLANS))
 def test_ranks_replay_the_same_sizes(tiny_folder, replayed, name):
     family, parallel, a2a = PLANS[name]
+    carries = PluginChoice(name=a2a, options={"exchange": "fixed"} if a2a == "nccl" else {})
     prompts = prompts_of(9, 9)
     sampling = mixed_sampling(9, 9)
 
@@ -366,7 +368,7 @@ def test_ranks_replay_the_same_sizes(tiny_folder, replayed, name):
             engine=ENGINE,
             attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
             parallel=parallel,
-            moe_a2a={"prefill": choice(a2a), "decode": choice(a2a)},
+            moe_a2a={"prefill": carries, "decode": carries},
         )
         with spread_engine(config) as engine:
             return [
