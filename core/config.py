@@ -212,9 +212,6 @@ class EngineConfig:
     # On a GPU: most prompt tokens of a step in which others decode, while few wait. None: those
     # that take 25 ms, by the speed measured at start.
     mixed_prefill_tokens: int | None = None
-    # On a GPU: seconds before the expected end of a step at which the next one is planned; 0: it is
-    # as soon as the step begins.
-    plan_margin_s: float = 0.003
     # On a CPU: seconds that a step with prompts should take, by the speed measured at start; fewer
     # prompt tokens are computed in it then than the two limits above allow. 0: no limit. None: 15
     # times what every step costs whatever it holds, at least 0.1 and at most 1.
@@ -239,7 +236,6 @@ class EngineConfig:
             require_range("engine.chunked_prefill_size", self.chunked_prefill_size, 1)
         require_range("engine.max_prefill_tokens", self.max_prefill_tokens, 1)
         require_range("engine.mixed_prefill_tokens", self.mixed_prefill_tokens, 1)
-        require_range("engine.plan_margin_s", self.plan_margin_s, 0, 1)
         require_range("engine.cpu_step_s", self.cpu_step_s, 0, 3600)
         require_choice("engine.cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         require_range("engine.max_graph_batch", self.max_graph_batch, 1, 65536)

@@ -15,7 +15,6 @@ from core.config import AppConfig
 from core.engine.batch import SlotState
 from core.engine.commit import commit_in_background
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
-from core.engine.foresight import LastSteps
 from core.engine.forward import AttentionOfRank, OnCaptured, RankParts
 from core.engine.graphs import make_steps
 from core.engine.launch import StepLauncher, select_launcher
@@ -149,8 +148,6 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     launcher.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
     phases.end(CAPTURE_TASK)
     mixed_tokens = _mixed_tokens(config, context, steps, max_model_len)
-    if context.device.type == "cuda" and context.plan.dp == 1 and config.engine.plan_margin_s:
-        steps.foresight = LastSteps(config.engine.plan_margin_s)
     return RankEngine(
         scheduler=Scheduler(
             config.engine,

@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from core.engine.foresight import Blind, Foresight
 from core.engine.pace import Pace
 from core.engine.runner import ModelRunner, PendingStep
 from core.interfaces.control import Beat
@@ -122,13 +121,11 @@ def select_launcher(device: torch.device) -> Launcher:
 class StepLauncher:
     """Starts the steps of one runner, and counts them for those who watch whether it moves.
 
-    `pace` says what they cost, as far as that is known, `foresight` when a running one will end;
-    set before the first request.
+    `pace` says what they cost, as far as that is known; set before the first request.
     """
 
     def __init__(self, launcher: Launcher, runner: ModelRunner) -> None:
         self.pace = Pace()
-        self.foresight: Foresight = Blind()
         self._launcher = launcher
         self._runner = runner
         self._lock = threading.Lock()  # guards what follows

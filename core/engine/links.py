@@ -74,7 +74,6 @@ class LeaderLinks:
             lockstep=self.lockstep,
             wait_for_work=self.wait_for_work,
             report=lambda: self.mailbox.send_expert_loads(balancer.take_loads()),
-            foresight=launcher.foresight,
         ).run()
 
 

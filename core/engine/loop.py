@@ -1,9 +1,8 @@
 """The engine's loop in the leader of each DP rank, and the followers' on the other ranks.
 
-Step n+1 is planned and launched before step n's tokens are on the host: on a GPU as late as the end
-of step n is foreseen, so that who comes meanwhile is in it, on a CPU at once, or after step n where
-either is long. With several DP ranks every turn is agreed on by all (`core.engine.lockstep`), and a
-rank without rows runs the step all the same. Knows nothing of
+Step n+1 is planned and launched before step n's tokens are on the host, unless either is so long
+that who comes meanwhile had better be in step n+1. With several DP ranks every turn is agreed on by
+all (`core.engine.lockstep`), and a rank without rows runs the step all the same. Knows nothing of
 sockets: it is given an inbox, an outbox and the ranks' channels.
 """
 
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from core.engine.foresight import Blind, Foresight
 from core.engine.launch import StepLauncher, Wait
 from core.engine.lockstep import Lockstep, rank_facts, settle
 from core.engine.scheduler import Scheduler
@@ -22,7 +20,6 @@ from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, Reque
 # planned: the device then idles for the millisecond that planning takes, and a request that comes
 # meanwhile waits for the rest of one step, not for another one that was planned without it.
 LONG_STEP_S = 0.1
-BLIND = Blind()
 # The plan of a DP rank without rows in a step; schedulers number theirs from 1.
 IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [], best_only=True)
 
@@ -62,7 +59,6 @@ class RunningStep:
     wait: Wait
     expected_s: float = 0.0  # 0: not known
     begun_s: float | None = None  # when it was launched; None: others had to end before
-    foreseen_s: float = 0.0  # seconds it will take, by those before it; 0: not known
 
 
 class EngineLoop:
@@ -83,7 +79,6 @@ class EngineLoop:
         lockstep: Lockstep,
         wait_for_work: Callable[[], None],
         report: Callable[[], None] = lambda: None,
-        foresight: Foresight = BLIND,
     ) -> None:
         self.scheduler = scheduler
         self.launcher = launcher
@@ -93,8 +88,6 @@ class EngineLoop:
         self.lockstep = lockstep
         self.wait_for_work = wait_for_work
         self.report = report
-        self.foresight = foresight
-        self._begun_s = 0.0  # when the running step began
         self.parked = True  # all DP ranks are, or none
 
     def run(self) -> NoReturn:
@@ -114,8 +107,6 @@ class EngineLoop:
             previous.expected_s >= LONG_STEP_S or self.scheduler.has_prompts_for(LONG_STEP_S)
         ):
             outputs, previous = self._finish(previous), None
-        if previous is not None and previous.foreseen_s and not self.scheduler.is_backlogged:
-            self.foresight.wait(self._begun_s, previous.foreseen_s)
         outputs += self.scheduler.admit(self.inbox.drain())
         running = self._launch(alone=previous is None)
         if previous is not None:
@@ -126,14 +117,9 @@ class EngineLoop:
 
     def _finish(self, running: RunningStep) -> list[RequestOutput]:
         """Wait for a step; what it adds to each request."""
-        asked_s = time.monotonic()
         result = running.wait()
-        now_s = time.monotonic()
-        if running.plan is not None:
-            self.foresight.observe(running.plan, now_s - self._begun_s, now_s - asked_s)
-        self._begun_s = now_s
         if running.begun_s is not None and running.expected_s >= LONG_STEP_S:
-            self.scheduler.observe(running.expected_s, now_s - running.begun_s)
+            self.scheduler.observe(running.expected_s, time.monotonic() - running.begun_s)
         if running.plan is None:
             return []
         return self.scheduler.commit(running.plan, result)
@@ -149,10 +135,7 @@ class EngineLoop:
         has_prefill = step.facts.has_prefill
         expected_s = self.launcher.pace.step_s(step.plan, step.facts) if has_prefill else 0.0
         begun_s = time.monotonic() if alone else None
-        if begun_s is not None:
-            self._begun_s = begun_s
-        foreseen_s = 0.0 if plan is None else self.foresight.expected_s(plan)
-        return RunningStep(plan, self.launcher.launch(step), expected_s, begun_s, foreseen_s)
+        return RunningStep(plan, self.launcher.launch(step), expected_s, begun_s)
 
 
 class PlanReceiver(Protocol):

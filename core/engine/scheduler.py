@@ -401,11 +401,6 @@ class Scheduler:
         return sum(request.tokens_left for request in self._prefilling) + self._waiting.tokens
 
     @property
-    def is_backlogged(self) -> bool:
-        """Whether the next step has its prompts already, whoever comes."""
-        return self._mixed_tokens is not None and self._backlog_tokens >= self._mixed_tokens
-
-    @property
     def step_s(self) -> float:
         """How long a step with prompts should take now, where the pace is known."""
         if self._chosen_step_s is not None:

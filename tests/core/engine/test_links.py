@@ -14,7 +14,6 @@ import zmq
 
 from core.config import EngineConfig
 from core.engine.expert_balance import NoBalancer
-from core.engine.foresight import LastSteps
 from core.engine.links import LeaderLinks, open_links
 from core.engine.mailbox import ZmqMailbox
 from core.engine.pace import Pace
@@ -70,7 +69,6 @@ class FakeLauncher:
         self._collectives, self._rank, self._dp_rank = collectives, rank, dp_rank
         self._runner = FakeRunner(PAGE_SIZE, NUM_PAGES)
         self.pace = Pace()
-        self.foresight = LastSteps(0.001)
 
     def launch(self, step: AgreedStep) -> Callable[[], StepResult]:
         count = self._collectives.launch(self._rank, step.facts)
