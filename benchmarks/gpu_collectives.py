@@ -2,8 +2,10 @@
 
     python -m benchmarks.gpu_collectives [--ranks 2] [--plugins nccl symm_mem] [--kib 16 256 2048]
 
-Prints a JSON line for each size: microseconds of an all-reduce in bfloat16, of a reduce-scatter of
-as many bytes, and of an all-gather of a rank's part of them, by plugin, and NCCL's time over each.
+Prints a JSON line for each size: microseconds of an all-reduce in bfloat16, of one with the
+residual's addition and the norm behind it (rows of `--columns`, as layers ask for it), of a
+reduce-scatter of as many bytes, and of an all-gather of a rank's part of them, by plugin, and
+NCCL's time over each.
 Values are checked: every rank brings another number.
 """
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--plugins", nargs="+", default=["nccl", "symm_mem"])
+    parser.add_argument("--columns", type=int, default=4096, help="of a row that is normalised")
     parser.add_argument("--kib", type=int, nargs="+", default=list(KIB))
     parser.add_argument("--rank", type=int, help="set by the first process")
     parser.add_argument("--folder", help="set by the first process")
@@ -72,9 +75,12 @@ def run_rank(arguments: argparse.Namespace) -> None:
     for kib in arguments.kib:
         row: dict[str, Any] = {"kib": kib}
         for name, comm in comms.items():
-            row |= times(comm.axes["tp"], kib * 1024, device, prefix=name)
+            tp = comm.axes["tp"]
+            row |= times(tp, kib * 1024, device, prefix=name)
+            add_norm_us = round(time_of_add_norm(tp, kib * 1024, arguments.columns, device), 2)
+            row[f"{name}_add_norm_us"] = add_norm_us
         for name in arguments.plugins[1:]:
-            for kind in ("all_reduce", "reduce_scatter", "all_gather"):
+            for kind in ("all_reduce", "add_norm", "reduce_scatter", "all_gather"):
                 first = row[f"{arguments.plugins[0]}_{kind}_us"]
                 row[f"{name}_{kind}_ratio"] = round(first / row[f"{name}_{kind}_us"], 2)
         if rank == 0:
@@ -103,6 +109,24 @@ def times(comm: Any, num_bytes: int, device: Any, *, prefix: str) -> dict[str, f
         "all_gather": partial(comm.all_gather, part, 0),
     }
     return {f"{prefix}_{kind}_us": round(microseconds(call), 2) for kind, call in calls.items()}
+
+
+def time_of_add_norm(comm: Any, num_bytes: int, columns: int, device: Any) -> float:
+    """Microseconds of what ends a block of a layer; asserts what it gives."""
+    import torch
+
+    from core.kernels.select import select_ops
+    from core.layers.row_exchange import sum_add_norm
+
+    add_norm = sum_add_norm(comm, select_ops(device))
+    shape = (max(num_bytes // 2 // columns, 1), columns)
+    x = torch.full(shape, float(comm.rank + 1), dtype=torch.bfloat16, device=device)
+    residual, weight = torch.full_like(x, 2.0), torch.full_like(x[0], 3.0)
+    norm, residual = add_norm(x.clone(), residual, weight, 0.0)
+    assert bool((residual == comm.size * (comm.size + 1) / 2 + 2).all()), "residual"
+    assert bool((norm == 3).all()), "norm"
+    x.zero_()
+    return microseconds(lambda: add_norm(x, residual, weight, 1e-5))
 
 
 def microseconds(call: Callable[[], Any]) -> float:

@@ -148,6 +148,21 @@ def places(plan: Plan, rank: int) -> Comms:
     )
 
 
+# (this rank's part of a sum (T, E), residual (T, E), the norm's weight (E,), its eps) ->
+# core.interfaces.ops.Ops.add_rms_norm of the sum over ranks; may overwrite the first two.
+SumAddNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class FusesNorm(Protocol):
+    """A communicator that can do an all-reduce and the norm behind it at once, for some sizes."""
+
+    def fused_add_norm(self, otherwise: SumAddNorm) -> SumAddNorm:
+        """The same as `otherwise`, one after the other, which takes all other sizes. Sums are
+        rounded to the dtype of what is summed, as `all_reduce` leaves them. Called once a layer."""
+        ...
+
+
 class CommBackend(Protocol):
     """What a comm plugin's factory returns: how process groups are made and wrapped."""
 

@@ -1,14 +1,16 @@
 """A decoder-only transformer built from the layers here: what model plugins return.
 
 Between the blocks of a layer rows lie as `BuildContext.stream` says; each norm is fused with the
-addition before it, so a layer ends with the norm that the next one starts with. Knows nothing of
+addition before it and, where the ranks can, with the sum of what they computed of the block, so a
+layer ends with the norm that the next one starts with. Knows nothing of
 requests or of caches.
 Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V vocabulary.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -29,11 +31,24 @@ from core.layers.mlp import GatedMLP
 from core.layers.moe import MoELayer
 from core.layers.norm import RMSNorm
 from core.layers.rope import rope_table
-from core.layers.row_exchange import row_exchange
+from core.layers.row_exchange import RowExchange, row_exchange
 from core.parallel.sharding import Sharding
 
-AttentionBlock = Callable[[Tensor, Tensor, ModelStep], Tensor]
-MLPBlock = Callable[[Tensor, ModelStep], Tensor]
+
+class AttentionBlock(Protocol):
+    """Attention of one layer; `exchange` sums up what ranks compute of it."""
+
+    exchange: RowExchange
+
+    def partial(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor: ...
+
+
+class MLPBlock(Protocol):
+    """A dense MLP or experts of one layer; as above."""
+
+    exchange: RowExchange
+
+    def partial(self, x_TE: Tensor, step: ModelStep) -> Tensor: ...
 
 
 class DecoderLayer:
@@ -123,12 +138,16 @@ class Decoder:
         x_TE = self._layers[0].input_norm(residual_TE)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            x_TE = layer.attention(x_TE, positions_T, step)
+            attention, mlp = layer.attention, layer.mlp
+            x_TE = attention.partial(x_TE, positions_T, step)
             if index == last:
                 step, x_TE, residual_TE = _narrowed(step, x_TE, residual_TE)
-            x_TE, residual_TE = layer.mlp_norm.add(x_TE, residual_TE)
-            closing_norm = self._closing_norms[index]
-            x_TE, residual_TE = closing_norm.add(layer.mlp(x_TE, step), residual_TE)
+            x_TE, residual_TE = attention.exchange.add_norm(
+                x_TE, residual_TE, step.rows, layer.mlp_norm
+            )
+            x_TE, residual_TE = mlp.exchange.add_norm(
+                mlp.partial(x_TE, step), residual_TE, step.rows, self._closing_norms[index]
+            )
         return self._exchange.gather(x_TE, step.rows)
 
 

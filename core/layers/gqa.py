@@ -19,13 +19,13 @@ class GroupedQueryAttention:
     """Rows in the stream's layout -> the same; whole heads on each rank of tp."""
 
     __slots__ = (
-        "_exchange",
         "_head_dim",
         "_layer",
         "_num_merged_heads",
         "_output",
         "_qkv",
         "_transform",
+        "exchange",
     )
 
     def __init__(
@@ -47,7 +47,7 @@ class GroupedQueryAttention:
         self._output = row_linear(
             context, weights, "o_proj", sizes.hidden_size, q_size, bias=sizes.output_bias
         )
-        self._exchange = row_exchange(context, "tp")
+        self.exchange = row_exchange(context, "tp")
         norms = [
             weights.take(f"{name}.weight", (sizes.head_dim,)) if sizes.qk_norm else None
             for name in ("q_norm", "k_norm")
@@ -60,9 +60,13 @@ class GroupedQueryAttention:
         self._layer = layer
 
     def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        return self.exchange.scatter(self.partial(x_TE, positions_T, step), step.rows)
+
+    def partial(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        """What `exchange` is yet to sum up."""
         if not step.rows.num_real:  # the same on all ranks of tp: this DP rank is idle
             return x_TE
-        x_TE = self._exchange.gather(x_TE, step.rows)
+        x_TE = self.exchange.gather(x_TE, step.rows)
         qkv_TFD = self._qkv(x_TE).view(x_TE.shape[0], self._num_merged_heads, self._head_dim)
         out_THD = step.attention.attend(self._layer, qkv_TFD, self._transform, positions_T)
-        return self._exchange.scatter(self._output(out_THD.flatten(1)), step.rows)
+        return self._output(out_THD.flatten(1))

@@ -31,7 +31,6 @@ class LatentAttention:
     """Rows in the stream's layout -> the same; whole heads on each rank of tp."""
 
     __slots__ = (
-        "_exchange",
         "_input",
         "_layer",
         "_num_heads",
@@ -41,6 +40,7 @@ class LatentAttention:
         "_queries",
         "_split",
         "_transform",
+        "exchange",
     )
 
     def __init__(
@@ -78,21 +78,25 @@ class LatentAttention:
             sizes.num_heads * sizes.v_head_dim,
             bias=sizes.attention_bias,
         )
-        self._exchange = row_exchange(context, "tp")
+        self.exchange = row_exchange(context, "tp")
         self._num_heads = heads.num_heads
         self._qk_head_dim = sizes.qk_head_dim
         self._layer = layer
 
     def __call__(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        return self.exchange.scatter(self.partial(x_TE, positions_T, step), step.rows)
+
+    def partial(self, x_TE: Tensor, positions_T: Tensor, step: ModelStep) -> Tensor:
+        """What `exchange` is yet to sum up."""
         if not step.rows.num_real:  # the same on all ranks of tp: this DP rank is idle
             return x_TE
-        x_TE = self._exchange.gather(x_TE, step.rows)
+        x_TE = self.exchange.gather(x_TE, step.rows)
         q_TX, cached_TZ = self._input(x_TE).split_with_sizes(self._split, dim=1)
         q_THD = self._queries(q_TX).view(x_TE.shape[0], self._num_heads, self._qk_head_dim)
         out_THV = step.latent_attention.attend_latent(
             self._layer, q_THD, cached_TZ, self._transform, positions_T, self._projections
         )
-        return self._exchange.scatter(self._output(out_THV.flatten(1)), step.rows)
+        return self._output(out_THV.flatten(1))
 
 
 class LatentExpansion:

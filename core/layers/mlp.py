@@ -38,7 +38,7 @@ class PartialMLP:
 class GatedMLP:
     """Rows in the stream's layout -> the same; computed by the ranks of the axis "dense"."""
 
-    __slots__ = ("_exchange", "_mlp")
+    __slots__ = ("_mlp", "exchange")
 
     def __init__(
         self,
@@ -52,8 +52,11 @@ class GatedMLP:
         self._mlp = PartialMLP(
             context, weights, hidden_size, intermediate_size, bias=bias, axis="dense"
         )
-        self._exchange = row_exchange(context, "dense")
+        self.exchange = row_exchange(context, "dense")
 
     def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
-        rows = step.rows
-        return self._exchange.scatter(self._mlp(self._exchange.gather(x_TE, rows)), rows)
+        return self.exchange.scatter(self.partial(x_TE, step), step.rows)
+
+    def partial(self, x_TE: Tensor, step: ModelStep) -> Tensor:
+        """What `exchange` is yet to sum up."""
+        return self._mlp(self.exchange.gather(x_TE, step.rows))

@@ -19,7 +19,7 @@ from core.layers.experts import LocalExperts
 from core.layers.mlp import PartialMLP
 from core.layers.moe_spec import MoELayerSpec
 from core.layers.router import Router
-from core.layers.row_exchange import row_exchange
+from core.layers.row_exchange import ALONE, row_exchange
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows
 
@@ -47,11 +47,18 @@ class MoELayer:
         self._router = Router(context, weights, spec)
         self._dispatchers = context.experts.dispatchers
         self._exchange = row_exchange(context, axis)
-        self._gathers_routes = self._shared_out and tp_expert.size > 1
         self._shared = _shared_experts(context, weights, spec)
+        # Shared experts of own rows are added behind the sum, which then can't wait for the norm.
+        self._adds_behind = self._shared_out and self._shared is not None
+        self.exchange = ALONE if self._adds_behind else self._exchange
+        self._gathers_routes = self._shared_out and tp_expert.size > 1
         self._beside = context.ops.beside
 
     def __call__(self, x_TE: Tensor, step: ModelStep) -> Tensor:
+        return self.exchange.scatter(self.partial(x_TE, step), step.rows)
+
+    def partial(self, x_TE: Tensor, step: ModelStep) -> Tensor:
+        """What `exchange` is yet to sum up."""
         rows = step.rows
         shared = None if self._shared is None else self._beside(self._shared, x_TE)
         first_row = rows.first_of_part if self._shared_out else 0
@@ -64,10 +71,10 @@ class MoELayer:
         dispatched = dispatcher.dispatch(x_AE, physical_AK, weights_AK, counts)
         partial_AE = dispatcher.combine(self.experts(dispatched), dispatched)
         if shared is None:
-            return self._exchange.scatter(partial_AE, rows)
-        if self._shared_out:
+            return partial_AE
+        if self._adds_behind:
             return self._exchange.scatter(partial_AE, rows) + shared()
-        return self._exchange.scatter(partial_AE + shared(), rows)
+        return partial_AE + shared()
 
     def _gather_routes(
         self, physical_TK: Tensor, weights_TK: Tensor, rows: StepRows

@@ -13,8 +13,8 @@ from plugins.comm._symm_kernels import exchange_kernel
 _LEAST_BLOCK, _MOST_BLOCK = 4096, 16384  # bytes that a program moves at once: 16 to 64 a thread
 _FLAG_BYTES = 4
 # By bytes: two goes send less from three ranks on, for another launch. Measured with two ranks.
-_DIRECT_BYTES = 4 * 2**20
-_SUMMED = (torch.bfloat16, torch.float16, torch.float32)
+DIRECT_BYTES = 4 * 2**20
+SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 128  # bytes, of slots
 
 
@@ -29,7 +29,7 @@ class PeerExchange:
     stream. Nothing waits for the device."""
 
     def __init__(
-        self, memory: PeerMemory, slot_bytes: int, direct_bytes: int = _DIRECT_BYTES
+        self, memory: PeerMemory, slot_bytes: int, direct_bytes: int = DIRECT_BYTES
     ) -> None:
         """`slot_bytes`: the most that one rank sends another at once. `direct_bytes`: the most that
         a rank pushes to its peers for a sum in one go."""
@@ -37,7 +37,7 @@ class PeerExchange:
 
     def can_sum(self, x: Tensor, num_parts: int = 1) -> bool:
         """Whether `reduce` takes x (and `reduce_part`, with as many parts as ranks)."""
-        return x.dtype in _SUMMED and self._fits(x, num_parts)
+        return x.dtype in SUMMED and self._fits(x, num_parts)
 
     def can_carry(self, x: Tensor) -> bool:
         """Whether `gather` takes x, of any type. The same on all ranks, wherever x lies."""

@@ -1,4 +1,5 @@
-"""One kernel for every collective over memory that the ranks of an axis can write into.
+"""Collectives over memory that the ranks of an axis can write into: one kernel for all of them, and
+one for a sum with the norm behind it.
 
 Each rank pushes its values into a slot that it has on every peer, says so in a flag there, waits
 for the peers' flags, and reads its own slots, which are near. Programs with the same number on all
@@ -59,9 +60,15 @@ def exchange_kernel(
         values = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = values < num_values
         for distance in tl.static_range(1, NUM_RANKS):
-            peer: tl.constexpr = (RANK + distance) % NUM_RANKS
-            part_ptr = x_ptr + (peer * part_size if CUT else 0)
-            slot_ptr = _slot(tl.load(buffers_ptr + peer), x_ptr, epoch, RANK, slot_bytes, NUM_RANKS)
+            part_ptr = x_ptr + ((RANK + distance) % NUM_RANKS * part_size if CUT else 0)
+            slot_ptr = _slot(
+                tl.load(buffers_ptr + (RANK + distance) % NUM_RANKS),
+                x_ptr,
+                epoch,
+                RANK,
+                slot_bytes,
+                NUM_RANKS,
+            )
             tl.store(slot_ptr + values, tl.load(part_ptr + values, mask=inside), mask=inside)
     if program < num_chunks:
         raise_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
@@ -89,4 +96,72 @@ def exchange_kernel(
                     slot_ptr = _slot(own, x_ptr, epoch, source, slot_bytes, NUM_RANKS)
                     part = tl.load(slot_ptr + values, mask=inside, cache_modifier=".cg")
                 tl.store(out_ptr + source * part_size + values, part, mask=inside)
+    tl.store(epochs_ptr + program, epoch)
+
+
+@triton.jit(do_not_specialize=["num_rows", "slot_bytes", "flags_at"])
+def sum_add_norm_kernel(
+    x_ptr,  # (num_rows, SIZE), contiguous
+    residual_ptr,  # the same shape
+    weight_ptr,  # (SIZE,)
+    out_ptr,  # as x
+    buffers_ptr,
+    epochs_ptr,
+    num_rows,
+    slot_bytes,
+    flags_at,
+    RANK: tl.constexpr,
+    NUM_RANKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The RMS norm of (sum over ranks of x) + residual, which is stored in residual first.
+
+    Every rank sends all of x to each peer and computes every row: nothing has to travel back. The
+    sum is rounded to x's type before it is added, the new residual to its own before it is
+    normalised, as an all-reduce and core.kernels' norm do."""
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_predecessor(DEPENDENT)
+    program = tl.program_id(0)
+    epoch = tl.load(epochs_ptr + program) + 1
+    for row in range(program, num_rows, tl.num_programs(0)):
+        places = row * SIZE + columns
+        brought = tl.load(x_ptr + places, mask=inside)
+        for distance in tl.static_range(1, NUM_RANKS):
+            slot_ptr = _slot(
+                tl.load(buffers_ptr + (RANK + distance) % NUM_RANKS),
+                x_ptr,
+                epoch,
+                RANK,
+                slot_bytes,
+                NUM_RANKS,
+            )
+            tl.store(slot_ptr + places, brought, mask=inside)
+    if program < num_rows:
+        raise_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+        await_flags(buffers_ptr, flags_at, program, epoch, RANK, NUM_RANKS)
+    let_successor_start(DEPENDENT)
+    own = tl.load(buffers_ptr + RANK)
+    for row in range(program, num_rows, tl.num_programs(0)):
+        places = row * SIZE + columns
+        total = tl.zeros((BLOCK,), tl.float32)
+        for source in tl.static_range(NUM_RANKS):
+            if source == RANK:
+                part = tl.load(x_ptr + places, mask=inside, other=0.0)
+            else:
+                slot_ptr = _slot(own, x_ptr, epoch, source, slot_bytes, NUM_RANKS)
+                part = tl.load(slot_ptr + places, mask=inside, other=0.0, cache_modifier=".cg")
+            total += part.to(tl.float32)
+        total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+        total += tl.load(residual_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + places, rounded, mask=inside)
+        total = rounded.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(total * total, axis=0) / SIZE + EPS)
+        normal = total * scale * weight
+        tl.store(out_ptr + places, normal.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(epochs_ptr + program, epoch)

@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.hookspecs import NoOptions
-from core.interfaces.comm import Communicator
+from core.interfaces.comm import Communicator, SumAddNorm
 from core.kernels.peer_memory import PeerMemory, connect
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
 from plugins.comm._symm_exchange import PeerExchange, buffer_bytes
+from plugins.comm._symm_norm import PeerNorm
 
 NUM_PROGRAMS = 64  # of every launch
 _SLOT_BYTES = 4 * 2**20  # beyond, NCCL's bandwidth counts, and its all-reduce sends less
+# Of a sum with its norm. As long as each program has one row it saves a launch; with several it
+# computes them one after the other, on half of a GPU.
+_NORM_PROGRAMS = 128
+_NORM_SLOT_BYTES = 2 * 2**20
 
 # By the name of a group: axes of the same ranks share it, and take turns on one stream.
-_memory_of: dict[str, PeerMemory | None] = {}
+_memory_of: dict[str, tuple[PeerMemory | None, PeerMemory | None]] = {}
 
 
 class SymmMemBackend:
@@ -37,21 +42,43 @@ class SymmMemBackend:
         each other's memory NCCL carries everything, and the log says so."""
         assert isinstance(group, ProcessGroup)
         if group.group_name not in _memory_of:
-            num_bytes = buffer_bytes(group.size(), _SLOT_BYTES, NUM_PROGRAMS)
-            _memory_of[group.group_name] = connect(
-                group, num_bytes, NUM_PROGRAMS, key="comm=symm_mem", instead="NCCL is used"
+            _memory_of[group.group_name] = (
+                _connect(group, _SLOT_BYTES, NUM_PROGRAMS),
+                _connect(group, _NORM_SLOT_BYTES, _NORM_PROGRAMS),
             )
-        memory = _memory_of[group.group_name]
-        return NcclCommunicator(group) if memory is None else SymmMemCommunicator(group, memory)
+        memory, norm_memory = _memory_of[group.group_name]
+        if memory is None or norm_memory is None:
+            return NcclCommunicator(group)
+        return SymmMemCommunicator(group, memory, norm_memory)
+
+
+def _connect(group: ProcessGroup, slot_bytes: int, num_programs: int) -> PeerMemory | None:
+    num_bytes = buffer_bytes(group.size(), slot_bytes, num_programs)
+    return connect(group, num_bytes, num_programs, key="comm=symm_mem", instead="NCCL is used")
 
 
 class SymmMemCommunicator(NcclCommunicator):
     """Small sums and gathers over peers' memory, everything else by NCCL; ordered on the current
     stream, and never waited for by the host."""
 
-    def __init__(self, group: ProcessGroup, memory: PeerMemory) -> None:
+    def __init__(self, group: ProcessGroup, memory: PeerMemory, norm_memory: PeerMemory) -> None:
         super().__init__(group)
         self._peers = PeerExchange(memory, _SLOT_BYTES)
+        self._norm = PeerNorm(norm_memory, _NORM_SLOT_BYTES)
+
+    def fused_add_norm(self, otherwise: SumAddNorm) -> SumAddNorm:
+        """In one launch where every program has at most one row (core.interfaces.comm)."""
+        norm = self._norm
+
+        def sum_add_norm(
+            x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
+        ) -> tuple[Tensor, Tensor]:
+            few = x_TE.shape[0] <= _NORM_PROGRAMS
+            if few and norm.can_take(x_TE, residual_TE, weight_E):
+                return norm(x_TE, residual_TE, weight_E, eps)
+            return otherwise(x_TE, residual_TE, weight_E, eps)
+
+        return sum_add_norm
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks; written into `x` where that is contiguous."""

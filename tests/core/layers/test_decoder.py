@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,11 +108,11 @@ def rows_of_mlps(model: Any, wanted: WantedRows) -> list[tuple[object, int]]:
     mlps = {layer: layer.mlp for layer in model._layers}
 
     def recorded(mlp: Any) -> Any:
-        def call(x_TE: torch.Tensor, step: ModelStep) -> torch.Tensor:
+        def partial(x_TE: torch.Tensor, step: ModelStep) -> torch.Tensor:
             called.append((mlp, x_TE.shape[0]))
-            return mlp(x_TE, step)
+            return mlp.partial(x_TE, step)
 
-        return call
+        return SimpleNamespace(partial=partial, exchange=mlp.exchange)
 
     for layer, mlp in mlps.items():
         layer.mlp = recorded(mlp)
