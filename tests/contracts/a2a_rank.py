@@ -1,7 +1,9 @@
-"""One rank of the moe_a2a contract over real gloo processes: takes every dispatcher through some
+"""One rank of the moe_a2a contract in a process of its own: takes every dispatcher through some
 cases, saves what it got.
 
-    python -m tests.contracts.a2a_rank RANK SIZE RENDEZVOUS RESULT.npz
+    python -m tests.contracts.a2a_rank BACKEND RANK SIZE RENDEZVOUS RESULT.npz
+
+BACKEND is gloo, on the CPU, or nccl, on as many GPUs as ranks.
 """
 
 import os
@@ -15,8 +17,9 @@ from core.hookspecs import NoOptions
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
 from plugins.comm.gloo import GlooBackend
+from plugins.comm.nccl import NcclBackend
 from tests.contracts.a2a_backends import BACKENDS, build
-from tests.contracts.a2a_cases import DEFAULT, Case, run_steps
+from tests.contracts.a2a_cases import CPU, DEFAULT, Case, run_steps
 
 CASES = [
     DEFAULT,
@@ -26,26 +29,41 @@ CASES = [
 ]
 
 
+def dispatchers_over(backend: str, size: int) -> list[str]:
+    """Those that so many ranks are run with; DeepEP's double is of the CPU."""
+    return [
+        name
+        for name, parameters in BACKENDS.items()
+        if size in parameters.sizes and (backend == "gloo" or not name.startswith("deepep"))
+    ]
+
+
 def main() -> None:
     """Write this rank's results."""
-    rank, size, rendezvous, path = sys.argv[1:]
+    backend, rank, size, rendezvous, path = sys.argv[1:]
     torch.set_num_threads(1)
+    device = CPU
+    if backend == "nccl":
+        device = torch.device("cuda", int(rank))
+        torch.cuda.set_device(device)
     mesh = open_mesh(
         Plan(dp=int(size), ep=int(size)),
         int(rank),
-        torch_backends={"ep": "gloo"},
+        torch_backends={"ep": backend},
         rendezvous=rendezvous,
         timeout_s=60.0,
+        device=device,
     )
-    backend = GlooBackend(NoOptions())
+    made = {"gloo": GlooBackend, "nccl": NcclBackend}[backend](NoOptions())
     results = {}
-    for name, parameters in BACKENDS.items():
+    for name in dispatchers_over(backend, int(size)):
+        parameters = BACKENDS[name]
         for case in CASES:
-            if int(size) in parameters.sizes and parameters.can(case):
-                comm = backend.communicator(mesh.group("ep"))
-                dispatcher = build(name, case, comm)
+            if parameters.can(case):
+                comm = made.communicator(mesh.group("ep"))
+                dispatcher = build(name, case, comm, device)
                 for step, out in enumerate(
-                    run_steps(case, dispatcher, comm, parameters.hidden_size)
+                    run_steps(case, dispatcher, comm, parameters.hidden_size, device)
                 ):
                     results[f"{name}/{case}/{step}"] = out.double().numpy()
     mesh.close()

@@ -83,14 +83,22 @@ def test_cases_are_what_they_say() -> None:
     assert 0 < (padded.physical_TK[:, 0] < 0).sum() < len(padded.x_TE)
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.ndarray]]:
-    """What four real ranks got."""
-    folder, size = tmp_path_factory.mktemp("ranks"), 4
+Processes = tuple[str, list[dict[str, np.ndarray]]]  # over what, and what each rank got
+
+
+@pytest.fixture(scope="module", params=[("gloo", 4), ("nccl", 2)], ids=lambda p: f"{p[0]}-{p[1]}")
+def processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Processes:
+    """Ranks that are processes."""
+    backend, size = request.param
+    if backend == "nccl" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} CUDA devices")
+    folder = tmp_path_factory.mktemp("ranks")
     started = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "tests.contracts.a2a_rank", str(rank), str(size)),
+                *(sys.executable, "-m", "tests.contracts.a2a_rank", backend, str(rank), str(size)),
                 *(str(folder / "meet"), str(folder / f"{rank}.npz")),
             ],
             cwd=ROOT,
@@ -105,16 +113,18 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, np.nda
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * size, "\n".join(errors)
-    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
+    return backend, [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
 
 
 @pytest.mark.parametrize("case", a2a_rank.CASES, ids=str)
 @pytest.mark.parametrize("name", [name for name in BACKENDS if 4 in BACKENDS[name].sizes])
-def test_four_processes_over_gloo_agree(
-    processes: list[dict[str, np.ndarray]], name: str, case: Case
-) -> None:
+def test_processes_agree_with_dense_moe(processes: Processes, name: str, case: Case) -> None:
+    backend, ranks = processes
     if not BACKENDS[name].can(case):
         pytest.skip(f"{name} does not carry {case.dtype}")
-    for rank, results in enumerate(processes):
+    if name not in a2a_rank.dispatchers_over(backend, len(ranks)):
+        pytest.skip(f"{name} is not run over {backend}")
+    for rank, results in enumerate(ranks):
         got = [torch.from_numpy(results[f"{name}/{case}/{step}"]) for step in range(NUM_STEPS)]
-        expect_dense(name, case, 4, rank, got)
+        device = CPU if backend == "gloo" else torch.device("cuda")
+        expect_dense(name, case, len(ranks), rank, got, device)
