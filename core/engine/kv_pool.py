@@ -1,7 +1,9 @@
 """Page ids of the paged KV cache: which are free. Knows nothing of tensors, requests or prefixes.
 
 Page 0 is a scratch page: runners point unused table entries and padding rows at it, so it is
-never handed out. Freed pages are reused last in, first out.
+never handed out. Freed pages are reused last in, first out, and pages that are taken or freed
+together stay in order: a request that is alone has pages that follow one another, which backends
+may read without gathering them.
 """
 
 from collections.abc import Iterable
@@ -37,7 +39,7 @@ class KVPool:
         assert 0 <= count <= len(free), f"{count} pages asked for, {len(free)} free"
         if not count:
             return []
-        pages = free[-count:]
+        pages = free[: -count - 1 : -1]
         del free[-count:]
         for page in pages:
             is_free[page] = 0
@@ -46,7 +48,7 @@ class KVPool:
     def give_back(self, pages: Iterable[int]) -> None:
         """Return pages to the pool."""
         free, is_free = self._free, self._is_free
-        for page in pages:
+        for page in reversed(list(pages)):
             assert page > 0, f"page {page} is not in the pool"
             assert not is_free[page], f"page {page} was freed twice"
             is_free[page] = 1

@@ -127,12 +127,11 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
 
     def _rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """The norm of float32 rows, as `dtype`."""
-        if weight_E.dtype is torch.float32:
-            return F.rms_norm(x_TE, (x_TE.shape[-1],), weight_E, eps).to(dtype)
         norm = self._norms.get((id(weight_E), eps)) or self._keep_norm(weight_E, eps)
         length_T1 = torch.linalg.vector_norm(x_TE, 2, -1, True)
         scaled_TE = x_TE / torch.hypot(length_T1, norm.least_length)
-        return scaled_TE.mul_(norm.scaled_weight_E).to(dtype)
+        scaled_TE.mul_(norm.scaled_weight_E)
+        return scaled_TE if dtype is torch.float32 else scaled_TE.to(dtype)
 
     def _keep_norm(self, weight_E: Tensor, eps: float) -> _Norm:
         size = weight_E.shape[0]
@@ -143,16 +142,19 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
     def rope(
         self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Overwrites q and k, in one pass where they lie side by side."""
-        rotation = self._rotations.get(id(cos_sin_CD)) or self._keep_rotation(cos_sin_CD)
-        cos_T1D, sin_T1D = rotation.table_C12D.index_select(0, positions_T).unbind(2)
-        joined_TXD = _joined_heads(q_THD, k_TGD)
-        if joined_TXD is None:
-            _rotate_in_place(q_THD, cos_T1D, sin_T1D)
-            _rotate_in_place(k_TGD, cos_T1D, sin_T1D)
-        else:
-            _rotate_in_place(joined_TXD, cos_T1D, sin_T1D)
+        """Overwrites q and k."""
+        rotation = self._rotation_of(cos_sin_CD, positions_T)
+        _rotate_in_place(q_THD, rotation.cos_T1D, rotation.sin_T1D)
+        _rotate_in_place(k_TGD, rotation.cos_T1D, rotation.sin_T1D)
         return q_THD, k_TGD
+
+    def _rotation_of(self, cos_sin_CD: Tensor, positions_T: Tensor) -> _StepRotation:
+        step = self._step_rotation
+        if step is None or step.positions_T is not positions_T or step.cos_sin_CD is not cos_sin_CD:
+            rotation = self._rotations.get(id(cos_sin_CD)) or self._keep_rotation(cos_sin_CD)
+            cos_T1D, sin_T1D = rotation.table_C12D.index_select(0, positions_T).unbind(2)
+            step = self._step_rotation = _StepRotation(cos_sin_CD, positions_T, cos_T1D, sin_T1D)
+        return step
 
     def _keep_rotation(self, cos_sin_CD: Tensor) -> _Rotation:
         cos_CF, sin_CF = cos_sin_CD.chunk(2, dim=-1)
@@ -186,8 +188,20 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         cache: LayerKV,
         slots_T: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One operation after the other. A CPU captures no steps: no slot is negative."""
-        q_THD, k_TGD, v_TGD = transform_heads(self, qkv_TFD, heads, positions_T)
-        rows = slice(0, slots_T.shape[0])
-        self.write_kv(k_TGD[rows], v_TGD[rows], cache.k_NPGD, cache.v_NPGD, slots_T)
+        """One operation after the other, queries and keys rotated in one. A CPU captures no steps:
+        no slot is negative."""
+        num_kv_heads, num_rows = heads.num_kv_heads, slots_T.shape[0]
+        num_heads = qkv_TFD.shape[1] - 2 * num_kv_heads
+        if heads.q_norm_D is None or heads.k_norm_D is None:
+            rotation = self._rotation_of(heads.cos_sin_CD, positions_T)
+            turning_TXD = qkv_TFD[:, : num_heads + num_kv_heads]
+            _rotate_in_place(turning_TXD, rotation.cos_T1D, rotation.sin_T1D)
+            sizes = (num_heads, num_kv_heads, num_kv_heads)
+            q_THD, k_TGD, v_TGD = qkv_TFD.split_with_sizes(sizes, 1)
+        else:
+            q_THD, k_TGD, v_TGD = transform_heads(self, qkv_TFD, heads, positions_T)
+        new_k_TGD, new_v_TGD = k_TGD, v_TGD
+        if num_rows != qkv_TFD.shape[0]:
+            new_k_TGD, new_v_TGD = k_TGD[:num_rows], v_TGD[:num_rows]
+        self.write_kv(new_k_TGD, new_v_TGD, cache.k_NPGD, cache.v_NPGD, slots_T)
         return q_THD, k_TGD, v_TGD

@@ -36,7 +36,7 @@ class _DecodeBucket:
     """Sequences of one new row each, padded to the longest."""
 
     rows_B: Tensor | None  # int64; None: every row of the step, in order
-    slots: Tensor  # int64 token slots, B * C; padding repeats the sequence's first token
+    slots: Tensor | slice  # int64 token slots, B * C; padding repeats the sequence's first token
     mask_B11C: Tensor | None  # added to the scores; None: no padding
 
 
@@ -47,7 +47,7 @@ class _Chunk:
     start: int  # its first row in the step
     num_rows: int
     num_cached: int  # tokens including these rows
-    slots_C: Tensor  # int64 token slots
+    slots_C: Tensor | slice  # int64 token slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,11 @@ class CpuBackend:
                 starts[index],
                 batch.query_lens[index],
                 batch.context_lens[index],
-                self._slots(batch.page_table_SM[index : index + 1], batch.context_lens[index])[0],
+                _run(
+                    self._slots(batch.page_table_SM[index : index + 1], batch.context_lens[index])[
+                        0
+                    ]
+                ),
             )
             for index in several
         ]
@@ -141,7 +145,8 @@ class CpuBackend:
             mask_BC = torch.zeros(padding_BC.shape, dtype=self._spec.dtype, device=device)
             mask_B11C = mask_BC.masked_fill_(padding_BC, -torch.inf)[:, None, None]
         rows_B = None if all_rows else torch.tensor(rows, device=device)
-        return _DecodeBucket(rows_B, slots_BC.flatten(), mask_B11C)
+        slots = _run(slots_BC[0]) if len(members) == 1 else slots_BC.flatten()
+        return _DecodeBucket(rows_B, slots, mask_B11C)
 
     def _chunk_mask(self, num_columns: int) -> Tensor:
         """A mask (Q, num_columns + Q) of which every block with a prefix takes a part.
@@ -208,10 +213,23 @@ class CpuBackend:
             out_THD[rows] = out_1HQD[0].transpose(0, 1)
 
 
+def _run(slots_C: Tensor) -> Tensor | slice:
+    """Slots that follow one another as a slice, which needs no copy of the tokens."""
+    first, num_slots = int(slots_C[0]), slots_C.shape[0]
+    run_C = torch.arange(first, first + num_slots, device=slots_C.device)
+    return slice(first, first + num_slots) if torch.equal(slots_C, run_C) else slots_C
+
+
 def _gather(
-    k_slots: Tensor, v_slots: Tensor, slots: Tensor, shape: tuple[int, int, int, int]
+    k_slots: Tensor, v_slots: Tensor, slots: Tensor | slice, shape: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of some tokens, heads before tokens; one copy where they are the same."""
+    """Keys and values of some tokens, heads before tokens; one copy where they are the same, none
+    where they lie one after the other."""
+    if isinstance(slots, slice):
+        return (
+            k_slots[slots].view(shape).transpose(1, 2),
+            v_slots[slots].view(shape).transpose(1, 2),
+        )
     k_BGCD = k_slots.index_select(0, slots).view(shape).transpose(1, 2)
     if v_slots is k_slots:
         return k_BGCD, k_BGCD

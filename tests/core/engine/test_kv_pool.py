@@ -25,9 +25,17 @@ def test_taking_nothing_takes_nothing() -> None:
 def test_giving_back_what_is_not_held_is_refused(pages: list[int]) -> None:
     pool = KVPool(4)
     held = pool.take(2)
-    assert held == [2, 1]
+    assert held == [1, 2]
     with pytest.raises(AssertionError):
         pool.give_back(pages)
+
+
+def test_what_is_taken_together_stays_in_order() -> None:
+    pool = KVPool(16)
+    first = pool.take(4) + pool.take(1)
+    assert first == [1, 2, 3, 4, 5]
+    pool.give_back(first)
+    assert pool.take(3) + pool.take(2) == first
 
 
 def test_taking_more_than_there_is_is_refused() -> None:

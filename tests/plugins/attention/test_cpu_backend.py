@@ -1,5 +1,6 @@
 """How the CPU backend buckets sequences, and what it keeps to a bound."""
 
+import dataclasses
 import random
 
 import pytest
@@ -91,3 +92,19 @@ def test_no_tensor_grows_with_the_square_of_a_chunk(cached_before: int) -> None:
         backend.forward(backend.plan(batch), kv, q_THD, out_THD)
     # The mask of a block of 256 rows is the largest; all scores would be 64 MiB a head and more.
     assert 0 < largest.num_bytes <= 256 * 4 * (num_rows + cached_before + 256)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_pages_in_any_order_give_the_same_as_pages_in_a_row(num_rows: int) -> None:
+    """Those in a row are read where they lie."""
+    torch.manual_seed(1)
+    backend, batch, kv, q_THD = long_chunk(num_rows, 48)
+    in_a_row = torch.empty_like(q_THD)
+    backend.forward(backend.plan(batch), kv, q_THD, in_a_row)
+    order = torch.tensor([2, 3, 1])
+    moved = LayerKV(torch.full_like(kv.k_NPGD, torch.nan), torch.full_like(kv.v_NPGD, torch.nan))
+    moved.k_NPGD[order], moved.v_NPGD[order] = kv.k_NPGD[1:], kv.v_NPGD[1:]
+    elsewhere = dataclasses.replace(batch, page_table_SM=order.int().unsqueeze(0))
+    out_THD = torch.empty_like(q_THD)
+    backend.forward(backend.plan(elsewhere), moved, q_THD, out_THD)
+    assert torch.equal(out_THD, in_a_row)
