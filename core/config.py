@@ -11,7 +11,7 @@ from typing import Any
 
 from core.errors import ConfigError
 
-QUANTIZED_WEIGHTS = ("auto", "keep", "dequantize")
+QUANTIZED_WEIGHTS = ("auto", "keep", "both", "dequantize")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPERT_ROUTINGS = ("learned", "uniform_random")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")

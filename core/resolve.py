@@ -115,22 +115,26 @@ def settle_quantized_weights(
 ) -> tuple[AppConfig, str]:
     """Replace `auto`, and say what is kept. Raises PlanError where nothing can be.
 
-    Products of kept matrices are as exact as bfloat16: whoever asks for float32 gets that."""
+    Products of kept matrices are as exact as bfloat16: whoever asks for another dtype than the
+    machine's gets that."""
     choice, num_kept = config.model.quantized_weights, len(files.group_bits)
     possible = device == "cpu" and dtypes.grouped and num_kept > 0
-    if choice == "keep" and not possible:
+    if choice in ("keep", "both") and not possible:
         raise PlanError(
             [
-                "model.quantized_weights=keep needs a GGUF file with matrices in Q4_0, Q4_1, Q4_K "
-                "or Q8_0, and engine.device=cpu on a CPU with AVX2; set "
+                f"model.quantized_weights={choice} needs a GGUF file with matrices in Q4_0, Q4_1, "
+                "Q4_K or Q8_0, and engine.device=cpu on a CPU with AVX2; set "
                 "model.quantized_weights=auto"
             ]
         )
     if choice == "auto":
-        in_place_of_16_bits = asked_dtype == "auto" and config.model.dtype == "float32"
-        choice = "keep" if possible and in_place_of_16_bits else "dequantize"
+        choice = "both" if possible and asked_dtype == "auto" else "dequantize"
     settled = dataclasses.replace(config.model, quantized_weights=choice)
-    kept = f"; {num_kept} matrices stay in 4 and 8 bits" if choice == "keep" else ""
+    kept = {
+        "keep": f"; {num_kept} matrices stay in 4 and 8 bits",
+        "both": f"; {num_kept} matrices in 4 and 8 bits for few rows, in 16 for many",
+        "dequantize": "",
+    }[choice]
     return dataclasses.replace(config, model=settled), kept
 
 

@@ -225,7 +225,8 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
     placements = initial_placements(
         spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
     )
-    keeps = config.model.quantized_weights == "keep"
+    keeps = config.model.quantized_weights in ("keep", "both")
+    widens = config.model.quantized_weights == "both"
     group_bits = context.files.group_bits if keeps else {}
     shapes = measure_rank(
         family,
@@ -236,8 +237,9 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
         device=device,
         placements=placements,
         group_bits=group_bits,
+        widen_groups=widens,
     )
-    check_weights_fit(shapes.num_bytes, device, context.local_ranks)
+    check_weights_fit(shapes.num_bytes, device, context.local_ranks, widened=widens)
     whole = shapes  # of the model: one rank's that is alone, each expert once
     if plan.world_size > 1 or plan.redundant_experts > 0:
         whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
@@ -273,7 +275,9 @@ def _load(config: AppConfig, context: RankContext) -> _Loaded:
             ops=ops,
             dtype=dtype,
             device=device,
-            form=select_format(device, spec.quantization, dtype, keep_groups=keeps),
+            form=select_format(
+                device, spec.quantization, dtype, keep_groups=keeps, widen_groups=widens
+            ),
             placements=placements,
             dispatchers=dispatchers,
             uniform_routing=routes_at_random(config, context.rank),

@@ -81,14 +81,18 @@ def free_bytes(device: torch.device, local_ranks: int) -> int:
     return available_bytes() // local_ranks
 
 
-def check_weights_fit(weight_bytes: int, device: torch.device, local_ranks: int) -> None:
-    """Raise ResourceError where a rank's weights can't be held; called before they are read."""
+def check_weights_fit(
+    weight_bytes: int, device: torch.device, local_ranks: int, *, widened: bool = False
+) -> None:
+    """Raise ResourceError where a rank's weights can't be held; called before they are read.
+    `widened`: a part of them is a copy in 16 bits that can be left out."""
     available = free_bytes(device, local_ranks)
     if weight_bytes > available:
         raise ResourceError(
             f"the weights need {weight_bytes / GIB:.1f} GiB on each rank, but only "
-            f"{available / GIB:.1f} GiB are free on {device}; use more ranks (parallel.tp), "
-            "model.dtype=bfloat16, or a smaller model"
+            f"{available / GIB:.1f} GiB are free on {device}; use "
+            f"{'model.quantized_weights=keep, ' if widened else ''}more ranks (parallel.tp), "
+            f"{'' if widened else 'model.dtype=bfloat16, '}or a smaller model"
         )
 
 

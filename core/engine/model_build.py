@@ -85,11 +85,12 @@ def measure_model(
     device: torch.device,
     placements: Mapping[int, LayerPlacement] | None = None,
     group_bits: Mapping[str, int] | None = None,
+    widen_groups: bool = False,
 ) -> tuple[Model, ShapeReader]:
     """A rank's part of a model without weights (it can't compute), and what it would hold on a
     device of that type. Experts are in order unless `placements` says otherwise. `group_bits`: of
-    matrices that stay in groups, by name; None: none do."""
-    shapes = ShapeReader(dtype, group_bits=group_bits)
+    matrices that stay in groups, by name, with `widen_groups` in 16 bits besides; None: none do."""
+    shapes = ShapeReader(dtype, group_bits=group_bits, widened=widen_groups)
     model = family.build(
         spec,
         model_context(
@@ -100,7 +101,13 @@ def measure_model(
             ops=TorchOps(),
             dtype=dtype,
             device=META,
-            form=select_format(device, spec.quantization, dtype, keep_groups=bool(group_bits)),
+            form=select_format(
+                device,
+                spec.quantization,
+                dtype,
+                keep_groups=bool(group_bits),
+                widen_groups=widen_groups,
+            ),
             placements=(
                 initial_placements(spec, plan, ExpertBalanceConfig())
                 if placements is None
@@ -122,6 +129,7 @@ def measure_rank(
     device: torch.device,
     placements: Mapping[int, LayerPlacement] | None = None,
     group_bits: Mapping[str, int] | None = None,
+    widen_groups: bool = False,
 ) -> ShapeReader:
     """What a rank of a plan would hold on a device of that type, without reading any of it."""
     return measure_model(
@@ -133,6 +141,7 @@ def measure_rank(
         device=device,
         placements=placements,
         group_bits=group_bits,
+        widen_groups=widen_groups,
     )[1]
 
 

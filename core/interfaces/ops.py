@@ -16,7 +16,7 @@ from core.interfaces.destinations import Destinations as Destinations  # part of
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.routing import Routing as Routing
-from core.interfaces.weights import ExpertWeight, GroupedInts, LinearWeight
+from core.interfaces.weights import ExpertWeight, LinearWeight
 
 LinearKernel = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 
@@ -53,9 +53,9 @@ class Ops(Protocol):
         """Prepare a linear layer (repacking the weight where that is faster): x @ W.T + b."""
         ...
 
-    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
-        """Prepare an output head: (R, E) -> (R, V) in float32, a new tensor. `groups_VE`: the same
-        weight as the checkpoint holds it, where the format keeps that; it has fewer bytes.
+    def logits(self, weight_VE: Tensor, *, quantized: bool = False) -> LinearKernel:
+        """Prepare an output head: (R, E) -> (R, V) in float32, a new tensor. `quantized`: the
+        checkpoint has the weight in so few bits that 16 are enough for it.
 
         The best tokens' logits are not rounded to the weight's dtype: near 25 bfloat16 has steps
         of 0.125, which makes ties of tokens that differ.

@@ -60,6 +60,9 @@ class GroupedInts:
     scales_OG: Tensor  # float32, (O, I / 32)
     minimums_OG: Tensor  # float32, (O, I / 32)
     bits: int  # 4 or 8
+    # In which dtype kernels also hold the matrix for products of many rows, which cost less there;
+    # set by a format that has the memory. None: they don't.
+    wide: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)

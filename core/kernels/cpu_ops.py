@@ -16,7 +16,7 @@ from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight
 from core.kernels import block_fp8, grouped_ints
-from core.kernels.cpu_linear import packed_linear, packs
+from core.kernels.cpu_linear import half_linear, holds_halves, packed_linear, packs
 from core.kernels.cpu_moe import CpuMoeOps
 from core.kernels.torch_heads import transform_heads
 from core.kernels.torch_latent import TorchLatentOps
@@ -41,22 +41,11 @@ def _refined_logits(multiply: LinearKernel, weight_VE: Tensor) -> LinearKernel:
     return logits
 
 
-def _joined_heads(q_THD: Tensor, k_TGD: Tensor) -> Tensor | None:
-    """q and k as one (T, H+G, D) view where they lie side by side in one projection's result."""
-    num_heads, head_dim = q_THD.shape[1:]
-    if (
-        q_THD.stride() != k_TGD.stride()
-        or q_THD.stride(1) != head_dim
-        or q_THD.untyped_storage().data_ptr() != k_TGD.untyped_storage().data_ptr()
-        or q_THD.storage_offset() + num_heads * head_dim != k_TGD.storage_offset()
-        or q_THD.stride(0) < (num_heads + k_TGD.shape[1]) * head_dim
-    ):
-        return None
-    shape = (q_THD.shape[0], num_heads + k_TGD.shape[1], head_dim)
-    return q_THD.as_strided(shape, q_THD.stride())
-
-
 def _rotate_in_place(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
+    if x_THD.dtype is cos_T1D.dtype:
+        swapped_THD = x_THD.roll(x_THD.shape[-1] // 2, -1).mul_(sin_T1D)
+        torch.addcmul(swapped_THD, x_THD, cos_T1D, out=x_THD)
+        return
     wide_THD = x_THD.to(cos_T1D.dtype)
     swapped_THD = wide_THD.roll(wide_THD.shape[-1] // 2, -1)
     x_THD.copy_(swapped_THD.mul_(sin_T1D).addcmul_(wide_THD, cos_T1D))
@@ -83,16 +72,28 @@ class _Rotation:
     table_C12D: Tensor  # (cos, cos) and (-sin, sin)
 
 
+@dataclass(frozen=True, slots=True)
+class _StepRotation:
+    """Rows of a table for the positions of a step: one look-up for all layers."""
+
+    cos_sin_CD: Tensor
+    positions_T: Tensor  # held, as above
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+
+
 class CpuOps(TorchLatentOps, CpuMoeOps):
     """Operations on a CPU. bf16 and fp16 weights are packed; float32 stays exact float32.
 
     What norm weights and RoPE tables come to is computed at their first use and kept as long as
-    this object: they must not change afterwards.
+    this object, and what a step's positions come to until other positions are given: they must not
+    change afterwards.
     """
 
     def __init__(self) -> None:
         self._norms: dict[tuple[int, float], _Norm] = {}
         self._rotations: dict[int, _Rotation] = {}
+        self._step_rotation: _StepRotation | None = None
 
     def linear(self, weight_OI: LinearWeight, bias_O: Tensor | None) -> LinearKernel:
         """A packed layer where oneDNN takes the dtype and for 4- and 8-bit groups, F.linear
@@ -105,14 +106,15 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
             return packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
-    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
-        """As `linear`, the best logits refined where 16 bits decided which they are."""
-        if groups_VE is not None:
-            return _refined_logits(self.linear(groups_VE, None), weight_VE)
+    def logits(self, weight_VE: Tensor, *, quantized: bool = False) -> LinearKernel:
+        """Weights of 16 bits or fewer as float16, over which sums stay float32. Where torch can't,
+        as `linear`, the best logits refined where 16 bits decided which they are."""
+        is_wide = weight_VE.dtype.itemsize > 2
+        if (quantized or not is_wide) and holds_halves(weight_VE):
+            over_halves = half_linear(weight_VE, None)
+            return lambda x_RE: over_halves(x_RE.float())
         multiply = self.linear(weight_VE, None)
-        if weight_VE.dtype is torch.float32:
-            return multiply
-        return _refined_logits(multiply, weight_VE)
+        return multiply if is_wide else _refined_logits(multiply, weight_VE)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """Normalise the last dimension in float32; rounded once, at the end."""

@@ -3,7 +3,9 @@
 torch multiplies rows in bfloat16 by 4-bit numbers (`_weight_int4pack_mm_for_cpu`), whose scales and
 minimums it takes in bfloat16; sums are float32, results bfloat16. It needs no instructions for
 bfloat16, and in float32 or float16 it would be a hundred times slower. An 8-bit number is two of 4
-bits: 16 * high + low. Shape legend: T rows, O outputs, I inputs, G groups of a row.
+bits: 16 * high + low. Its work grows with the rows, so that many rows are multiplied by a copy in
+16 bits where the format asks for one (`GroupedInts.wide`). Shape legend: T rows, O outputs, I
+inputs, G groups of a row.
 """
 
 import torch
@@ -12,9 +14,13 @@ from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import GROUP, GroupedInts
+from core.kernels import cpu_linear
 from core.kernels.precision import accurate
 
 OUTPUTS = 16  # the kernel takes multiples of so many
+# Up to so many rows the kernel is faster than a copy of the matrix in that dtype (AMD EPYC with
+# AVX512_BF16, SmolLM2's layers; float16 multiplies float32 rows).
+FEW_ROWS = {torch.bfloat16: 8, torch.float16: 16}
 
 
 def dequantize(weight: GroupedInts, dtype: torch.dtype) -> Tensor:
@@ -40,8 +46,30 @@ def linear(weight: GroupedInts, bias_O: Tensor | None) -> LinearKernel:
 
 
 def packed_linear(weight: GroupedInts, bias_O: Tensor | None) -> LinearKernel:
-    """The layer on a CPU, over a packed copy; does not keep `weight`. Rows may be of any dtype,
+    """The layer on a CPU, over packed copies; does not keep `weight`. Rows may be of any dtype,
     which results have too. Their error is that of rows, scales and results in bfloat16."""
+    few = _few_rows_linear(weight, bias_O)
+    if weight.wide is None:
+        return few
+    many, most_rows = _many_rows_linear(weight, weight.wide, bias_O), FEW_ROWS[weight.wide]
+    if many is None:
+        return few
+    return lambda x_TI: few(x_TI) if x_TI.shape[0] <= most_rows else many(x_TI)
+
+
+def _many_rows_linear(
+    weight: GroupedInts, dtype: torch.dtype, bias_O: Tensor | None
+) -> LinearKernel | None:
+    """Over a copy in `dtype`; None where this machine's torch is no faster with one."""
+    weight_OI = dequantize(weight, torch.float32)
+    if dtype is torch.float16 and cpu_linear.holds_halves(weight_OI):
+        return cpu_linear.half_linear(weight_OI, bias_O)
+    if dtype is torch.bfloat16 and cpu_linear.packs(dtype):
+        return cpu_linear.packed_linear(weight_OI.to(dtype), bias_O)
+    return None
+
+
+def _few_rows_linear(weight: GroupedInts, bias_O: Tensor | None) -> LinearKernel:
     packed, scales_and_zeros = _packed(weight)
     num_parts = weight.bits // 4
     multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default

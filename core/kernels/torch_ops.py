@@ -46,7 +46,7 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
             return grouped_ints.linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)
 
-    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
+    def logits(self, weight_VE: Tensor, *, quantized: bool = False) -> LinearKernel:
         """Multiplied in float32 or wider."""
         return lambda x_RE: F.linear(accurate(x_RE), accurate(weight_VE)).float()
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from core.interfaces.ops import LinearKernel
-from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight, plain
+from core.interfaces.weights import BlockFp8, LinearWeight, plain
 from core.kernels import triton_fp8, triton_linear
 from core.kernels.dependent_launch import options
 from core.kernels.triton_heads import TritonHeadOps
@@ -61,7 +61,7 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
         vendor: LinearKernel = lambda x_TI: F.linear(x_TI, matrix_OI, bias_O)  # noqa: E731
         return triton_linear.linear("linear", matrix_OI, bias_O, vendor)
 
-    def logits(self, weight_VE: Tensor, groups_VE: GroupedInts | None = None) -> LinearKernel:
+    def logits(self, weight_VE: Tensor, *, quantized: bool = False) -> LinearKernel:
         """As `linear`, storing the float32 sums."""
         vendor = _vendor_logits(weight_VE)
         return triton_linear.linear("logits", weight_VE, None, vendor, dtype=torch.float32)

@@ -23,7 +23,7 @@ from core.interfaces.model import (
 )
 from core.interfaces.weights import WeightReader
 from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec
-from core.layers.embedding import LMHead, VocabEmbedding, head_groups
+from core.layers.embedding import LMHead, VocabEmbedding, is_quantized
 from core.layers.gqa import GroupedQueryAttention
 from core.layers.mla import LatentAttention
 from core.layers.mla_spec import LatentAttentionSizes
@@ -100,7 +100,7 @@ class Decoder:
                 self._embedding.weight_LE,
                 vocab_size,
                 axis="tp",
-                groups_LE=head_groups(
+                quantized=is_quantized(
                     context, "model.embed_tokens", vocab_size, hidden_size, axis="tp"
                 ),
             )

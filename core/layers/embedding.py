@@ -11,7 +11,6 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.model import BestTokens, BuildContext
-from core.interfaces.weights import GroupedInts
 from core.kernels.ragged import gather_rows
 from core.layers.row_exchange import row_exchange
 from core.parallel.layout import Layout
@@ -47,16 +46,13 @@ class VocabEmbedding:
         return hidden_TE.masked_fill_(elsewhere_T.unsqueeze(1), 0)
 
 
-def head_groups(
+def is_quantized(
     context: BuildContext, name: str, vocab_size: int, hidden_size: int, *, axis: str
-) -> GroupedInts | None:
-    """A head's weight as the checkpoint holds it, where the format keeps that: read beside the
-    matrix, whose rows are looked up, and which the best logits are computed from."""
+) -> bool:
+    """Whether the checkpoint holds a head's weight in groups of few bits that the format keeps."""
     shard = Sharding.over(context.comms.axes[axis]).padded(0)
     shape = (vocab_size, hidden_size)
-    if not context.format.keeps_groups(context.weights, f"{name}.weight", shape, shard):
-        return None
-    return context.weights.take_groups(f"{name}.weight", shape, shard)
+    return context.format.keeps_groups(context.weights, f"{name}.weight", shape, shard)
 
 
 class LMHead:
@@ -83,10 +79,10 @@ class LMHead:
         vocab_size: int,
         *,
         axis: str,
-        groups_LE: GroupedInts | None = None,
+        quantized: bool = False,
     ) -> None:
-        """`groups_LE`: see `head_groups`."""
-        self._kernel = context.ops.logits(weight_LE, groups_LE)
+        """`quantized`: see `is_quantized`."""
+        self._kernel = context.ops.logits(weight_LE, quantized=quantized)
         self._comm = context.comms.axes[axis]
         self._gather_columns = context.comms.bridge(axis, src=Layout.COLUMNS, dst=Layout.REPLICATED)
         shared = axis == "world"
@@ -103,8 +99,8 @@ class LMHead:
         axis = context.head_axis
         shard = Sharding.over(context.comms.axes[axis]).padded(0)
         weight_LE = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), shard)
-        groups_LE = head_groups(context, name, vocab_size, hidden_size, axis=axis)
-        return cls(context, weight_LE, vocab_size, axis=axis, groups_LE=groups_LE)
+        quantized = is_quantized(context, name, vocab_size, hidden_size, axis=axis)
+        return cls(context, weight_LE, vocab_size, axis=axis, quantized=quantized)
 
     def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
         """(R, E) -> (A, L) in float32. `rows` counts R of every DP rank."""

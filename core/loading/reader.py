@@ -189,7 +189,7 @@ class ShapeReader:
 
     `takes` are all calls, in order. `pieces` maps (name, dim, index of the part) to its number of
     elements, zeros included. `present`: names of optional tensors that are there. `group_bits`: of
-    the matrices that the checkpoint holds in groups, by name.
+    the matrices that the checkpoint holds in groups, by name; `widened`: in 16 bits besides.
     """
 
     def __init__(
@@ -197,8 +197,11 @@ class ShapeReader:
         dtype: torch.dtype,
         present: Container[str] = (),
         group_bits: Mapping[str, int] | None = None,
+        *,
+        widened: bool = False,
     ) -> None:
         self._dtype, self._present = dtype, present
+        self._widened = widened
         self._group_bits = group_bits or {}
         self._names: set[str] = set()
         self.takes: list[Take] = []
@@ -242,6 +245,8 @@ class ShapeReader:
         take = Take(name, shape, shard, torch.uint8, group_bits=self.group_bits(name))
         self._record(take)
         num_outputs, num_inputs = take.local_shape
+        if self._widened:
+            self.num_bytes += 2 * num_outputs * num_inputs
         numbers = torch.empty((num_outputs, num_inputs // GROUP), device="meta")
         values = torch.empty(take.local_shape, dtype=torch.uint8, device="meta")
         return GroupedInts(values, numbers, numbers, take.group_bits)

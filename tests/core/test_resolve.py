@@ -210,15 +210,17 @@ GROUPS = {"model.layers.0.mlp.up_proj.weight": 4, "lm_head.weight": 8}
 @pytest.mark.parametrize(
     ("words", "native", "device", "choice"),
     [
-        ([], [], "cpu", "keep"),
-        ([], ["bfloat16"], "cpu", "dequantize"),
+        ([], [], "cpu", "both"),
+        ([], ["bfloat16"], "cpu", "both"),
         ([], [], "cuda", "dequantize"),
         (["model.dtype=float32"], [], "cpu", "dequantize"),  # whoever asks for it gets it exactly
         (["model.quantized_weights=keep"], ["bfloat16"], "cpu", "keep"),
+        (["model.dtype=bfloat16"], ["bfloat16"], "cpu", "dequantize"),
+        (["model.dtype=float32", "model.quantized_weights=both"], [], "cpu", "both"),
         (["model.quantized_weights=dequantize"], [], "cpu", "dequantize"),
     ],
 )
-def test_quantized_weights_stay_where_a_cpu_has_no_16_bits(
+def test_quantized_weights_stay_where_nobody_asks_for_a_dtype(
     words: list[str], native: list[str], device: str, choice: str
 ) -> None:
     dtypes = NativeDtypes(
@@ -229,22 +231,24 @@ def test_quantized_weights_stay_where_a_cpu_has_no_16_bits(
     found = settled("llama31_8b", words, device, dtypes=dtypes, group_bits=GROUPS)
     assert found.config.model.quantized_weights == choice
     assert ("2 matrices stay in 4 and 8 bits" in found.dtype_reason) == (choice == "keep")
+    assert ("2 matrices in 4 and 8 bits for few" in found.dtype_reason) == (choice == "both")
 
 
+@pytest.mark.parametrize("choice", ["keep", "both"])
 @pytest.mark.parametrize(
     ("grouped", "device", "group_bits"),
     [(False, "cpu", GROUPS), (True, "cuda", GROUPS), (True, "cpu", {})],
 )
 def test_keeping_what_cannot_be_kept_is_refused(
-    grouped: bool, device: str, group_bits: dict[str, int]
+    grouped: bool, device: str, group_bits: dict[str, int], choice: str
 ) -> None:
     dtypes = NativeDtypes(native={}, lacking={"bfloat16": "none"}, grouped=grouped)
     found = settled("llama31_8b", [], device, dtypes=dtypes, group_bits=group_bits)
     assert found.config.model.quantized_weights == "dequantize"
-    with pytest.raises(PlanError, match="quantized_weights=keep needs a GGUF file"):
+    with pytest.raises(PlanError, match=f"quantized_weights={choice} needs a GGUF file"):
         settled(
             "llama31_8b",
-            ["model.quantized_weights=keep"],
+            [f"model.quantized_weights={choice}"],
             device,
             dtypes=dtypes,
             group_bits=group_bits,

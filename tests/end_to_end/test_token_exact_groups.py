@@ -25,9 +25,10 @@ TEXT = (
 )
 
 
+@pytest.mark.parametrize(("choice", "most_bytes"), [("keep", 0.45), ("both", 0.8)])
 @pytest.mark.skipif(not native_dtypes().grouped, reason="needs AVX2")
 def test_tokens_are_those_of_the_dequantised_model_or_nearly(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, choice: str, most_bytes: float
 ) -> None:
     from tokenizers import Tokenizer
 
@@ -36,12 +37,12 @@ def test_tokens_are_those_of_the_dequantised_model_or_nearly(
     tokenizer = Tokenizer.from_file(str(Path(smollm2.files().tokenizer_dir) / "tokenizer.json"))
     ids = tokenizer.encode(TEXT).ids
     prompts = [ids[:length] for length in (2, 7, 33)]
-    model = replace(smollm2.preset(), dtype="float32", quantized_weights="keep", max_model_len=1024)
+    model = replace(smollm2.preset(), dtype="float32", quantized_weights=choice, max_model_len=1024)
     lone = build_alone(
         app_config(model, engine={"kv_cache_tokens": 4096, "max_running_requests": 4})
     )
-    # Matrices at 0.625 bytes a number, the head at 1.25 beside a float32 table of tokens.
-    assert lone.engine.describe()["weight_bytes"] < 0.45 * 4 * 134.5e6
+    # Matrices at 0.625 bytes a number, at 2 more with a copy, beside a float32 table of tokens.
+    assert lone.engine.describe()["weight_bytes"] < most_bytes * 4 * 134.5e6
     answers = offline_alone(lone).generate(prompts, greedy(NEW_TOKENS))
     judge = smollm2.dequantized(torch.float32).eval()
     num_different = 0

@@ -1,5 +1,7 @@
 """Which matrices of a checkpoint stay in 4- and 8-bit groups, and what joining them gives."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,6 +45,22 @@ def test_whole_groups_stay(
     assert weight.bits == BITS[name]
     # What a kernel keeps: 16 bits of scale and 16 of minimum for 32 numbers of 4 bits.
     assert reader.num_bytes == kept[0] * kept[1] * weight.bits // 4 * 5 // 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_groups_may_be_held_in_16_bits_besides(dtype: torch.dtype, wide: torch.dtype) -> None:
+    form = select_format(CPU, None, dtype, keep_groups=True, widen_groups=True)
+    reader = ShapeReader(dtype, group_bits=BITS, widened=True)
+    weight = form.take(reader, "q", (64, 96))
+    assert isinstance(weight, GroupedInts)
+    assert weight.wide is wide
+    assert reader.num_bytes == 64 * 96 * 5 // 8 + 64 * 96 * 2
+    joined = form.join([dataclasses.replace(made_up(4, 32, 64), wide=wide)] * 2)
+    assert isinstance(joined, GroupedInts)
+    assert joined.wide is wide
 
 
 def test_joined_groups_stay_groups() -> None:

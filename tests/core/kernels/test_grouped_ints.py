@@ -1,11 +1,13 @@
 """Products over 4- and 8-bit groups against the dequantised matrix in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from core.interfaces.weights import GroupedInts
 from core.kernels.cpu_ops import CpuOps
-from core.kernels.grouped_ints import dequantize, packed_linear
+from core.kernels.grouped_ints import FEW_ROWS, dequantize, packed_linear
 from core.kernels.torch_ops import TorchOps
 
 HALF_STEP = 2.0**-8  # of bfloat16: what rounding to it changes at most, of a value
@@ -80,13 +82,61 @@ def test_dequantised_values(bits: int) -> None:
     assert dequantize(meta, torch.bfloat16).shape == (32, 64)
 
 
-def test_a_head_computes_its_best_logits_from_the_matrix() -> None:
-    groups = made_up(8, 4096, 64)
-    matrix = dequantize(groups, torch.float32)
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("wide", "dtype", "step"),
+    [
+        (torch.float16, torch.float32, 2.0**-11),
+        (torch.bfloat16, torch.bfloat16, HALF_STEP),
+    ],
+)
+def test_many_rows_are_multiplied_by_a_copy_in_16_bits(
+    bits: int, wide: torch.dtype, dtype: torch.dtype, step: float
+) -> None:
+    weight = made_up(bits, 208, 576)
+    both = packed_linear(dataclasses.replace(weight, wide=wide), None)
+    kept = packed_linear(weight, None)
+    few = FEW_ROWS[wide]
+    x = torch.randn(few + 1, 576, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(both(x[:few]), kept(x[:few]))
+    found, exact_weight = both(x), reference(weight)
+    assert found.dtype is dtype
+    assert found.shape == (few + 1, 208)
+    expected = x.double() @ exact_weight.T
+    # Weights are rounded, and results where they have 16 bits; sums of float32 are exact beside it.
+    bound = step * (x.double().abs() @ exact_weight.abs().T)
+    bound += HALF_STEP * expected.abs() if dtype is torch.bfloat16 else 1e-5
+    error = (found.double() - expected).abs()
+    assert (error <= bound * 1.01).all(), (error - bound).max()
+    bias = torch.randn(208, generator=torch.Generator().manual_seed(2)).to(dtype)
+    biased = packed_linear(dataclasses.replace(weight, wide=wide), bias)(x)
+    torch.testing.assert_close(biased.double(), expected + bias.double(), atol=0.05, rtol=0.02)
+
+
+def test_numbers_beyond_float16_have_no_copy() -> None:
+    weight = made_up(8, 64, 96)
+    large = dataclasses.replace(weight, scales_OG=weight.scales_OG * 1e7, wide=torch.float16)
+    x = torch.randn(FEW_ROWS[torch.float16] + 1, 96, generator=torch.Generator().manual_seed(1))
+    found = packed_linear(large, None)(x)
+    assert torch.equal(found, packed_linear(dataclasses.replace(large, wide=None), None)(x))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_few_bits_has_the_best_logits_right(
+    monkeypatch: pytest.MonkeyPatch, halves: bool, dtype: torch.dtype
+) -> None:
+    """With FBGEMM's float16, and as where torch has none."""
+    if not halves:
+        monkeypatch.setattr("core.kernels.cpu_ops.holds_halves", lambda weight: False)
+    matrix = dequantize(made_up(8, 4096, 64), dtype)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
     expected = TorchOps().logits(matrix)(x)
-    found = CpuOps().logits(matrix, groups)(x)
+    found = CpuOps().logits(matrix, quantized=True)(x)
+    assert found.dtype is torch.float32
     best = expected.topk(8).indices
-    torch.testing.assert_close(found.gather(1, best), expected.gather(1, best))
+    torch.testing.assert_close(
+        found.gather(1, best), expected.gather(1, best), atol=2e-3, rtol=1e-4
+    )
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
-    assert not torch.equal(found, expected)
