@@ -104,8 +104,8 @@ class ModelConfig:
     load_format: str = "auto"
     # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that
     dtype: str = "auto"
-    # Whether a CPU keeps GGUF's 4- and 8-bit matrices as they are; auto: where it would otherwise
-    # compute a 16-bit checkpoint in float32.
+    # How a CPU holds GGUF's 4- and 8-bit matrices: as they are, in the model's dtype, or as they
+    # are beside 16 bits for steps of many rows; auto: both, where dtype is auto as well.
     quantized_weights: str = "auto"
     max_model_len: int | None = None  # tokens; None: what the model was trained for
     # uniform_random draws experts at random, for benchmarks on made-up weights: answers mean
