@@ -64,6 +64,7 @@ class Bench:
     until: float
     logs: Path
     peak: float | None  # output tokens a second
+    contestants: Sequence[Contestant] = ()
     rows: list[Row] = field(default_factory=list)
 
     def put(self, row: Row) -> None:
@@ -90,7 +91,7 @@ class Bench:
         loads = [load for load in loads if self.found(contestant.name, load) is None]
         if not loads:
             return
-        if self.left_s() < LEAST_S:
+        if self.left_s() < self.least_s(contestant, loads):
             self.put({"server": contestant.name, "skipped": "no time left"})
             return
         try:
@@ -105,6 +106,14 @@ class Bench:
                         self.settle_peak()
         except servers.StartError as error:
             self.put({"server": contestant.name, "failed": str(error)})
+
+    def least_s(self, contestant: Contestant, loads: Sequence[str]) -> float:
+        """Seconds that starting a server and one of these loads take, as far as is known."""
+        kin = {each.name for each in self.contestants if each.is_peer == contestant.is_peer}
+        rows = [row for row in self.rows if row.get("server") in kin]
+        starts = [row["ready_s"] for row in rows if "ready_s" in row]
+        runs = [row["wall_s"] for row in rows if row.get("load") in loads]
+        return max(LEAST_S, min(starts, default=0.0) + min(runs, default=0.0))
 
     def warm_up(self, port: int) -> str | None:
         """What the first requests meet is not told, but why they got no answer, if so."""
@@ -141,11 +150,11 @@ class Bench:
             self.peak = faster["out_tok_s"]
             self.put({"peak_tok_s": self.peak, "peak_of": faster["server"]})
 
-    def compare(self, contestants: Sequence[Contestant]) -> None:
+    def compare(self) -> None:
         """Ratios of each of ours to each peer, load by load."""
         for load in self.arguments.loads:
-            for ours in (each for each in contestants if not each.is_peer):
-                for peer in (each for each in contestants if each.is_peer):
+            for ours in (each for each in self.contestants if not each.is_peer):
+                for peer in (each for each in self.contestants if each.is_peer):
                     mine, theirs = self.found(ours.name, load), self.found(peer.name, load)
                     if mine is not None and theirs is not None:
                         pair = {"server": ours.name, "peer": peer.name, "load": load}
@@ -178,20 +187,21 @@ def made_load(name: str, arguments: argparse.Namespace, lengths: Lengths, peak: 
     )
 
 
-def run(bench: Bench, contestants: Sequence[Contestant]) -> None:
+def run(bench: Bench) -> None:
     """Ours and the peers first, so that they can be compared whatever time there is: the peak of
     ours, all of the peers, then the rest of ours (which starts soon), then variants of ours."""
     loads = bench.arguments.loads
-    first, *others = contestants
+    first, *others = bench.contestants
     peers = [each for each in others if each.is_peer]
     if bench.peak is None and peers:
         bench.visit(first, [PEAK_LOAD], settles=False)
     for peer in peers:
         bench.visit(peer, loads)
     bench.settle_peak()
-    for ours in (each for each in contestants if not each.is_peer):
-        bench.visit(ours, loads)
-    bench.compare(contestants)
+    bench.visit(first, loads)
+    for variant in (each for each in others if not each.is_peer):
+        bench.visit(variant, bench.arguments.variant_loads or loads)
+    bench.compare()
 
 
 def described(port: int) -> Row:
@@ -215,6 +225,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shared", type=int, default=1024, help="tokens that conversations share")
     parser.add_argument("--pause-s", type=float, default=1.0, help="between turns, on average")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--variant-loads", nargs="+", choices=LOADS, help="of variants of ours")
     parser.add_argument("--peak", type=float, help="output tokens a second, for the paced loads")
     parser.add_argument("--ttft-limit-ms", type=float, default=500.0, help="of goodput")
     parser.add_argument("--tpot-limit-ms", type=float, default=30.0, help="of goodput")
@@ -274,10 +285,11 @@ def main(words: Sequence[str] | None = None) -> None:
             until=begin + arguments.until,
             logs=logs,
             peak=arguments.peak,
+            contestants=contestants_of(arguments, folder, longest_of(arguments)),
         )
         bench.put({"benchmark": "serve_http", "model": folder.name, "gpu": gpu_name()})
         try:
-            run(bench, contestants_of(arguments, folder, longest_of(arguments)))
+            run(bench)
         finally:
             print(report.table(bench.rows), file=sys.stderr, flush=True)
 

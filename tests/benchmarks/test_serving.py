@@ -6,9 +6,10 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_time_that_is_over_ends_a_load_with_what_came() -> None:
     server.silent_after = 3
     load = arrivals.singles("x", 0, 2, 0.0, LENGTHS)
     with serving(server) as port:
-        outcome = client.drive(servers.HOST, port, "m", load, time.perf_counter() + 0.3)
+        outcome = client.drive(servers.HOST, port, "m", load, time.perf_counter() + 0.8)
     assert outcome.was_cut
     assert {each.error for each in outcome.answers} == {client.CUT}
     assert all(len(each.event_times) <= 3 and not each.is_whole for each in outcome.answers)
@@ -359,6 +360,78 @@ def test_a_server_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
         servers.running(lambda port: made, tmp_path, time.perf_counter() + 20),
     ):
         pass
+
+
+class Visits(serve_http.Bench):
+    """A bench whose servers are made up: output tokens a second by name."""
+
+    SPEEDS: ClassVar = {"ours": 400.0, "vllm": 500.0, "wide": 600.0}
+
+    def visit(
+        self, contestant: serve_http.Contestant, loads: Sequence[str], *, settles: bool = True
+    ) -> None:
+        for load in loads:
+            if self.found(contestant.name, load) is None:
+                speed = self.SPEEDS[contestant.name]
+                row = {"server": contestant.name, "load": load, "was_cut": False}
+                self.put(row | {"out_tok_s": speed, "peak": self.peak})
+                if settles:
+                    self.settle_peak()
+
+
+def made_bench(*words: str) -> Visits:
+    arguments = serve_http.parsed([".", *words])
+    folder = Path("/models/tiny")
+    bench = Visits(
+        arguments=arguments,
+        folder=folder,
+        lengths=LENGTHS,
+        until=time.perf_counter() + 100,
+        logs=folder,
+        peak=arguments.peak,
+        contestants=serve_http.contestants_of(arguments, folder, 99),
+    )
+    serve_http.run(bench)
+    return bench
+
+
+def test_all_are_asked_for_shares_of_the_faster_ones_peak() -> None:
+    words = ["--peer", "vllm=python3", "--variant", "wide=engine.x=1"]
+    bench = made_bench(*words, "--variant-loads", "poisson_70")
+    measured = [
+        (row["server"], row["load"], row["peak"]) for row in bench.rows if "out_tok_s" in row
+    ]
+    assert measured[:2] == [("ours", "all_at_once", None), ("vllm", "all_at_once", None)]
+    assert {peak for _, _, peak in measured[2:]} == {500.0}
+    assert [load for server, load, _ in measured if server == "wide"] == ["poisson_70"]
+    assert len(measured) == 9
+    ratios = {
+        (row["server"], row["load"]): row["ratios"]["out_tok_s"]
+        for row in bench.rows
+        if "ratios" in row
+    }
+    assert ratios["ours", "poisson_40"] == 0.8
+    assert ratios["wide", "poisson_70"] == 1.2
+    assert len(ratios) == 5
+
+
+def test_without_a_peer_the_peak_is_ours_and_one_given_holds_for_all() -> None:
+    assert made_bench().peak == 400.0
+    bench = made_bench("--peak", "123", "--peer", "vllm=python3")
+    assert bench.peak == 123.0
+    assert not any("peak_of" in row for row in bench.rows)
+
+
+def test_no_server_is_started_that_could_not_be_measured() -> None:
+    bench = made_bench("--loads", "all_at_once")
+    (ours,) = bench.contestants
+    bench.rows[:] = [
+        {"server": "ours", "ready_s": 9.0},
+        {"server": "ours", "load": "poisson_40", "wall_s": 16.0},
+        {"server": "ours", "load": "all_at_once", "wall_s": 15.0},
+    ]
+    assert bench.least_s(ours, ["all_at_once", "poisson_40"]) == 24.0
+    assert bench.least_s(ours, ["multi_turn"]) == serve_http.LEAST_S
 
 
 @pytest.mark.parametrize(
