@@ -1,4 +1,4 @@
-"""How the C library keeps the memory that tensors on the CPU free, and how the kernel gives it.
+"""How the C library keeps the memory that a process frees, and how the kernel gives it.
 Knows nothing of tensors.
 
 glibc may give a freed block of some MiB back to the kernel at once, and the next block of that
@@ -10,6 +10,7 @@ none, and a prefill of 2,048 tokens of a 135M model 33,000 faults.
 import ctypes
 import mmap
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -17,10 +18,12 @@ import psutil
 # Constants of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _MADV_POPULATE_WRITE = 23  # of <linux/mman.h>
 
 _LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # glibc refuses more: half of its largest heap
 _KEPT_BYTES = 512 * 1024 * 1024
+_GIVEN_BACK_BYTES = 256 * 1024
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as a container shows it
 
 
@@ -30,18 +33,35 @@ def keep_freed_memory() -> bool:
     Holds for the whole process. Returns whether the C library took it: False, without any
     effect on results, where it is not glibc.
     """
+    return _tell_malloc(
+        {_M_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _M_TRIM_THRESHOLD: _KEPT_BYTES}
+    )
+
+
+def give_back_freed_memory() -> bool:
+    """Let this process give freed blocks of 256 KiB and more back to the kernel at once.
+
+    Unless told, glibc takes blocks as large as any that was freed so far (up to 32 MiB) from the
+    heap, where a small one behind them keeps them. For processes that hold something large now
+    and then, and whose small blocks are no tensors. Holds for the whole process; returns as
+    `keep_freed_memory` does.
+    """
+    return _tell_malloc(
+        {
+            _M_MMAP_THRESHOLD: _GIVEN_BACK_BYTES,
+            _M_TRIM_THRESHOLD: _GIVEN_BACK_BYTES,
+            _M_ARENA_MAX: 2,
+        }
+    )
+
+
+def _tell_malloc(values: Mapping[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all(
-        mallopt(parameter, value) == 1
-        for parameter, value in (
-            (_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
-            (_M_TRIM_THRESHOLD, _KEPT_BYTES),
-        )
-    )
+    return all(mallopt(parameter, value) == 1 for parameter, value in values.items())
 
 
 def populate(address: int, num_bytes: int) -> bool:

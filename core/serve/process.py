@@ -39,6 +39,7 @@ from core.interfaces.control import (
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
+from core.kernels.host_memory import give_back_freed_memory
 from core.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
 from core.serve.balancer import make_balancer
@@ -284,6 +285,7 @@ def main() -> int:
     channel = Channel.open()
     exit_with_parent()
     leave_signals_to_parent()  # until the server is up
+    give_back_freed_memory()  # bodies and answers of many MiB come and go
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=FrontendBoot)
         with steady_output() as log:

@@ -72,3 +72,36 @@ def test_the_heap_keeps_freed_blocks() -> None:
         )
         heap_bytes[mode] = int(done.stdout)
     assert heap_bytes["default"] < 200 << 20 <= heap_bytes["keep"], heap_bytes
+
+
+# Blocks as bodies of requests make them, each with a small one behind it that stays.
+BODIES = """
+import sys
+import psutil
+from core.kernels.host_memory import give_back_freed_memory
+
+assert "torch" not in sys.modules
+if sys.argv[1] == "give back":
+    assert give_back_freed_memory()
+process = psutil.Process()
+bytes(16 << 20)  # freed at once: glibc takes blocks of this size from the heap from now on
+before = process.memory_info().rss
+bodies, small = [], []
+for _ in range(20):
+    bodies.append(b"x" * (8 << 20))
+    small.append(b"x" * (200 << 10))
+held = process.memory_info().rss - before
+del bodies
+print(held, process.memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to do")
+def test_freed_bodies_leave_the_process() -> None:
+    left = {}
+    for mode in ("default", "give back"):
+        command = [sys.executable, "-c", BODIES, mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        held, left[mode] = map(int, done.stdout.split())
+        assert held >= 150 << 20
+    assert left["give back"] < 8 << 20 < 100 << 20 < left["default"], left
