@@ -40,7 +40,7 @@ def test_everything_is_there(files: ModelFiles) -> None:
     assert kinds == {"config", "plugin", "code", "package", "machine", "model", "weights"}
     assert found["plugin acme"] == "1.0"
     assert found["machine device"] == "cpu"
-    assert found["config engine.max_running_requests"] == "256"
+    assert found["config engine.max_prefill_tokens"] == "8192"
     assert found["model config.json num_hidden_layers"] == "3"
     assert "code core/worker.py" in found
     assert "code plugins/comm/__init__.py" in found
