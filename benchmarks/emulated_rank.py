@@ -253,7 +253,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ep", default="16,32,128", help="sizes of EP = DP attention")
     parser.add_argument("--cells", default="32x1024,128x4096", help="BATCHxCONTEXT of a rank")
-    parser.add_argument("--layout", default="contiguous", choices=["contiguous", "batched"])
+    parser.add_argument(
+        "--layout", default="contiguous", choices=["contiguous", "batched", "routed"]
+    )
     parser.add_argument("--shape", type=Path, help="JSON of sizes to change, to try it out")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()

@@ -27,12 +27,13 @@ class AllGatherOptions:
 class EmulatedOptions:
     """Of `emulated`."""
 
-    layout: str = "contiguous"  # batched: as DeepEP's low-latency mode leaves rows
+    # batched: as DeepEP's low-latency mode leaves rows; routed: as allgather, symm_mem and nccl do.
+    layout: str = "contiguous"
     fp8: bool = True  # rows travel as float8 where the experts read float8: half the bytes
     seed: int = 0  # of the experts that rows are taken to have come for
 
     def __post_init__(self) -> None:
-        require_choice("moe_a2a.<phase>.options.layout", self.layout, LAYOUTS)
+        require_choice("moe_a2a.<phase>.options.layout", self.layout, ALL_LAYOUTS)
 
 
 @dataclass(slots=True, kw_only=True)
