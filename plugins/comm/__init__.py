@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from core.config import AppConfig
 from core.hookspecs import Registration, hookimpl
+from plugins.comm._options import SymmMemOptions
 
 
 @hookimpl
@@ -24,6 +25,7 @@ def register_comm() -> Sequence[Registration]:
         Registration(
             name="symm_mem",
             factory="plugins.comm.symm_mem:SymmMemBackend",
+            config=SymmMemOptions,
             summary="CUDA tensors of one host: few rows into peers' memory, the rest as nccl",
         ),
         Registration(

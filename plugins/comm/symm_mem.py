@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator, SumAddNorm
 from core.kernels.peer_memory import PeerMemory, connect
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
+from plugins.comm._options import SymmMemOptions
 from plugins.comm._symm_exchange import PeerExchange, buffer_bytes
 from plugins.comm._symm_norm import PeerNorm
 
@@ -24,8 +24,9 @@ _SLOT_BYTES = 4 * 2**20  # beyond, NCCL's bandwidth counts, and its all-reduce s
 _NORM_PROGRAMS = 128
 _NORM_SLOT_BYTES = 2 * 2**20
 
-# By the name of a group: axes of the same ranks share it, and take turns on one stream.
-_memory_of: dict[str, tuple[PeerMemory | None, PeerMemory | None]] = {}
+# By the name of a group, bytes of a slot and programs: axes of the same ranks share it, and take
+# turns on one stream.
+_memory_of: dict[tuple[str, int, int], PeerMemory | None] = {}
 
 
 class SymmMemBackend:
@@ -33,52 +34,43 @@ class SymmMemBackend:
 
     torch_backend = "nccl"
 
-    def __init__(self, options: NoOptions) -> None:
+    def __init__(self, options: SymmMemOptions) -> None:
         """Raises ConfigError where this machine or this torch has no NCCL."""
         require_nccl("symm_mem")
+        self._fuses_norm = options.fuse_norm
 
     def communicator(self, group: object) -> Communicator:
         """Connect the buffers of a group's ranks, all of which call this. Where they can't reach
         each other's memory NCCL carries everything, and the log says so."""
         assert isinstance(group, ProcessGroup)
-        if group.group_name not in _memory_of:
-            _memory_of[group.group_name] = (
-                _connect(group, _SLOT_BYTES, NUM_PROGRAMS),
-                _connect(group, _NORM_SLOT_BYTES, _NORM_PROGRAMS),
-            )
-        memory, norm_memory = _memory_of[group.group_name]
-        if memory is None or norm_memory is None:
+        memory = _memory(group, _SLOT_BYTES, NUM_PROGRAMS)
+        if memory is None:
             return NcclCommunicator(group)
-        return SymmMemCommunicator(group, memory, norm_memory)
+        if self._fuses_norm:
+            norm_memory = _memory(group, _NORM_SLOT_BYTES, _NORM_PROGRAMS)
+            if norm_memory is not None:
+                return FusingCommunicator(group, memory, norm_memory)
+        return SymmMemCommunicator(group, memory)
 
 
-def _connect(group: ProcessGroup, slot_bytes: int, num_programs: int) -> PeerMemory | None:
-    num_bytes = buffer_bytes(group.size(), slot_bytes, num_programs)
-    return connect(group, num_bytes, num_programs, key="comm=symm_mem", instead="NCCL is used")
+def _memory(group: ProcessGroup, slot_bytes: int, num_programs: int) -> PeerMemory | None:
+    """Connected once a group and size."""
+    name = group.group_name, slot_bytes, num_programs
+    if name not in _memory_of:
+        num_bytes = buffer_bytes(group.size(), slot_bytes, num_programs)
+        _memory_of[name] = connect(
+            group, num_bytes, num_programs, key="comm=symm_mem", instead="NCCL is used"
+        )
+    return _memory_of[name]
 
 
 class SymmMemCommunicator(NcclCommunicator):
     """Small sums and gathers over peers' memory, everything else by NCCL; ordered on the current
     stream, and never waited for by the host."""
 
-    def __init__(self, group: ProcessGroup, memory: PeerMemory, norm_memory: PeerMemory) -> None:
+    def __init__(self, group: ProcessGroup, memory: PeerMemory) -> None:
         super().__init__(group)
         self._peers = PeerExchange(memory, _SLOT_BYTES)
-        self._norm = PeerNorm(norm_memory, _NORM_SLOT_BYTES)
-
-    def fused_add_norm(self, otherwise: SumAddNorm) -> SumAddNorm:
-        """In one launch where every program has at most one row (core.interfaces.comm)."""
-        norm = self._norm
-
-        def sum_add_norm(
-            x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
-        ) -> tuple[Tensor, Tensor]:
-            few = x_TE.shape[0] <= _NORM_PROGRAMS
-            if few and norm.can_take(x_TE, residual_TE, weight_E):
-                return norm(x_TE, residual_TE, weight_E, eps)
-            return otherwise(x_TE, residual_TE, weight_E, eps)
-
-        return sum_add_norm
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks; written into `x` where that is contiguous."""
@@ -102,3 +94,25 @@ class SymmMemCommunicator(NcclCommunicator):
         if dim % x.dim() == 0:
             return parts.flatten(0, 1)
         return torch.cat(parts.unbind(0), dim)
+
+
+class FusingCommunicator(SymmMemCommunicator):
+    """Sums of few rows with the residual's addition and the norm behind them in one launch."""
+
+    def __init__(self, group: ProcessGroup, memory: PeerMemory, norm_memory: PeerMemory) -> None:
+        super().__init__(group, memory)
+        self._norm = PeerNorm(norm_memory, _NORM_SLOT_BYTES)
+
+    def fused_add_norm(self, otherwise: SumAddNorm) -> SumAddNorm:
+        """In one launch where every program has at most one row (core.interfaces.comm)."""
+        norm = self._norm
+
+        def sum_add_norm(
+            x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float
+        ) -> tuple[Tensor, Tensor]:
+            few = x_TE.shape[0] <= _NORM_PROGRAMS
+            if few and norm.can_take(x_TE, residual_TE, weight_E):
+                return norm(x_TE, residual_TE, weight_E, eps)
+            return otherwise(x_TE, residual_TE, weight_E, eps)
+
+        return sum_add_norm
