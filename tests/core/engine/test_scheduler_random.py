@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from core.config import EngineConfig
 from core.engine.pace import Pace
 from core.engine.prompt_budget import LEAST_TOKENS
+from core.engine.request import State
 from core.engine.scheduler import QUEUE_TIMEOUT, Scheduler
 from core.engine.waiting import age_key
 from core.interfaces.messages import (
@@ -156,7 +157,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def plan(self) -> None:
         running = list(self.scheduler._residents.running)
-        first = min(running, key=age_key, default=None)
+        # Whose last token is under way needs neither slot nor pages any more.
+        staying = [request for request in running if request.state is not State.ENDING]
+        first = min(staying, key=age_key, default=None)
         plan = self.scheduler.next_batch()
         assert first is None or first.slot >= 0, "the first was preempted"
         if plan is None:
