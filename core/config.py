@@ -214,7 +214,7 @@ class EngineConfig:
     mixed_prefill_tokens: int | None = None
     # On a CPU: seconds that a step with prompts should take, by the speed measured at start; fewer
     # prompt tokens are computed in it then than the two limits above allow. 0: no limit. None: 15
-    # times what every step costs whatever it holds, at least 0.1 and at most 1.
+    # times what every step costs whatever it holds, at least 0.1 and at most 0.5.
     cpu_step_s: float | None = None
     disable_prefix_cache: bool = False
     seed: int = 0  # of requests that bring no seed of their own

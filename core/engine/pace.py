@@ -26,7 +26,7 @@ AGREE, MOST_RUNS, LONGEST_RUNS_S = 1.15, 5, 1.0
 # A step's time in costs that every step has, and its bounds. A short prompt alone costs about two
 # of them: one that waits for the rest of a long step, and then shares one, waits ten times as long.
 BASE_COSTS = 15
-SHORTEST_STEP_S, LONGEST_STEP_S = 0.1, 1.0
+SHORTEST_STEP_S, LONGEST_STEP_S = 0.1, 0.5
 
 # Runs such a step in every DP rank and returns its seconds, the same on every rank.
 Timed = Callable[[StepPlan], float]

@@ -96,7 +96,7 @@ def test_a_step_of_another_dp_rank_counts() -> None:
     assert Pace().step_s(plan, StepFacts([4], [2], [0], True)) == 0.0
 
 
-@pytest.mark.parametrize(("base_s", "seconds"), [(0.0, 0.1), (0.02, 0.3), (5.0, 1.0)])
+@pytest.mark.parametrize(("base_s", "seconds"), [(0.0, 0.1), (0.02, 0.3), (5.0, 0.5)])
 def test_a_step_is_as_long_as_its_fixed_cost_asks_for(base_s: float, seconds: float) -> None:
     assert Pace(0.001, base_s=base_s).worthwhile_s() == pytest.approx(seconds)
 
@@ -122,6 +122,6 @@ def test_a_disturbed_measurement_is_repeated() -> None:
 def test_a_step_follows_how_long_steps_take() -> None:
     """Its fixed cost too was measured wrongly, where all was."""
     pace = Pace(0.001, base_s=0.1)
-    assert pace.worthwhile_s() == 1.0
+    assert pace.worthwhile_s() == 0.5
     assert pace.worthwhile_s(0.1) == pytest.approx(0.15)
     assert Pace(0.001, base_s=0.01).worthwhile_s(3.0) == pytest.approx(0.45)
