@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 def rows_of_shape(
     name: str, plugins: Any, comm: Any, device: Any, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each number of rows."""
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of rows, as soon as it is measured."""
     from dataclasses import replace
 
     from benchmarks.gpu_moe_tiles import SHAPES as KNOWN
@@ -115,7 +115,6 @@ def rows_of_shape(
             print(f"{plugin}: {made}", file=sys.stderr, flush=True)
         else:
             dispatchers[plugin] = made
-    rows = []
     for num_rows in arguments.rows:
         row: dict[str, Any] = {
             "shape": name,
@@ -138,8 +137,7 @@ def rows_of_shape(
             prefix = "" if captured else "eager_"
             for kind, call in (("us", layer.bare), ("layer_us", layer.whole)):
                 row.setdefault(prefix + kind, {})[plugin] = round(timed(call), 2)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def build(plugin: str, plugins: Any, shape: Any, comm: Any, device: Any, most_rows: int) -> Any:

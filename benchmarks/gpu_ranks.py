@@ -11,6 +11,7 @@ ratio to a peer is taken by `benchmarks.gpu_peer` in the same run.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parallel", default="tp2", help="a file of conf/parallel")
     parser.add_argument("--a2a", help="moe_a2a of both phases")
     parser.add_argument("--comm", help="comm of all axes")
+    parser.add_argument("--comm-options", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--uniform-routing", action="store_true", help="experts drawn at random")
     parser.add_argument("--max-prefill-tokens", type=int, default=16384)
     parser.add_argument("--chunked-prefill-size", type=int)
@@ -59,7 +61,7 @@ def configuration(arguments: argparse.Namespace) -> Any:
         choice = PluginChoice(name=arguments.a2a)
         config = replace(config, moe_a2a=replace(config.moe_a2a, prefill=choice, decode=choice))
     if arguments.comm:
-        choice = PluginChoice(name=arguments.comm)
+        choice = PluginChoice(name=arguments.comm, options=arguments.comm_options)
         config = replace(config, comm=replace(config.comm, tp=choice, ep=choice))
     return config
 

@@ -5,7 +5,6 @@
 Inputs are a pure function of (case, rank), so that the test can compute the right answers itself.
 """
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -16,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.cluster.missing import missing_ranks
-from core.hookspecs import NoOptions
+from core.config import PluginChoice
 from core.interfaces.comm import Comms, Communicator, SoloCommunicator, connect
 from core.parallel.layout import Layout
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
+from core.plugin_manager import PluginManager
 
 DTYPES = {
     "float32": torch.float32,
@@ -67,10 +67,9 @@ def run(backend: str, rank: int, size: int, rendezvous: str) -> dict[str, Tensor
     device = torch.device("cuda", rank) if on_gpus else torch.device(where or "cpu")
     if on_gpus:
         torch.cuda.set_device(device)
-    name = {"nccl": "Nccl", "symm_mem": "SymmMem", "gloo": "Gloo"}[backend]
-    Backend = getattr(importlib.import_module(f"plugins.comm.{backend}"), f"{name}Backend")
     plan = Plan(tp_attn=size, tp_expert=size)
-    comm_backend = Backend(NoOptions())
+    plugins = PluginManager.load()
+    comm_backend = plugins.table("comm").create(PluginChoice(name=backend), key="comm.tp")
     if size == 1:  # a mesh has no group there; the backend must still be right
         store = dist.FileStore(rendezvous, 1)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
