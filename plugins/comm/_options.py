@@ -8,5 +8,5 @@ class SymmMemOptions:
     """Of `symm_mem`."""
 
     # Whether the all-reduce of a step of few rows adds to the residual and normalises in the same
-    # launch. Right in Triton's interpreter; off until it was measured on several GPUs.
-    fuse_norm: bool = False
+    # launch.
+    fuse_norm: bool = True

@@ -26,10 +26,20 @@ _MOST_BYTES_RATIO = 2.0  # that prompts send of what they must, so that the host
 
 
 def create(options: NcclOptions, spec: A2ASpec) -> Dispatcher:
-    """The dispatcher of a phase."""
+    """The dispatcher of a phase. All ranks of the axis make theirs at once."""
+    if spec.device.type == "cuda":
+        _connect(spec)
     if sizes_are_fixed(options, spec):
         return FixedDispatcher(spec, fp8=options.fp8 and spec.fp8)
     return NcclDispatcher(options, spec)
+
+
+def _connect(spec: A2ASpec) -> None:
+    """Ranks that send to each other connect now, not beside kernels that wait for one another (see
+    plugins.comm._nccl_group)."""
+    ones = [1] * spec.comm.size
+    spec.comm.all_to_all(torch.zeros(spec.comm.size, device=spec.device), ones, ones)
+    torch.cuda.synchronize()
 
 
 def sizes_are_fixed(options: NcclOptions, spec: A2ASpec) -> bool:
