@@ -118,6 +118,7 @@ class Scheduler:
         self._chunk_tokens = config.chunked_prefill_size
         self._step_prefill_tokens = config.max_prefill_tokens
         self._mixed_tokens = mixed_tokens
+        self._burst_tokens = 0  # prompt tokens of a step with decodes, since none waited
         self._chosen_step_s = config.cpu_step_s
         self._pace = UNKNOWN_PACE if config.cpu_step_s == 0 else pace
         self._slowness = 1.0  # of late, against the pace
@@ -367,7 +368,10 @@ class Scheduler:
 
     def _plan_prefills(self, draft: _Draft, *, may_admit: bool) -> None:
         """Add rows for prompts, running ones and those that enter, while the budget lasts."""
-        if not self._prefilling and not (may_admit and self._waiting):
+        if not self._prefilling and not self._waiting:
+            self._burst_tokens = 0
+            return
+        if not self._prefilling and not may_admit:
             return
         budget = PromptBudget(
             tokens=self._prompt_tokens(draft),
@@ -385,7 +389,8 @@ class Scheduler:
 
     def _prompt_tokens(self, draft: _Draft) -> int:
         """Prompt tokens of a step. Beside decodes what waits is spread evenly over steps of about
-        `mixed_tokens`, lest decodes wait long, but over no more than a few, lest prompts do."""
+        `mixed_tokens`, lest decodes wait long, but over no more than a few, lest prompts do: each
+        step costs its launches and its decodes. Steps don't shrink until no prompt waits."""
         most = self._step_prefill_tokens
         if self._mixed_tokens is None or not draft.num_decodes:
             return most
@@ -393,7 +398,8 @@ class Scheduler:
         num_steps = min(max(round(backlog / self._mixed_tokens), 1), BACKLOG_STEPS)
         # What is known of prompts that wait may be too little: the cache may lose what it had.
         least = self._mixed_tokens * 3 // 4
-        return min(max(-(-backlog // num_steps), least, 1), most)
+        self._burst_tokens = max(-(-backlog // num_steps), least, 1, self._burst_tokens)
+        return min(self._burst_tokens, most)
 
     @property
     def _backlog_tokens(self) -> int:

@@ -60,8 +60,8 @@ def prompt_tokens(scheduler: Scheduler, prompts: list[int], num_steps: int) -> l
         (1024, [1152], [1152, 0]),  # no second step for what is left
         (1024, [700, 700, 700], [1050, 1050, 0]),
         (None, [1024, 1024], [2048, 0]),
-        (1024, [2048] * BACKLOG_STEPS, [2048, 2048 * (BACKLOG_STEPS - 1) // BACKLOG_STEPS]),
-        (512, [8000] * BACKLOG_STEPS, [8000, 8000 * (BACKLOG_STEPS - 1) // BACKLOG_STEPS]),
+        (1024, [2048] * BACKLOG_STEPS, [2048] * BACKLOG_STEPS + [0]),
+        (512, [8000] * BACKLOG_STEPS, [8000] * BACKLOG_STEPS + [0]),
         (512, [8000] * 10, [8192, 8192]),
     ],
 )
@@ -70,6 +70,17 @@ def test_prompts_are_spread_over_steps_with_decodes(
 ) -> None:
     made = scheduler(mixed)
     assert prompt_tokens(made, prompts, len(expected)) == expected
+
+
+def test_a_burst_ends_when_no_prompt_waits() -> None:
+    """Its large steps are not those of the prompts that come after it."""
+    made = scheduler(512)
+    assert prompt_tokens(made, [2000] * BACKLOG_STEPS, BACKLOG_STEPS + 1)[-1] == 0
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    made.admit([Generate("later", [9] * 1024, sampling)])
+    plan = made.next_batch()
+    assert plan is not None
+    assert sum(plan.lengths[plan.num_decodes :]) == 512
 
 
 def test_a_step_without_decodes_takes_what_there_is() -> None:
