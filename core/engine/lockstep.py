@@ -32,6 +32,12 @@ Why nothing hangs:
    crosses its facts arrives before the agreement, on the same ordered link, and is dropped there.
 4. A busy leader without rows has a step in flight (the scheduler asserts that), which this turn
    commits. So a round in which nobody runs is followed by one with rows or by parking.
+
+Who plans a step learns what the others' plans hold only afterwards. What it needs to know before,
+whether any of them has requests that wait for its prompts, each therefore says a round earlier
+(`decodes_follow`). That is never too little: a request decodes in step n+1 only if it did in step n
+and goes on, or if its prompt ended in step n, which the plan of step n knows. It may be too much,
+as requests end meanwhile. It makes plans smaller, never empty, so that nothing above depends on it.
 """
 
 from collections.abc import Sequence
@@ -53,6 +59,7 @@ class RankFacts(msgspec.Struct, frozen=True, array_like=True, tag=True):
     has_prefill: bool
     busy: bool  # requests are live or a step is not committed: don't park
     best_only: bool = True  # its decodes want the best tokens alone
+    decodes_follow: bool = False  # `StepPlan.decodes_follow`; without a plan there are none
 
 
 class Wake(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -67,6 +74,7 @@ class Agreement(msgspec.Struct, frozen=True, array_like=True, tag=True):
     round: int
     facts: StepFacts
     parks: bool  # nobody has rows or expects any: wait for work
+    decodes_follow: list[bool]  # by DP rank: whether it may have decodes in the next step
 
     @property
     def runs(self) -> bool:
@@ -193,6 +201,7 @@ def rank_facts(round_number: int, plan: StepPlan | None, *, busy: bool) -> RankF
         has_prefill=plan.num_decodes < len(plan.slots),
         busy=busy,
         best_only=plan.best_only,
+        decodes_follow=plan.decodes_follow,
     )
 
 
@@ -209,4 +218,5 @@ def settle(told: list[RankFacts]) -> Agreement:
             best_only=all(facts.best_only for facts in told),
         ),
         parks=not any(rows) and not any(facts.busy for facts in told),
+        decodes_follow=[facts.decodes_follow for facts in told],
     )

@@ -89,6 +89,7 @@ class EngineLoop:
         self.wait_for_work = wait_for_work
         self.report = report
         self.parked = True  # all DP ranks are, or none
+        self._decodes_follow: list[bool] = []  # by DP rank, of the last round
 
     def run(self) -> NoReturn:
         """Serve until the process ends."""
@@ -125,9 +126,9 @@ class EngineLoop:
         return self.scheduler.commit(running.plan, result)
 
     def _launch(self, *, alone: bool) -> RunningStep | None:
-        plan = self.scheduler.next_batch()
+        plan = self.scheduler.next_batch(self._decodes_follow)
         agreement = self.lockstep.agree(plan, busy=self.scheduler.has_work)
-        self.parked = agreement.parks
+        self.parked, self._decodes_follow = agreement.parks, agreement.decodes_follow
         if not agreement.runs:
             return None
         step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)

@@ -127,6 +127,7 @@ class Scheduler:
         self._next_expiry_s = 0.0
         self._page_size = config.settled_page_size
         self._max_model_len = max_model_len
+        self._dp_rank = dp_rank
         self._eos_ids = frozenset(eos_ids)
         # Each DP rank draws other seeds, lest the same prompt get the same answer on all.
         self._rng = random.Random(config.seed if dp_rank == 0 else f"{config.seed}/{dp_rank}")
@@ -290,9 +291,10 @@ class Scheduler:
                 return True
         return False
 
-    def next_batch(self) -> StepPlan | None:
+    def next_batch(self, decodes_follow: Sequence[bool] = ()) -> StepPlan | None:
         """Plan the next step; None where nothing can run before the step in flight is committed,
-        or at all. The lists of a plan are never changed afterwards."""
+        or at all. The lists of a plan are never changed afterwards. `decodes_follow`: what each DP
+        rank's last plan said; this one's own doesn't count."""
         assert len(self._in_flight) < 2, "commit the oldest step first"
         step = self._planned + 1
         decode = self._decode
@@ -318,7 +320,12 @@ class Scheduler:
         self._table_changes.clear()
         # Who gave way may still get a token from the step in flight, so nobody enters now; before
         # the next planned step that one is committed.
-        self._plan_prefills(draft, may_admit=not starved)
+        others_decode = any(
+            follows for dp_rank, follows in enumerate(decodes_follow) if dp_rank != self._dp_rank
+        )
+        self._plan_prefills(
+            draft, may_admit=not starved, beside_decodes=num_decodes > 0 or others_decode
+        )
         self._residents.end_step()
         if not draft.requests:
             assert self._in_flight or not self._waiting, "requests wait, but nothing can run"
@@ -339,6 +346,7 @@ class Scheduler:
             table_pages=draft.table_pages,
             num_logprob_rows=draft.num_logprob_rows,
             best_only=draft.best_only,
+            decodes_follow=len(decode) > 0,
         )
 
     def _grow_decodes(self, step: int) -> bool:
@@ -366,15 +374,16 @@ class Scheduler:
         self._decode.grew(needy, step)
         return starved
 
-    def _plan_prefills(self, draft: _Draft, *, may_admit: bool) -> None:
-        """Add rows for prompts, running ones and those that enter, while the budget lasts."""
+    def _plan_prefills(self, draft: _Draft, *, may_admit: bool, beside_decodes: bool) -> None:
+        """Add rows for prompts, running ones and those that enter, while the budget lasts.
+        `beside_decodes`: of this DP rank or of others, who wait for the step as well."""
         if not self._prefilling and not self._waiting:
             self._burst_tokens = 0
             return
         if not self._prefilling and not may_admit:
             return
         budget = PromptBudget(
-            tokens=self._prompt_tokens(draft),
+            tokens=self._prompt_tokens(beside_decodes),
             chunk=self._chunk_tokens,
             seconds=self._prompt_s(draft),
             pace=self._pace,
@@ -387,12 +396,12 @@ class Scheduler:
         ):
             self._plan_pass(draft, candidates, budget, may_admit=may_admit)
 
-    def _prompt_tokens(self, draft: _Draft) -> int:
+    def _prompt_tokens(self, beside_decodes: bool) -> int:
         """Prompt tokens of a step. Beside decodes what waits is spread evenly over steps of about
         `mixed_tokens`, lest decodes wait long, but over no more than a few, lest prompts do: each
         step costs its launches and its decodes. Steps don't shrink until no prompt waits."""
         most = self._step_prefill_tokens
-        if self._mixed_tokens is None or not draft.num_decodes:
+        if self._mixed_tokens is None or not beside_decodes:
             return most
         backlog = self._backlog_tokens
         num_steps = min(max(round(backlog / self._mixed_tokens), 1), BACKLOG_STEPS)

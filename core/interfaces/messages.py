@@ -149,6 +149,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     table_pages: list[int]
     num_logprob_rows: int = 0  # positions whose prompt logprobs are wanted, over all rows
     best_only: bool = False  # all decodes take the best tokens, and no more of logits is wanted
+    decodes_follow: bool = False  # there may be decodes in the next step; if not, there are none
 
 
 class StepFacts(msgspec.Struct, frozen=True, array_like=True):

@@ -35,7 +35,8 @@ def test_facts_of_a_plan():
 def test_what_follows_from_everybodys_facts():
     told = [rank_facts(3, PLAN, busy=True), NOTHING, rank_facts(3, DECODES, busy=True)]
     agreement = settle(told)
-    assert agreement == Agreement(3, StepFacts([7, 0, 2], [2, 0, 2], [4, 0, 0], True), parks=False)
+    facts = StepFacts([7, 0, 2], [2, 0, 2], [4, 0, 0], True)
+    assert agreement == Agreement(3, facts, parks=False, decodes_follow=[False] * 3)
     assert agreement.runs
     assert not settle([rank_facts(3, DECODES, busy=True)]).facts.has_prefill
 
@@ -131,3 +132,9 @@ def test_the_best_tokens_do_only_where_every_dp_rank_says_so() -> None:
     told = [rank_facts(3, best, busy=True), NOTHING]
     assert settle(told).facts.best_only
     assert not settle([*told, rank_facts(3, DECODES, busy=True)]).facts.best_only
+
+
+def test_all_hear_who_decodes_in_the_step_after() -> None:
+    goes_on = msgspec.structs.replace(DECODES, decodes_follow=True)
+    told = [rank_facts(3, plan, busy=True) for plan in (goes_on, PLAN, None)]
+    assert settle(told).decodes_follow == [True, False, False]

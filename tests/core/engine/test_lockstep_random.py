@@ -102,6 +102,7 @@ class FakeLauncher:
         self._collectives = collectives
         self._rank, self._dp_rank = rank, dp_rank
         self._runner = runner
+        self._decodes_follow = False  # as the last step's plan said
         self.num_running = 0
         # Where steps take long a leader waits for one before it plans the next.
         self.pace = collectives.world.random.choice([Pace(), Pace(token_s=LONG_STEP_S)])
@@ -109,6 +110,8 @@ class FakeLauncher:
     def launch(self, step: AgreedStep) -> Callable[[], StepResult]:
         done = self._collectives.launch(self._rank, step.facts)
         result = self._runner.run_agreed(step, self._dp_rank)
+        assert self._decodes_follow or not step.plan.num_decodes, "decodes that nobody foretold"
+        self._decodes_follow = step.plan.decodes_follow
         self.num_running += 1
         assert self.num_running <= 2, "launched far ahead of what is done"
 
@@ -167,6 +170,7 @@ class Leader:
             eos_ids=EOS_IDS,
             dp_rank=dp_rank,
             headroom_tokens=1,
+            mixed_tokens=engine.mixed_tokens,
         )
         self.inbox: deque[EngineInput] = deque()
         self._engine = engine
@@ -244,6 +248,7 @@ class Engine:
             max_prefill_tokens=draw.choice([3, 8, 100]),
             disable_prefix_cache=draw.random() < 0.3,
         )
+        self.mixed_tokens = draw.choice([None, 1, 3])
         self.pool_tokens = draw.choice([16, 40, 120]) // self.config.page_size
         self.pool_tokens *= self.config.page_size
         self.num_pages = 1 + self.pool_tokens // self.config.page_size
