@@ -142,9 +142,13 @@ def setting(key: str, value: str) -> str:
     """A word for the shell, with the quotes that the shell and Hydra need."""
     if _PLAIN.fullmatch(value):
         return f"{key}={value}"
-    # In Hydra's quotes a backslash is one, but before a quote.
+    return shlex.quote(f"{key}={quoted(value)}")
+
+
+def quoted(value: str) -> str:
+    """Text in Hydra's quotes, in which a backslash is one, but before a quote."""
     escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', '\\"'), value)
-    return shlex.quote(f'{key}="{escaped}"')
+    return f'"{escaped}"'
 
 
 def key_of_flag(name: str) -> str | None:

@@ -49,9 +49,9 @@ def start(config: AppConfig, plugins: PluginManager, launcher: Launcher) -> int:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(steady_output())
         display = Display()
-        display.note(f"starting {_served_name(config)}: looking for the model's files")
+        display.note(f"starting {served_name(config)}: looking for the model's files")
         group = stack.enter_context(meet(launcher.site(), config, display))
-        node = _prepare(config, plugins, launcher, group, display)
+        node = prepare(config, plugins, launcher, group, display)
         display.num_workers = node.resolved.plan.world_size
         endpoints = _agree(node, plugins, group, display)
         if endpoints is None:
@@ -60,18 +60,19 @@ def start(config: AppConfig, plugins: PluginManager, launcher: Launcher) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Node:
-    """What this node is going to run."""
+class Node:
+    """What a node is going to run."""
 
     resolved: Resolved
     machine: Machine
     placements: Sequence[Placement]
 
 
-def _prepare(
+def prepare(
     config: AppConfig, plugins: PluginManager, launcher: Launcher, group: Group, display: Display
-) -> _Node:
-    """Find the model's files and settle everything."""
+) -> Node:
+    """Find the model's files and settle everything. Starts nothing; raises NodeweaveError where
+    the configuration does not fit the model or this machine."""
     group.enter("find the model's files")
     machine = find_machine(config.engine.device)
     files = resolve_files(config.model, _progress(display, group))
@@ -80,10 +81,10 @@ def _prepare(
         for warning in (*files.warnings, *resolved.spec.warnings):
             display.note(f"warning: {warning}")
     placements = launcher.placements(resolved.plan, machine)
-    return _Node(resolved=resolved, machine=machine, placements=placements)
+    return Node(resolved=resolved, machine=machine, placements=placements)
 
 
-def _agree(node: _Node, plugins: PluginManager, group: Group, display: Display) -> Endpoints | None:
+def _agree(node: Node, plugins: PluginManager, group: Group, display: Display) -> Endpoints | None:
     """Have all nodes compare what must be the same; where their processes meet. None on one node.
 
     Raises GroupError with all differences, ResourceError for a port that is taken.
@@ -115,7 +116,7 @@ def _agree(node: _Node, plugins: PluginManager, group: Group, display: Display) 
 
 
 def _supervise(
-    node: _Node,
+    node: Node,
     endpoints: Endpoints,
     group: Group,
     display: Display,
@@ -149,7 +150,7 @@ def _supervise(
         [
             *([_frontend(resolved, endpoints)] if leads else []),
             *(
-                _worker(
+                worker_spec(
                     node, endpoints, placement, site.node_rank if several else None, environment
                 )
                 for placement in node.placements
@@ -180,33 +181,38 @@ def _progress(display: Display, group: Group) -> Callable[[str, int, int, str], 
     return show
 
 
-def _frontend(resolved: Resolved, endpoints: Endpoints) -> ProcessSpec:
-    boot = FrontendBoot(
+def frontend_boot(resolved: Resolved, endpoints: Endpoints) -> FrontendBoot:
+    """What whoever takes requests needs to know."""
+    return FrontendBoot(
         config=resolved.config,
         endpoints=endpoints,
         files=resolved.files,
         served=Served(
-            name=_served_name(resolved.config),
+            name=served_name(resolved.config),
             max_model_len=resolved.max_model_len,
             vocab_size=resolved.spec.vocab_size,
             info=_public_info(resolved),
         ),
     )
+
+
+def _frontend(resolved: Resolved, endpoints: Endpoints) -> ProcessSpec:
     return ProcessSpec(
         name=FRONTEND,
         module="core.serve.process",
-        boot=msgspec.json.encode(boot),
+        boot=msgspec.json.encode(frontend_boot(resolved, endpoints)),
         is_worker=False,
     )
 
 
-def _worker(
-    node: _Node,
+def worker_spec(
+    node: Node,
     endpoints: Endpoints,
     placement: Placement,
-    node_rank: int | None,
-    environment: Mapping[str, str],
+    node_rank: int | None = None,
+    environment: Mapping[str, str] = {},
 ) -> ProcessSpec:
+    """The process of one rank. `node_rank`: where there are several nodes."""
     boot = WorkerBoot(
         config=node.resolved.config,
         plan=node.resolved.plan,
@@ -228,7 +234,8 @@ def _worker(
     )
 
 
-def _served_name(config: AppConfig) -> str:
+def served_name(config: AppConfig) -> str:
+    """What clients call the model."""
     return config.model.served_name or config.model.name
 
 
@@ -254,7 +261,7 @@ def _public_info(resolved: Resolved) -> dict[str, object]:
 
 
 def _summary(
-    node: _Node,
+    node: Node,
     nnodes: int,
     ready: Mapping[str, Ready],
     phases: Mapping[str, float],
@@ -266,7 +273,7 @@ def _summary(
     frontend = ready[FRONTEND].info
     leader = workers["worker 0"]
     return SummaryInfo(
-        served_name=_served_name(resolved.config),
+        served_name=served_name(resolved.config),
         architecture=resolved.spec.architecture,
         num_parameters=leader["num_parameters"],
         dtype=leader["dtype"],

@@ -32,6 +32,26 @@ def signal_pipe() -> Iterator[socket.socket]:
                 signal.signal(number, handler)
 
 
+class OwnSignals:
+    """Signals that a program sends to a supervisor inside it by hand: in a thread, where the
+    process's own belong to the program. Nothing arrives by itself, SIGCHLD neither."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+
+    def send(self, number: signal.Signals) -> None:
+        """From any thread; after the pipe was closed it does nothing."""
+        with contextlib.suppress(OSError):
+            self._writer.send(bytes([number]))
+
+    @contextlib.contextmanager
+    def pipe(self) -> Iterator[socket.socket]:
+        """What `signal_pipe` gives, once."""
+        with self._reader, self._writer:
+            yield self._reader
+
+
 def leave_signals_to_parent() -> None:
     """In a child: a signal that asks to end does nothing, as the parent decides for all.
 

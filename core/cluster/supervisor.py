@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from core.cluster.blame import cause, likeliest, patience_s
 from core.cluster.channel import INTERNAL, failure_exit_code
@@ -48,7 +49,7 @@ class Stage(enum.Enum):
 
 
 class Supervisor:
-    """The processes of one node. `run` once, from the main thread."""
+    """The processes of one node. `run` once, from the main thread unless `signals` are given."""
 
     def __init__(
         self,
@@ -61,11 +62,13 @@ class Supervisor:
         on_waiting: Callable[[Sequence[str]], None] = lambda lines: None,
         dropped_lines: Callable[[], int] = lambda: 0,
         group: Group | None = None,
+        signals: Callable[[], AbstractContextManager[socket.socket]] = signal_pipe,
     ) -> None:
         """`on_status` gets every status with the process's name; `on_ready` what each said, once
         all are ready; `on_error` the text of what made the engine fail, once; `on_waiting` now
         and then whom a start waits for. They run inside the loop: keep them short. `dropped_lines`
-        tells how many lines of this process's own log were dropped so far.
+        tells how many lines of this process's own log were dropped so far. `signals` opens what
+        the numbers of signals are read from; those of the process, unless given.
 
         On node 0 of several, statuses and what was said are those of all nodes' workers.
         """
@@ -78,6 +81,7 @@ class Supervisor:
         self._own_dropped_lines = dropped_lines
         self._told_dropped_lines = 0
         self._group = group or Alone()
+        self._signals = signals
         self._leads = self._group.site.node_rank == 0
         self._vigil = Vigil(launch.step_timeout_s)
         self._children: list[Child] = []
@@ -98,7 +102,7 @@ class Supervisor:
         start instead. A second one ends everything at once, streams with an error event. Both give
         status 128 + signal.
         """
-        with signal_pipe() as pipe, self._selector:
+        with self._signals() as pipe, self._selector:
             try:
                 self._selector.register(pipe, selectors.EVENT_READ)
                 if self._group.fd is not None:
@@ -128,10 +132,10 @@ class Supervisor:
                 numbers += pipe.recv(4096)
             elif isinstance(key.data, Child) and key.fd == key.data.status_fd:
                 self._read(key.data)
-        if signal.SIGCHLD in numbers:
-            for child in self._children:
-                if child.has_exited():
-                    self._read(child)  # its last words, sent before its end
+        for child in self._children:
+            # A supervisor in a thread gets no SIGCHLD; it sees the status pipe's end.
+            if (signal.SIGCHLD in numbers or child.status_ended) and child.has_exited():
+                self._read(child)  # its last words, sent before its end
         paused_s = self._vigil.look(self._children)
         if self._deadline is not None:
             self._deadline += paused_s  # the children were paused too, or were not heard

@@ -34,6 +34,7 @@ LAYERS = (
     "plan_report",
     "plan",
     "start",
+    "llm",
     "run",
 )
 PLUGINS_MAY_IMPORT = {"errors", "config", "parallel", "interfaces", "kernels", "hookspecs"}

@@ -5,11 +5,14 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ import pytest
 from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.process import ProcessSpec
 from core.cluster.process_stat import process_state
+from core.cluster.signals import OwnSignals, signal_pipe
 from core.cluster.supervisor import FAREWELL_S, Supervisor
 from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
@@ -59,6 +63,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         on_status: Callable[[Run, str, ChildStatus], None] = lambda run, name, status: None,
         group: Group | None = None,
         dropped_lines: Callable[[], int] = lambda: 0,
+        signals: Callable[[], AbstractContextManager[socket.socket]] = signal_pipe,
         **launch: Any,
     ) -> Run:
         result = Run(tmp_path / "log")
@@ -99,6 +104,7 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             on_error=error,
             dropped_lines=dropped_lines,
             group=group,
+            signals=signals,
         )
         result.exit_code = supervisor.run()
         result.end_seconds = time.monotonic() - started
@@ -119,6 +125,29 @@ def signal_self(*numbers: int) -> Callable[[Run], None]:
             os.kill(os.getpid(), number)
 
     return act
+
+
+# In a thread, where the process's signals are somebody else's.
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_in_a_thread_it_is_told_by_hand(engine: Callable[..., Run], exit_code: int) -> None:
+    """An end that is asked for, and one that nobody asked for and no SIGCHLD tells of."""
+    signals = OwnSignals()
+
+    def act(run: Run) -> None:
+        if exit_code:
+            kill("worker 1", signal.SIGKILL)(run)
+        else:
+            signals.send(signal.SIGTERM)
+
+    children = {"worker 0": "worker", "worker 1": "worker"}
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(engine, children, when_ready=act, signals=signals.pipe).result(30)
+    assert run.exit_code == exit_code
+    assert run.end_seconds < END_LIMIT_S
+    assert [("worker 1" in text and "SIGKILL" in text) for text in run.errors] == [True] * exit_code
+    signals.send(signal.SIGTERM)  # too late, and no error
 
 
 HEALTHY = {"worker 0": "worker", "worker 1": "worker", "frontend": "frontend"}

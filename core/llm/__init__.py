@@ -1,0 +1,1 @@
+"""The offline Python API: `from core import LLM`."""
