@@ -16,14 +16,13 @@ a rank.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rank_processes
 from benchmarks.gpu_collectives import microseconds
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -48,12 +47,7 @@ def main() -> None:
     if arguments.rank is not None:
         run_rank(arguments)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.gpu_a2a", *sys.argv[1:]]
-        command += ["--folder", folder, "--rank"]
-        ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(arguments.ranks)]
-        status = max(rank.wait() for rank in ranks)
-    sys.exit(status)
+    sys.exit(rank_processes.run("benchmarks.gpu_a2a", arguments.ranks))
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

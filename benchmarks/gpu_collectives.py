@@ -12,13 +12,13 @@ Values are checked: every rank brings another number.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks import rank_processes
 
 KIB = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 65536)
 _CALLS, _REPLAYS = 20, 9
@@ -36,12 +36,7 @@ def main() -> None:
     if arguments.rank is not None:
         run_rank(arguments)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.gpu_collectives", *sys.argv[1:]]
-        command += ["--folder", folder, "--rank"]
-        ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(arguments.ranks)]
-        status = max(rank.wait() for rank in ranks)
-    sys.exit(status)
+    sys.exit(rank_processes.run("benchmarks.gpu_collectives", arguments.ranks))
 
 
 def run_rank(arguments: argparse.Namespace) -> None:

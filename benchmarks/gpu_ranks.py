@@ -13,9 +13,7 @@ ratio to a peer is taken by `benchmarks.gpu_peer` in the same run.
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -23,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_cells as cells
-from benchmarks import gpu_engine, gpu_profile
+from benchmarks import gpu_engine, gpu_profile, rank_processes
 
 CONF = Path(__file__).parents[1] / "conf" / "parallel"
-ENDS_WITHIN_S = 20.0
 
 
 def parse() -> argparse.Namespace:
@@ -72,26 +69,7 @@ def main() -> None:
         run_rank(arguments)
         return
     parallel = configuration(arguments).parallel
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.gpu_ranks", *sys.argv[1:]]
-        command += ["--folder", folder, "--rank"]
-        ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(parallel.tp)]
-        try:
-            status = ranks[0].wait()
-        finally:
-            end(ranks)
-    sys.exit(status)
-
-
-def end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Followers wait for steps for ever: the first rank's end is theirs."""
-    for rank in ranks:
-        rank.terminate()
-    for rank in ranks:
-        try:
-            rank.wait(ENDS_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            rank.kill()
+    sys.exit(rank_processes.run("benchmarks.gpu_ranks", parallel.tp))
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
