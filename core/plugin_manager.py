@@ -6,6 +6,7 @@ and never imports torch: a factory's module is imported when that factory is cho
 
 import importlib
 import importlib.metadata
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,12 +126,33 @@ class PluginTable:
         return loaded  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A name that a plugin registered."""
+
+    family: str
+    registration: Registration
+    overridden_by: str | None  # the plugin whose registration of that name is used instead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPlugin:
+    """What a loaded plugin is and does."""
+
+    name: str  # as plugins.blocklist and error messages have it
+    distribution: str
+    version: str
+    module: str  # or the class of an object
+    hooks: tuple[str, ...]  # that it implements, in the order of core.hookspecs
+    registered: tuple[Registered, ...]
+
+
 class PluginManager:
     """Every loaded plugin. Built by `load`; read-only afterwards."""
 
-    def __init__(self, manager: pluggy.PluginManager, versions: Mapping[str, str]) -> None:
+    def __init__(self, manager: pluggy.PluginManager, sources: Mapping[str, "_Source"]) -> None:
         self._manager = manager
-        self._versions = dict(versions)
+        self._sources = dict(sources)
         self._tables = {family: self._collect(family) for family in FAMILIES}
 
     @classmethod
@@ -168,12 +190,10 @@ class PluginManager:
                 f"plugins.blocklist names {name!r}, which is not there"
                 f"{did_you_mean(name, sources)}\nplugins: {', '.join(sources)}"
             )
-        versions = {}
-        for name, source in sources.items():
-            if name not in blocked:
-                _register(manager, source)
-                versions[name] = source.version
-        return cls(manager, versions)
+        loaded = {name: source for name, source in sources.items() if name not in blocked}
+        for source in loaded.values():
+            _register(manager, source)
+        return cls(manager, loaded)
 
     def table(self, family: str) -> PluginTable:
         """The registrations of one family (see `FAMILIES`)."""
@@ -253,7 +273,33 @@ class PluginManager:
 
     def fingerprint(self) -> dict[str, str]:
         """The version of every loaded plugin's distribution; nodes compare these."""
-        return dict(self._versions)
+        return {name: source.version for name, source in self._sources.items()}
+
+    def loaded(self) -> list[LoadedPlugin]:
+        """Every loaded plugin, in the order they were loaded."""
+        found: dict[str, list[Registered]] = {name: [] for name in self._sources}
+        for family, where in FAMILIES.items():
+            for name, registrations in self._call_each(where.hook):
+                for registration in registrations:
+                    used = self.table(family).plugin_of(registration.name)
+                    by = None if used == name else used
+                    found[name].append(Registered(family, registration, by))
+        return [
+            LoadedPlugin(
+                name=name,
+                distribution=source.distribution,
+                version=source.version,
+                module=_module_of(self._manager.get_plugin(name)),
+                hooks=self._hooks_of(name),
+                registered=tuple(found[name]),
+            )
+            for name, source in self._sources.items()
+        ]
+
+    def _hooks_of(self, name: str) -> tuple[str, ...]:
+        callers = self._manager.get_hookcallers(self._manager.get_plugin(name)) or []
+        implemented = {caller.name for caller in callers}
+        return tuple(hook for hook in vars(hookspecs) if hook in implemented)
 
     def _collect(self, family: str) -> PluginTable:
         plain: dict[str, Entry] = {}
@@ -338,6 +384,12 @@ class _Source:
     distribution: str
     version: str
     load: Callable[[], object]
+
+
+def _module_of(plugin: object) -> str:
+    if isinstance(plugin, types.ModuleType):
+        return plugin.__name__
+    return f"{type(plugin).__module__}:{type(plugin).__qualname__}"
 
 
 def _importer(module: str) -> Callable[[], object]:

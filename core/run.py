@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 HELP = """\
 usage: nodeweave +model=NAME [group=NAME ...] [key=value ...]
+       nodeweave plugins [--json]
        (or: python -m core.run ...)
 
 Serve a large language model over HTTP. A group chooses one of its configs, a key sets one value;
 every key with its default and unit is in docs/configuration.md, and --cfg job prints them all.
+`nodeweave plugins` lists what is installed.
 
 {groups}
 
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NodeweaveError as error:
         print_error(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:  # `| head` has read enough; the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         from core.loading.cache import cache_root
         from core.loading.disk_room import explained
@@ -68,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["plugins"]:
+        from core.plugin_list import main as list_plugins
+
+        return list_plugins(words[1:])
     if not is_ours(words):
         if not {"-h", "--help"} & set(words):
             raise ConfigError(correction(words, _catalog([]).groups))
@@ -91,7 +100,7 @@ def _run(words: list[str]) -> int:
         complete(flags.words, search_paths)
         return 0
     if flags.help:
-        print(HELP.format(groups=_group_lines(_catalog(search_paths))), end="")
+        print(HELP.format(groups=_group_lines(_catalog(search_paths))), end="", flush=True)
         return 0
     try:
         config = compose(overrides, search_paths)
@@ -102,7 +111,7 @@ def _run(words: list[str]) -> int:
     if problems:
         raise PlanError(problems)
     if flags.cfg is not None:
-        print(to_yaml(config), end="")
+        print(to_yaml(config), end="", flush=True)
         return 0
     plugins.require_serving(config)
     launcher = plugins.table("launcher").create(

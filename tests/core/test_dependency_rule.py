@@ -31,6 +31,7 @@ LAYERS = (
     "habits",
     "catalog",
     "compose",
+    "plugin_list",
     "plan_report",
     "plan",
     "start",

@@ -128,6 +128,20 @@ def test_the_console_script_answers(installed):
     assert (done.returncode, done.stdout.split()[0]) == (0, "nodeweave")
 
 
+def test_installed_plugins_are_listed_with_where_they_come_from(installed):
+    done = installed.run("nodeweave", "plugins", "--json")
+    assert done.returncode == 0, done.stderr
+    plugins = {plugin["name"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
+    acme = plugins["acme_attention"]
+    assert (acme["distribution"], acme["version"]) == ("acme-attention", "0.3.0")
+    assert acme["module"] == "acme_attention"
+    assert acme["hooks"] == ["register_attention", "config_searchpath"]
+    [registration] = acme["registrations"]
+    assert (registration["family"], registration["name"]) == ("attention", "acme")
+    assert registration["options"] == ["query_block"]
+    assert plugins["acme_plan"]["registrations"][0]["family"] == "parallel_plan"
+
+
 def test_the_third_party_backend_is_selected_by_name(installed):
     done = installed.compose("attention=acme", "attention.decode.options.query_block=8")
     assert done.returncode == 0, done.stderr
