@@ -37,6 +37,7 @@ PARAGRAPH = (
 )
 MAX_TOKENS = 80
 PATIENCE_S = 600.0
+NUM_WORST = 12
 
 
 @dataclass
@@ -56,10 +57,19 @@ class Found:
     gaps_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)  # this process's own timers
+    worst: list[tuple[float, str]] = field(default_factory=list)  # gaps, and when they ended
+
+    def gap(self, seconds: float) -> None:
+        """One between two tokens."""
+        self.gaps_s.append(seconds)
+        if len(self.worst) < NUM_WORST or seconds > self.worst[-1][0]:
+            self.worst = sorted([*self.worst, (round(seconds, 2), time.strftime("%H:%M:%S"))])
+            self.worst = self.worst[: -NUM_WORST - 1 : -1]
 
     def row(self) -> dict[str, Any]:
         return {
             "gaps": spread(self.gaps_s),
+            "worst_gaps": self.worst,
             "first_token": spread(self.first_token_s),
             "own_timers_late": spread(self.late_s),
         }
@@ -160,7 +170,7 @@ class Streams:
             if last_s is None:
                 self.found.first_token_s.append(now_s - begin_s)
             else:
-                self.found.gaps_s.append(now_s - last_s)
+                self.found.gap(now_s - last_s)
             last_s = now_s
             text += piece
         if num_tokens == 0:
