@@ -80,6 +80,11 @@ class Steps(Protocol):
         """How many steps `capture` records."""
         ...
 
+    @property
+    def most_prompt_rows(self) -> int:
+        """Rows of the largest step with prompts that `capture` records; 0: it records none."""
+        ...
+
     def rehearse(self) -> None:
         """Launch what `capture` would record, without recording it."""
         ...
@@ -138,6 +143,7 @@ class EagerSteps:
 
     graph_bytes = 0
     num_captures = 0
+    most_prompt_rows = 0
 
     def __init__(self, parts: RankParts, reason: str) -> None:
         self._parts = parts

@@ -133,6 +133,10 @@ class GraphedSteps:
     def num_captures(self) -> int:
         return self._rest.num_captures + len(self.sizes)
 
+    @property
+    def most_prompt_rows(self) -> int:
+        return self._rest.most_prompt_rows
+
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Every size, the largest first. Leaves what `capture` leaves."""
@@ -264,7 +268,7 @@ def make_steps(
     rest: Steps = EagerSteps(parts, "none is captured")
     most_rows = engine.max_prefill_tokens + engine.running_limit
     sizes = prompt_sizes(min(engine.max_graph_tokens, most_rows), multiple)
-    captures_prompts = parts.plan.dp == 1 and parts.attention.prompts_capturable
+    captures_prompts = parts.attention.prompts_capturable
     for dispatcher in dispatchers.values():
         captures_prompts &= dispatcher.capturable
     if captures_prompts and sizes:

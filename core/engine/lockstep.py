@@ -58,8 +58,9 @@ class RankFacts(msgspec.Struct, frozen=True, array_like=True, tag=True):
     logprob_rows: int  # prompt positions whose logprobs are wanted
     has_prefill: bool
     busy: bool  # requests are live or a step is not committed: don't park
-    best_only: bool = True  # its decodes want the best tokens alone
+    best_only: bool = True  # its requests want the best tokens alone
     decodes_follow: bool = False  # `StepPlan.decodes_follow`; without a plan there are none
+    sequences: int = 0  # rows of the plan: decodes and prompts
 
 
 class Wake(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -202,6 +203,7 @@ def rank_facts(round_number: int, plan: StepPlan | None, *, busy: bool) -> RankF
         busy=busy,
         best_only=plan.best_only,
         decodes_follow=plan.decodes_follow,
+        sequences=len(plan.slots),
     )
 
 
@@ -216,6 +218,7 @@ def settle(told: list[RankFacts]) -> Agreement:
             logprob_rows=[facts.logprob_rows for facts in told],
             has_prefill=any(facts.has_prefill for facts in told),
             best_only=all(facts.best_only for facts in told),
+            most_sequences=max(facts.sequences for facts in told),
         ),
         parks=not any(rows) and not any(facts.busy for facts in told),
         decodes_follow=[facts.decodes_follow for facts in told],

@@ -3,14 +3,16 @@
 Where a step's kernels take less time than the host takes to launch them, as with few prompt tokens
 or many small experts, the first token waits for the host. A recorded step has T rows of at most
 MOST_SEQUENCES sequences, decodes among them; fewer are padded. Larger steps, and those whose prompt
-logprobs are wanted, are left to other steps. Knows nothing of scheduling. With several DP ranks
-nothing is recorded: they don't know how many sequences the others have.
+logprobs are wanted, are left to other steps. Knows nothing of scheduling.
+
+With several DP ranks all replay the same size, that of the one with most rows, also those that only
+decode and those without rows; they agree on most rows and most sequences before the step.
 
 Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,8 +27,12 @@ from core.engine.step_input import StepInput, send_prompts
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.messages import StepFacts, StepPlan
 from core.kernels.stage import PromptRows, Staging, packed_prompts_length
+from core.parallel.rows import StepRows
 
 MOST_SEQUENCES = 32
+# Rows of padding of all DP ranks together, where there are fewer real ones: they travel like these,
+# and more of them cost more than launching does.
+MOST_PADDING = 2048
 _SIZES = (64, 128, 192, 256, *range(384, 1025, 128))
 
 
@@ -35,6 +41,12 @@ def prompt_sizes(most_rows: int, multiple: int = 1) -> list[int]:
     out the rows of a step."""
     sizes = [*_SIZES, *range(1280, most_rows + 1, 256)]
     return sorted({-(-size // multiple) * multiple for size in sizes if size <= most_rows})
+
+
+def padding_pays(size: int, by_dp: Sequence[int]) -> bool:
+    """Whether ranks that have `by_dp` rows had better replay a step of `size` rows each."""
+    total = sum(by_dp)
+    return size * len(by_dp) - total <= max(total, MOST_PADDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,9 @@ class PromptGraphs:
         staging: Staging,
         recorder: Recorder,
     ) -> None:
-        assert parts.plan.dp == 1, "DP ranks don't agree on numbers of sequences"
         self._parts, self._rest = parts, rest
+        # All DP ranks gather logits where one of them needs more than the best tokens.
+        self._head_is_shared = parts.plan.dp > 1 and not parts.plan.dp_lm_head
         self._staging, self._recorder = staging, recorder
         self._max_model_len, self._sizes = max_model_len, tuple(sizes)
         state, most = parts.state, self._sizes[-1]
@@ -90,6 +103,10 @@ class PromptGraphs:
     def num_captures(self) -> int:
         return len(self._sizes)
 
+    @property
+    def most_prompt_rows(self) -> int:
+        return self._sizes[-1]
+
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Every size. Leaves what `capture` leaves."""
@@ -103,7 +120,7 @@ class PromptGraphs:
 
     def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
         """Any step; replayed where its size was captured."""
-        captured = self._captured_for(plan, facts)
+        captured = self._captured_for(facts)
         if captured is None:
             return self._rest.compute(plan, facts)
         rows, state = captured.rows, self._parts.state
@@ -111,10 +128,7 @@ class PromptGraphs:
         slots, contexts = send_prompts(self._input, plan, rows)
         logits_SL, best_S = captured.replay()
         count = len(slots)
-
-        def whole() -> Tensor:
-            return self._parts.model.head.whole(logits_SL, self._parts.rows([best_S.shape[0]]))
-
+        whole = self._whole(logits_SL, best_S.shape[0], facts)
         if all(plan.samples):
 
             def store(ids_R: Tensor) -> None:
@@ -143,13 +157,27 @@ class PromptGraphs:
         """Eagerly."""
         return self._rest.logits(hidden_RE, by_dp)
 
-    def _captured_for(self, plan: StepPlan, facts: StepFacts) -> _Captured | None:
-        num_rows = facts.rows[0]
-        if not facts.has_prefill or facts.logprob_rows[0] or num_rows > self._sizes[-1]:
+    def _captured_for(self, facts: StepFacts) -> _Captured | None:
+        """The same on all ranks."""
+        most = max(facts.rows)
+        if not facts.has_prefill or any(facts.logprob_rows) or most > self._sizes[-1]:
             return None
-        if len(plan.slots) > self._last_S.shape[0]:
+        size = self._sizes[bisect_left(self._sizes, most)]
+        if facts.most_sequences > self._last_S.shape[0] or not padding_pays(size, facts.rows):
             return None
-        return self._captured.get(self._sizes[bisect_left(self._sizes, num_rows)])
+        return self._captured.get(size)
+
+    def _whole(self, logits_AL: Tensor, num_rows: int, facts: StepFacts) -> Callable[[], Tensor]:
+        """Gathers this rank's logits; where others need theirs from it, that is done now."""
+        whole = partial(self._parts.model.head.whole, logits_AL, self._rows_of_all(num_rows))
+        if not self._head_is_shared or facts.best_only:
+            return whole
+        logits_SV = whole()
+        return lambda: logits_SV
+
+    def _rows_of_all(self, num_rows: int) -> StepRows:
+        """So many rows of every DP rank."""
+        return self._parts.rows([num_rows] * self._parts.plan.dp)
 
     def _rows(self, size: int) -> PromptRows:
         return PromptRows(
@@ -185,10 +213,10 @@ class PromptGraphs:
             prefill=sequences,
         )
         wanted = parts.wanted(rows.last_S, rows.num_real_sequences)
-        hidden_SE = parts.forward(batch, parts.rows([num_rows]), "prefill", wanted)
+        hidden_SE = parts.forward(batch, self._rows_of_all(num_rows), "prefill", wanted)
         if wanted is None:
             hidden_SE = hidden_SE[rows.last_S]
-        head, head_rows = parts.model.head, parts.rows([size])
+        head, head_rows = parts.model.head, self._rows_of_all(size)
         logits_SL = head.partial(hidden_SE, head_rows)
         best_S = head.best(logits_SL, head_rows, self._staging)
         self._staging.store(best_S, rows.places, state.tokens_SL)

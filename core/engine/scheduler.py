@@ -540,6 +540,7 @@ class Scheduler:
                 draft.last.append((request, len(draft.sampled) if samples else -1))
         if samples:
             draft.sampled.append(request)
+            draft.best_only &= request.sampling.takes_best
         self._stats.prompt_tokens += length
 
     # Results

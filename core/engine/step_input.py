@@ -135,10 +135,11 @@ def send_prompts(source: StepInput, plan: StepPlan, rows: PromptRows) -> tuple[I
 
     def fill(array: Numbers) -> None:
         array[:] = 0
-        array[:HEADER] = ends[-1], num_sequences
+        num_rows = int(lengths.sum())
+        array[:HEADER] = num_rows, num_sequences
         starts = array[HEADER : HEADER + size + 1]
         starts[1 : num_sequences + 1] = ends
-        starts[num_sequences + 1 :] = ends[-1]
+        starts[num_sequences + 1 :] = num_rows
         lists = array[HEADER + size + 1 :].reshape(-1, size)
         lists[0, :num_sequences] = slots
         lists[1, :num_sequences] = contexts

@@ -18,7 +18,13 @@ from core.engine.lockstep import rank_facts, settle
 from core.engine.loop import warm_up
 from core.engine.memory import GIB, GRAPH_BYTES, HeldMemory
 from core.engine.runner import ModelRunner
-from core.engine.trial_steps import COSTLIEST, kernel_steps, largest_decode, largest_prefills
+from core.engine.trial_steps import (
+    COSTLIEST,
+    captured_prefill,
+    kernel_steps,
+    largest_decode,
+    largest_prefills,
+)
 from core.errors import ResourceError
 from core.interfaces.messages import AgreedStep, StepPlan
 from core.loading.cache import cache_dir
@@ -112,11 +118,14 @@ class Trial:
         torch.cuda.synchronize(self.device)
 
     def _decode(self, runner: ModelRunner) -> int:
-        """Run the largest decode step; about the bytes that capturing such steps will take: all
+        """Run the largest steps that may be captured; about the bytes that this will take: all
         share the memory of the largest."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._launch(runner, [largest_decode(self.engine, self.max_model_len)])
+        plans = [largest_decode(self.engine, self.max_model_len)]
+        if most_rows := runner.steps.most_prompt_rows:
+            plans.append(captured_prefill(self.engine, self.max_model_len, most_rows))
+        self._launch(runner, plans)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         num_captures = runner.steps.num_captures
         return peak + num_captures * GRAPH_BYTES if num_captures else 0

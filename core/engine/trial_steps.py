@@ -97,6 +97,13 @@ def largest_prefills(
     return steps
 
 
+def captured_prefill(engine: EngineConfig, max_model_len: int, most_rows: int) -> StepPlan:
+    """A step of at most so many rows, of as few prompts as may have them."""
+    length = min(longest_chunk(engine, max_model_len), most_rows)
+    count = min(engine.running_limit, most_rows // length)
+    return step(prompts=[(0, length)] * count)
+
+
 def longest_chunk(engine: EngineConfig, max_model_len: int) -> int:
     """New tokens that one prompt may have in a step."""
     chunk = engine.chunked_prefill_size

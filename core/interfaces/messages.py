@@ -148,7 +148,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     table_columns: list[int]
     table_pages: list[int]
     num_logprob_rows: int = 0  # positions whose prompt logprobs are wanted, over all rows
-    best_only: bool = False  # all decodes take the best tokens, and no more of logits is wanted
+    best_only: bool = False  # who samples takes the best tokens, and wants no more of logits
     decodes_follow: bool = False  # there may be decodes in the next step; if not, there are none
 
 
@@ -160,6 +160,7 @@ class StepFacts(msgspec.Struct, frozen=True, array_like=True):
     logprob_rows: list[int]  # prompt positions whose logprobs are wanted
     has_prefill: bool  # some DP rank computes a prompt
     best_only: bool = False  # `StepPlan.best_only` of every DP rank
+    most_sequences: int = 0  # rows of the plan that has most: decodes and prompts
 
 
 class AgreedStep(msgspec.Struct, frozen=True, array_like=True):

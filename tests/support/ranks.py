@@ -26,10 +26,11 @@ class _Meeting:
 class ThreadCommunicator:
     """core.interfaces.comm.Communicator between threads; sums in rank order on every rank."""
 
+    capturable = False
+
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
         self.size = len(meeting.slots)
-        self.capturable = False
         self._meeting = meeting
 
     def exchange(self, brought: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from core.config import EngineConfig, PluginChoice
 from core.engine.build import RankContext, build_rank
 from core.engine.graphs import graph_sizes, most_graph_rows, reason_for_eager
 from core.engine.offline import OfflineEngine
-from core.engine.prompt_graphs import prompt_sizes
+from core.engine.prompt_graphs import padding_pays, prompt_sizes
 from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
@@ -36,6 +37,7 @@ from plugins.attention._latent_torch_ref import TorchRefLatentBackend
 from plugins.attention._torch_ref_backend import TorchRefBackend
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE
+from tests.support.ranks import ThreadCommunicator
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -97,6 +99,7 @@ def replayed(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
         monkeypatch.setattr(TorchRefBackend, "capturable", True)
+        monkeypatch.setattr(ThreadCommunicator, "capturable", True)
         monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
         monkeypatch.setattr(TorchRefBackend, "plan", lambda _, batch: from_device(batch))
         monkeypatch.setattr(TorchRefLatentBackend, "plan", lambda _, batch: from_device(batch))
@@ -175,6 +178,16 @@ def test_sizes_of_steps_with_prompts():
     assert prompt_sizes(300) == [64, 128, 192, 256]
     assert prompt_sizes(1300)[-3:] == [896, 1024, 1280]
     assert prompt_sizes(128, multiple=48) == [96, 144]
+
+
+def test_steps_with_prompts_are_padded_on_few_ranks_or_where_many_have_rows():
+    assert padding_pays(1024, [897])
+    assert padding_pays(1024, [1000, 0])
+    assert padding_pays(1024, [1000, 30, 30])
+    assert not padding_pays(1024, [1000, 30, 30, 30])
+    assert padding_pays(1024, [900] * 9 + [30] * 7)
+    assert not padding_pays(1024, [900] * 7 + [30] * 9)
+    assert padding_pays(64, [60] + [1] * 31)
 
 
 def test_what_is_configured_wrongly_is_said():
@@ -382,6 +395,64 @@ def test_ranks_replay_the_same_sizes(tiny_folder, replayed, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "reason_for_eager", lambda *_, **__: "test")
         assert answers() == found
+
+
+TWO_DP_RANKS = {"plan": "dp_attention", "tp": 2, "ep": 2, "dp_attention": 2}
+# Prompts of up to 40 tokens a step fit into the captured step of 64 rows, those of 60 do not, with
+# other rows beside them.
+PROMPT_STEPS = {
+    "kv_cache_tokens": 4096,
+    "chunked_prefill_size": 64,
+    "max_prefill_tokens": 70,
+    "max_running_requests": 5,
+    "cpu_step_s": 0,
+}
+
+
+@pytest.mark.skipif(CUDA, reason="ranks in threads share one device's streams")
+@pytest.mark.parametrize(
+    ("parallel", "a2a"),
+    [
+        (TWO_DP_RANKS, "allgather"),
+        (ATTENTION_GROUPS | {"dp_lm_head": True}, "nccl"),
+    ],
+    ids=["shared_head", "attention_groups"],
+)
+def test_dp_ranks_replay_steps_with_prompts_too(tiny_folder, replayed, monkeypatch, parallel, a2a):
+    """Ranks with prompts beside others that decode, draw, or have nothing to do, and steps with
+    more sequences than a captured one: all replay the same, with the tokens of eager steps."""
+    monkeypatch.setattr(graphs, "MOST_SEQUENCES", 4)
+    carries = PluginChoice(name=a2a, options={"exchange": "fixed"} if a2a == "nccl" else {})
+    prompts = [*prompts_of(11, 24), *([index % 250 for index in range(n)] for n in (40, 61, 130))]
+    random.Random(3).shuffle(prompts)
+    sampling = [
+        msgspec.structs.replace(each, max_tokens=min(each.max_tokens, 2 + index % 7))
+        for index, each in enumerate(mixed_sampling(11, len(prompts)))
+    ]
+    sampling[7] = msgspec.structs.replace(sampling[7], prompt_logprobs=1)
+
+    def answers(most_tokens):
+        config = app_config(
+            folder_model(tiny_folder("qwen3_moe"), max_model_len=256),
+            engine=ENGINE | PROMPT_STEPS | {"max_graph_tokens": most_tokens},
+            attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+            parallel=parallel,
+            moe_a2a={"prefill": carries, "decode": carries},
+        )
+        replayed.clear()
+        with spread_engine(config) as engine:
+            alone = engine.generate([[5] * 20], greedy(3))
+            found = [
+                (answer.token_ids, [entry.top_ids for entry in answer.logprobs])
+                for answer in [*alone, *engine.generate(prompts, sampling)]
+            ]
+        (num_replays,) = {made.replays for made in replayed}
+        return found, num_replays
+
+    expected, of_decodes = answers(0)
+    found, of_all = answers(64)
+    assert found == expected
+    assert of_all > of_decodes + 3
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

@@ -26,8 +26,12 @@ NOTHING = RankFacts(3, 0, 0, 0, False, False)
 
 
 def test_facts_of_a_plan():
-    assert rank_facts(3, PLAN, busy=True) == RankFacts(3, 7, 2, 4, True, True, False)
-    assert rank_facts(3, DECODES, busy=True) == RankFacts(3, 2, 2, 0, False, True, False)
+    assert rank_facts(3, PLAN, busy=True) == RankFacts(
+        3, 7, 2, 4, True, True, best_only=False, sequences=3
+    )
+    assert rank_facts(3, DECODES, busy=True) == RankFacts(
+        3, 2, 2, 0, False, True, best_only=False, sequences=2
+    )
     assert rank_facts(3, None, busy=False) == NOTHING
     assert rank_facts(3, IDLE_PLAN, busy=False) == NOTHING
 
@@ -35,7 +39,7 @@ def test_facts_of_a_plan():
 def test_what_follows_from_everybodys_facts():
     told = [rank_facts(3, PLAN, busy=True), NOTHING, rank_facts(3, DECODES, busy=True)]
     agreement = settle(told)
-    facts = StepFacts([7, 0, 2], [2, 0, 2], [4, 0, 0], True)
+    facts = StepFacts([7, 0, 2], [2, 0, 2], [4, 0, 0], True, most_sequences=3)
     assert agreement == Agreement(3, facts, parks=False, decodes_follow=[False] * 3)
     assert agreement.runs
     assert not settle([rank_facts(3, DECODES, busy=True)]).facts.has_prefill
@@ -122,8 +126,8 @@ def test_all_dp_ranks_warm_up_with_rows():
 
     warm_up(Launcher(), [PLAN, DECODES], num_dp=3)
     assert launched == [
-        AgreedStep(PLAN, StepFacts([7] * 3, [2] * 3, [4] * 3, True)),
-        AgreedStep(DECODES, StepFacts([2] * 3, [2] * 3, [0] * 3, False)),
+        AgreedStep(PLAN, StepFacts([7] * 3, [2] * 3, [4] * 3, True, most_sequences=3)),
+        AgreedStep(DECODES, StepFacts([2] * 3, [2] * 3, [0] * 3, False, most_sequences=2)),
     ]
 
 

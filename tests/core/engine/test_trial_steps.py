@@ -6,6 +6,7 @@ from core.config import EngineConfig
 from core.engine.lockstep import rank_facts
 from core.engine.trial_steps import (
     COSTLIEST,
+    captured_prefill,
     kernel_steps,
     largest_decode,
     largest_prefills,
@@ -111,3 +112,14 @@ def test_row_counts_hold_powers_of_two_and_numbers_nothing_divides() -> None:
     assert row_counts(1) == [1]
     assert row_counts(20) == [1, 2, 4, 7, 8, 13, 16, 20]
     assert row_counts(256)[-3:] == [128, 193, 256]
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "lengths"),
+    [(1024, 4096, [1024]), (1024, 400, [400, 400]), (1024, 100, [100] * 3), (64, 64, [64])],
+)
+def test_a_captured_step_with_prompts_has_most_of_its_rows(
+    rows: int, longest: int, lengths: list[int]
+) -> None:
+    engine = EngineConfig(max_running_requests=3, chunked_prefill_size=-1)
+    assert captured_prefill(engine, longest, rows).lengths == lengths
