@@ -13,28 +13,33 @@ TEST_STAMP := $(VENV)/.installed-test
 REQUIREMENTS := pyproject.toml constraints.txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-KERNEL_TESTS := $(filter-out %/test_comm.py %/test_moe_a2a.py,$(wildcard tests/contracts/test_*.py))
+# A file of tests on a worker for each core; each with one thread, as workers share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: serve test lint
+.PHONY: serve test test-all lint help
 .DELETE_ON_ERROR:
 
-serve: $(SERVE_STAMP)
+serve: $(SERVE_STAMP)  ## install and serve MODEL, with ARGS
 	@$(BIN)/python -m core.run +model=$(MODEL) $(ARGS)
 
-# All of it, unless PYTEST_ARGS says what. Triton's interpreter takes one core for minutes, so that the
-# tests of kernels run on all; those that start ranks, servers and nodes run one after the other.
-test: lint
+test: lint  ## install and check in ten minutes: ruff, mypy, tests but those marked slow; or PYTEST_ARGS
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(KERNEL_TESTS)
-	$(BIN)/python -m pytest $(KERNEL_TESTS:%=--ignore=%)
+	$(PYTEST) $(WORKERS) -m "not slow"
 endif
 
-lint: $(TEST_STAMP)
+test-all: lint  ## all tests, as continuous integration runs them
+	$(PYTEST) $(WORKERS)
+
+lint: $(TEST_STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+help:  ## what make can do here
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone, so that its build (CPU or CUDA) is settled before anything asks for it.
 $(SERVE_STAMP): $(REQUIREMENTS) | $(BIN)/pip

@@ -135,8 +135,6 @@ def test_nothing_is_left_after_chaos(monkeypatch: pytest.MonkeyPatch) -> None:
         "+model=smollm2",
         "engine.kv_cache_tokens=2048",
         "frontend.max_queued_requests=1000",
-        # Beside other work two threads wait for each other at every operation.
-        "launch.threads_per_worker=1",
     ) as server:
         expected = httpx.post(
             f"{server.url}/v1/chat/completions", json=CAPITAL, timeout=None

@@ -29,7 +29,7 @@ def client(server: Server) -> openai.OpenAI:
 
 def test_start_ask_stop() -> None:
     """The printed curl line names the URL and the model; SIGTERM ends with status 0."""
-    with running_server("+model=smollm2") as server:
+    with running_server("+model=smollm2", threads=None) as server:
         assert "Paris" in ask(server)
         assert "curl" in server.text
         assert "smollm2" in server.text

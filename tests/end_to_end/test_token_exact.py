@@ -85,7 +85,19 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+# What tiny models show too (test_families, test_plans).
+SLOW = {
+    "batch of 16",
+    "page size 1",
+    "no chunks, no prefix cache",
+    "chunks of 16, few prefill tokens",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CONFIGURATIONS],
+)
 def test_same_tokens(
     name: str, smollm2_folder: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

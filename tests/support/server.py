@@ -20,12 +20,15 @@ START_TIMEOUT_S = 120
 class Server:
     """A started server. `output` grows while it runs."""
 
-    def __init__(self, arguments: Sequence[str], python: Path, folder: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], python: Path, folder: Path, threads: int | None
+    ) -> None:
         self.output: list[str] = []
         self._found_url = threading.Event()
         self._url = ""
+        given = [] if threads is None else [f"launch.threads_per_worker={threads}"]
         self.process = subprocess.Popen(
-            [python, "-m", "core.run", "frontend.port=0", *arguments],
+            [python, "-m", "core.run", "frontend.port=0", *given, *arguments],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,10 +88,14 @@ class Server:
 
 @contextmanager
 def running_server(
-    *arguments: str, python: Path = Path(sys.executable), folder: Path = ROOT
+    *arguments: str,
+    python: Path = Path(sys.executable),
+    folder: Path = ROOT,
+    threads: int | None = 1,
 ) -> Iterator[Server]:
-    """A server that is killed at the end, with everything it started."""
-    server = Server(arguments, python, folder)
+    """A server that is killed at the end, with everything it started. A worker has one thread, as
+    beside other tests two wait for each other at every operation; None: what the server chooses."""
+    server = Server(arguments, python, folder, threads)
     try:
         yield server
     finally:
