@@ -31,7 +31,14 @@ TRITON = SETS[-1]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 each_set = pytest.mark.parametrize(
-    ("ops", "device"), [(make(), device) for _, make, device in SETS], ids=[s[0] for s in SETS]
+    ("ops", "device"),
+    [
+        # The interpreter is slow: `make test` takes pairs of a test's other parameters there.
+        pytest.param(
+            make(), device, id=name, marks=pytest.mark.pairwise if "interpreted" in name else ()
+        )
+        for name, make, device in SETS
+    ],
 )
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 COUNTS = {

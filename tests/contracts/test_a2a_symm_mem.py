@@ -59,7 +59,10 @@ def run_ranks(size: int, folder: Path, *, on_gpu: bool) -> Ran:
     return Ran(size, on_gpu, [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)])
 
 
-@pytest.fixture(scope="module", params=["interpreter-2", "interpreter-4", "cuda-2"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("interpreter-2", marks=pytest.mark.slow), "interpreter-4", "cuda-2"],
+)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     where, _, size = request.param.partition("-")
     overlapping = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"

@@ -111,6 +111,7 @@ INTERPRETED = [] if torch.cuda.is_available() else [*PREFILL, *DECODE, *random_c
 COMPILED = [*PREFILL, *DECODE, *LARGE, *random_cases(24)] if torch.cuda.is_available() else []
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> None:

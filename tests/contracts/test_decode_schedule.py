@@ -53,6 +53,7 @@ def cases() -> Iterator[tuple[list[int], int, int]]:
     yield [5] * 300, 7, 1
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("whole", "levels"), [(False, 1), (True, 1), (False, 2), (False, 5)])
 @pytest.mark.parametrize(("lens", "programs", "heads"), list(cases()))
 def test_every_tile_is_in_one_stretch(

@@ -37,6 +37,7 @@ def decode_of(step: Step, programs: int, levels: int) -> PagedDecode:
     return PagedDecode(step.spec, replace(describe(DEVICE), num_multiprocessors=4), choice)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("programs", [1, 2])
 @pytest.mark.parametrize("levels", [2, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

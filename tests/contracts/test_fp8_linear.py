@@ -13,6 +13,7 @@ from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import dequantize, num_blocks, quantize_rows
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_fp8 import ANY_ROWS, gated_linear, linear, measured, prepare
+from tests.contracts import plain_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -57,13 +58,14 @@ def exact_rows(seed: int, rows: int, inputs: int) -> Tensor:
 def expected(weight: BlockFp8, bias: Tensor | None, x: Tensor, gated: bool) -> Tensor:
     out = x.double() @ dequantize(weight, torch.float64).T
     out += 0 if bias is None else bias.double()
-    return TorchOps().silu_and_mul(out) if gated else out
+    return plain_ops.silu_and_mul(out) if gated else out
 
 
 def error(result: Tensor, right: Tensor) -> float:
     return ((result.cpu().double() - right).norm() / right.norm().clamp_min(1e-30)).item()
 
 
+@pytest.mark.pairwise
 @each_tile
 @each_form
 @pytest.mark.parametrize(("outputs", "inputs"), [(34, 136), (64, 64), (288, 256)])

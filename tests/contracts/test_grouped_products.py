@@ -40,6 +40,7 @@ def error_of(result: Tensor, right: Tensor) -> float:
     return float((result.cpu().double() - right).norm() / right.norm())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

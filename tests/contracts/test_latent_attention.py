@@ -182,6 +182,7 @@ INTERPRETED = [] if torch.cuda.is_available() else [*SMALL, *random_cases(4)]
 COMPILED = EVERY if torch.cuda.is_available() else []
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> None:
@@ -190,6 +191,7 @@ def test_triton_interpreted_equals_float64(case: Case, dtype: torch.dtype) -> No
     check("triton", make_step(case, dtype, torch.device("cpu")), tolerance)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("tokens", [21, 64])
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_triton_interpreted_expands_a_part_at_a_time(

@@ -58,6 +58,7 @@ def rounded(x_ME: Tensor) -> Tensor:
     return dequantize_rows(*quantize_rows(x_ME), torch.float32)
 
 
+@pytest.mark.pairwise
 @needs_fp8
 @pytest.mark.parametrize("given", ["rows", "fp8 rows"])
 @each_counts
@@ -133,6 +134,7 @@ def test_every_set_takes_fp8_blocks_and_rows(ops: Ops, device: torch.device, bat
         assert relative_error(result, expected) <= 5e-2 + ROUGH  # rows in between may be fp8
 
 
+@pytest.mark.pairwise
 @needs_fp8
 @pytest.mark.parametrize("rows", [0, 1, 17, 130])
 @pytest.mark.parametrize(("outputs", "inputs"), [(128, 128), (300, 200), (64, 384)])

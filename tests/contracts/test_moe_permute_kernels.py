@@ -24,7 +24,7 @@ def expected_sum(results: Tensor, positions_TK: Tensor, weights_TK: Tensor | Non
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_rows", "top_k", "num_experts"), SHAPES)
-@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=pytest.mark.pairwise)])
 def test_sums_are_of_each_row_s_own_results(
     kernel: str,
     num_rows: int,

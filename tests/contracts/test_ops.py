@@ -1,10 +1,11 @@
-"""What every set of operations must do: agree with the oracle computing in float64.
+"""What every set of operations must do: agree with plain formulas in float64 (plain_ops.py).
 
 Triton's kernels run in its interpreter where there is no GPU. Shape legend: see
 core.interfaces.ops.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from core.kernels import cpu_ops
 from core.kernels.cpu_ops import CpuOps
 from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_ops import TritonOps
+from tests.contracts import plain_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SETS: list[tuple[str, Callable[[], Ops], torch.device]] = [
@@ -28,11 +30,21 @@ else:
     SETS.append(("triton-interpreted", TritonOps, CPU))
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-ORACLE = TorchOps()
 
-each_set = pytest.mark.parametrize(
-    ("ops", "device"), [(make(), device) for _, make, device in SETS], ids=[s[0] for s in SETS]
-)
+
+def params_of(*more: Callable[[str], object]) -> list[Any]:
+    """Sets as parameters, each with what `more` says of its name. The interpreter is slow, so that
+    `make test` takes pairs of a test's other parameters there."""
+    return [
+        pytest.param(
+            make(), device, *(say(name) for say in more), id=name,
+            marks=pytest.mark.pairwise if "interpreted" in name else (),
+        )
+        for name, make, device in SETS
+    ]  # fmt: skip
+
+
+each_set = pytest.mark.parametrize(("ops", "device"), params_of())
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
@@ -68,13 +80,13 @@ def test_linear(
     weight_OI = normal(1, outputs, inputs, dtype=dtype)
     bias_O = normal(2, outputs, dtype=dtype) if biased else None
     x_TI = normal(3, rows, inputs, dtype=dtype)
-    expected = ORACLE.linear(weight_OI.double(), None if bias_O is None else bias_O.double())
     kernel = ops.linear(weight_OI.to(device), None if bias_O is None else bias_O.to(device))
-    close(kernel(x_TI.to(device)), expected(x_TI.double()), dtype)
+    close(kernel(x_TI.to(device)), plain_ops.linear(x_TI, weight_OI, bias_O), dtype)
     if rows:
         wide_TX = normal(4, rows, 2 * inputs, dtype=dtype)
         part_TI = wide_TX[:, inputs:]  # rows lie apart, as after a split
-        close(kernel(wide_TX.to(device)[:, inputs:]), expected(part_TI.double()), dtype)
+        expected_TO = plain_ops.linear(part_TI, weight_OI, bias_O)
+        close(kernel(wide_TX.to(device)[:, inputs:]), expected_TO, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where interpreted
@@ -95,13 +107,11 @@ def test_gated_linear(
     weight_2IE = normal(1, 2 * size, inputs, dtype=dtype)
     bias_2I = normal(2, 2 * size, dtype=dtype) if biased else None
     x_TE = normal(3, rows, inputs, dtype=dtype)
-    expected = ORACLE.gated_linear(
-        weight_2IE.double(), None if bias_2I is None else bias_2I.double()
-    )
+    expected_TI = plain_ops.silu_and_mul(plain_ops.linear(x_TE, weight_2IE, bias_2I))
     kernel = ops.gated_linear(
         weight_2IE.to(device), None if bias_2I is None else bias_2I.to(device)
     )
-    close(kernel(x_TE.to(device)), expected(x_TE.double()), dtype)
+    close(kernel(x_TE.to(device)), expected_TI, dtype)
 
 
 @each_set
@@ -114,7 +124,7 @@ def test_rms_norm(
     weight_E = normal(2, shape[-1], dtype=dtype)
     before = x.clone()
     result = ops.rms_norm(x.to(device), weight_E.to(device), 1e-4)
-    close(result, ORACLE.rms_norm(x.double(), weight_E.double(), 1e-4), dtype)
+    close(result, plain_ops.rms_norm(x, weight_E, 1e-4), dtype)
     assert torch.equal(x, before)
 
 
@@ -126,7 +136,7 @@ def test_rms_norm_of_strided_heads_and_zeros(
     projected = normal(1, 4, 6, 16, dtype=dtype)
     weight_D = normal(2, 16, dtype=dtype)
     result = ops.rms_norm(projected.to(device)[:, 1:4], weight_D.to(device), 1e-5)
-    close(result, ORACLE.rms_norm(projected[:, 1:4].double(), weight_D.double(), 1e-5), dtype)
+    close(result, plain_ops.rms_norm(projected[:, 1:4], weight_D, 1e-5), dtype)
     zeros = torch.zeros(2, 16, dtype=dtype, device=device)
     assert torch.equal(ops.rms_norm(zeros, weight_D.to(device), 1e-5), zeros)
 
@@ -156,7 +166,7 @@ def test_add_rms_norm(
         total.cpu().double(), expected_TE, rtol=torch.finfo(total.dtype).eps, atol=1e-7
     )
     # What is normalised is that sum, as the next layer sees it.
-    close(normed, ORACLE.rms_norm(total.cpu().double(), weight_E.double(), 1e-5), dtype)
+    close(normed, plain_ops.rms_norm(total.cpu(), weight_E, 1e-5), dtype)
 
 
 @each_set
@@ -173,7 +183,7 @@ def check_logits(
     ops: Ops, device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int
 ) -> None:
     weight_VE, x_RE = normal(1, vocabulary, 96, dtype=dtype), normal(2, rows, 96, dtype=dtype)
-    expected_RV = ORACLE.logits(weight_VE.double())(x_RE.double())
+    expected_RV = plain_ops.linear(x_RE, weight_VE)
     result_RV = ops.logits(weight_VE.to(device))(x_RE.to(device)).cpu()
     assert result_RV.dtype == torch.float32
     if rows == 0:
@@ -225,7 +235,7 @@ def test_rope(
     q_THD, k_TGD, _ = qkv.split(split, dim=1)
     positions_T = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:rows]
     cos_sin_CD = _cos_sin(50, head_dim)
-    expected = ORACLE.rope(q_THD.double(), k_TGD.double(), cos_sin_CD.double(), positions_T)
+    expected = [plain_ops.rope(x, cos_sin_CD, positions_T) for x in (q_THD, k_TGD)]
     on_device = qkv.clone().to(device)
     q, k, v = on_device.split(split, dim=1)
     if not joined:
@@ -244,11 +254,11 @@ def test_rope_of_heads_that_do_not_follow_each_other(
     qkv = normal(1, 3, 6, 8, dtype=torch.float32)
     parts = dict(zip(order, qkv.split(2, dim=1), strict=True))
     positions_T, cos_sin_CD = torch.tensor([4, 0, 9]), _cos_sin(10, 8)
-    expected = ORACLE.rope(parts["q"], parts["k"], cos_sin_CD, positions_T)
+    expected = [plain_ops.rope(parts[name], cos_sin_CD, positions_T) for name in "qk"]
     moved = dict(zip(order, qkv.clone().to(device).split(2, dim=1), strict=True))
     rotated = ops.rope(moved["q"], moved["k"], cos_sin_CD.to(device), positions_T.to(device))
     for result, right in zip(rotated, expected, strict=True):
-        close(result, right.double(), torch.float32)
+        close(result, right, torch.float32)
     assert torch.equal(moved["v"].cpu(), parts["v"])
 
 
@@ -260,7 +270,7 @@ def test_silu_and_mul(
 ) -> None:
     gate_up_T2I = normal(1, rows, 2 * size, dtype=dtype) * 4
     result = ops.silu_and_mul(gate_up_T2I.to(device))
-    close(result, ORACLE.silu_and_mul(gate_up_T2I.double()), dtype)
+    close(result, plain_ops.silu_and_mul(gate_up_T2I), dtype)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, where interpreted

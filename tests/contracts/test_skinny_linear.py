@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.kernels import tuning
-from core.kernels.torch_ops import TorchOps
 from core.kernels.triton_linear import (
     linear,
     measured,
@@ -20,9 +19,9 @@ from core.kernels.triton_linear import (
     usual_matrix,
     usual_vector,
 )
+from tests.contracts import plain_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ORACLE = TorchOps()
 TILES: list[dict[str, Any]] = [
     {"path": "vector", "ROWS": 1, "BLOCK_O": 2, "BLOCK_I": 64, "num_warps": 1},
     {"path": "vector", "ROWS": 4, "BLOCK_O": 8, "BLOCK_I": 256, "num_warps": 4},
@@ -44,10 +43,11 @@ def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
-    kernel = ORACLE.gated_linear if gated else ORACLE.linear
-    return kernel(weight.double(), None if bias is None else bias.double())(x.double())
+    out = plain_ops.linear(x, weight, bias)
+    return plain_ops.silu_and_mul(out) if gated else out
 
 
+@pytest.mark.pairwise
 @each_tile
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_agrees_with_float64(
         assert torch.equal(kernel(x), result)  # whoever adds the parts of a sum
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("tile", WIDES, ids=lambda tile: "-".join(map(str, tile.values())))
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def test_auto_asks_for_the_rows_of_its_phase(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_table_is_well_formed() -> None:
+    if not measured_rows():
+        pytest.skip("nothing was measured yet: benchmarks.gpu_a2a --write")
     for found in measured_rows():
         assert set(found) == {"device", "one_host", "ranks", "hidden", "fp8", "rows", "us"}
         assert all(us > 0 for us in found["us"].values())
