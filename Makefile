@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: serve test test-all lint help
+.PHONY: serve test test-all lint fmt help
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_STAMP)  ## install and serve MODEL, with ARGS
@@ -37,6 +37,10 @@ lint: $(TEST_STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fmt: $(TEST_STAMP)  ## format, and mend what ruff can without changing what the code does
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 help:  ## what make can do here
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

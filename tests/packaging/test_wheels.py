@@ -113,6 +113,10 @@ def test_the_wheel_holds_code_and_configs_and_nothing_else(wheels):
         for path in (ROOT / top).rglob("*.py")
     }
     assert modules <= set(names)
+    assert {"core/py.typed", "plugins/py.typed"} <= set(names)
+    [license_name] = [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    with zipfile.ZipFile(wheels["nodeweave"]) as wheel:
+        assert wheel.read(license_name) == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_installed_code_runs_not_the_checkout(installed):
