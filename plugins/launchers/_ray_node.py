@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -33,7 +34,7 @@ class NodeProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
 
     def host_name(self) -> str:
         """For people."""
@@ -45,7 +46,7 @@ class NodeProcess:
         """Run `python -m module words` until it ends: its status (of a signal: minus its number)
         and its last lines. In `folder` where this machine has it. Everything it prints is printed
         here as well, where Ray picks it up."""
-        if self._stopped:
+        if self._stopped.is_set():
             return -signal.SIGTERM, []
         lines: deque[str] = deque(maxlen=LAST_LINES)
         with subprocess.Popen(
@@ -59,7 +60,7 @@ class NodeProcess:
             errors="replace",
         ) as process:
             self._process = process
-            if self._stopped:  # asked between the check above and the start
+            if self._stopped.is_set():  # asked between the check above and the start
                 process.terminate()
             assert process.stdout is not None
             for line in process.stdout:
@@ -69,7 +70,7 @@ class NodeProcess:
 
     def stop(self, kill: bool = False) -> None:
         """Ask the child to end, or kill it; does not wait."""
-        self._stopped = True
+        self._stopped.set()
         process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
