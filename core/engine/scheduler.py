@@ -24,7 +24,7 @@ import msgspec
 
 from core.config import EngineConfig
 from core.engine.decode_set import DecodeSet
-from core.engine.pace import Pace
+from core.engine.pace import LONGEST_STEP_S, Pace
 from core.engine.prompt_budget import LEAST_BASE_COSTS, LEAST_SHARE, PromptBudget
 from core.engine.prompt_order import OldestAndShortest, PromptOrder
 from core.engine.request import Request, State
@@ -423,10 +423,13 @@ class Scheduler:
         return self._pace.worthwhile_s(self._slowness)
 
     def _prompt_s(self, draft: _Draft) -> float:
-        """Seconds at the pace that a step has for prompts, beside its decodes."""
+        """Seconds at the pace that a step has for prompts, beside its decodes. What makes a step
+        worth its cost may be long where the machine was busy when the pace was measured, and takes
+        no longer than the longest of steps."""
         step_s, base_s = self.step_s / self._slowness, self._pace.base_s
         left_s = step_s - base_s - self._pace.decode_s(draft.starts)
-        return max(left_s, LEAST_SHARE * step_s, LEAST_BASE_COSTS * base_s)
+        worthwhile_s = min(LEAST_BASE_COSTS * base_s, LONGEST_STEP_S / self._slowness)
+        return max(left_s, LEAST_SHARE * step_s, worthwhile_s)
 
     def observe(self, expected_s: float, actual_s: float) -> None:
         """A step with prompts took so long. A machine has other things to do now and then, also

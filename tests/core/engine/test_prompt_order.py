@@ -286,6 +286,16 @@ def test_a_step_is_never_mostly_what_every_step_costs() -> None:
     assert turn(scheduler)["A"] == LEAST_BASE_COSTS * 100
 
 
+def test_a_step_that_costs_much_is_not_long_for_that() -> None:
+    """The pace was measured on a busy machine, which became busier."""
+    pace = Pace(token_s=0.006, base_s=0.3)
+    scheduler = new_scheduler(pace, num_pages=4000, max_prefill_tokens=8192)
+    scheduler.admit([prompt(name, 3000) for name in "ABCD"])
+    for _ in range(40):
+        scheduler.observe(expected_s=1.0, actual_s=2.0)
+    assert sum(turn(scheduler).values()) * 0.006 * 2.0 == pytest.approx(0.5, abs=0.02)
+
+
 def test_whether_prompts_take_long() -> None:
     scheduler = new_scheduler(Pace(token_s=0.001))
     assert not scheduler.has_prompts_for(0.01)
