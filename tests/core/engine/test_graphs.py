@@ -7,6 +7,7 @@ tests replay real graphs.
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from core.engine.prompt_graphs import padding_pays, prompt_sizes
 from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
-from core.interfaces.messages import Abort, StepPlan
+from core.interfaces.messages import Abort, Generate, StepPlan
 from core.kernels.native_dtypes import native_dtypes
 from core.kernels.stage import DecodeRows, packed_length
 from core.kernels.torch_ops import TorchOps
@@ -453,6 +454,55 @@ def test_dp_ranks_replay_steps_with_prompts_too(tiny_folder, replayed, monkeypat
     found, of_all = answers(64)
     assert found == expected
     assert of_all > of_decodes + 3
+
+
+@pytest.mark.skipif(CUDA, reason="ranks in threads share one device's streams")
+@pytest.mark.parametrize("num_dp", [2, 4])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_dp_ranks_whose_requests_come_and_go_give_the_tokens_of_one(
+    tiny_folder, replayed, name, num_dp
+):
+    """Joins and aborts at random, also while others compute prompts, decode or have nothing to do;
+    each answer is that of a rank alone."""
+    chance, folder = random.Random(num_dp), tiny_folder(name)
+    prompts = [*prompts_of(13, 14), *([index % 250 for index in range(n)] for n in (61, 90))]
+    with engine_of(folder, kv_cache_tokens=640) as (engine, _):
+        alone = [answer.token_ids for answer in engine.generate(prompts, greedy(12))]
+    replayed.clear()
+    allgather = PluginChoice(name="allgather")
+    config = app_config(
+        folder_model(folder, max_model_len=256),
+        engine=ENGINE | PROMPT_STEPS | {"kv_cache_tokens": 160},
+        attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+        parallel={"plan": "dp_attention", "tp": num_dp, "ep": num_dp, "dp_attention": num_dp},
+        moe_a2a={"prefill": allgather, "decode": allgather},
+    )
+    answers, aborted = [[] for _ in prompts], set()
+    rank_of = {}  # of those that are not finished, by index
+    waiting = list(enumerate(prompts))
+    with spread_engine(config) as engine, ThreadPoolExecutor(num_dp) as pool:
+        leaders = engine._leaders
+        while waiting or any(leader.has_work for leader in leaders):
+            if waiting and chance.random() < 0.4:
+                index, prompt = waiting.pop()
+                rank_of[index] = chance.randrange(num_dp)
+                leaders[rank_of[index]].send(Generate(str(index), prompt, greedy(12)))
+            if rank_of and chance.random() < 0.05:
+                index = chance.choice(sorted(rank_of))
+                leaders[rank_of.pop(index)].send(Abort([str(index)]))
+                aborted.add(index)
+            for outputs in pool.map(lambda leader: leader.step(), leaders):
+                for output in outputs:
+                    answers[int(output.request_id)] += output.token_ids
+                    if output.finish_reason is not None:
+                        rank_of.pop(int(output.request_id), None)
+        for scheduler in engine.schedulers:
+            scheduler.check()
+    assert aborted
+    assert len({made.replays for made in replayed}) == 1
+    assert replayed[0].replays > 20
+    for index, (found, expected) in enumerate(zip(answers, alone, strict=True)):
+        assert found == (expected[: len(found)] if index in aborted else expected)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
