@@ -71,6 +71,7 @@ def test_triton_groups_rows_as_torch_does(num_rows: int, top_k: int, num_experts
     assert torch.equal(positions_TK.cpu(), expected.positions_TK)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     ("num_rows", "top_k"), [(1, 1), (3, 8), (16, 8), (17, 8), (128, 8), (129, 8), (2500, 8)]
 )
