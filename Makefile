@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 # A file of tests on a worker for each core; each with one thread, as workers share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-WORKERS := --numprocesses auto --maxprocesses 8 --dist loadfile
+WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: serve test test-all lint fmt help
 .DELETE_ON_ERROR:

@@ -434,6 +434,7 @@ def test_large_bodies(encoding, chunked):
         gzip.compress(b"") * 17,
         b"",
     ],
+    ids=["cut off", "more behind", "wrong sum", "no gzip", "17 empty ones", "nothing"],
 )
 def test_broken_gzip(body):
     async def main():
