@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: serve test test-all lint fmt help
+.PHONY: serve test test-all lint fmt bench-smoke help
 .DELETE_ON_ERROR:
 
 serve: $(SERVE_STAMP)  ## install and serve MODEL, with ARGS
@@ -42,8 +42,11 @@ fmt: $(TEST_STAMP)  ## format, and mend what ruff can without changing what the 
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench-smoke: $(TEST_STAMP)  ## does each benchmark that needs no GPU still run? no figure counts
+	$(BIN)/python -m benchmarks.smoke
+
 help:  ## what make can do here
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone, so that its build (CPU or CUDA) is settled before anything asks for it.
 $(SERVE_STAMP): $(REQUIREMENTS) | $(BIN)/pip

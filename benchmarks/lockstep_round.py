@@ -7,10 +7,12 @@ machine's process switching.
 """
 
 import argparse
+import json
 import multiprocessing
 import secrets
 import socket
 import statistics
+import sys
 import tempfile
 import time
 
@@ -42,7 +44,8 @@ def lead(endpoints: Endpoints, dp: int, rank: int, num_rounds: int) -> None:
     if rank == 0:
         del micros[:WARM_UP_ROUNDS]
         p99 = statistics.quantiles(micros, n=100)[98]
-        print(f"dp={dp}: median {statistics.median(micros):.0f} us, p99 {p99:.0f} us")
+        row = {"dp": dp, "median_us": round(statistics.median(micros)), "p99_us": round(p99)}
+        print(json.dumps(row), flush=True)
     wire.close()
 
 
@@ -79,6 +82,8 @@ def main() -> None:
             leader.start()
         for leader in leaders:
             leader.join()
+    if any(leader.exitcode != 0 for leader in leaders):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
