@@ -181,6 +181,25 @@ class TestFilters:
         only_two = choose(logits_RV, uniform_R, top_k=3, top_p=0.4, num_sorted=3)
         assert set(only_two.tolist()) == {0, 1}
 
+    @pytest.mark.parametrize(("top_p", "kept"), [(0.5, 1), (0.75, 2), (0.76, 4), (0.49, 1)])
+    def test_tokens_that_reach_top_p_exactly_are_enough(self, top_p, kept):
+        """Of 1/2, 1/4, 1/8 and 1/8 nothing is rounded."""
+        ratio_RV = torch.tensor([1.0, 0.5, 0.25, 0.25]).repeat(300, 1)
+        uniform_R = torch.rand(300, generator=generator(1), dtype=torch.float64)
+        threshold_F = filter_thresholds(
+            ratio_RV[:1],
+            None,
+            num_sorted=4,
+            top_k_F=torch.tensor([4]),
+            top_p_F=torch.tensor([top_p], dtype=torch.float64),
+            min_p_F=torch.tensor([0.0]),
+        )
+        assert int((ratio_RV[0] >= threshold_F).sum()) == kept
+        chosen_R = draw_tokens(
+            ratio_RV, threshold_F.expand(300), uniform_R, torch.zeros(300, dtype=torch.int64)
+        )
+        assert set(chosen_R.tolist()) == set(range(kept))
+
     def test_weights_beyond_fixed_point_do_not_matter(self):
         """A token 10^26 times less likely has no weight, even where top_k keeps it."""
         logits_RV = torch.tensor([[0.0, -1.0, -60.0, -80.0]]).repeat(200, 1)

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ModelError
-from core.serve.byte_table import MAX_TOKEN_ID, byte_table
-from core.serve.detokenizer import WindowDetokenizer
+from core.serve.byte_table import MAX_TOKEN_ID, REPLACEMENT, byte_table
+from core.serve.detokenizer import MAX_HELD_TOKENS, WindowDetokenizer
 from core.serve.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_fallback, byte_level
 
@@ -204,3 +204,10 @@ def test_a_token_id_beyond_every_vocabulary_is_refused():
     backend.decoder = decoders.ByteLevel()
     with pytest.raises(ModelError, match=str(MAX_TOKEN_ID + 1)):
         byte_table(backend)
+
+
+def test_bytes_that_become_no_character_are_not_held_for_ever():
+    window = WindowDetokenizer(lambda ids: REPLACEMENT * len(ids), frozenset())
+    pieces = [window.add([i]) for i in range(MAX_HELD_TOKENS)]
+    assert pieces == [""] * (MAX_HELD_TOKENS - 1) + [REPLACEMENT * MAX_HELD_TOKENS]
+    assert not window.holding
