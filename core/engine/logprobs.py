@@ -3,8 +3,8 @@
 The device part (`sampled_logprobs`, `prompt_logprobs`) only queues work; its result holds small
 device tensors, which `to_host` turns into messages when somebody wants them.
 
-Shape legend: R rows of a step's logits, T rows of a prompt, N rows answered for, V vocabulary,
-K most alternatives of any row.
+Shape legend: R rows of a step's logits, X their columns on this rank, T rows of a prompt, N rows
+answered for, V vocabulary, K most alternatives of any row.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 from core.engine.batch import to_device
 from core.interfaces.messages import TokenLogprobs
 from core.kernels.sampling import row_chunks
+from core.kernels.vocabulary import Vocabulary, WholeVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,23 @@ class DeviceLogprobs:
 
 
 def sampled_logprobs(
-    logits_RV: Tensor, chosen_R: Tensor, num_top: Sequence[int | None]
+    logits_RX: Tensor,
+    chosen_R: Tensor,
+    num_top: Sequence[int | None],
+    over: Vocabulary | None = None,
 ) -> DeviceLogprobs:
     """Of the chosen tokens (int64), for the rows whose `num_top` is not None, in row order.
 
-    `num_top[i]` is how many of the best tokens row i wants besides.
+    `num_top[i]` is how many of the best tokens row i wants besides. `over` says which columns the
+    logits have, None: all; every rank that shares them calls this.
     """
+    over = over or WholeVocabulary(logits_RX.shape[1])
     wanted = [num for num in num_top if num is not None]
     if len(wanted) == len(num_top):
-        return _logprobs(logits_RV, chosen_R, wanted, None)
+        return _logprobs(logits_RX, chosen_R, wanted, None, over)
     rows = [row for row, num in enumerate(num_top) if num is not None]
-    rows_N = to_device(np.array(rows, dtype=np.int64), logits_RV.device)
-    return _logprobs(logits_RV, chosen_R[rows_N], wanted, rows_N)
+    rows_N = to_device(np.array(rows, dtype=np.int64), logits_RX.device)
+    return _logprobs(logits_RX, chosen_R[rows_N], wanted, rows_N, over)
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids_T: Tensor, num_top: int) -> DeviceLogprobs:
@@ -79,34 +85,24 @@ def prompt_logprobs(logits_TV: Tensor, next_ids_T: Tensor, num_top: int) -> Devi
     Scratch is bounded by row chunks, but `logits_TV` is the caller's: make no more of it at a
     time than memory allows, one call for each part.
     """
-    return _logprobs(logits_TV, next_ids_T, [num_top] * logits_TV.shape[0], None)
+    over = WholeVocabulary(logits_TV.shape[1])
+    return _logprobs(logits_TV, next_ids_T, [num_top] * logits_TV.shape[0], None, over)
 
 
 def _logprobs(
-    logits_RV: Tensor, ids_N: Tensor, num_top: Sequence[int], rows_N: Tensor | None
+    logits_RX: Tensor,
+    ids_N: Tensor,
+    num_top: Sequence[int],
+    rows_N: Tensor | None,
+    over: Vocabulary,
 ) -> DeviceLogprobs:
     """`ids_N` in the rows `rows_N` (None: all) of the logits."""
-    num_rows, vocab_size = ids_N.shape[0], logits_RV.shape[1]
-    most = min(max(num_top, default=0), vocab_size)
+    most = min(max(num_top, default=0), over.vocab_size)
     parts = []
-    for part in row_chunks(num_rows, logits_RV) or [slice(0, 0)]:
-        logits_NV = logits_RV[part] if rows_N is None else logits_RV[rows_N[part]]
-        parts.append(_chunk(logits_NV.float(), ids_N[part], most))
+    for part in row_chunks(ids_N.shape[0], logits_RX) or [slice(0, 0)]:
+        logits_NX = logits_RX[part] if rows_N is None else logits_RX[rows_N[part]]
+        parts.append(over.log_probabilities(logits_NX.float(), ids_N[part], most))
     logprobs_N, ranks_N, top_ids_NK, top_logprobs_NK = (
         torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
     )
     return DeviceLogprobs(ids_N, logprobs_N, ranks_N, top_ids_NK, top_logprobs_NK, tuple(num_top))
-
-
-def _chunk(logits_NV: Tensor, ids_N: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logprobs and ranks of `ids_N`, ids and logprobs of the `most` best tokens."""
-    normaliser_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-    chosen_N1 = logits_NV.gather(1, ids_N[:, None])
-    ranks_N = (logits_NV > chosen_N1).sum(dim=-1) + 1
-    top_NK = logits_NV.topk(most, dim=-1)
-    return (
-        (chosen_N1 - normaliser_N1)[:, 0],
-        ranks_N,
-        top_NK.indices,
-        top_NK.values - normaliser_N1,
-    )

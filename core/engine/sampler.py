@@ -9,8 +9,12 @@ rows take the best token of that; else temperature, top_k, top_p, min_p, draw. L
 this module's business: they come from the logits as the model gave them, which `sample` leaves
 untouched.
 
-Shape legend: R rows that sample, V vocabulary, S slots, L tokens of a slot, N entries of all rows'
-edits, P rows with penalties, D rows that draw (not greedy), F rows of D with a filter.
+What is done to whole rows goes through a `Vocabulary` (core.kernels.vocabulary): all columns of the
+logits, or those that this rank has, where ranks choose tokens together.
+
+Shape legend: R rows that sample, V vocabulary, X columns of it that are here, S slots, L tokens of
+a slot, N entries of all rows' edits, P rows with penalties, D rows that draw (not greedy), F rows
+of D with a filter.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ from torch import Tensor
 from core.engine.batch import Ints, send
 from core.interfaces.messages import LEAST_TEMPERATURE, SamplingParams, SlotInit
 from core.kernels import sampling
+from core.kernels.vocabulary import Vocabulary, WholeVocabulary
 
 # Rows with at most this top_k find their threshold in a top-k list instead of a sorted row.
 LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
@@ -36,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """Entries of the logits to change: `indices_N` into the flattened (R, V)."""
+    """Entries of the logits to change: `indices_N` into a flattened `Vocabulary.copy`."""
 
     indices_N: Tensor
     values_N: Tensor  # float32
@@ -62,7 +67,7 @@ class Filter:
 
     rows_F: Tensor | None  # None: all
     num_sorted: int
-    top_k_F: Tensor
+    top_k_F: Tensor | None
     top_p_F: Tensor | None
     min_p_F: Tensor
 
@@ -83,6 +88,7 @@ class SamplePlan:
     """What `Sampler.sample` does in one step; tensors are on the device."""
 
     num_rows: int
+    over: Vocabulary  # the columns of the logits
     bias: Edits | None = None
     forbidden: Edits | None = None
     penalties: Penalties | None = None
@@ -96,6 +102,7 @@ class Sampler:
         self, *, max_slots: int, vocab_size: int, device: torch.device, eos_ids: Sequence[int]
     ) -> None:
         self.vocab_size = vocab_size
+        self.whole = WholeVocabulary(vocab_size)
         self.device = device
         self.eos_ids = tuple(eos_ids)
         self._needs = np.zeros(max_slots, dtype=np.int64)
@@ -149,63 +156,75 @@ class Sampler:
         """Whether these slots never need more than the best of the logits as they are."""
         return not self._needs[slots].any()
 
-    def plan(self, slots: Sequence[int] | Ints, next_positions: Sequence[int] | Ints) -> SamplePlan:
+    def plan(
+        self,
+        slots: Sequence[int] | Ints,
+        next_positions: Sequence[int] | Ints,
+        over: Vocabulary | None = None,
+    ) -> SamplePlan:
         """Decide what one step needs and start copying it to the device. Never waits for it.
 
         Row i of the logits belongs to `slots[i]`, whose token at `next_positions[i]` (counted
-        from the start of the prompt) is chosen: as many tokens are known before it.
+        from the start of the prompt) is chosen: as many tokens are known before it. `over` says
+        which columns the logits have; None: all.
         """
+        over = over or self.whole
         slots_R = np.asarray(slots, dtype=np.int64)
         needs_R = self._needs[slots_R]
         needs = int(np.bitwise_or.reduce(needs_R, initial=0))
         if not needs:
-            return SamplePlan(num_rows=len(slots))
+            return SamplePlan(len(slots), over)
         positions_R = np.asarray(next_positions, dtype=np.int64)
         generated_R = positions_R - self._num_prompt[slots_R]
         early_R = (needs_R & HAS_MIN_TOKENS > 0) & (generated_R < self._min_tokens[slots_R])
         return SamplePlan(
             num_rows=len(slots),
-            bias=self._bias_edits(slots_R, (needs_R & BIASED).nonzero()[0]),
-            forbidden=self._forbidden_edits(slots_R, early_R.nonzero()[0]),
+            over=over,
+            bias=self._bias_edits(slots_R, (needs_R & BIASED).nonzero()[0], over),
+            forbidden=self._forbidden_edits(slots_R, early_R.nonzero()[0], over),
             penalties=self._penalties(slots_R, positions_R, (needs_R & PENALISED).nonzero()[0]),
             draw=self._draw(slots_R, positions_R, (needs_R & DRAWS).nonzero()[0]),
         )
 
-    def sample(self, plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
+    def sample(self, plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
         """The chosen ids, int64 (R,) on the device; returns without waiting for a GPU.
 
-        `logits_RV` is float32 and left as it is; `tokens_SL` (int32 or int64) holds every slot's
+        `logits_RX` is float32 and left as it is: the columns of `plan.over`. All ranks that share
+        the vocabulary call this and get the same. `tokens_SL` (int32 or int64) holds every slot's
         known tokens by the time the device gets here. Scratch: a copy of the logits for edits, one
         or two for rows that draw, and the kernels' chunk. A row with NaN gives some valid id;
         other rows don't notice.
         """
         if plan.num_rows == 0:
-            return torch.empty(0, dtype=torch.int64, device=logits_RV.device)
-        logits_RV = _edited(plan, logits_RV, tokens_SL)
-        # max is three times as fast as argmax on a CPU, and drawing needs both of its results.
-        top_R, best_R = logits_RV.max(dim=-1)
+            return torch.empty(0, dtype=torch.int64, device=logits_RX.device)
+        over = plan.over
+        logits_RX = over.tokens_of(_edited(plan, logits_RX, tokens_SL))
+        top_R, best_R = over.best(logits_RX)
         draw = plan.draw
         if draw is None:
             return best_R
         if draw.rows_D is None:
-            return _drawn(draw, logits_RV, top_R, best_R)
+            return _drawn(draw, over, logits_RX, top_R, best_R)
         rows_D = draw.rows_D
-        drawn_D = _drawn(draw, logits_RV[rows_D], top_R[rows_D], best_R[rows_D])
+        drawn_D = _drawn(draw, over, logits_RX[rows_D], top_R[rows_D], best_R[rows_D])
         return best_R.index_copy_(0, rows_D, drawn_D)
 
-    def _bias_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
+    def _bias_edits(self, slots_R: Ints, rows: Ints, over: Vocabulary) -> Edits | None:
         if not len(rows):
             return None
         each = [(row, *self._bias[slots_R[row]]) for row in rows]
-        indices_N = np.concatenate([row * self.vocab_size + ids for row, ids, _ in each])
+        indices_N = np.concatenate(
+            [row * over.num_columns + over.columns(ids) for row, ids, _ in each]
+        )
         values_N = np.concatenate([values for _, _, values in each])
         return Edits(*send(self.device, indices_N, values_N))
 
-    def _forbidden_edits(self, slots_R: Ints, rows: Ints) -> Edits | None:
+    def _forbidden_edits(self, slots_R: Ints, rows: Ints, over: Vocabulary) -> Edits | None:
         if not len(rows):
             return None
+        each = [(row, self._forbidden[slots_R[row]]) for row in rows]
         indices_N = np.concatenate(
-            [row * self.vocab_size + self._forbidden[slots_R[row]] for row in rows]
+            [row * over.num_columns + over.columns(ids) for row, ids in each]
         )
         values_N = np.full(len(indices_N), -np.inf, dtype=np.float32)
         return Edits(*send(self.device, indices_N, values_N))
@@ -239,8 +258,9 @@ class Sampler:
         slots_D = slots_R[rows]
         uniform_D = sampling.uniform_numbers(self._seed[slots_D], positions_R[rows])
         top_k_D, top_p_D, min_p_D = self._top_k[slots_D], self._top_p[slots_D], self._min_p[slots_D]
-        short_D = top_k_D <= LONGEST_TOP_K[self.device.type]
-        long_D = ~short_D & ((top_k_D < self.vocab_size) | (top_p_D < 1))
+        some_k_D = top_k_D < self.vocab_size
+        short_D = some_k_D & (top_k_D <= LONGEST_TOP_K[self.device.type])
+        long_D = ~short_D & (some_k_D | (top_p_D < 1))
         groups = [
             members for members in (short_D.nonzero()[0], long_D.nonzero()[0]) if len(members)
         ]
@@ -261,7 +281,7 @@ class Sampler:
                 Filter(
                     rows_F=None if len(part) == len(rows) else part_ids,
                     num_sorted=most if short_D[part[0]] else self.vocab_size,
-                    top_k_F=top_k,
+                    top_k_F=top_k if (top_k_F < self.vocab_size).any() else None,
                     top_p_F=top_p if (top_p_F < 1).any() else None,
                     min_p_F=part_min_p,
                 )
@@ -283,37 +303,40 @@ def _has_penalty(params: SamplingParams) -> bool:
     )
 
 
-def _edited(plan: SamplePlan, logits_RV: Tensor, tokens_SL: Tensor) -> Tensor:
+def _edited(plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
     """The logits with bias, forbidden tokens and penalties; a copy if there are any."""
     if plan.bias is None and plan.forbidden is None and plan.penalties is None:
-        return logits_RV
-    logits_RV = logits_RV.clone(memory_format=torch.contiguous_format)
-    flat = logits_RV.view(-1)
+        return logits_RX
+    logits_RX = plan.over.copy(logits_RX)
+    flat = logits_RX.view(-1)
     if plan.bias is not None:
         flat.scatter_add_(0, plan.bias.indices_N, plan.bias.values_N)
     if plan.forbidden is not None:
         flat.scatter_(0, plan.forbidden.indices_N, plan.forbidden.values_N)
     some = plan.penalties
     if some is not None:
+        tokens_PL = tokens_SL[:, : some.most_tokens].index_select(0, some.slots_P).long()
         sampling.apply_penalties_(
-            logits_RV,
+            logits_RX,
             some.rows_P,
-            tokens_SL[:, : some.most_tokens].index_select(0, some.slots_P).long(),
+            plan.over.columns_of(tokens_PL),
             num_tokens_P=some.num_tokens_P,
             num_prompt_P=some.num_prompt_P,
             repetition_P=some.repetition_P,
             presence_P=some.presence_P,
             frequency_P=some.frequency_P,
         )
-    return logits_RV
+    return logits_RX
 
 
-def _drawn(draw: Draw, logits_DV: Tensor, top_D: Tensor, best_D: Tensor) -> Tensor:
-    ratio_DV = sampling.relative_probabilities(logits_DV, top_D, draw.temperature_D)
+def _drawn(
+    draw: Draw, over: Vocabulary, logits_DX: Tensor, top_D: Tensor, best_D: Tensor
+) -> Tensor:
+    ratio_DX = sampling.relative_probabilities(logits_DX, top_D, draw.temperature_D)
     threshold_D = draw.min_p_D
     for some in draw.filters:
-        threshold_F = sampling.filter_thresholds(
-            ratio_DV,
+        threshold_F = over.filter_thresholds(
+            ratio_DX,
             some.rows_F,
             num_sorted=some.num_sorted,
             top_k_F=some.top_k_F,
@@ -325,4 +348,4 @@ def _drawn(draw: Draw, logits_DV: Tensor, top_D: Tensor, best_D: Tensor) -> Tens
         else:
             assert threshold_D is not None
             threshold_D = threshold_D.index_copy(0, some.rows_F, threshold_F)
-    return sampling.draw_tokens(ratio_DV, threshold_D, draw.uniform_D, best_D)
+    return over.draw_tokens(ratio_DX, threshold_D, draw.uniform_D, best_D)

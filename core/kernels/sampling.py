@@ -14,6 +14,8 @@ Shape legend: R rows, V vocabulary, F rows with a filter, K candidates kept sort
 penalties, L tokens of the longest of them, B blocks of a row.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -30,9 +32,11 @@ BLOCK = 128  # divides the vocabulary of every family we know; others are padded
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
-def row_chunks(num_rows: int, like_RV: Tensor) -> list[slice]:
-    """Row slices of at most CHUNK_LOGITS each, or of one row; none if there are no rows."""
-    chunk_rows = max(1, CHUNK_LOGITS[like_RV.device.type] // like_RV.shape[1])
+def row_chunks(num_rows: int, like_RV: Tensor, num_columns: int | None = None) -> list[slice]:
+    """Row slices of at most CHUNK_LOGITS each, or of one row; none if there are no rows.
+    `num_columns`: as if rows had so many."""
+    num_columns = num_columns or like_RV.shape[1]
+    chunk_rows = max(1, CHUNK_LOGITS[like_RV.device.type] // num_columns)
     return [slice(start, start + chunk_rows) for start in range(0, num_rows, chunk_rows)]
 
 
@@ -129,7 +133,7 @@ def filter_thresholds(
     rows_F: Tensor | None,
     *,
     num_sorted: int,
-    top_k_F: Tensor,
+    top_k_F: Tensor | None,
     top_p_F: Tensor | None,
     min_p_F: Tensor,
 ) -> Tensor:
@@ -137,46 +141,71 @@ def filter_thresholds(
 
     `rows_F` says which rows, None means all. Order: top_k, top_p over what that leaves, min_p, as
     in transformers and SGLang. (vLLM takes min_p first; that differs only for rows with both top_p
-    and min_p.) `top_k_F` (int64) lies in 1..num_sorted; `num_sorted` is V, or less where every row
-    has a top_k: then only so many candidates are sorted. `top_p_F` is float64, `min_p_F` float32
-    (0: none).
+    and min_p.) `top_k_F` (int64) lies in 1..num_sorted, None means that no row has one;
+    `num_sorted` is V, or less where every row has a top_k: then only so many candidates are sorted.
+    `top_p_F` is float64, `min_p_F` float32 (0: none).
     """
-    return _joined(
+    return joined(
         [
             _thresholds(
                 ratio_RV[part] if rows_F is None else ratio_RV[rows_F[part]],
                 num_sorted,
-                top_k_F[part],
+                None if top_k_F is None else top_k_F[part],
                 None if top_p_F is None else top_p_F[part],
                 min_p_F[part],
             )
-            for part in row_chunks(top_k_F.shape[0], ratio_RV)
+            for part in row_chunks(min_p_F.shape[0], ratio_RV)
         ]
     )
 
 
 def _thresholds(
-    ratio_FV: Tensor, num_sorted: int, top_k_F: Tensor, top_p_F: Tensor | None, min_p_F: Tensor
+    ratio_FV: Tensor,
+    num_sorted: int,
+    top_k_F: Tensor | None,
+    top_p_F: Tensor | None,
+    min_p_F: Tensor,
 ) -> Tensor:
-    vocab_size = ratio_FV.shape[1]
-    if num_sorted < vocab_size:
-        head_FK = ratio_FV.topk(num_sorted, dim=-1).values.flip(-1)
-    else:
-        head_FK = _sorted(ratio_FV)
-    kth_F = head_FK.gather(1, num_sorted - top_k_F[:, None])[:, 0]
+    if num_sorted == ratio_FV.shape[1]:
+        head_FK = sorted_rows(ratio_FV)
+        kth_F = head_FK[:, 0] if top_k_F is None else kth_of_head(head_FK, top_k_F)
+        return threshold_in_head(head_FK, kth_F, None, top_p_F, min_p_F)
+    assert top_k_F is not None
+    head_FK = ratio_FV.topk(num_sorted, dim=-1).values.flip(-1)
+    kth_F = kth_of_head(head_FK, top_k_F)
+    total_F = None if top_p_F is None else fixed_point(ratio_FV, kth_F).sum(-1)
+    return threshold_in_head(head_FK, kth_F, total_F, top_p_F, min_p_F)
+
+
+def kth_of_head(head_FK: Tensor, top_k_F: Tensor) -> Tensor:
+    """The top_k-th largest ratio of each row, (F,); `head_FK` holds the K largest, rising."""
+    return head_FK.gather(1, head_FK.shape[1] - top_k_F[:, None])[:, 0]
+
+
+def threshold_in_head(
+    head_FK: Tensor,
+    kth_F: Tensor,
+    total_F: Tensor | None,
+    top_p_F: Tensor | None,
+    min_p_F: Tensor,
+) -> Tensor:
+    """`filter_thresholds` of rows whose K largest ratios `head_FK` are known, rising, and what
+    top_k leaves. `total_F`: the weight of all ratios from `kth_F` on, also of those that tie with
+    the k-th outside of the head; None: there are none outside, or no row has a top_p."""
     if top_p_F is None:
         return torch.maximum(kth_F, min_p_F)
-    up_to_FK = _fixed_point(head_FK, kth_F).cumsum(-1)
+    up_to_FK = fixed_point(head_FK, kth_F).cumsum(-1)
     head_total_F = up_to_FK[:, -1]
-    # Tokens that tie with the k-th stay too, and may lie outside the sorted head.
-    total_F = head_total_F
-    if num_sorted < vocab_size:
-        total_F = _fixed_point(ratio_FV, kth_F).sum(-1)
-    # A token stays if the more likely ones together have less than top_p; the best one always.
-    wanted_F = (total_F * top_p_F).ceil().to(torch.int64)
+    wanted_F = wanted_weight(head_total_F if total_F is None else total_F, top_p_F)
     first_F1 = torch.searchsorted(up_to_FK, (head_total_F - wanted_F)[:, None], right=True)
-    last_F = head_FK.gather(1, first_F1.clamp_(max=num_sorted - 1))[:, 0]
+    last_F = head_FK.gather(1, first_F1.clamp_(max=head_FK.shape[1] - 1))[:, 0]
     return torch.maximum(torch.maximum(kth_F, last_F), min_p_F)
+
+
+def wanted_weight(total_F: Tensor, top_p_F: Tensor) -> Tensor:
+    """The weight that top_p leaves at least: a token stays if the more likely ones together have
+    less, the best one always."""
+    return (total_F * top_p_F).ceil().to(torch.int64)
 
 
 def draw_tokens(
@@ -188,10 +217,10 @@ def draw_tokens(
     without weight is never drawn; a row without any (NaN, all minus infinity) gives `fallback_R`.
     `uniform_R` is float64 in [0, 1).
     """
-    return _joined(
+    return joined(
         [
             _draw(
-                _fixed_point(ratio_RV[part], None if threshold_R is None else threshold_R[part]),
+                fixed_point(ratio_RV[part], None if threshold_R is None else threshold_R[part]),
                 uniform_R[part],
                 fallback_R[part],
             )
@@ -201,23 +230,52 @@ def draw_tokens(
 
 
 def _draw(weight_RV: Tensor, uniform_R: Tensor, fallback_R: Tensor) -> Tensor:
-    vocab_size = weight_RV.shape[1]
-    if vocab_size % BLOCK:
-        weight_RV = functional.pad(weight_RV, (0, BLOCK - vocab_size % BLOCK))
-    weight_RBC = weight_RV.view(weight_RV.shape[0], -1, BLOCK)
-    # Two levels, blocks first: a cumsum over whole rows would be read and written once more.
-    block_RB = weight_RBC.sum(-1)
-    up_to_RB = block_RB.cumsum(-1)
-    total_R1 = up_to_RB[:, -1:]
-    target_R1 = (uniform_R[:, None] * total_R1).to(torch.int64)  # rounds down
-    target_R1 = torch.minimum(target_R1, total_R1 - 1)
-    chosen_R1 = torch.searchsorted(up_to_RB, target_R1, right=True)
-    chosen_R1.clamp_(max=up_to_RB.shape[1] - 1)  # only in a row without weight
-    inside_R1 = target_R1 - up_to_RB.gather(1, chosen_R1) + block_RB.gather(1, chosen_R1)
-    index_R1C = chosen_R1[:, :, None].expand(-1, 1, BLOCK)
-    up_to_RC = weight_RBC.gather(1, index_R1C)[:, 0].cumsum(-1)
-    token_R1 = chosen_R1 * BLOCK + torch.searchsorted(up_to_RC, inside_R1, right=True)
+    sums = BlockSums.of(weight_RV)
+    total_R1 = sums.total_R1
+    token_R1 = sums.token_at(drawn_weight(uniform_R, total_R1))
     return torch.where(total_R1 > 0, token_R1, fallback_R[:, None])[:, 0]
+
+
+def drawn_weight(uniform_R: Tensor, total_R1: Tensor) -> Tensor:
+    """Which of a row's weight units is drawn, from 0 on (R, 1)."""
+    target_R1 = (uniform_R[:, None] * total_R1).to(torch.int64)  # rounds down
+    return torch.minimum(target_R1, total_R1 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """Weights in blocks of BLOCK, and their sums. Two levels, blocks first: a cumsum over whole
+    rows would be read and written once more."""
+
+    weight_RBC: Tensor
+    block_RB: Tensor
+    up_to_RB: Tensor
+
+    @classmethod
+    def of(cls, weight_RV: Tensor) -> "BlockSums":
+        """Of weights as `fixed_point` gives them."""
+        vocab_size = weight_RV.shape[1]
+        if vocab_size % BLOCK:
+            weight_RV = functional.pad(weight_RV, (0, BLOCK - vocab_size % BLOCK))
+        weight_RBC = weight_RV.view(weight_RV.shape[0], -1, BLOCK)
+        block_RB = weight_RBC.sum(-1)
+        return cls(weight_RBC, block_RB, block_RB.cumsum(-1))
+
+    @property
+    def total_R1(self) -> Tensor:
+        """int64"""
+        return self.up_to_RB[:, -1:]
+
+    def token_at(self, target_R1: Tensor) -> Tensor:
+        """The token that has the unit `target_R1` of its row's weight (R, 1); some column where
+        the row has no such unit."""
+        up_to_RB = self.up_to_RB
+        chosen_R1 = torch.searchsorted(up_to_RB, target_R1, right=True)
+        chosen_R1.clamp_(max=up_to_RB.shape[1] - 1)  # only where there is no such unit
+        inside_R1 = target_R1 - up_to_RB.gather(1, chosen_R1) + self.block_RB.gather(1, chosen_R1)
+        index_R1C = chosen_R1[:, :, None].expand(-1, 1, BLOCK)
+        up_to_RC = self.weight_RBC.gather(1, index_R1C)[:, 0].cumsum(-1)
+        return chosen_R1 * BLOCK + torch.searchsorted(up_to_RC, inside_R1, right=True)
 
 
 def sample_oracle(
@@ -262,17 +320,18 @@ def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """Chunks of rows, one after the other."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _fixed_point(ratio_RV: Tensor, threshold_R: Tensor | None) -> Tensor:
+def fixed_point(ratio_RV: Tensor, threshold_R: Tensor | None) -> Tensor:
     """Weights as int64, zero below the threshold and for NaN (which compares false)."""
     kept_RV = ratio_RV >= (0.0 if threshold_R is None else threshold_R[:, None])
     return torch.where(kept_RV, ratio_RV, 0.0).mul_(WEIGHT_SCALE).to(torch.int64)
 
 
-def _sorted(x_FV: Tensor) -> Tensor:
+def sorted_rows(x_FV: Tensor) -> Tensor:
     """Each row ascending. numpy's sort is vectorised: ten times as fast as torch's on a CPU."""
     if x_FV.device.type == "cpu":
         return torch.from_numpy(np.sort(x_FV.numpy(), axis=-1))
