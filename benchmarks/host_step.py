@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.config import EngineConfig
 from core.engine.batch import Batch, SlotState
+from core.engine.choosing import make_chooser
 from core.engine.expert_balance import NoBalancer
 from core.engine.forward import EagerSteps, RankParts
 from core.engine.graphs import GraphedSteps, graph_sizes
@@ -37,7 +38,7 @@ from core.interfaces.messages import (
     RequestOutput,
     SamplingParams,
 )
-from core.interfaces.model import ModelStep
+from core.interfaces.model import ModelStep, VocabularyPart
 from core.kernels.select import select_staging
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
@@ -50,6 +51,8 @@ PAGE_SIZE = 16
 
 class NullHead:
     """Logits of zeros."""
+
+    part = VocabularyPart(SOLO.axes["tp"], 0, VOCAB_SIZE)
 
     def partial(self, hidden_RE: Tensor, rows: object) -> Tensor:
         return hidden_RE.new_zeros((hidden_RE.shape[0], VOCAB_SIZE))
@@ -171,11 +174,14 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
         recorder=select_recorder(device) if device.type == "cuda" else NullRecorder(),
     )
     steps.capture(lambda done, total: None)
+    sampler = Sampler(max_slots=batch, vocab_size=VOCAB_SIZE, device=device, eos_ids=())
+    tp = SOLO.axes["tp"]
     runner = ModelRunner(
         steps=steps,
-        sampler=Sampler(max_slots=batch, vocab_size=VOCAB_SIZE, device=device, eos_ids=()),
+        sampler=sampler,
+        chooser=make_chooser(sampler, state, tp, NullHead.part, shares_head=False),
         state=state,
-        comm=SOLO.axes["tp"],
+        comm=tp,
         balancer=NoBalancer(),
         progress=Progress(),
     )

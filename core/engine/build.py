@@ -13,6 +13,7 @@ import torch
 
 from core.config import AppConfig
 from core.engine.batch import SlotState
+from core.engine.choosing import make_chooser
 from core.engine.commit import commit_in_background
 from core.engine.expert_balance import Balancer, initial_placements, make_balancer
 from core.engine.forward import AttentionOfRank, OnCaptured, RankParts
@@ -316,6 +317,13 @@ def _build_runner(
         rank=context.rank,
         stream=stream,
     )
+    sampler = Sampler(
+        max_slots=engine.running_limit,
+        vocab_size=loaded.spec.vocab_size,
+        device=device,
+        eos_ids=context.files.eos_ids,
+    )
+    tp = context.comms.axes["tp"]
     return ModelRunner(
         progress=parts.attention.progress,
         pool=parts.attention.pool,
@@ -326,14 +334,12 @@ def _build_runner(
             comms=context.comms,
             dispatchers=loaded.dispatchers,
         ),
-        sampler=Sampler(
-            max_slots=engine.running_limit,
-            vocab_size=loaded.spec.vocab_size,
-            device=device,
-            eos_ids=context.files.eos_ids,
+        sampler=sampler,
+        chooser=make_chooser(
+            sampler, state, tp, loaded.model.head.part, shares_head=parts.shares_head
         ),
         state=state,
-        comm=context.comms.axes["tp"],
+        comm=tp,
         balancer=make_balancer(
             loaded.model.expert_layers,
             context.comms.axes["world"],

@@ -2,12 +2,13 @@
 
 `Steps` is what the runner calls; core.engine.graphs replays captured steps behind the same
 interface. Knows nothing of sampling. Shape legend: T tokens of the step, R rows that sample,
-V vocabulary, E hidden size.
+V vocabulary, L the columns of it that a rank has, E hidden size.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
 
 OnCaptured = Callable[[int, int], None]  # steps captured so far, and of all
+LogitsOf = Callable[[], Tensor]
 
 
 class AttentionOfRank(Protocol):
@@ -55,7 +57,10 @@ class ComputedStep:
     hidden_TE: Tensor | None  # of all tokens; None where rows were left out or replayed
     # Of the plan's rows that sample, float32 (R, V). May exchange parts of them: every rank of tp
     # calls it for the same steps, once.
-    logits: Callable[[], Tensor]
+    logits: LogitsOf
+    # Of the same rows what this rank has, (R, L). Not where DP ranks share the output head: there
+    # a rank's columns are those of all DP ranks' rows.
+    columns: LogitsOf
     best_R: Tensor | None  # int64: greedy tokens, stored already; None: nothing was chosen
     slots: Ints  # of those rows, on the host
     positions: Ints  # of the tokens to choose, on the host
@@ -110,6 +115,12 @@ class RankParts:
     plan: Plan
     rank: int
     stream: Layout  # as the model was built with
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether several DP ranks share the output head. All of them then gather logits where one
+        needs more than the best tokens."""
+        return self.plan.dp > 1 and self.model.head.part.comm.size > self.plan.axis_size("tp")
 
     def rows(self, by_dp: Sequence[int]) -> StepRows:
         """Rows of one step as this rank sees them."""
@@ -174,24 +185,29 @@ class EagerSteps:
             chosen_RE = hidden_TE[: len(sampling.slots)]
         elif len(sampling.slots) != hidden_TE.shape[0]:
             chosen_RE = hidden_TE[sampling.last_R]
-        if any(facts.samples):
-            logits_RV = self.logits(chosen_RE, facts.samples)
-        else:
-            logits_RV = chosen_RE.new_empty((0, 0))
+        whole, columns = self._logits_of(chosen_RE, facts.samples)
 
         def store(ids_R: Tensor) -> None:
             tokens_SL = parts.state.tokens_SL
             tokens_SL[sampling.slots_R, sampling.positions_R] = ids_R.to(tokens_SL.dtype)
 
         all_TE = hidden_TE if wanted is None else None
-        return ComputedStep(
-            all_TE, lambda: logits_RV, None, sampling.slots, sampling.positions, store
-        )
+        return ComputedStep(all_TE, whole, columns, None, sampling.slots, sampling.positions, store)
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
         head, rows = self._parts.model.head, self._parts.rows(by_dp)
         return head.whole(head.partial(hidden_RE, rows), rows)
+
+    def _logits_of(self, chosen_RE: Tensor, by_dp: Sequence[int]) -> tuple[LogitsOf, LogitsOf]:
+        """`ComputedStep.logits` and `.columns` of the rows that sample."""
+        if not any(by_dp):
+            return (known(chosen_RE.new_empty((0, 0))),) * 2
+        head, rows = self._parts.model.head, self._parts.rows(by_dp)
+        logits_AL = head.partial(chosen_RE, rows)
+        if self._parts.shares_head:
+            return known(head.whole(logits_AL, rows)), known(logits_AL)
+        return partial(head.whole, logits_AL, rows), known(logits_AL)
 
     def _wanted(self, sampling: SamplingRows, facts: StepFacts) -> WantedRows | None:
         """Rows that sample, in steps with prompts, which have others; the first one where none
@@ -200,6 +216,11 @@ class EagerSteps:
             return None
         index_R = sampling.last_R if len(sampling.slots) else sampling.last_R.new_zeros(1)
         return self._parts.wanted(index_R, sampling.num_chosen)
+
+
+def known(logits: Tensor) -> LogitsOf:
+    """Logits that are there already."""
+    return lambda: logits
 
 
 def row_starts(plan: StepPlan) -> list[int]:

@@ -10,7 +10,7 @@ Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +19,16 @@ import torch
 from torch import Tensor
 
 from core.config import EngineConfig
-from core.engine.batch import Batch, Ints
-from core.engine.forward import ComputedStep, EagerSteps, OnCaptured, RankParts, Steps
+from core.engine.batch import Batch
+from core.engine.forward import (
+    ComputedStep,
+    EagerSteps,
+    LogitsOf,
+    OnCaptured,
+    RankParts,
+    Steps,
+    known,
+)
 from core.engine.prompt_graphs import MOST_SEQUENCES, PromptGraphs, prompt_sizes
 from core.engine.recorder import Recorder, Replay
 from core.engine.step_input import StepInput, send_decodes
@@ -95,8 +103,6 @@ class GraphedSteps:
     ) -> None:
         self._parts = parts
         self._rest = rest
-        # All DP ranks then gather logits where one of them needs more than the best tokens.
-        self._head_is_shared = parts.plan.dp > 1 and not parts.plan.dp_lm_head
         self._staging, self._recorder = staging, recorder
         self._max_model_len = max_model_len
         self.sizes = tuple(sizes)
@@ -162,11 +168,23 @@ class GraphedSteps:
         slots, positions = send_decodes(self._input, plan, rows)
         logits_AL, best_S = captured.replay()
         step_rows = self._parts.rows([best_S.shape[0]] * self._parts.plan.dp)
-        whole = partial(self._parts.model.head.whole, logits_AL, step_rows)
-        if self._head_is_shared and not facts.best_only:
-            logits_SV = whole()
-            return self._computed(rows, slots, positions, lambda: logits_SV, best_S)
-        return self._computed(rows, slots, positions, whole, best_S)
+        whole: LogitsOf = partial(self._parts.model.head.whole, logits_AL, step_rows)
+        if self._parts.shares_head and not facts.best_only:
+            whole = known(whole())
+        count = len(slots)
+
+        def store(ids_R: Tensor) -> None:
+            self._staging.store(ids_R, rows.places, state.tokens_SL)
+
+        return ComputedStep(
+            None,
+            lambda: whole()[:count],
+            lambda: logits_AL[:count],
+            best_S[:count],
+            slots,
+            positions + 1,
+            store,
+        )
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Eagerly."""
@@ -177,23 +195,6 @@ class GraphedSteps:
         if facts.has_prefill or facts.samples != facts.rows or most > self.sizes[-1]:
             return None
         return self._captured.get(self.sizes[bisect_left(self.sizes, most)])
-
-    def _computed(
-        self,
-        rows: DecodeRows,
-        slots: Ints,
-        positions: Ints,
-        logits: Callable[[], Tensor],
-        best_S: Tensor,
-    ) -> ComputedStep:
-        count = len(slots)
-
-        def store(ids_R: Tensor) -> None:
-            self._staging.store(ids_R, rows.places, self._parts.state.tokens_SL)
-
-        return ComputedStep(
-            None, lambda: logits()[:count], best_S[:count], slots, positions + 1, store
-        )
 
     def _rows(self, size: int) -> DecodeRows:
         return DecodeRows(

@@ -12,7 +12,7 @@ Shape legend: see core.kernels.stage.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.engine.batch import Batch, send
-from core.engine.forward import ComputedStep, OnCaptured, RankParts, Steps
+from core.engine.forward import ComputedStep, LogitsOf, OnCaptured, RankParts, Steps, known
 from core.engine.recorder import Recorder, Replay
 from core.engine.step_input import StepInput, send_prompts
 from core.interfaces.attention import SequenceBatch
@@ -74,8 +74,6 @@ class PromptGraphs:
         recorder: Recorder,
     ) -> None:
         self._parts, self._rest = parts, rest
-        # All DP ranks gather logits where one of them needs more than the best tokens.
-        self._head_is_shared = parts.plan.dp > 1 and not parts.plan.dp_lm_head
         self._staging, self._recorder = staging, recorder
         self._max_model_len, self._sizes = max_model_len, tuple(sizes)
         state, most = parts.state, self._sizes[-1]
@@ -135,7 +133,13 @@ class PromptGraphs:
                 self._staging.store(ids_R, rows.places, state.tokens_SL)
 
             return ComputedStep(
-                None, lambda: whole()[:count], best_S[:count], slots, contexts, store
+                None,
+                lambda: whole()[:count],
+                lambda: logits_SL[:count],
+                best_S[:count],
+                slots,
+                contexts,
+                store,
             )
         chosen = np.flatnonzero(plan.samples)
         (chosen_R,) = send(state.device, chosen)
@@ -147,6 +151,7 @@ class PromptGraphs:
         return ComputedStep(
             None,
             lambda: whole()[chosen_R],
+            lambda: logits_SL[chosen_R],
             best_S[chosen_R],
             slots[chosen],
             contexts[chosen],
@@ -167,13 +172,12 @@ class PromptGraphs:
             return None
         return self._captured.get(size)
 
-    def _whole(self, logits_AL: Tensor, num_rows: int, facts: StepFacts) -> Callable[[], Tensor]:
+    def _whole(self, logits_AL: Tensor, num_rows: int, facts: StepFacts) -> LogitsOf:
         """Gathers this rank's logits; where others need theirs from it, that is done now."""
         whole = partial(self._parts.model.head.whole, logits_AL, self._rows_of_all(num_rows))
-        if not self._head_is_shared or facts.best_only:
+        if not self._parts.shares_head or facts.best_only:
             return whole
-        logits_SV = whole()
-        return lambda: logits_SV
+        return known(whole())
 
     def _rows_of_all(self, num_rows: int) -> StepRows:
         """So many rows of every DP rank."""

@@ -1,8 +1,9 @@
 """Runs one step of one rank: compute, sample. Knows nothing of scheduling or sockets.
 
-Every rank of an attention group runs the same AgreedStep, also one without rows of its own. The
-sampled ids come from rank 0 of the tp axis and are broadcast, so ranks cannot diverge. Shape
-legend: T tokens of the step, R rows whose logits are wanted, V vocabulary, E hidden size.
+Every rank of an attention group runs the same AgreedStep, also one without rows of its own. Sampled
+ids are exchanged (core.engine.choosing), so that ranks cannot diverge.
+
+Shape legend: T tokens of the step, R rows whose logits are wanted, V vocabulary, E hidden size.
 """
 
 import itertools
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from core.engine.batch import SlotState, to_device
+from core.engine.choosing import Chooser
 from core.engine.expert_balance import Balancer
 from core.engine.forward import ComputedStep, Steps, row_starts
-from core.engine.logprobs import DeviceLogprobs, prompt_logprobs, sampled_logprobs
+from core.engine.logprobs import DeviceLogprobs, prompt_logprobs
 from core.engine.progress import Progress
 from core.engine.sampler import Sampler
 from core.interfaces.comm import Communicator
@@ -74,6 +76,7 @@ class ModelRunner:
         *,
         steps: Steps,
         sampler: Sampler,
+        chooser: Chooser,
         state: SlotState,
         comm: Communicator,
         balancer: Balancer,
@@ -84,6 +87,7 @@ class ModelRunner:
         `pool` is the memory of the caches."""
         self.steps = steps
         self.sampler = sampler
+        self.chooser = chooser
         self.state = state
         self.comm = comm
         self.balancer = balancer
@@ -110,7 +114,7 @@ class ModelRunner:
 
     def _chosen(self, computed: ComputedStep) -> PendingStep:
         """The next token of each sampling row, stored where the next step reads it, and what was
-        asked to be told of it. Every rank of tp decides alike whether logits are needed whole."""
+        asked to be told of it. Every rank of tp decides alike whether best tokens are enough."""
         slots = computed.slots
         wanted = self._num_logprobs[slots]
         best_R = computed.best_R if self.sampler.is_greedy(slots) else None
@@ -118,25 +122,12 @@ class ModelRunner:
             return PendingStep(best_R)
         if not len(slots):
             return PendingStep(torch.empty(0, dtype=torch.int64, device=self.state.device))
-        logits_RV = computed.logits()
-        pending = PendingStep(self._sampled(computed, logits_RV) if best_R is None else best_R)
-        if self.comm.rank == 0 and (wanted >= 0).any():
-            each = [None if top < 0 else top for top in wanted.tolist()]
+        each = [None if top < 0 else top for top in wanted.tolist()]
+        ids_R, logprobs = self.chooser.choose(computed, best_R, each)
+        pending = PendingStep(ids_R, logprobs)
+        if logprobs is not None:
             pending.logprob_rows = [index for index, top in enumerate(each) if top is not None]
-            pending.logprobs = sampled_logprobs(logits_RV, pending.ids_R, each)
         return pending
-
-    def _sampled(self, computed: ComputedStep, logits_RV: Tensor) -> Tensor:
-        """Tokens that one rank chooses for all."""
-        slots = computed.slots
-        if self.comm.rank == 0:
-            sample_plan = self.sampler.plan(slots, computed.positions)
-            ids_R = self.sampler.sample(sample_plan, logits_RV, self.state.tokens_SL)
-        else:
-            ids_R = torch.empty(len(slots), dtype=torch.int64, device=logits_RV.device)
-        ids_R = self.comm.broadcast(ids_R, 0)
-        computed.store(ids_R)
-        return ids_R
 
     def _prompt_logprobs(
         self,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.interfaces.attention import AttentionStep
-    from core.interfaces.comm import Comms
+    from core.interfaces.comm import Comms, Communicator
     from core.interfaces.latent_attention import LatentAttentionStep
     from core.interfaces.moe_a2a import Dispatcher
     from core.interfaces.ops import Ops
@@ -176,12 +176,28 @@ class BestTokens(Protocol):
     def best_of_parts(self, parts_NSX2: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class VocabularyPart:
+    """What the columns of a rank's part of the logits stand for: the tokens from `first_id` on,
+    then padding."""
+
+    comm: Communicator  # of the ranks that share the head; ids rise from rank to rank
+    first_id: int
+    num_tokens: int
+
+
 class OutputHead(Protocol):
-    """Hidden states -> logits, in two steps: greedy rows need no more than the first.
+    """Hidden states -> logits, in two steps: choosing tokens needs no more than the first where the
+    ranks that share the head know what is asked of its rows.
 
     A rows of all ranks that share the head, L columns of the logits that this rank has. All ranks
     that share the head call the same.
     """
+
+    @property
+    def part(self) -> VocabularyPart:
+        """The L columns of this rank."""
+        ...
 
     def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
         """Logits (A, L) in float32. `rows` counts R of every DP rank; those without rows call this

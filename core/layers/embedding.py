@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
-from core.interfaces.model import BestTokens, BuildContext
+from core.interfaces.model import BestTokens, BuildContext, VocabularyPart
 from core.kernels.ragged import gather_rows
 from core.layers.row_exchange import row_exchange
 from core.parallel.layout import Layout
@@ -63,13 +63,11 @@ class LMHead:
     """
 
     __slots__ = (
-        "_comm",
         "_dp",
-        "_first",
         "_gather_columns",
         "_kernel",
-        "_num_tokens",
         "_vocab_size",
+        "part",
     )
 
     def __init__(
@@ -83,13 +81,13 @@ class LMHead:
     ) -> None:
         """`quantized`: see `is_quantized`."""
         self._kernel = context.ops.logits(weight_LE, quantized=quantized)
-        self._comm = context.comms.axes[axis]
+        comm = context.comms.axes[axis]
         self._gather_columns = context.comms.bridge(axis, src=Layout.COLUMNS, dst=Layout.REPLICATED)
         shared = axis == "world"
         self._dp = context.comms.axes["dp"] if shared else SoloCommunicator()
         self._vocab_size = vocab_size
-        self._first, stop = Sharding.over(self._comm).padded(0).bounds(vocab_size)
-        self._num_tokens = stop - self._first  # the other columns are padding
+        first, stop = Sharding.over(comm).padded(0).bounds(vocab_size)
+        self.part = VocabularyPart(comm, first, stop - first)
 
     @classmethod
     def from_checkpoint(
@@ -117,8 +115,9 @@ class LMHead:
 
     def best(self, partial_AL: Tensor, rows: StepRows, find: BestTokens) -> Tensor:
         """(A, L) -> (R,): of each rank's columns only the best travel."""
-        parts_AX2 = find.best_parts(partial_AL, self._first, self._num_tokens)
-        parts_NAX2 = self._comm.all_gather(parts_AX2, 0).view(self._comm.size, *parts_AX2.shape)
+        part = self.part
+        parts_AX2 = find.best_parts(partial_AL, part.first_id, part.num_tokens)
+        parts_NAX2 = part.comm.all_gather(parts_AX2, 0).view(part.comm.size, *parts_AX2.shape)
         return self._own(find.best_of_parts(parts_NAX2), rows)
 
     def _own(self, of_all_A: Tensor, rows: StepRows) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import core.engine.choosing as choosing
 import core.engine.graphs as graphs
 import core.engine.recorder as recorder
 import core.engine.step_input as step_input
@@ -97,6 +98,7 @@ def replayed(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(recorder, "select_recorder", made_recorder)
+    monkeypatch.setattr(choosing, "FEW_LOGITS", 0)  # not even of few rows logits are gathered
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
         monkeypatch.setattr(TorchRefBackend, "capturable", True)
@@ -362,7 +364,7 @@ PLANS = {
     "shared_head": ("qwen3_moe", ATTENTION_GROUPS, "allgather"),
     "own_heads": ("qwen3_moe", ATTENTION_GROUPS | {"dp_lm_head": True}, "allgather"),
     "fixed_exchange": ("qwen3_moe", ATTENTION_GROUPS, "nccl"),
-    # Ranks that have all rows: only the best tokens of each travel, and logits where asked for.
+    # Ranks that have all rows, and choose tokens together.
     "tp": ("llama", {"plan": "tp", "tp": 2}, "auto"),
     "experts_add_up": ("qwen3_moe", {"plan": "tp_ep", "tp": 2, "ep": 2}, "auto"),
 }
