@@ -184,6 +184,12 @@ class _Template:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            signal.set_wakeup_fd(-1)  # workers may end after this, when the pipe is closed
+
+    def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
