@@ -6,6 +6,7 @@
 The cells of `benchmarks.gpu_cells`, as `benchmarks.gpu_engine` has them for one GPU, through the
 loops that serve HTTP: a process for each rank, the same sockets between them. A batch is that of
 each DP rank. `--parallel` is a file of conf/parallel; `--a2a` and `--comm` choose plugins.
+`--unequal` measures steps in which DP ranks have unequal rows (benchmarks.dp_rows).
 `--profile` prints the kernels of a decode step of the first rank, and the gaps between them. The
 ratio to a peer is taken by `benchmarks.gpu_peer` in the same run.
 """
@@ -20,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import dp_rows, gpu_engine, gpu_profile, rank_processes
 from benchmarks import gpu_cells as cells
-from benchmarks import gpu_engine, gpu_profile, rank_processes
 
 CONF = Path(__file__).parents[1] / "conf" / "parallel"
 
@@ -39,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="engine.KEY")
     parser.add_argument("--device", default="cuda", help="cpu: to try the program, small shapes")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--unequal", action="store_true", help="unequal rows of DP ranks")
     parser.add_argument("--rank", type=int, help="this process is one rank; set by the first one")
     parser.add_argument("--folder", help="where ranks meet; set by the first process")
     return parser.parse_args()
@@ -125,6 +127,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if arguments.profile:
         for batch in cells.batches_of(arguments):
             profile(leader, batch, arguments.isl, partial(print_profile, common, rank))
+    elif arguments.unequal:
+        dp_rank, vocab_size = plan.axis_index("dp", rank), resolved.spec.vocab_size
+        for row in dp_rows.measure(leader, dp_rank, plan.dp, vocab_size, arguments):
+            put(common | row)
     else:
         for row in cells.measure(partial(generate, leader, resolved.spec.vocab_size), arguments):
             put(common | row)

@@ -84,6 +84,11 @@ class OfflineLeader:
     def has_work(self) -> bool:
         return bool(self._inbox.messages) or self._running is not None or self.scheduler.has_work
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether no DP rank had work in the last turn."""
+        return self._loop.parked
+
     def send(self, message: EngineInput) -> None:
         """Hand any message to the next turn."""
         self._inbox.messages.append(message)
@@ -97,7 +102,7 @@ class OfflineLeader:
     def run(self) -> list[RequestOutput]:
         """Turn until no DP rank has work; with several, all leaders do so at once."""
         outputs = self.step()
-        while not self._loop.parked:
+        while not self.is_parked:
             outputs += self.step()
         return outputs
 
