@@ -1,7 +1,7 @@
 """Offline engines for tests: one process, the ranks of any plan (one thread each)."""
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -79,8 +79,8 @@ class _QueueReceiver:
 class _Ranks:
     """The ranks of a configuration, built in threads of this process."""
 
-    def __init__(self, config: AppConfig) -> None:
-        self._plugins = PluginManager.load([])
+    def __init__(self, config: AppConfig, plugins: Mapping[str, object] | None = None) -> None:
+        self._plugins = PluginManager.load([], objects=plugins)
         self._files = resolve_files(config.model, lambda *_: None)
         resolved = resolve(config, self._plugins, self._files, "cpu", native_dtypes())
         self.config, self.plan = resolved.config, resolved.plan
@@ -143,9 +143,12 @@ def offline_engine(config: AppConfig) -> Iterator[OfflineEngine]:
 
 
 @contextmanager
-def spread_engine(config: AppConfig) -> Iterator[SpreadEngine]:
-    """The engine of a configuration with any plan; requests are spread as it says."""
-    with _running(config) as (ranks, leaders):
+def spread_engine(
+    config: AppConfig, plugins: Mapping[str, object] | None = None
+) -> Iterator[SpreadEngine]:
+    """The engine of a configuration with any plan; requests are spread as it says. `plugins`: more
+    than the built-in ones, by name."""
+    with _running(config, plugins) as (ranks, leaders):
         locksteps = thread_locksteps(len(leaders))
         balancer = make_balancer(config.parallel.dp_balancer, len(leaders))
         yield SpreadEngine(
@@ -158,8 +161,10 @@ def spread_engine(config: AppConfig) -> Iterator[SpreadEngine]:
 
 
 @contextmanager
-def _running(config: AppConfig) -> Iterator[tuple[_Ranks, list[RankEngine]]]:
-    ranks = _Ranks(config)
+def _running(
+    config: AppConfig, plugins: Mapping[str, object] | None = None
+) -> Iterator[tuple[_Ranks, list[RankEngine]]]:
+    ranks = _Ranks(config, plugins)
     try:
         yield ranks, ranks.start()
     finally:

@@ -27,6 +27,7 @@ from core.engine.offline import OfflineEngine
 from core.engine.prompt_graphs import padding_pays, prompt_sizes
 from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
 from core.errors import ConfigError
+from core.hookspecs import Registration, hookimpl
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, Generate, StepPlan
 from core.kernels.native_dtypes import native_dtypes
@@ -88,6 +89,37 @@ def from_device(batch):
     )
 
 
+class Bounded(TorchRefBackend):
+    """Attention by what the device says: a step's lists are bounds, as in a graph."""
+
+    capturable = True
+
+    def plan(self, batch):
+        return super().plan(from_device(batch))
+
+
+class BoundedLatent(TorchRefLatentBackend):
+    capturable = True
+
+    def plan(self, batch):
+        return super().plan(from_device(batch))
+
+
+class Plugin:
+    """Registers both as "bounded"."""
+
+    @hookimpl
+    def register_attention(self):
+        return [Registration(name="bounded", factory=lambda _, spec: Bounded(spec))]
+
+    @hookimpl
+    def register_latent_attention(self):
+        return [Registration(name="bounded", factory=lambda _, spec: BoundedLatent(spec))]
+
+
+PLUGINS = {"bounded": Plugin()}
+
+
 @pytest.fixture
 def replayed(monkeypatch):
     """Engines built from now on capture; the recorders they use."""
@@ -101,24 +133,21 @@ def replayed(monkeypatch):
     monkeypatch.setattr(choosing, "FEW_LOGITS", 0)  # not even of few rows logits are gathered
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
-        monkeypatch.setattr(TorchRefBackend, "capturable", True)
         monkeypatch.setattr(ThreadCommunicator, "capturable", True)
         monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
-        monkeypatch.setattr(TorchRefBackend, "plan", lambda _, batch: from_device(batch))
-        monkeypatch.setattr(TorchRefLatentBackend, "plan", lambda _, batch: from_device(batch))
     return made
 
 
 @contextmanager
 def engine_of(folder, dtype="float32", **changes):
     """An engine with one rank, and that rank."""
-    attention = {} if CUDA else {"prefill": choice("torch_ref"), "decode": choice("torch_ref")}
+    attention = {} if CUDA else {"prefill": choice("bounded"), "decode": choice("bounded")}
     config = app_config(
         folder_model(folder, dtype, max_model_len=256),
         engine=ENGINE | changes,
         attention=attention,
     )
-    plugins = PluginManager.load([])
+    plugins = PluginManager.load([], objects=PLUGINS)
     files = resolve_files(config.model, lambda *_: None)
     resolved = resolve(config, plugins, files, DEVICE.type, native_dtypes())
     rank = build_rank(
@@ -382,11 +411,11 @@ def test_ranks_replay_the_same_sizes(tiny_folder, replayed, name):
         config = app_config(
             folder_model(tiny_folder(family), max_model_len=256),
             engine=ENGINE,
-            attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+            attention={"prefill": choice("bounded"), "decode": choice("bounded")},
             parallel=parallel,
             moe_a2a={"prefill": carries, "decode": carries},
         )
-        with spread_engine(config) as engine:
+        with spread_engine(config, PLUGINS) as engine:
             return [
                 (answer.token_ids, [entry.top_ids for entry in answer.logprobs])
                 for answer in engine.generate(prompts, sampling)
@@ -438,12 +467,12 @@ def test_dp_ranks_replay_steps_with_prompts_too(tiny_folder, replayed, monkeypat
         config = app_config(
             folder_model(tiny_folder("qwen3_moe"), max_model_len=256),
             engine=ENGINE | PROMPT_STEPS | {"max_graph_tokens": most_tokens},
-            attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+            attention={"prefill": choice("bounded"), "decode": choice("bounded")},
             parallel=parallel,
             moe_a2a={"prefill": carries, "decode": carries},
         )
         replayed.clear()
-        with spread_engine(config) as engine:
+        with spread_engine(config, PLUGINS) as engine:
             alone = engine.generate([[5] * 20], greedy(3))
             found = [
                 (answer.token_ids, [entry.top_ids for entry in answer.logprobs])
@@ -475,14 +504,14 @@ def test_dp_ranks_whose_requests_come_and_go_give_the_tokens_of_one(
     config = app_config(
         folder_model(folder, max_model_len=256),
         engine=ENGINE | PROMPT_STEPS | {"kv_cache_tokens": 160},
-        attention={"prefill": choice("torch_ref"), "decode": choice("torch_ref")},
+        attention={"prefill": choice("bounded"), "decode": choice("bounded")},
         parallel={"plan": "dp_attention", "tp": num_dp, "ep": num_dp, "dp_attention": num_dp},
         moe_a2a={"prefill": allgather, "decode": allgather},
     )
     answers, aborted = [[] for _ in prompts], set()
     rank_of = {}  # of those that are not finished, by index
     waiting = list(enumerate(prompts))
-    with spread_engine(config) as engine, ThreadPoolExecutor(num_dp) as pool:
+    with spread_engine(config, PLUGINS) as engine, ThreadPoolExecutor(num_dp) as pool:
         leaders = engine._leaders
         while waiting or any(leader.has_work for leader in leaders):
             if waiting and chance.random() < 0.4:
