@@ -99,11 +99,11 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
 
 def as_captured(step: Step, num_sequences: int, num_rows: int, num_tokens: int) -> Step:
     """The same step as a CUDA graph sees it that was captured for bounds which it does not reach:
-    more sequences, which are padding, more rows (in prefill), longer contexts."""
+    more sequences, which are padding, more rows (0: of decodes alone), longer contexts."""
     batch, old = step.batch, len(step.batch.query_lens)
     device = batch.query_starts_S1.device
     more = num_sequences - old
-    decodes = max(batch.query_lens) == 1
+    decodes = num_rows == 0
     num_rows = num_sequences if decodes else num_rows
     last = batch.query_starts_S1[-1:].expand(more)
     pages = batch.page_table_SM
