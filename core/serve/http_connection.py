@@ -121,7 +121,10 @@ class Connection(asyncio.Protocol):
         if self._current is not None:
             self._current.disconnect()
         self.resume_writing()
-        del self._parser  # it refers to this object
+        # What refers to this object goes, so that both are freed now: the cyclic collector comes by
+        # rarely, and thousands of connections may end until then.
+        self._current = self._reading = None
+        del self._parser, self._input_timer, self._output_timer
 
     def eof_received(self) -> None:
         """A client that stops sending counts as gone, as most that do so are: the transport
@@ -320,8 +323,8 @@ class Connection(asyncio.Protocol):
                 elif has_body(self._headers):
                     self._after_upgrade()
             except httptools.HttpParserCallbackError as error:
-                cause = error.__context__
-                if not isinstance(cause, _Refused):
+                # Without a name: its traceback leads to this frame, which would keep both alive.
+                if not isinstance(error.__context__, _Refused):
                     self._break_off(NOT_HTTP)  # a target that is no URL, for one
             except httptools.HttpParserError:
                 self._break_off(NOT_HTTP)

@@ -1,8 +1,10 @@
 """One connection without sockets and without waiting: what a client may send, hold and delay."""
 
 import asyncio
+import gc
 import gzip
 import random
+import weakref
 
 import pytest
 
@@ -707,3 +709,71 @@ def test_fuzz(block):
             run_fuzz(seed)
         except BaseException as error:
             raise AssertionError(f"seed {seed}") from error
+
+
+ENDINGS = {
+    "nothing said": [],
+    "answered": [GET],
+    "a head cut off": [GET[:20]],
+    "a body cut off": [post(length=90)],
+    "a chunk cut off": [CHUNKED + b"5\r\nhel"],
+    "several at once": [GET * 20],
+    "no HTTP": [b"\x16\x03\x01" * 50],
+    "a version that is not spoken": [b"GET / HTTP/3.7\r\nHost: x\r\n\r\n"],
+    "two lengths": [post(extra=b"Content-Length: 7\r\n")],
+    "a head that is too large": [b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n"],
+    "trailers that are too large": [CHUNKED + b"1\r\na\r\n0\r\n" + b"A: b\r\n" * 4000],
+    "a proxy": [b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "an upgrade": [post(extra=b"Upgrade: h2c\r\nConnection: Upgrade\r\n")],
+    "broken gzip": [post(extra=b"Content-Encoding: gzip\r\n")],
+    "a body that is too large": [post(b"a" * 2000)],
+}
+
+
+@pytest.mark.parametrize("said", ENDINGS.values(), ids=ENDINGS)
+@pytest.mark.parametrize("waits_s", [0, 500])
+def test_a_connection_that_ended_is_freed_without_the_cyclic_collector(said, waits_s):
+    """That one comes by so rarely that thousands would wait for it, with what they were sent."""
+
+    async def main():
+        server = Server(echo, max_body_bytes=1000)
+        peer = server.connect()
+        for data in said:
+            await peer.say(data)
+        await asyncio.sleep(waits_s)
+        peer.leave()
+        await settle()
+        connection = weakref.ref(peer.connection)
+        del peer.connection  # as a transport forgets it
+        return connection()
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert clock_loop.run(main()) is None
+    finally:
+        gc.enable()
+
+
+def test_a_connection_that_ends_while_it_is_answered_is_freed_as_well():
+    async def main():
+        app = Stream()
+        server = Server(app)
+        peer = server.connect()
+        await peer.say(GET * 3)
+        app.pieces.put_nowait(b"a piece")
+        await settle()
+        peer.leave()
+        await settle()
+        app.pieces.put_nowait(None)
+        await settle()
+        connection = weakref.ref(peer.connection)
+        del peer.connection  # as a transport forgets it
+        return connection()
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert clock_loop.run(main()) is None
+    finally:
+        gc.enable()
