@@ -6,6 +6,7 @@ milliseconds, from a process that has everything built (see core.serve.text_proc
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -80,16 +81,20 @@ class _Job:
         self.timer: asyncio.TimerHandle | None = None
 
     def finish(self, reply: bytes) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        self.release()
         if not self.done.done():
             self.done.set_result(reply)
 
     def fail(self, error: Exception) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        self.release()
         if not self.done.done():
             self.done.set_exception(error)
+
+    def release(self) -> None:
+        """Hold nothing any more that holds it."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.worker = None
 
 
 class _Worker(asyncio.Protocol):
@@ -280,13 +285,23 @@ class TextPool:
         try:
             reply = await waiter.done
         finally:
-            waiter.timer.cancel()
+            self._leave(waiter)
+            # An error's traceback holds this frame, and with it a body of up to 8 MiB: that must
+            # not lead back to the error, or only the cyclic collector would free them.
+            del waiter
         if not reply[0] & REFUSED:
             return reply[1:]
         refused = self._decode_refused(reply[1:])
         raise RequestError(
             refused.message, param=refused.param, code=refused.code, status=refused.status
         )
+
+    def _leave(self, job: _Job) -> None:
+        """Nobody waits for it any more."""
+        job.release()
+        if job.frame:  # it was never begun
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(job)
 
     def _on_wall_time(self, job: _Job) -> None:
         if job.done.done():

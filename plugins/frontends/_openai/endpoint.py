@@ -63,8 +63,8 @@ class Endpoint(ABC, Generic[Body]):
         call.record.route = self.route
         try:
             check_content_type(scope)
-            raw = await read_body(receive)
-            body, ignored = await self._decode(raw)
+            # Not named: up to 8 MiB, which nobody needs while the answer is made.
+            body, ignored = await self._decode(await read_body(receive))
             if ignored:
                 self.service.metrics.ignore(ignored)
                 call.record.headers.append((HEADER, header_value(ignored)))

@@ -1,11 +1,13 @@
 """The text service's processes: hostile templates and texts end their own job and nothing else."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from core.interfaces.text import ChatText, IdsToText, PromptTexts, TokenList
 from core.serve.text_pool import TextPool
 from core.serve.text_process import TextBoot
 from core.serve.tokenizer import HfTokenizer
+from tests.support import clock_loop
 from tests.support.small_tokenizer import byte_level, write_folder
 
 MIB = 1024 * 1024
@@ -334,3 +337,23 @@ def test_the_library_gives_the_same_ids_without_offsets():
     text = "über größe 日本語 🎉 <|im_start|>x" * 50
     [fast] = tokenizer.encode_batch_fast([text])
     assert fast.ids == tokenizer.encode(text).ids
+
+
+def test_an_error_is_freed_with_its_body_without_the_cyclic_collector():
+    """Its traceback holds the frames of all who waited, with the body."""
+
+    async def main():
+        pool = TextPool(TextBoot(folder="", eos_ids=[]), 1)  # without any process: nobody answers
+        try:
+            await pool.chat(ChatText(messages=STAY, max_tokens=8))
+        except RequestError as error:
+            code, gone = error.code, weakref.ref(error)
+        await asyncio.sleep(0)  # the loop lets go of what woke this task
+        return code, gone()
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert clock_loop.run(main()) == ("text_busy", None)
+    finally:
+        gc.enable()
