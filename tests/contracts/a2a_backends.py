@@ -9,11 +9,11 @@ import torch
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
+from core.testing.moe_a2a import CPU, Case, spec_of
 from plugins.moe_a2a import deepep, nccl
 from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.local import LocalDispatcher
-from tests.contracts.a2a_cases import CPU, Case, spec_of
 from tests.support import fake_deep_ep
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import Dispatched, Dispatcher
 from core.kernels.block_fp8 import BLOCK, dequantize_rows, quantize_rows
-from tests.contracts.a2a_cases import COUNTS, Case, Rows, rows_of
+from core.testing.moe_a2a import COUNTS, Case, Rows, rows_of
 
 NUM_LAYERS, NUM_TURNS = 4, 12
 GRAPH_CASES = {

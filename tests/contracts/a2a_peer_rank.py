@@ -26,11 +26,11 @@ from core.kernels.block_fp8 import dequantize_rows
 from core.kernels.peer_memory import PeerMemory
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
+from core.testing.moe_a2a import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of, run_steps, spec_of
 from plugins.comm.gloo import GlooBackend
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._peer_layout import layout_of
 from plugins.moe_a2a.symm_mem import NUM_PROGRAMS, SymmMemDispatcher
-from tests.contracts.a2a_cases import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of, run_steps, spec_of
 
 FEW_PROGRAMS = 2  # of a launch in the interpreter
 HIDDEN = 144  # more than one block of scales, and a part of one

@@ -16,10 +16,10 @@ import torch
 from core.hookspecs import NoOptions
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
+from core.testing.moe_a2a import CPU, DEFAULT, Case, run_steps
 from plugins.comm.gloo import GlooBackend
 from plugins.comm.nccl import NcclBackend
 from tests.contracts.a2a_backends import BACKENDS, build
-from tests.contracts.a2a_cases import CPU, DEFAULT, Case, run_steps
 
 CASES = [
     DEFAULT,

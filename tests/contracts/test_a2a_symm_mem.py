@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from core.testing.moe_a2a import NUM_STEPS, dense, rows_of, tolerance
 from tests.contracts import a2a_graph
-from tests.contracts.a2a_cases import NUM_STEPS, dense, rows_of, tolerance
 from tests.contracts.a2a_peer_rank import HIDDEN, cases, file_bytes
 
 ROOT = Path(__file__).parents[2]

@@ -7,28 +7,24 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from core.interfaces.comm import Comms
-from core.parallel.plan import Plan
-from tests.contracts import a2a_rank
-from tests.contracts.a2a_backends import BACKENDS, WithGroup, build
-from tests.contracts.a2a_cases import (
+from core.testing.moe_a2a import (
     CASES,
     CPU,
     NUM_STEPS,
     Case,
-    dense,
+    check_dispatcher,
+    check_results,
     rows_of,
-    run_steps,
-    tolerance,
 )
-from tests.support.ranks import plan_comms, run_ranks
+from tests.contracts import a2a_rank
+from tests.contracts.a2a_backends import BACKENDS, WithGroup
 
 ROOT = Path(__file__).parents[2]
 # DeepEP carries bfloat16 only: all other cases are run in it, too.
@@ -44,32 +40,21 @@ RUNS = [
 ]
 
 
-def expect_dense(
-    name: str, case: Case, ep: int, rank: int, got: list[Tensor], device: torch.device = CPU
-) -> None:
-    parameters = BACKENDS[name]
-    assert len(got) == NUM_STEPS
-    for step, result in enumerate(got):
-        rows = rows_of(case, ep, rank, step, parameters.hidden_size)
-        expected = dense(case, rows, fp8_on=device if case.fp8 and parameters.fp8 else None)
-        torch.testing.assert_close(result.double(), expected, **tolerance(case), equal_nan=True)
-        none = (rows.physical_TK < 0).all(1)
-        assert (result[none] == 0).all(), "rows without experts get exactly 0"
-
-
 @pytest.mark.parametrize(("name", "ep", "case", "device"), RUNS, ids=str)
 def test_dispatch_then_combine_is_dense_moe(
     name: str, ep: int, case: Case, device: torch.device
 ) -> None:
-    hidden_size = BACKENDS[name].hidden_size
-
-    def work(comms: Comms) -> list[Tensor]:
-        comm = comms.axes["ep"]
-        comm = WithGroup(comm) if name.startswith("deepep") else comm
-        return run_steps(case, build(name, case, comm, device), comm, hidden_size, device)
-
-    for rank, got in enumerate(run_ranks(plan_comms(Plan(dp=ep, ep=ep)), work)):
-        expect_dense(name, case, ep, rank, got, device)
+    parameters = BACKENDS[name]
+    check_dispatcher(
+        partial(parameters.make, parameters.options),
+        case,
+        ep,
+        phase=parameters.phase,
+        hidden_size=parameters.hidden_size,
+        device=device,
+        fp8=parameters.fp8,
+        wrap=WithGroup if name.startswith("deepep") else lambda comm: comm,
+    )
 
 
 def test_cases_are_what_they_say() -> None:
@@ -127,4 +112,6 @@ def test_processes_agree_with_dense_moe(processes: Processes, name: str, case: C
     for rank, results in enumerate(ranks):
         got = [torch.from_numpy(results[f"{name}/{case}/{step}"]) for step in range(NUM_STEPS)]
         device = CPU if backend == "gloo" else torch.device("cuda")
-        expect_dense(name, case, len(ranks), rank, got, device)
+        parameters = BACKENDS[name]
+        fp8_on = device if case.fp8 and parameters.fp8 else None
+        check_results(case, len(ranks), rank, got, parameters.hidden_size, fp8_on=fp8_on)

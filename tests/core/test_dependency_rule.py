@@ -37,6 +37,7 @@ LAYERS = (
     "start",
     "llm",
     "run",
+    "testing",  # of which nobody else may import
 )
 PLUGINS_MAY_IMPORT = {"errors", "config", "parallel", "interfaces", "kernels", "hookspecs"}
 PLUGIN_EXTRAS = {"models": {"layers"}}

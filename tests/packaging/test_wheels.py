@@ -69,6 +69,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nodeweave": ROOT,
         "attention": examples / "acme_attention",
         "plan": examples / "acme_plan",
+        "dispatch": examples / "acme_dispatch",
     }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
@@ -152,6 +153,12 @@ def test_the_third_party_backend_is_selected_by_name(installed):
     attention = yaml.safe_load(done.stdout)["attention"]
     assert attention["prefill"] == {"name": "acme", "options": {"query_block": 256}}
     assert attention["decode"] == {"name": "acme", "options": {"query_block": 8}}
+
+
+def test_the_third_party_dispatcher_is_selected_by_name(installed):
+    done = installed.compose("moe_a2a=acme")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["moe_a2a"]["decode"] == {"name": "acme", "options": {}}
 
 
 def test_the_third_party_plan_is_selected_by_name(installed):

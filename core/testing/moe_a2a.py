@@ -1,22 +1,34 @@
-"""Cases of the moe_a2a contract: rows and routings, plain experts, and dense MoE in float64.
+"""The contract of moe_a2a plugins: dispatch, any experts, combine is dense MoE.
 
-Everything is a pure function of (case, ep), so that ranks in other processes need no messages.
+    from core.testing.moe_a2a import CASES, check_dispatcher
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_contract(case):
+        check_dispatcher(lambda spec: AcmeDispatcher(AcmeOptions(), spec), case, ep=4)
+
+A case is a routing and the rows of each rank over a few steps; experts are functions of which no
+two agree, and the oracle is each row through each of its experts in float64. Everything is a pure
+function of (case, ep), so that ranks in other processes need no messages.
 Shape legend: T rows of a rank, K experts of a row, E hidden size.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from core.interfaces.comm import Communicator
+from core.interfaces.comm import Comms, Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout, Routes
+from core.kernels import block_fp8
 from core.kernels.block_fp8 import dequantize_rows
 from core.parallel.experts import default_placement
-from plugins.moe_a2a._fp8 import quantize_rows
+from core.parallel.plan import Plan
+from core.testing.ranks import plan_comms, run_ranks
 
-COUNTS = {
+# Rows of each rank in a step, by name.
+COUNTS: dict[str, Callable[[int, int], list[int]]] = {
     "random": lambda ep, step: [(7 * (rank + step) + 3) % 11 for rank in range(ep)],
     "equal": lambda ep, step: [6] * ep,
     "one_empty": lambda ep, step: [0 if rank == step % ep else 5 for rank in range(ep)],
@@ -49,6 +61,7 @@ class Case:
         )
 
 
+MakeDispatcher = Callable[[A2ASpec], Dispatcher]  # one rank's, on the rank's thread
 DEFAULT = Case()
 CASES = [
     *(replace(DEFAULT, counts=counts) for counts in COUNTS),
@@ -71,6 +84,60 @@ CASES = [
     replace(DEFAULT, dtype=torch.bfloat16, fp8=True, counts="all_empty"),
     replace(DEFAULT, dtype=torch.bfloat16, fp8=True, counts="one_has_most", routing="padded"),
 ]
+
+
+def check_dispatcher(
+    make: MakeDispatcher,
+    case: Case,
+    ep: int,
+    *,
+    phase: str = "prefill",
+    hidden_size: int = 48,
+    device: torch.device = CPU,
+    fp8: bool = False,
+    wrap: Callable[[Communicator], Communicator] = lambda comm: comm,
+) -> None:
+    """Build a dispatcher on each of `ep` ranks (threads of this process), take it through a case's
+    steps, and compare what every rank gets with dense MoE.
+
+    `fp8`: the rows of cases that allow it do travel as float8. `wrap`: puts something around the
+    communicator of threads, which is all of `core.interfaces.comm.Communicator`. Raises
+    AssertionError where the contract is broken, ValueError where the case's experts don't divide
+    over `ep` ranks.
+    """
+    if (case.num_experts + case.redundant) % ep:
+        raise ValueError(f"{case.num_experts + case.redundant} experts don't divide over ep={ep}")
+
+    def work(comms: Comms) -> list[Tensor]:
+        comm = wrap(comms.axes["ep"])
+        dispatcher = make(spec_of(case, comm, phase, hidden_size, device))
+        return run_steps(case, dispatcher, comm, hidden_size, device)
+
+    for rank, got in enumerate(run_ranks(plan_comms(Plan(dp=ep, ep=ep)), work)):
+        check_results(case, ep, rank, got, hidden_size, fp8_on=device if fp8 and case.fp8 else None)
+
+
+def check_results(
+    case: Case,
+    ep: int,
+    rank: int,
+    got: list[Tensor],
+    hidden_size: int,
+    *,
+    fp8_on: torch.device | None = None,
+) -> None:
+    """Compare what a rank got out of each step (`run_steps`) with dense MoE. For ranks that are
+    processes. `fp8_on`: see `dense`."""
+    assert len(got) == NUM_STEPS
+    for step, result in enumerate(got):
+        rows = rows_of(case, ep, rank, step, hidden_size)
+        expected = dense(case, rows, fp8_on=fp8_on)
+        limits = tolerance(case)
+        torch.testing.assert_close(
+            result.double(), expected, atol=limits["atol"], rtol=limits["rtol"], equal_nan=True
+        )
+        none = (rows.physical_TK < 0).all(1)
+        assert (result[none] == 0).all(), "rows without experts get exactly 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +190,20 @@ def dense(case: Case, rows: Rows, *, fp8_on: torch.device | None = None) -> Tens
     rows as float8 holds them, made on that device (devices round ties differently)."""
     x_TE = rows.x_TE
     if fp8_on is not None:
-        x_TE = dequantize_rows(*quantize_rows(x_TE.to(fp8_on)), torch.float32).cpu()
+        x_TE = dequantize_rows(*_quantize_rows(x_TE.to(fp8_on)), torch.float32).cpu()
     out_TE = torch.zeros(rows.x_TE.shape, dtype=torch.float64)
     for logical in range(case.num_experts):
         weight_T = (rows.weights_TK * (rows.logical_TK == logical)).sum(1).double()
         out_TE += weight_T[:, None] * expert(logical, x_TE)
     return out_TE
+
+
+def _quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
+    if x_TE.device.type == "cuda":
+        from core.kernels import triton_fp8
+
+        return triton_fp8.quantize_rows(x_TE.contiguous())
+    return block_fp8.quantize_rows(x_TE)
 
 
 def spec_of(
