@@ -49,3 +49,12 @@ def test_linked_pages_are_there():
     for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_glossary_points_at_what_is_there():
+    rows = [line for line in (DOCS / "glossary.md").read_text().splitlines() if line[:2] == "| "]
+    words = [row.split("|")[1].strip() for row in rows if not row.startswith("| word")]
+    assert len(words) == len(set(words)) > 40
+    for row in rows:
+        for path in re.findall(r"`((?:core|tests)/[\w/.]+)`", row):
+            assert (DOCS.parent / path).exists(), path
