@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -118,6 +119,33 @@ def test_nothing_is_told_of_a_server_that_held() -> None:
 )  # fmt: skip
 def test_what_did_not_hold_is_told(change: dict[str, Any], line: str) -> None:
     assert problems(held_row() | change, samples()) == [line]
+
+
+def half_an_hour(mib: Callable[[float], float]) -> list[Any]:
+    """Samples of a process that holds `mib(minute)` for good, and now and then a body besides."""
+    return [
+        (float(when), {"frontend": (mib(when / 60) + 40 * (when // 5 % 2), 10)})
+        for when in range(5, 1820, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mib", "told"),
+    [
+        (lambda minute: 90.0, False),
+        (lambda minute: 90 + 0.4 * minute, True),
+        (lambda minute: 90 + 0.4 * minute + (7 * minute) % 1, True),  # with some chance
+        (lambda minute: 90 + (12 if minute > 14 else 0), False),  # needed once, and kept
+        (lambda minute: 90 + min(minute, 12), False),  # filled up
+        (lambda minute: 90 + 6 * (minute > 9) + 6 * (minute > 18), False),  # in two steps
+        (lambda minute: 90 + 3 * (minute % 7), False),  # comes and goes
+        (lambda minute: 90 + 0.1 * minute, False),
+    ],
+)
+def test_a_leak_is_told_from_what_fills_up(mib: Callable[[float], float], told: bool) -> None:
+    found = problems(held_row() | {"minutes": 30}, half_an_hour(mib))
+    assert len(found) == told, found
+    assert not told or found[0].startswith("frontend grows on: ")
 
 
 def test_growth_and_leaks_are_told() -> None:
