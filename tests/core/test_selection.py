@@ -1,7 +1,11 @@
 """What `make test` takes of the tests, and how it shares them out."""
 
 import itertools
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +56,9 @@ def test_one_parameter_is_kept_whole_and_nothing_is_nothing() -> None:
 class Item:
     """A case as pytest collects it."""
 
-    def __init__(self, test: str, marks: set[str], **indices: int) -> None:
-        self.nodeid = f"{test}[{'-'.join(map(str, indices.values()))}]"
-        self.callspec = SimpleNamespace(indices=indices)
+    def __init__(self, test: str, marks: set[str], **params: int) -> None:
+        self.nodeid = f"{test}[{'-'.join(map(str, params.values()))}]"
+        self.callspec = SimpleNamespace(params=params)
         self.marks = marks
 
     def get_closest_marker(self, name: str) -> str | None:
@@ -76,8 +80,47 @@ def test_only_marked_cases_are_left_out_and_of_each_test_by_itself() -> None:
     assert sum("slow" not in item.marks for item in few) == 3
     kept = [item for item in interpreted if "slow" not in item.marks]
     assert 9 <= len(kept) <= 14
-    rows = [tuple(item.callspec.indices.values()) for item in kept]
+    rows = [tuple(item.callspec.params.values()) for item in kept]
     assert pairs_of(rows) == pairs_of([(0, *row) for row in values])
+
+
+COLLECTED = """
+import pytest
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", [(1, 2), (1, 3), [4]], ids=str)
+@pytest.mark.parametrize(("dtype", "bits"), [("a", 1), ("b", 1), ("b", 2)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_few(shape, dtype, bits, biased, device):
+    pass
+
+def test_other():
+    pass
+"""
+
+
+def test_pytest_collects_few_cases(tmp_path: Path) -> None:
+    (tmp_path / "test_few.py").write_text(COLLECTED)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n"
+        "from tests.support.selection import leave_out_cases\n\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    leave_out_cases(items)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_few.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def num_passed(*words: str) -> int:
+        ran = subprocess.run(
+            [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return int(ran.stdout.rpartition(" passed")[0].rpartition("\n")[2])
+
+    assert num_passed() == 37
+    assert 10 <= num_passed("-m", "not slow") <= 13
 
 
 def test_files_that_tell_seconds_are_one_workers_and_exist() -> None:

@@ -29,6 +29,7 @@ def leave_out_cases(items: list[pytest.Item]) -> None:
 
 
 def _values(item: Any) -> tuple[int, ...]:
-    """Which value each parameter of a case has, counted from 0."""
-    indices = item.callspec.indices
-    return tuple(indices[name] for name in sorted(indices))
+    """Which value each parameter of a case has: all cases of a test share the objects. (pytest's
+    `callspec.indices` count cases, not values.)"""
+    params = item.callspec.params
+    return tuple(id(params[name]) for name in sorted(params))
