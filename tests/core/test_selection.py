@@ -64,6 +64,9 @@ class Item:
     def get_closest_marker(self, name: str) -> str | None:
         return name if name in self.marks else None
 
+    def iter_markers(self, name: str) -> list[Any]:
+        return [SimpleNamespace(args=[param]) for param in self.callspec.params]
+
     def add_marker(self, name: str) -> None:
         self.marks.add(name)
 

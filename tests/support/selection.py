@@ -4,6 +4,7 @@ Knows nothing of what tests check.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -28,8 +29,15 @@ def leave_out_cases(items: list[pytest.Item]) -> None:
                 item.add_marker("slow")
 
 
-def _values(item: Any) -> tuple[int, ...]:
-    """Which value each parameter of a case has: all cases of a test share the objects. (pytest's
-    `callspec.indices` count cases, not values.)"""
+def _values(item: Any) -> tuple[tuple[int, ...], ...]:
+    """Which value of each `parametrize` a case has: all cases of a test share the objects.
+    (pytest's `callspec.indices` count cases, not values.)"""
     params = item.callspec.params
-    return tuple(id(params[name]) for name in sorted(params))
+    together = [_names(mark.args[0]) for mark in item.iter_markers("parametrize")]
+    alone = sorted(params.keys() - {name for names in together for name in names})  # of fixtures
+    columns = [*together, *([name] for name in alone)]
+    return tuple(tuple(id(params[name]) for name in names) for names in columns)
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
