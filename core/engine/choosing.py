@@ -24,8 +24,8 @@ from core.interfaces.model import VocabularyPart
 from core.kernels.cut_vocabulary import CutVocabulary
 
 # Of a step with at most so many, gathering takes less time than a draw's exchanges one after the
-# other: 8 rows of a vocabulary of 128,256.
-FEW_LOGITS = 1 << 20
+# other: 4 rows of a vocabulary of 128,256. Measured with gloo (benchmarks.cut_sampler).
+FEW_LOGITS = 1 << 19
 
 NumTop = Sequence[int | None]  # by row: alternatives wanted beside its logprob; None: not even that
 
@@ -102,7 +102,7 @@ class RanksTogether:
     ) -> tuple[Tensor, DeviceLogprobs | None]:
         """See Chooser."""
         num_logits = len(computed.slots) * self._sampler.vocab_size
-        if num_logits <= FEW_LOGITS and not self._sampler.is_greedy(computed.slots):
+        if num_logits <= FEW_LOGITS and self._sampler.draws(computed.slots):
             return self._of_few.choose(computed, best_R, num_top)
         logits_RL = computed.columns()
         ids_R = best_R

@@ -156,6 +156,10 @@ class Sampler:
         """Whether these slots never need more than the best of the logits as they are."""
         return not self._needs[slots].any()
 
+    def draws(self, slots: Ints) -> bool:
+        """Whether any of these slots draws a token at random."""
+        return bool((self._needs[slots] & DRAWS).any())
+
     def plan(
         self,
         slots: Sequence[int] | Ints,

@@ -66,14 +66,14 @@ def test_ranks_choose_together_where_they_know_all_rows() -> None:
 @pytest.mark.parametrize(
     ("num_rows", "temperature", "gathers"),
     [
-        (1, 1.0, True),
+        (2, 1.0, True),
         (3, 1.0, False),
-        (1, 0.0, False),
+        (2, 0.0, False),
     ],
 )
 def test_logits_of_few_rows_that_draw_are_gathered(monkeypatch, num_rows, temperature, gathers):
     monkeypatch.setattr(choosing, "FEW_LOGITS", 20)
-    params = SamplingParams(max_tokens=9, temperature=temperature)
+    params = SamplingParams(max_tokens=9, temperature=temperature, presence_penalty=0.5)
     gathered = []
 
     def of_rank(comms: Comms) -> list[int]:
