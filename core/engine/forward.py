@@ -141,12 +141,12 @@ class RankParts:
             )
         return hidden
 
-    def wanted(self, index_R: Tensor, num_real: Tensor) -> WantedRows | None:
-        """The only rows of a step that are read. None where ranks share out rows or there are
-        several DP ranks, who would have to agree on other parts: all are computed."""
-        if self.stream is Layout.ROWS or self.plan.dp > 1:
+    def wanted(self, index_R: Tensor, num_real: Tensor, by_dp: Sequence[int]) -> WantedRows | None:
+        """The only rows of a step that are read, `by_dp` of each DP rank. None where ranks share
+        out a DP rank's rows, who would have to agree on other parts: all are computed."""
+        if self.stream is Layout.ROWS and self.plan.tp_attn > 1:
             return None
-        return WantedRows(index_R, self.rows([index_R.shape[0]]), num_real)
+        return WantedRows(index_R, self.rows(by_dp), num_real)
 
 
 class EagerSteps:
@@ -210,12 +210,17 @@ class EagerSteps:
         return partial(head.whole, logits_AL, rows), known(logits_AL)
 
     def _wanted(self, sampling: SamplingRows, facts: StepFacts) -> WantedRows | None:
-        """Rows that sample, in steps with prompts, which have others; the first one where none
-        samples, as kernels are not made for no rows."""
+        """Rows that sample, in steps with prompts, which have others; of a DP rank where none
+        samples its first one, as kernels are not made for no rows."""
         if not facts.has_prefill or any(facts.logprob_rows):
             return None
-        index_R = sampling.last_R if len(sampling.slots) else sampling.last_R.new_zeros(1)
-        return self._parts.wanted(index_R, sampling.num_chosen)
+        by_dp = [
+            max(count, min(rows, 1)) for count, rows in zip(facts.samples, facts.rows, strict=True)
+        ]
+        index_R = sampling.last_R
+        if not len(sampling.slots):
+            index_R = index_R.new_zeros(self._parts.rows(by_dp).num_real)
+        return self._parts.wanted(index_R, sampling.num_chosen, by_dp)
 
 
 def known(logits: Tensor) -> LogitsOf:

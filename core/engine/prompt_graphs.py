@@ -216,11 +216,12 @@ class PromptGraphs:
             decode=None,
             prefill=sequences,
         )
-        wanted = parts.wanted(rows.last_S, rows.num_real_sequences)
+        head_rows = self._rows_of_all(size)
+        wanted = parts.wanted(rows.last_S, rows.num_real_sequences, head_rows.by_dp)
         hidden_SE = parts.forward(batch, self._rows_of_all(num_rows), "prefill", wanted)
         if wanted is None:
             hidden_SE = hidden_SE[rows.last_S]
-        head, head_rows = parts.model.head, self._rows_of_all(size)
+        head = parts.model.head
         logits_SL = head.partial(hidden_SE, head_rows)
         best_S = head.best(logits_SL, head_rows, self._staging)
         self._staging.store(best_S, rows.places, state.tokens_SL)

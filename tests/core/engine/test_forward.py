@@ -58,7 +58,7 @@ def batch() -> Batch:
 
 def test_wanted_rows_are_what_comes_back() -> None:
     parts = parts_of(WantedAlone())
-    wanted = parts.wanted(LAST_R, NUM_REAL)
+    wanted = parts.wanted(LAST_R, NUM_REAL, [2])
     assert parts.forward(batch(), solo_rows(5), "prefill", wanted).flatten().tolist() == [1, 4]
     assert parts.forward(batch(), solo_rows(5), "prefill").shape == (5, 1)
 
@@ -68,13 +68,20 @@ def test_a_model_that_gives_other_rows_is_told() -> None:
     with pytest.raises(
         PluginError, match=r"AllRows\.forward returned 5 rows .* where 2 are wanted"
     ):
-        parts.forward(batch(), solo_rows(5), "prefill", parts.wanted(LAST_R, NUM_REAL))
+        parts.forward(batch(), solo_rows(5), "prefill", parts.wanted(LAST_R, NUM_REAL, [2]))
+
+
+def test_ranks_that_share_out_rows_compute_all() -> None:
+    plan = Plan(tp_attn=2, ep=2)
+    assert parts_of(AllRows(), plan, Layout.ROWS).wanted(LAST_R, NUM_REAL, [2]) is None
 
 
 @pytest.mark.parametrize(
     ("plan", "stream"),
-    [(Plan(tp_attn=2, ep=2), Layout.ROWS), (Plan(dp=2, tp_expert=2), Layout.REPLICATED)],
-    ids=["cut", "dp"],
+    [(Plan(dp=2, ep=2), Layout.ROWS), (Plan(dp=2, tp_expert=2), Layout.REPLICATED)],
+    ids=["ep", "tp"],
 )
-def test_ranks_that_share_out_rows_compute_all(plan: Plan, stream: Layout) -> None:
-    assert parts_of(AllRows(), plan, stream).wanted(LAST_R, NUM_REAL) is None
+def test_dp_ranks_know_how_many_rows_the_others_want(plan: Plan, stream: Layout) -> None:
+    wanted = parts_of(AllRows(), plan, stream).wanted(LAST_R, NUM_REAL, [2, 0])
+    assert wanted is not None
+    assert wanted.rows.by_dp == (2, 0)
