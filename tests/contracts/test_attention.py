@@ -5,8 +5,7 @@ result fails. Triton runs in its interpreter where there is no GPU, so its cases
 """
 
 import importlib
-import random
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -19,51 +18,19 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
-from tests.contracts.attention_cases import Case, Step, as_captured, make_step
-
-PREFILL = [
-    Case(rows=(1,), cached=(0,)),
-    Case(rows=(5,), cached=(0,), page_size=1),
-    Case(rows=(33, 2, 1), cached=(0, 0, 0), page_size=16),
-    Case(rows=(17, 1, 40), cached=(31, 64, 0), page_size=16, num_heads=4, num_kv_heads=1),
-    Case(rows=(9, 70), cached=(3, 128), page_size=64, num_heads=8, num_kv_heads=1),
-    Case(rows=(20, 3), cached=(0, 100), page_size=5, num_heads=6, num_kv_heads=2, head_dim=80),
-    Case(rows=(16, 16), cached=(16, 0), num_heads=2, num_kv_heads=2, head_dim=64),
-]
-DECODE = [
-    Case(rows=(1,), cached=(0,)),
-    Case(rows=(1, 1, 1), cached=(0, 15, 16), page_size=16),
-    Case(rows=(1, 1, 1, 1), cached=(3, 200, 64, 63), page_size=64, num_heads=4, num_kv_heads=1),
-    Case(rows=(1, 1), cached=(300, 2), page_size=1, num_heads=8, num_kv_heads=1),
-    Case(rows=(1, 1), cached=(70, 33), page_size=5, num_heads=6, num_kv_heads=2, head_dim=80),
-    Case(rows=(1, 1), cached=(40, 90), page_size=16, num_heads=2, num_kv_heads=2, head_dim=64),
-]
-LARGE = [
-    Case(rows=(300, 700), cached=(0, 513), page_size=64, num_heads=9, num_kv_heads=3, head_dim=64),
-    Case(rows=(257, 1, 256), cached=(1, 900, 256), num_heads=9, num_kv_heads=3, head_dim=64),
-    Case(rows=(1,) * 24, cached=tuple(range(0, 2400, 100)), num_heads=9, num_kv_heads=3),
-    Case(rows=(40, 60), cached=(100, 0), num_heads=8, num_kv_heads=2, head_dim=128, page_size=128),
-    Case(rows=(1, 1), cached=(500, 1000), num_heads=4, num_kv_heads=1, head_dim=256),
-    Case(rows=(50,), cached=(77,), num_heads=4, num_kv_heads=4, head_dim=96),
-    Case(rows=(200, 65, 129), cached=(0, 130, 0), num_heads=8, num_kv_heads=2, head_dim=128),
-]
-
-
-def random_cases(count: int) -> Iterator[Case]:
-    """Mixed lengths; every other case decodes."""
-    source = random.Random(7)
-    for seed in range(count):
-        size = source.randint(1, 6)
-        num_kv_heads = source.choice((1, 2, 3))
-        yield Case(
-            rows=tuple(1 if seed % 2 else source.randint(1, 50) for _ in range(size)),
-            cached=tuple(source.choice((0, source.randint(1, 180))) for _ in range(size)),
-            page_size=source.choice((1, 3, 16, 64)),
-            num_heads=num_kv_heads * source.choice((1, 3, 4, 8)),
-            num_kv_heads=num_kv_heads,
-            head_dim=source.choice((16, 24, 64)),
-            seed=seed,
-        )
+from core.testing.attention import (
+    DECODE,
+    LARGE,
+    PREFILL,
+    TOLERANCE,
+    Case,
+    Step,
+    as_captured,
+    assert_close,
+    check_step,
+    make_step,
+    random_cases,
+)
 
 
 def build(name: str, spec: AttentionSpec) -> AttentionBackend:
@@ -79,23 +46,9 @@ def build(name: str, spec: AttentionSpec) -> AttentionBackend:
 
 
 def check(name: str, step: Step, tolerance: float) -> None:
-    """Compare two layers of one plan, by norm over the step and over each row."""
-    backend = build(name, step.spec)
-    plan = backend.plan(step.batch)
-    for _ in range(2):
-        out_THD = torch.full_like(step.q_THD, torch.nan)
-        backend.forward(plan, step.kv, step.q_THD.clone(), out_THD, step.new)
-        assert_close(out_THD, step.expected_THD, tolerance)
+    check_step(partial(build, name), step, tolerance)
 
 
-def assert_close(out_THD: torch.Tensor, expected_THD: torch.Tensor, tolerance: float) -> None:
-    """By norm of each row; rows that are padding must be zero."""
-    error_T = (out_THD.cpu().double() - expected_THD).flatten(1).norm(dim=1)
-    size_T = expected_THD.flatten(1).norm(dim=1)
-    assert torch.all(error_T <= tolerance * size_T), error_T / size_T
-
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = list(TOLERANCE)
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from core.testing.attention import Case, Step, make_step
 from plugins.attention._triton_decode import DecodeChoice, PagedDecode
 from plugins.attention._triton_device import describe
-from tests.contracts.attention_cases import Case, Step, make_step
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -10,8 +10,8 @@ import itertools
 import pytest
 import torch
 
+from core.testing.attention import Case, as_captured, make_step
 from plugins.attention._triton_prompt_kernels import blocks_kernel
-from tests.contracts.attention_cases import Case, as_captured, make_step
 
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9

@@ -23,6 +23,13 @@ class SequencePlan:
     pages: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What `plan` hands to `forward`."""
+
+    sequences: list[SequencePlan]
+
+
 class AcmeAttention:
     """Fills core.interfaces.attention.AttentionBackend."""
 
@@ -32,7 +39,7 @@ class AcmeAttention:
         self.query_block = options.query_block
         self.spec = spec
 
-    def plan(self, batch: SequenceBatch) -> list[SequencePlan]:
+    def plan(self, batch: SequenceBatch) -> BatchPlan:
         """Cut the batch into sequences, once for all layers."""
         plans, start = [], 0
         for s, (num_new, num_context) in enumerate(
@@ -42,11 +49,11 @@ class AcmeAttention:
             pages = batch.page_table_SM[s, :num_pages].long()
             plans.append(SequencePlan(slice(start, start + num_new), num_context, pages))
             start += num_new
-        return plans
+        return BatchPlan(plans)
 
     def forward(
         self,
-        plan: list[SequencePlan],
+        plan: object,
         kv: LayerKV,
         q_THD: Tensor,
         out_THD: Tensor,
@@ -54,7 +61,8 @@ class AcmeAttention:
     ) -> None:
         """Causal attention of every row, written into `out_THD`. The new rows' k and v, `new`, are
         in the cache as well."""
-        for sequence in plan:
+        assert isinstance(plan, BatchPlan)
+        for sequence in plan.sequences:
             k_GCD, v_GCD = (
                 cache_NPGD[sequence.pages].flatten(0, 1)[: sequence.num_context].transpose(0, 1)
                 for cache_NPGD in (kv.k_NPGD, kv.v_NPGD)

@@ -21,7 +21,8 @@ from core.kernels.compile_ahead import rehearsal
 from plugins.attention import _latent_gluon, _latent_gluon_kernels
 from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
 from plugins.attention._latent_stretches import Stretches
-from tests.contracts import attention_cases, latent_attention_cases
+from core.testing import attention
+from tests.contracts import latent_attention_cases
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
@@ -31,11 +32,11 @@ def gated(O, I):
     gluon_gated.gated(zeros(2 * O, I))(zeros(300, I))
 
 def prompts(H, G, cached, page_size):
-    case = attention_cases.Case(
+    case = attention.Case(
         rows=(300, 129), cached=cached, num_heads=H, num_kv_heads=G, head_dim=128,
         page_size=page_size,
     )
-    step = attention_cases.make_step(case, torch.bfloat16, CPU)
+    step = attention.make_step(case, torch.bfloat16, CPU)
     assert _prompt_gluon.fits(step.spec)
     prompts = _prompt_gluon.GluonPrompts(step.spec, step.spec.scale * 1.44, 132)
     plan = prompts.plan(step.batch)

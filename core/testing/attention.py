@@ -1,15 +1,35 @@
-"""Random paged steps and their attention in plain float64, for the attention contract.
+"""The contract of attention plugins: agree with plain float64 attention over paged steps.
 
-Knows nothing of backends. Shape legend: see core.interfaces.attention.
+    from core.testing.attention import CASES, check_backend
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_contract(case):
+        check_backend(lambda spec: AcmeAttention(AcmeOptions(), spec), case)
+
+Unused slots of the pool, the scratch page included, hold NaN: a backend that lets them reach its
+result fails. Shape legend: see core.interfaces.attention.
 """
 
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
+from core.interfaces.attention import (
+    AttentionBackend,
+    AttentionSpec,
+    LayerKV,
+    NewKV,
+    SequenceBatch,
+)
+
+MakeBackend = Callable[[AttentionSpec], AttentionBackend]
+CPU = torch.device("cpu")
+# Of the norm of a row's difference, over that of the row.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +52,54 @@ class Case:
             f"p{self.page_size}-h{self.num_heads}/{self.num_kv_heads}-d{self.head_dim}-"
             f"{lengths}-s{self.seed}"
         )
+
+
+PREFILL = [
+    Case(rows=(1,), cached=(0,)),
+    Case(rows=(5,), cached=(0,), page_size=1),
+    Case(rows=(33, 2, 1), cached=(0, 0, 0), page_size=16),
+    Case(rows=(17, 1, 40), cached=(31, 64, 0), page_size=16, num_heads=4, num_kv_heads=1),
+    Case(rows=(9, 70), cached=(3, 128), page_size=64, num_heads=8, num_kv_heads=1),
+    Case(rows=(20, 3), cached=(0, 100), page_size=5, num_heads=6, num_kv_heads=2, head_dim=80),
+    Case(rows=(16, 16), cached=(16, 0), num_heads=2, num_kv_heads=2, head_dim=64),
+]
+DECODE = [
+    Case(rows=(1,), cached=(0,)),
+    Case(rows=(1, 1, 1), cached=(0, 15, 16), page_size=16),
+    Case(rows=(1, 1, 1, 1), cached=(3, 200, 64, 63), page_size=64, num_heads=4, num_kv_heads=1),
+    Case(rows=(1, 1), cached=(300, 2), page_size=1, num_heads=8, num_kv_heads=1),
+    Case(rows=(1, 1), cached=(70, 33), page_size=5, num_heads=6, num_kv_heads=2, head_dim=80),
+    Case(rows=(1, 1), cached=(40, 90), page_size=16, num_heads=2, num_kv_heads=2, head_dim=64),
+]
+LARGE = [
+    Case(rows=(300, 700), cached=(0, 513), page_size=64, num_heads=9, num_kv_heads=3, head_dim=64),
+    Case(rows=(257, 1, 256), cached=(1, 900, 256), num_heads=9, num_kv_heads=3, head_dim=64),
+    Case(rows=(1,) * 24, cached=tuple(range(0, 2400, 100)), num_heads=9, num_kv_heads=3),
+    Case(rows=(40, 60), cached=(100, 0), num_heads=8, num_kv_heads=2, head_dim=128, page_size=128),
+    Case(rows=(1, 1), cached=(500, 1000), num_heads=4, num_kv_heads=1, head_dim=256),
+    Case(rows=(50,), cached=(77,), num_heads=4, num_kv_heads=4, head_dim=96),
+    Case(rows=(200, 65, 129), cached=(0, 130, 0), num_heads=8, num_kv_heads=2, head_dim=128),
+]
+
+
+def random_cases(count: int) -> Iterator[Case]:
+    """Mixed lengths; every other case decodes."""
+    source = random.Random(7)
+    for seed in range(count):
+        size = source.randint(1, 6)
+        num_kv_heads = source.choice((1, 2, 3))
+        yield Case(
+            rows=tuple(1 if seed % 2 else source.randint(1, 50) for _ in range(size)),
+            cached=tuple(source.choice((0, source.randint(1, 180))) for _ in range(size)),
+            page_size=source.choice((1, 3, 16, 64)),
+            num_heads=num_kv_heads * source.choice((1, 3, 4, 8)),
+            num_kv_heads=num_kv_heads,
+            head_dim=source.choice((16, 24, 64)),
+            seed=seed,
+        )
+
+
+CASES = list(dict.fromkeys([*PREFILL, *DECODE, *LARGE, *random_cases(24)]))
 
 
 @dataclass(frozen=True)
@@ -139,3 +207,33 @@ def attend(q_QHD: Tensor, k_CGD: Tensor, v_CGD: Tensor) -> Tensor:
             scores_C = k_CGD[:seen, kv_head] @ q_QHD[row, head] * head_dim**-0.5
             out_QHD[row, head] = scores_C.softmax(0) @ v_CGD[:seen, kv_head]
     return out_QHD
+
+
+def check_backend(
+    make: MakeBackend,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    tolerance: float | None = None,
+) -> None:
+    """Build a backend for a case's step, and compare two layers of one plan with float64 attention.
+    `tolerance`: None: `TOLERANCE` of the dtype. Raises AssertionError."""
+    step = make_step(case, dtype, device)
+    check_step(make, step, TOLERANCE[dtype] if tolerance is None else tolerance)
+
+
+def check_step(make: MakeBackend, step: Step, tolerance: float) -> None:
+    """The same of any step: two layers of one plan, by the norm of each row."""
+    backend = make(step.spec)
+    plan = backend.plan(step.batch)
+    for _ in range(2):
+        out_THD = torch.full_like(step.q_THD, torch.nan)
+        backend.forward(plan, step.kv, step.q_THD.clone(), out_THD, step.new)
+        assert_close(out_THD, step.expected_THD, tolerance)
+
+
+def assert_close(out_THD: Tensor, expected_THD: Tensor, tolerance: float) -> None:
+    """By norm of each row; rows that are padding must be zero."""
+    error_T = (out_THD.cpu().double() - expected_THD).flatten(1).norm(dim=1)
+    size_T = expected_THD.flatten(1).norm(dim=1)
+    assert torch.all(error_T <= tolerance * size_T), error_T / size_T

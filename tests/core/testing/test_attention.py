@@ -1,0 +1,72 @@
+"""The shipped contract of attention finds what is wrong with a backend."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.hookspecs import NoOptions
+from core.testing.attention import CASES, DECODE, PREFILL, check_backend
+from plugins.attention._torch_ref_backend import build
+
+
+def right(spec):
+    return build(NoOptions(), spec)
+
+
+class Broken:
+    """A right backend behind a mistake."""
+
+    def __init__(self, spec):
+        self._inner = right(spec)
+
+    def plan(self, batch):
+        return self._inner.plan(batch)
+
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        self._inner.forward(plan, kv, q_THD, out_THD, new)
+
+
+class OtherScale(Broken):
+    def __init__(self, spec):
+        self._inner = right(replace(spec, scale=spec.scale * 1.01))
+
+
+class LeavesTheLastRow(Broken):
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        super().forward(plan, kv, q_THD, out_THD, new)
+        out_THD[-1] = torch.nan
+
+
+class SwapsHeads(Broken):
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        super().forward(plan, kv, q_THD.flip(1), out_THD, new)
+
+
+class ShortContext(Broken):
+    """Does not see a sequence's first page."""
+
+    def plan(self, batch):
+        pages = batch.page_table_SM.clone()
+        pages[:, 0] = pages[:, 1]
+        return super().plan(replace(batch, page_table_SM=pages))
+
+
+class ReadsTheScratchPage(Broken):
+    def plan(self, batch):
+        return super().plan(replace(batch, page_table_SM=torch.zeros_like(batch.page_table_SM)))
+
+
+def test_a_right_one_passes():
+    check_backend(right, PREFILL[3])
+    check_backend(right, DECODE[3], torch.bfloat16)
+
+
+@pytest.mark.parametrize("broken", Broken.__subclasses__())
+def test_a_broken_one_is_found(broken):
+    with pytest.raises(AssertionError):
+        check_backend(broken, DECODE[3])  # pages of one token
+
+
+def test_cases_differ():
+    assert len({str(case) for case in CASES}) == len(CASES)
