@@ -24,6 +24,7 @@ PRESET = "qwen3_moe_tiny"
 SMALLEST = {
     "a2a_bytes": ["--rows", "4", "--ep", "4"],
     "cpu_ops": ["--dtype", "float32", "--context", "16", "--seconds", "0.02"],
+    "cut_sampler": ["--rows", "2", "--vocab", "512"],
     "decode_prefill": [
         "--batches", "1", "--prompt-tokens", "16", "--new-tokens", "2", "--repeats", "1",
     ],
