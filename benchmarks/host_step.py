@@ -179,7 +179,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
     runner = ModelRunner(
         steps=steps,
         sampler=sampler,
-        chooser=make_chooser(sampler, state, tp, NullHead.part, shares_head=False),
+        chooser=make_chooser(sampler, state, tp, NullHead(), shares_head=False),
         state=state,
         comm=tp,
         balancer=NoBalancer(),

@@ -335,9 +335,7 @@ def _build_runner(
             dispatchers=loaded.dispatchers,
         ),
         sampler=sampler,
-        chooser=make_chooser(
-            sampler, state, tp, loaded.model.head.part, shares_head=parts.shares_head
-        ),
+        chooser=make_chooser(sampler, state, tp, loaded.model.head, shares_head=parts.shares_head),
         state=state,
         comm=tp,
         balancer=make_balancer(

@@ -20,7 +20,7 @@ from core.engine.forward import ComputedStep
 from core.engine.logprobs import DeviceLogprobs, sampled_logprobs
 from core.engine.sampler import Sampler
 from core.interfaces.comm import Communicator
-from core.interfaces.model import VocabularyPart
+from core.interfaces.model import CutHead, OutputHead
 from core.kernels.cut_vocabulary import CutVocabulary
 
 # Of a step with at most so many, gathering takes less time than a draw's exchanges one after the
@@ -45,14 +45,14 @@ def make_chooser(
     sampler: Sampler,
     state: SlotState,
     comm: Communicator,
-    part: VocabularyPart,
+    head: OutputHead,
     *,
     shares_head: bool,
 ) -> Chooser:
-    """`comm` is that of the tp axis, `part` the output head's, which this DP rank may share with
-    others."""
-    if shares_head or part.comm.size == 1:
+    """`comm` is that of the tp axis; this DP rank may share `head` with others."""
+    if shares_head or not isinstance(head, CutHead) or head.part.comm.size == 1:
         return OneForAll(sampler, state, comm)
+    part = head.part
     assert part.comm.size == comm.size, "the head is cut over other ranks than those of tp"
     over = CutVocabulary(
         part.comm, sampler.vocab_size, first_id=part.first_id, num_tokens=part.num_tokens

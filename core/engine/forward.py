@@ -18,7 +18,7 @@ from core.engine.batch import Batch, Ints, SamplingRows, SlotState, stage
 from core.engine.progress import Progress
 from core.errors import PluginError
 from core.interfaces.messages import StepFacts, StepPlan
-from core.interfaces.model import Model, ModelStep, WantedRows
+from core.interfaces.model import CutHead, Model, ModelStep, WantedRows
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
@@ -120,7 +120,12 @@ class RankParts:
     def shares_head(self) -> bool:
         """Whether several DP ranks share the output head. All of them then gather logits where one
         needs more than the best tokens."""
-        return self.plan.dp > 1 and self.model.head.part.comm.size > self.plan.axis_size("tp")
+        if self.plan.dp == 1:
+            return False
+        head = self.model.head
+        if not isinstance(head, CutHead):
+            return not self.plan.dp_lm_head
+        return head.part.comm.size > self.plan.axis_size("tp")
 
     def rows(self, by_dp: Sequence[int]) -> StepRows:
         """Rows of one step as this rank sees them."""

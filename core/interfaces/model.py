@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
@@ -194,11 +194,6 @@ class OutputHead(Protocol):
     that share the head call the same.
     """
 
-    @property
-    def part(self) -> VocabularyPart:
-        """The L columns of this rank."""
-        ...
-
     def partial(self, hidden_RE: Tensor, rows: StepRows) -> Tensor:
         """Logits (A, L) in float32. `rows` counts R of every DP rank; those without rows call this
         too."""
@@ -210,6 +205,17 @@ class OutputHead(Protocol):
 
     def best(self, partial_AL: Tensor, rows: StepRows, find: BestTokens) -> Tensor:
         """The first of each row's largest logits: ids int64 (R,), replicated over tp."""
+        ...
+
+
+@runtime_checkable
+class CutHead(Protocol):
+    """An output head that says which columns its ranks have: those of one attention group then
+    choose tokens without gathering logits."""
+
+    @property
+    def part(self) -> VocabularyPart:
+        """The columns of this rank."""
         ...
 
 

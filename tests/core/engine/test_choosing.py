@@ -1,5 +1,7 @@
 """Which ranks choose tokens, and that an engine's answers are the same either way."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,13 @@ KINDS = [
 ]
 
 
+@dataclass
+class Head:
+    """An output head, as far as it is asked here."""
+
+    part: VocabularyPart
+
+
 @pytest.fixture
 def chosen_by(monkeypatch):
     """The choosers of engines built from now on; `one` makes them all OneForAll."""
@@ -39,9 +48,9 @@ def chosen_by(monkeypatch):
 
     made = Made()
 
-    def make(sampler, state, comm, part, *, shares_head):
+    def make(sampler, state, comm, head, *, shares_head):
         shares_head |= made.one
-        made.append(make_chooser(sampler, state, comm, part, shares_head=shares_head))
+        made.append(make_chooser(sampler, state, comm, head, shares_head=shares_head))
         return made[-1]
 
     monkeypatch.setattr(build, "make_chooser", make)
@@ -55,12 +64,15 @@ def test_ranks_choose_together_where_they_know_all_rows() -> None:
 
     def chooser(num_ranks: int, *, shares_head: bool = False) -> type:
         comm = AxisPlace(0, num_ranks)
-        part = VocabularyPart(comm, 0, 5)
-        return type(make_chooser(sampler, state, comm, part, shares_head=shares_head))
+        head = Head(VocabularyPart(comm, 0, 5))
+        return type(make_chooser(sampler, state, comm, head, shares_head=shares_head))
 
     assert chooser(1) is OneForAll
     assert chooser(2) is RanksTogether
     assert chooser(2, shares_head=True) is OneForAll
+    # A head that does not say which columns its ranks have.
+    silent = make_chooser(sampler, state, AxisPlace(0, 2), object(), shares_head=False)
+    assert type(silent) is OneForAll
 
 
 @pytest.mark.parametrize(
@@ -81,7 +93,7 @@ def test_logits_of_few_rows_that_draw_are_gathered(monkeypatch, num_rows, temper
         sampler = Sampler(max_slots=3, vocab_size=10, device=CPU, eos_ids=[])
         sampler.init_slots([SlotInit(slot, [1], 1, params, slot) for slot in range(3)])
         state = SlotState(num_slots=3, max_tokens=8, page_size=4, device=CPU)
-        part = VocabularyPart(tp, 5 * tp.rank, 5)
+        head = Head(VocabularyPart(tp, 5 * tp.rank, 5))
         logits_RL = torch.arange(5.0).repeat(num_rows, 1) + 5 * tp.rank
 
         def whole() -> Tensor:
@@ -92,7 +104,7 @@ def test_logits_of_few_rows_that_draw_are_gathered(monkeypatch, num_rows, temper
         step = ComputedStep(
             None, whole, lambda: logits_RL, None, slots, np.ones_like(slots), stored.append
         )
-        chooser = make_chooser(sampler, state, tp, part, shares_head=False)
+        chooser = make_chooser(sampler, state, tp, head, shares_head=False)
         ids_R, logprobs = chooser.choose(step, None, [None] * num_rows)
         assert logprobs is None
         assert torch.equal(stored[0], ids_R)
