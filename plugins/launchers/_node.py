@@ -15,8 +15,9 @@ from core.parallel.plan import Plan
 WAITING_VARIABLES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 # How long an OpenMP thread spins for its siblings before it sleeps. By default it spins for
 # milliseconds, and where another process wants a core, all threads wait for the one that lost its
-# own: on two cores a step of 22 ms then took 950 ms, with this value 68 ms (and 22.5 ms alone).
-SPIN_COUNT = "10000"
+# own: on two cores a step of 22 ms then took 950 ms. With less than this value a quiet machine's
+# steps of several rows take longer, as threads sleep between the parts of a step.
+SPIN_COUNT = "2500"
 
 
 @dataclass(slots=True, kw_only=True)
