@@ -22,6 +22,7 @@ from core.cluster.watch_clock import WatchClock
 
 MAX_TURNED_WAITING = 32  # events about strangers that the main thread did not take yet
 ACCEPT_AGAIN_S = 1.0  # after the system could not accept a connection
+LEAVE_S = 1.0  # for a peer to end its side, once everything was sent to it
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Exchange:
         self._next_beat_s = 0.0
         self._strangers = Strangers()
         self._resting: dict[socket.socket, float] = {}  # listeners, and when they go on
+        self._leaving: dict[Link, float] = {}  # no peers any more, and when they are closed
         # A turn is at most an interval after the last; one that is later was kept from running.
         self._clock = WatchClock(longest_gap_s=2 * interval_s)
         self._thread = threading.Thread(target=self._run, name="nodeweave-links", daemon=True)
@@ -167,7 +169,8 @@ class Exchange:
         return self.events()
 
     def close(self, flush_s: float = 1.0) -> None:
-        """Send what is left, for at most `flush_s`, then close every link and end the thread."""
+        """Send what is left and let the peers end their sides, for at most `flush_s` in all, then
+        close every link and end the thread."""
         with self._lock:
             if self._close_at_s is not None:
                 return
@@ -209,6 +212,10 @@ class Exchange:
         self._clock.tick()
         for link in self._strangers.late():
             self._turn_away(link, self._strangers.late_text)
+        for link in [
+            link for link, until_s in self._leaving.items() if until_s <= time.monotonic()
+        ]:
+            self._leave(link)
         self._judge_silence()
         self._flush()
 
@@ -216,9 +223,14 @@ class Exchange:
         with self._lock:
             if self._close_at_s is None:
                 return False
-            pending = any(peer.told for peer in self._peers.values())
-        unsent = any(peer.link.unsent for peer in self._watched_peers())
-        return time.monotonic() >= self._close_at_s or not (pending or unsent)
+            pending = any(peer.told or not peer.watched for peer in self._peers.values())
+        peers = self._watched_peers()
+        if not pending and not any(peer.link.unsent for peer in peers):
+            for peer in peers:
+                self._part(peer)
+            peers = []
+        busy = pending or peers or self._leaving
+        return time.monotonic() >= self._close_at_s or not busy
 
     def _watched_peers(self) -> list[_Peer]:
         with self._lock:
@@ -274,6 +286,10 @@ class Exchange:
         self._selector.register(link, selectors.EVENT_READ, link)
 
     def _read(self, link: Link) -> None:
+        if link in self._leaving:
+            if link.discard():
+                self._leave(link)
+            return
         peer = self._peer_of(link)
         if peer is not None:
             self._read_peer(peer)
@@ -341,7 +357,7 @@ class Exchange:
                 continue
             self._watch(peer.link, waiting)
             if dropped and not waiting:
-                self._forget(peer)
+                self._part(peer)
         for link in self._strangers.links():
             try:
                 self._watch(link, link.flush())
@@ -359,6 +375,18 @@ class Exchange:
         self._forget(peer)
         if known:
             self._say(Lost(peer.number, reason, silent))
+
+    def _part(self, peer: _Peer) -> None:
+        """Everything was sent to it: it closes when it has read that."""
+        with self._lock:
+            self._peers.pop(peer.number, None)
+        peer.link.end_writing()
+        self._watch(peer.link, for_writing=False)
+        self._leaving[peer.link] = time.monotonic() + LEAVE_S
+
+    def _leave(self, link: Link) -> None:
+        del self._leaving[link]
+        self._close_link(link)
 
     def _forget(self, peer: _Peer) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ is ever unpickled. Never blocks, starts no thread: `core.cluster.exchange` waits
     handshake  server: challenge  ->  client: nonce, proof  ->  server: proof
 """
 
+import contextlib
 import hmac
 import secrets
 import socket
@@ -135,6 +136,22 @@ class Link:
         if closed is not None and not messages:
             raise closed  # else at the next call: what came before the end counts
         return messages
+
+    def end_writing(self) -> None:
+        """Let the other side find the end behind what was flushed. It is to be closed once
+        `discard` says so: closing while something lies unread resets the connection, and what
+        was flushed last may then never be read."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def discard(self) -> bool:
+        """Take some of what still comes, unread; whether the other side has ended too."""
+        try:
+            return not self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close the connection. What was not flushed is dropped."""

@@ -1,10 +1,12 @@
 """The thread of the links: arrivals, messages, silence, and strangers."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TypeVar
 
 import pytest
 
+from core.cluster import exchange as exchange_module
 from core.cluster import strangers as module
 from core.cluster.exchange import (
     MAX_TURNED_WAITING,
@@ -24,8 +27,9 @@ from core.cluster.exchange import (
     Turned,
     TurnedMore,
 )
+from core.cluster.link import Link, LinkClosed
 from core.cluster.member import _connect
-from core.cluster.node_messages import Doing, Stop
+from core.cluster.node_messages import Alive, Doing, NodeMessage, Stop
 
 ROOT = Path(__file__).parents[3]
 KEY = b"k" * 32
@@ -113,6 +117,43 @@ def test_what_was_sent_before_close_arrives(
     lost = serving.next(Lost)
     assert (lost.reason, lost.silent) == ("the other side closed the connection", False)
     coming.exchange.send(number, Stop())  # nothing happens
+
+
+def read_to_the_end(link: Link) -> tuple[list[NodeMessage], str]:
+    """Messages of a link but signs of life, and how it ended."""
+    found: list[NodeMessage] = []
+    while True:
+        select.select([link], [], [], 10)
+        try:
+            found += [message for message in link.read() if not isinstance(message, Alive)]
+        except LinkClosed as error:
+            return found, str(error)
+
+
+@pytest.mark.parametrize("ends", ["close", "drop"])
+def test_a_peer_that_still_writes_gets_what_was_sent_and_the_end(
+    server: tuple[Side, int], ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed at once, the connection would be reset under what it did not read yet."""
+    monkeypatch.setattr(exchange_module, "LEAVE_S", 60.0)
+    serving, port = server
+    link = _connect("127.0.0.1", port, KEY)
+    number = serving.next(Arrived).peer
+    serving.exchange.send(number, Doing("the last words"))
+    ending = threading.Thread(target=serving.exchange.close, args=(60.0,))
+    if ends == "drop":
+        serving.exchange.drop(number)
+    else:
+        ending.start()
+    ended = "the other side closed the connection"
+    assert read_to_the_end(link) == ([Doing("the last words")], ended)
+    for _ in range(3):  # a connection that was closed would answer the first with a reset
+        link.send(Alive())
+        assert not link.flush()
+    link.close()
+    if ends == "close":
+        ending.join(30)
+        assert not ending.is_alive()  # it waits for no longer than the peer
 
 
 def test_an_idle_link_stays(
