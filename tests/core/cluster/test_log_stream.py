@@ -144,7 +144,8 @@ def test_a_pipe_that_nobody_reads_holds_up_nobody() -> None:
     print("last", file=stream)
     while not found.endswith(b"last\n"):
         found += os.read(read_fd, 1 << 20)
-    told = re.findall(r"(\d+) lines? of this log could not be written: nobody reads", found.decode())
+    lost = r"(\d+) lines? of this log could not be written: nobody reads"
+    told = re.findall(lost, found.decode())
     assert sum(map(int, told)) == writer.dropped
     writer.close()
     os.close(read_fd)
