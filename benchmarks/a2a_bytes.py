@@ -23,11 +23,11 @@ from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.routing import Routing
 from core.kernels.torch_ops import TorchOps
 from core.parallel.plan import Plan
+from core.testing.ranks import plan_comms, run_ranks
 from plugins.moe_a2a._fixed import FixedDispatcher
 from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.nccl import NcclDispatcher
-from tests.support.ranks import plan_comms, run_ranks
 
 HIDDEN, NUM_EXPERTS, BF16_BYTES, SCALE_BYTES = 7168, 256, 2, 4
 ID_BYTES, WEIGHT_BYTES = 2, 4

@@ -28,6 +28,7 @@ from torch import Tensor
 from core.engine.batch import Ints, send
 from core.interfaces.messages import LEAST_TEMPERATURE, SamplingParams, SlotInit
 from core.kernels import sampling
+from core.kernels.sampling import Filter
 from core.kernels.vocabulary import Vocabulary, WholeVocabulary
 
 # Rows with at most this top_k find their threshold in a top-k list instead of a sorted row.
@@ -59,17 +60,6 @@ class Penalties:
     repetition_P: Tensor | None
     presence_P: Tensor | None
     frequency_P: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Rows of the drawing rows that share one way to find their threshold."""
-
-    rows_F: Tensor | None  # None: all
-    num_sorted: int
-    top_k_F: Tensor | None
-    top_p_F: Tensor | None
-    min_p_F: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,14 +329,7 @@ def _drawn(
     ratio_DX = sampling.relative_probabilities(logits_DX, top_D, draw.temperature_D)
     threshold_D = draw.min_p_D
     for some in draw.filters:
-        threshold_F = over.filter_thresholds(
-            ratio_DX,
-            some.rows_F,
-            num_sorted=some.num_sorted,
-            top_k_F=some.top_k_F,
-            top_p_F=some.top_p_F,
-            min_p_F=some.min_p_F,
-        )
+        threshold_F = over.filter_thresholds(ratio_DX, some)
         if some.rows_F is None:
             threshold_D = threshold_F
         else:

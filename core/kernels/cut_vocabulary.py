@@ -79,47 +79,29 @@ class CutVocabulary:
         top_R, rank_R = top_NR.max(dim=0)
         return top_R, found_NR2[..., 1].gather(0, rank_R[None])[0].long()
 
-    def filter_thresholds(
-        self,
-        ratio_DX: Tensor,
-        rows_F: Tensor | None,
-        *,
-        num_sorted: int,
-        top_k_F: Tensor | None,
-        top_p_F: Tensor | None,
-        min_p_F: Tensor,
-    ) -> Tensor:
+    def filter_thresholds(self, ratio_DX: Tensor, filtered: sampling.Filter) -> Tensor:
         """From the largest ratios of all ranks where so many are enough, else by searching."""
         thresholds = []
-        for part in self._chunks(min_p_F.shape[0], ratio_DX):
-            ratio_FX = ratio_DX[part] if rows_F is None else ratio_DX[rows_F[part]]
-            some_k_F = None if top_k_F is None else top_k_F[part]
-            some_p_F = None if top_p_F is None else top_p_F[part]
-            if some_k_F is not None and num_sorted < self.vocab_size:
-                found_F = self._from_head(ratio_FX, num_sorted, some_k_F, some_p_F, min_p_F[part])
+        for part in self._chunks(filtered.num_rows, ratio_DX):
+            some, ratio_FX = filtered.part(part, ratio_DX)
+            if some.top_k_F is not None and some.num_sorted < self.vocab_size:
+                thresholds.append(self._from_head(ratio_FX, some, some.top_k_F))
             else:
-                found_F = torch.maximum(self._searched(ratio_FX, some_k_F, some_p_F), min_p_F[part])
-            thresholds.append(found_F)
+                least_F = self._searched(ratio_FX, some.top_k_F, some.top_p_F)
+                thresholds.append(torch.maximum(least_F, some.min_p_F))
         return sampling.joined(thresholds)
 
-    def _from_head(
-        self,
-        ratio_FX: Tensor,
-        num_sorted: int,
-        top_k_F: Tensor,
-        top_p_F: Tensor | None,
-        min_p_F: Tensor,
-    ) -> Tensor:
-        num_mine = min(num_sorted, ratio_FX.shape[1])
+    def _from_head(self, ratio_FX: Tensor, some: sampling.Filter, top_k_F: Tensor) -> Tensor:
+        num_sorted, num_mine = some.num_sorted, min(some.num_sorted, ratio_FX.shape[1])
         mine_FK = ratio_FX.new_zeros((ratio_FX.shape[0], num_sorted))
         mine_FK[:, :num_mine] = ratio_FX.topk(num_mine, dim=-1).values
         all_FNK = self._of_ranks(mine_FK).transpose(0, 1).flatten(1, 2)
         head_FK = all_FNK.topk(num_sorted, dim=-1).values.flip(-1)
         kth_F = sampling.kth_of_head(head_FK, top_k_F)
         total_F = None
-        if top_p_F is not None:
+        if some.top_p_F is not None:
             total_F = self._of_ranks(sampling.fixed_point(ratio_FX, kth_F).sum(-1)).sum(0)
-        return sampling.threshold_in_head(head_FK, kth_F, total_F, top_p_F, min_p_F)
+        return sampling.threshold_in_head(head_FK, kth_F, total_F, some.top_p_F, some.min_p_F)
 
     def _searched(self, ratio_FX: Tensor, top_k_F: Tensor | None, top_p_F: Tensor | None) -> Tensor:
         """The least ratio that top_k and top_p leave."""

@@ -128,50 +128,51 @@ def relative_probabilities(logits_RV: Tensor, top_R: Tensor, temperature_R: Tens
     return (logits_RV - top_R[:, None]).div_(temperature_R[:, None]).exp_()
 
 
-def filter_thresholds(
-    ratio_RV: Tensor,
-    rows_F: Tensor | None,
-    *,
-    num_sorted: int,
-    top_k_F: Tensor | None,
-    top_p_F: Tensor | None,
-    min_p_F: Tensor,
-) -> Tensor:
-    """The least `ratio_RV` (see relative_probabilities) that top_k, top_p and min_p leave, (F,).
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Rows of the drawing rows that share one way to find what top_k, top_p and min_p leave."""
 
-    `rows_F` says which rows, None means all. Order: top_k, top_p over what that leaves, min_p, as
-    in transformers and SGLang. (vLLM takes min_p first; that differs only for rows with both top_p
-    and min_p.) `top_k_F` (int64) lies in 1..num_sorted, None means that no row has one;
-    `num_sorted` is V, or less where every row has a top_k: then only so many candidates are sorted.
-    `top_p_F` is float64, `min_p_F` float32 (0: none).
+    rows_F: Tensor | None  # None: all
+    num_sorted: int  # V, or less where every row has a top_k: only so many candidates are sorted
+    top_k_F: Tensor | None  # int64 in 1..num_sorted; None: no row has one
+    top_p_F: Tensor | None  # float64; None: no row has one
+    min_p_F: Tensor  # float32; 0: none
+
+    @property
+    def num_rows(self) -> int:
+        return self.min_p_F.shape[0]
+
+    def part(self, part: slice, ratio_DX: Tensor) -> "tuple[Filter, Tensor]":
+        """Some of its rows, and their ratios (F, X), of those of all drawing rows."""
+        rows_F = None if self.rows_F is None else self.rows_F[part]
+        some = Filter(
+            rows_F,
+            self.num_sorted,
+            None if self.top_k_F is None else self.top_k_F[part],
+            None if self.top_p_F is None else self.top_p_F[part],
+            self.min_p_F[part],
+        )
+        return some, ratio_DX[part] if rows_F is None else ratio_DX[rows_F]
+
+
+def filter_thresholds(ratio_RV: Tensor, filtered: Filter) -> Tensor:
+    """The least `ratio_RV` (see relative_probabilities) that stays in each row of the filter, (F,).
+
+    Order: top_k, top_p over what that leaves, min_p, as in transformers and SGLang. (vLLM takes
+    min_p first; that differs only for rows with both top_p and min_p.)
     """
-    return joined(
-        [
-            _thresholds(
-                ratio_RV[part] if rows_F is None else ratio_RV[rows_F[part]],
-                num_sorted,
-                None if top_k_F is None else top_k_F[part],
-                None if top_p_F is None else top_p_F[part],
-                min_p_F[part],
-            )
-            for part in row_chunks(min_p_F.shape[0], ratio_RV)
-        ]
-    )
+    parts = row_chunks(filtered.num_rows, ratio_RV)
+    return joined([_thresholds(*filtered.part(part, ratio_RV)) for part in parts])
 
 
-def _thresholds(
-    ratio_FV: Tensor,
-    num_sorted: int,
-    top_k_F: Tensor | None,
-    top_p_F: Tensor | None,
-    min_p_F: Tensor,
-) -> Tensor:
-    if num_sorted == ratio_FV.shape[1]:
+def _thresholds(some: Filter, ratio_FV: Tensor) -> Tensor:
+    top_k_F, top_p_F, min_p_F = some.top_k_F, some.top_p_F, some.min_p_F
+    if some.num_sorted == ratio_FV.shape[1]:
         head_FK = sorted_rows(ratio_FV)
         kth_F = head_FK[:, 0] if top_k_F is None else kth_of_head(head_FK, top_k_F)
         return threshold_in_head(head_FK, kth_F, None, top_p_F, min_p_F)
     assert top_k_F is not None
-    head_FK = ratio_FV.topk(num_sorted, dim=-1).values.flip(-1)
+    head_FK = ratio_FV.topk(some.num_sorted, dim=-1).values.flip(-1)
     kth_F = kth_of_head(head_FK, top_k_F)
     total_F = None if top_p_F is None else fixed_point(ratio_FV, kth_F).sum(-1)
     return threshold_in_head(head_FK, kth_F, total_F, top_p_F, min_p_F)

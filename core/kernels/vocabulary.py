@@ -47,16 +47,7 @@ class Vocabulary(Protocol):
         """Of `tokens_of`: each row's largest logit, and the first id that has it (int64)."""
         ...
 
-    def filter_thresholds(
-        self,
-        ratio_DX: Tensor,
-        rows_F: Tensor | None,
-        *,
-        num_sorted: int,
-        top_k_F: Tensor | None,
-        top_p_F: Tensor | None,
-        min_p_F: Tensor,
-    ) -> Tensor:
+    def filter_thresholds(self, ratio_DX: Tensor, filtered: sampling.Filter) -> Tensor:
         """core.kernels.sampling.filter_thresholds over the whole vocabulary."""
         ...
 
@@ -103,25 +94,9 @@ class WholeVocabulary:
         top_R, best_R = logits_RX.max(dim=-1)
         return top_R, best_R
 
-    def filter_thresholds(
-        self,
-        ratio_DX: Tensor,
-        rows_F: Tensor | None,
-        *,
-        num_sorted: int,
-        top_k_F: Tensor | None,
-        top_p_F: Tensor | None,
-        min_p_F: Tensor,
-    ) -> Tensor:
+    def filter_thresholds(self, ratio_DX: Tensor, filtered: sampling.Filter) -> Tensor:
         """See core.kernels.sampling."""
-        return sampling.filter_thresholds(
-            ratio_DX,
-            rows_F,
-            num_sorted=num_sorted,
-            top_k_F=top_k_F,
-            top_p_F=top_p_F,
-            min_p_F=min_p_F,
-        )
+        return sampling.filter_thresholds(ratio_DX, filtered)
 
     def draw_tokens(
         self, ratio_DX: Tensor, threshold_D: Tensor | None, uniform_D: Tensor, fallback_D: Tensor

@@ -20,8 +20,8 @@ from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.serve.balancer import make_balancer
+from core.testing.ranks import ThreadCommunicator, plan_comms
 from tests.support.lockstep import thread_locksteps
-from tests.support.ranks import ThreadCommunicator, plan_comms
 
 CPU = torch.device("cpu")
 

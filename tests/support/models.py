@@ -38,7 +38,7 @@ from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
 from core.plugin_manager import PluginManager
-from tests.support.ranks import plan_comms, run_ranks
+from core.testing.ranks import plan_comms, run_ranks
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 263  # a prime: no tp divides it

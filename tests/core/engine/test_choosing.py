@@ -17,9 +17,9 @@ from core.engine.sampler import Sampler
 from core.interfaces.comm import AxisPlace, Comms
 from core.interfaces.messages import SamplingParams, SlotInit
 from core.interfaces.model import VocabularyPart
+from core.testing.ranks import run_ranks, tp_comms
 from tests.support.engine import CPU, app_config, folder_model, spread_engine
 from tests.support.models import VOCAB_SIZE
-from tests.support.ranks import run_ranks, tp_comms
 
 KINDS = [
     {"temperature": 0.0},

@@ -25,7 +25,7 @@ from core.interfaces.model import ModelSpec, MoESpec
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement, default_placement
 from core.parallel.plan import Plan
-from tests.support.ranks import plan_comms, run_ranks
+from core.testing.ranks import plan_comms, run_ranks
 
 NUM_EXPERTS, REDUNDANT, EP = 16, 8, 4
 PLAN = Plan(tp_attn=EP, ep=EP, redundant_experts=REDUNDANT)

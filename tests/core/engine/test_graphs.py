@@ -36,11 +36,11 @@ from core.kernels.torch_ops import TorchOps
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
+from core.testing.ranks import ThreadCommunicator
 from plugins.attention._latent_torch_ref import TorchRefLatentBackend
 from plugins.attention._torch_ref_backend import TorchRefBackend
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE
-from tests.support.ranks import ThreadCommunicator
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -22,11 +22,11 @@ from core.interfaces.comm import Comms, Communicator
 from core.interfaces.messages import SamplingParams, SlotInit
 from core.kernels import sampling
 from core.kernels.cut_vocabulary import EDGES, ROUNDS, CutVocabulary
-from core.kernels.sampling import filter_thresholds, relative_probabilities
+from core.kernels.sampling import Filter, filter_thresholds, relative_probabilities
 from core.kernels.vocabulary import WholeVocabulary
 from core.parallel.sharding import Sharding
+from core.testing.ranks import run_ranks, tp_comms
 from plugins.comm.emulated import EmulatedCommunicator
-from tests.support.ranks import run_ranks, tp_comms
 
 CPU = torch.device("cpu")
 EOS, PROMPT = 3, 4
@@ -217,15 +217,12 @@ def test_thresholds_are_found_to_the_last_bit(kind, asked):
     ratio_RV = ratios(kind, vocab_size, vocab_size)
     top_k_F = torch.arange(1, vocab_size + 1) if asked != "top_p" else None
     top_p_F = torch.linspace(0, 1, vocab_size, dtype=torch.float64) if asked != "top_k" else None
-    common = {"num_sorted": vocab_size, "top_k_F": top_k_F, "top_p_F": top_p_F}
-    min_p_F = torch.zeros(vocab_size)
-    expected_F = filter_thresholds(ratio_RV, None, min_p_F=min_p_F, **common)
+    filtered = Filter(None, vocab_size, top_k_F, top_p_F, torch.zeros(vocab_size))
+    expected_F = filter_thresholds(ratio_RV, filtered)
     found_F = on_ranks(
         3,
         ratio_RV,
-        lambda over, part_RL: over.filter_thresholds(
-            over.tokens_of(part_RL), None, min_p_F=min_p_F, **common
-        ),
+        lambda over, part_RL: over.filter_thresholds(over.tokens_of(part_RL), filtered),
     )
     # Whatever has no weight may stay or go: a row's threshold may lie anywhere below.
     least = 1 / sampling.WEIGHT_SCALE

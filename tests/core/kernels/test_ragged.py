@@ -6,7 +6,7 @@ import torch
 from core.interfaces.comm import Comms
 from core.kernels.ragged import gather_rows, padding_pays, scatter_rows
 from core.parallel.plan import Plan
-from tests.support.ranks import plan_comms, run_ranks
+from core.testing.ranks import plan_comms, run_ranks
 
 COUNTS = [(3, 3, 3, 3), (4, 1, 3, 2), (9, 0, 0, 1), (0, 0, 5, 0), (0, 0, 0, 0)]
 

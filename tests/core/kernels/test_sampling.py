@@ -10,6 +10,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from core.kernels import sampling
 from core.kernels.sampling import (
+    Filter,
     apply_penalties_,
     draw_tokens,
     filter_thresholds,
@@ -33,14 +34,14 @@ def choose(
     num_rows, vocab_size = logits_RV.shape
     top_R, best_R = logits_RV.max(-1)
     ratio_RV = relative_probabilities(logits_RV, top_R, torch.full((num_rows,), temperature))
-    threshold_R = filter_thresholds(
-        ratio_RV,
-        None,
+    filtered = Filter(
+        rows_F=None,
         num_sorted=num_sorted or vocab_size,
         top_k_F=torch.full((num_rows,), top_k or vocab_size),
         top_p_F=torch.full((num_rows,), top_p, dtype=torch.float64) if top_p < 1 else None,
         min_p_F=torch.full((num_rows,), min_p),
     )
+    threshold_R = filter_thresholds(ratio_RV, filtered)
     return draw_tokens(ratio_RV, threshold_R, uniform_R, best_R)
 
 
@@ -186,14 +187,14 @@ class TestFilters:
         """Of 1/2, 1/4, 1/8 and 1/8 nothing is rounded."""
         ratio_RV = torch.tensor([1.0, 0.5, 0.25, 0.25]).repeat(300, 1)
         uniform_R = torch.rand(300, generator=generator(1), dtype=torch.float64)
-        threshold_F = filter_thresholds(
-            ratio_RV[:1],
-            None,
+        filtered = Filter(
+            rows_F=None,
             num_sorted=4,
             top_k_F=torch.tensor([4]),
             top_p_F=torch.tensor([top_p], dtype=torch.float64),
             min_p_F=torch.tensor([0.0]),
         )
+        threshold_F = filter_thresholds(ratio_RV[:1], filtered)
         assert int((ratio_RV[0] >= threshold_F).sum()) == kept
         chosen_R = draw_tokens(
             ratio_RV, threshold_F.expand(300), uniform_R, torch.zeros(300, dtype=torch.int64)

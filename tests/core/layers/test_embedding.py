@@ -13,8 +13,8 @@ from core.loading.dummy import DummyReader
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
+from core.testing.ranks import plan_comms, run_ranks
 from tests.support.models import CPU, ignore_progress
-from tests.support.ranks import plan_comms, run_ranks
 
 IDS = torch.tensor([4, 0, 2, 2, 1, 3])
 NUM_VOCAB, SIZE = 5, 8

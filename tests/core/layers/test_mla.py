@@ -27,8 +27,8 @@ from core.layers.rope_spec import parse_rope
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
+from core.testing.ranks import plan_comms, run_ranks
 from plugins.attention import _latent_cpu, _latent_torch_ref
-from tests.support.ranks import plan_comms, run_ranks
 
 CPU = torch.device("cpu")
 NUM_TOKENS, NUM_POSITIONS, PAGE_SIZE = 23, 64, 4

@@ -29,6 +29,7 @@ from core.parallel.experts import LayerPlacement, default_placement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows, solo_rows
+from core.testing.ranks import plan_comms, run_ranks
 from tests.core.layers.moe_cases import (
     CPU,
     FAMILIES,
@@ -43,7 +44,6 @@ from tests.core.layers.moe_cases import (
     random_block,
     step_of,
 )
-from tests.support.ranks import plan_comms, run_ranks
 
 GPU = torch.device("cuda")
 ALONE = Setup(Plan(), default_placement(NUM_EXPERTS, 1, 0))

@@ -16,12 +16,12 @@ from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.comm import Comms, SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec
 from core.parallel.plan import Plan
+from core.testing.ranks import plan_comms, run_ranks
 from plugins.moe_a2a import deepep
 from plugins.moe_a2a._options import DeepEPOptions
 from tests.contracts.a2a_backends import WithGroup
 from tests.support import fake_deep_ep
 from tests.support.deep_ep_signatures import of_class, read_source, signatures, table
-from tests.support.ranks import plan_comms, run_ranks
 
 NUM_EXPERTS, TOP_K, HIDDEN = 8, 2, 2048
 
