@@ -5,6 +5,8 @@ import gc
 import gzip
 import random
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -730,6 +732,16 @@ ENDINGS = {
 }
 
 
+@contextmanager
+def no_cyclic_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("said", ENDINGS.values(), ids=ENDINGS)
 @pytest.mark.parametrize("waits_s", [0, 500])
 def test_a_connection_that_ended_is_freed_without_the_cyclic_collector(said, waits_s):
@@ -747,12 +759,8 @@ def test_a_connection_that_ended_is_freed_without_the_cyclic_collector(said, wai
         del peer.connection  # as a transport forgets it
         return connection()
 
-    gc.collect()
-    gc.disable()
-    try:
+    with no_cyclic_collector():
         assert clock_loop.run(main()) is None
-    finally:
-        gc.enable()
 
 
 def test_a_connection_that_ends_while_it_is_answered_is_freed_as_well():
@@ -771,9 +779,5 @@ def test_a_connection_that_ends_while_it_is_answered_is_freed_as_well():
         del peer.connection  # as a transport forgets it
         return connection()
 
-    gc.collect()
-    gc.disable()
-    try:
+    with no_cyclic_collector():
         assert clock_loop.run(main()) is None
-    finally:
-        gc.enable()
