@@ -21,6 +21,7 @@ from torch import Tensor
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.routing import Routing
+from core.kernels.select import select_row_ops
 from core.kernels.torch_ops import TorchOps
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
@@ -110,6 +111,7 @@ def moved(make: Callable[[A2ASpec], Dispatcher], ep: int, num_rows: int, *, fp8:
             hidden_size=HIDDEN,
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
+            ops=select_row_ops(torch.device("cpu")),
             max_rows=num_rows,
             phase="prefill",
             fp8=fp8,

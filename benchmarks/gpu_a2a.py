@@ -141,6 +141,7 @@ def build(plugin: str, plugins: Any, shape: Any, comm: Any, device: Any, most_ro
     from core.config import PluginChoice
     from core.errors import NodeweaveError
     from core.interfaces.moe_a2a import A2ASpec
+    from core.kernels.select import select_row_ops
 
     spec = A2ASpec(
         comm=comm,
@@ -149,6 +150,7 @@ def build(plugin: str, plugins: Any, shape: Any, comm: Any, device: Any, most_ro
         hidden_size=shape.hidden,
         dtype=torch.bfloat16,
         device=device,
+        ops=select_row_ops(device),
         max_rows=most_rows,
         phase="decode",
         fp8=shape.fp8,

@@ -16,6 +16,7 @@ from core.interfaces.model import BuildContext, ExpertContext, Model, ModelFamil
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.weights import WeightFormat, WeightReader
+from core.kernels.select import select_row_ops
 from core.kernels.torch_ops import TorchOps
 from core.kernels.weight_formats import select_format
 from core.loading.reader import ShapeReader
@@ -183,6 +184,7 @@ def build_dispatchers(
                 hidden_size=spec.hidden_size,
                 dtype=dtype,
                 device=device,
+                ops=select_row_ops(device),
                 max_rows=rows[phase],
                 phase=phase,
                 fp8=fp8,

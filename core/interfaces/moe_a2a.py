@@ -19,6 +19,48 @@ from torch import Tensor
 from core.interfaces.comm import Communicator
 
 
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Where each pair of a row and an expert stands among the rows that the experts read."""
+
+    source: Tensor  # int64 (M,) or (L, C): the row to read; any row past the counted ones
+    counts_L: Tensor  # int64: pairs of each expert
+    positions_TK: Tensor  # int64: place of each pair in `source`, flattened; -1: no pair
+
+
+class RowOps(Protocol):
+    """What a device does to rows on their way. `core.kernels.row_ops.TorchRowOps` is the oracle."""
+
+    def group_rows(
+        self, experts_TK: Tensor, num_experts: int, num_pairs: int | None = None
+    ) -> Grouping:
+        """Pairs one behind another, grouped by expert and in the order of rows (CONTIGUOUS).
+
+        `experts_TK` int64: 0 .. L-1, or negative for no expert here. `num_pairs`: how many pairs
+        there are, where the host knows. Otherwise the CPU counts, and on a GPU M is T * K: the rows
+        past the counted ones must not be used."""
+        ...
+
+    def sum_results(
+        self,
+        results_ME: Tensor,
+        positions_TK: Tensor,
+        weights_TK: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """For each row the sum of its results, times their weights if given: (T, E), added up in
+        float32 and rounded to `dtype` once.
+
+        `positions_TK`: places in `results_ME`, or -1 for none. Rows of `results_ME` that no
+        position names may hold anything, NaN too."""
+        ...
+
+    def quantize_rows(self, x_TE: Tensor, source_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(T, E) -> float8_e4m3fn (T, E) and a float32 scale for every 128 columns; of the rows
+        `source_T` where it is given."""
+        ...
+
+
 class ExpertLayout(enum.Enum):
     """How received rows lie in `Dispatched.hidden`."""
 
@@ -41,6 +83,7 @@ class A2ASpec:
     hidden_size: int  # E
     dtype: torch.dtype  # of rows
     device: torch.device
+    ops: RowOps  # of that device
     max_rows: int  # most rows one rank enters with; buffers are sized by it
     phase: str  # "prefill" or "decode"
     fp8: bool = False  # rows may travel as float8_e4m3fn with a scale for every 128 columns

@@ -7,40 +7,19 @@ and one of its experts here, C most pairs of one expert.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.interfaces.moe_a2a import Dispatched, Routes
+from core.interfaces.moe_a2a import Dispatched, Grouping, Routes
 
 _COPY_BYTES = 64 * 2**20  # of results in float32 at a time: a long prefill has gigabytes of them
 
 
-@dataclass(frozen=True, slots=True)
-class Grouping:
-    """Where each pair of a row and an expert stands among the rows that the experts read."""
-
-    source: Tensor  # int64 (M,) or (L, C): the row to read; any row past the counted ones
-    counts_L: Tensor  # int64: pairs of each expert
-    positions_TK: Tensor  # int64: place of each pair in `source`, flattened; -1: no pair
-
-
 def group_rows(experts_TK: Tensor, num_experts: int, num_pairs: int | None = None) -> Grouping:
-    """Pairs one behind another, grouped by expert and in the order of rows (CONTIGUOUS).
-
-    `experts_TK` int64: 0 .. L-1, or negative for no expert here. `num_pairs`: how many pairs there
-    are, where the host knows. Otherwise the CPU counts, and on a GPU M is T * K: the rows past the
-    counted ones must not be used.
-    """
+    """See core.interfaces.moe_a2a.RowOps."""
     num_keys = experts_TK.numel()
-    if experts_TK.device.type == "cuda":
-        from core.kernels import triton_moe_groups
-
-        if 0 < num_keys <= triton_moe_groups.MOST_PAIRS:
-            source, counts_L, positions_TK = triton_moe_groups.group_pairs(experts_TK, num_experts)
-            return Grouping(source[:num_pairs], counts_L, positions_TK)
     keys = experts_TK.flatten()
     none = keys < 0
     keys = torch.where(none, num_experts, keys)
@@ -80,20 +59,10 @@ def sum_results(
     weights_TK: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """For each row the sum of its results, times their weights if given: (T, E), added up in
-    float32 and rounded to `dtype` once.
-
-    `positions_TK`: places in `results_ME`, or -1 for none. Rows of `results_ME` that no position
-    names may hold anything, NaN too.
-    """
+    """See core.interfaces.moe_a2a.RowOps."""
     shape = (positions_TK.shape[0], results_ME.shape[1])
     if results_ME.shape[0] == 0 or positions_TK.numel() == 0:
         return results_ME.new_zeros(shape, dtype=dtype)
-    if results_ME.device.type == "cuda":
-        from core.kernels import triton_moe_permute
-
-        out_TE = results_ME.new_empty(shape, dtype=dtype)
-        return triton_moe_permute.sum_results(results_ME, positions_TK, weights_TK, out_TE)
     is_pair = positions_TK >= 0
     pairs_per_row = is_pair.sum(1)
     places, firsts = positions_TK[is_pair], pairs_per_row.cumsum(0) - pairs_per_row

@@ -5,7 +5,9 @@ Each set is imported only when it is chosen: Triton need not be installed to ser
 
 import torch
 
+from core.interfaces.moe_a2a import RowOps
 from core.interfaces.ops import Ops
+from core.kernels.row_ops import TorchRowOps
 from core.kernels.stage import Staging, TorchStaging
 
 
@@ -23,6 +25,15 @@ def select_ops(device: torch.device) -> Ops:
     from core.kernels.triton_ops import TritonOps
 
     return TritonOps()
+
+
+def select_row_ops(device: torch.device) -> RowOps:
+    """What is done to rows on their way to experts."""
+    if device.type == "cpu":
+        return TorchRowOps()
+    from core.kernels.triton_row_ops import TritonRowOps
+
+    return TritonRowOps()
 
 
 def select_staging(device: torch.device) -> Staging:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout, Routes
-from core.kernels import block_fp8
 from core.kernels.block_fp8 import dequantize_rows
+from core.kernels.select import select_row_ops
 from core.parallel.experts import default_placement
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
@@ -190,20 +190,14 @@ def dense(case: Case, rows: Rows, *, fp8_on: torch.device | None = None) -> Tens
     rows as float8 holds them, made on that device (devices round ties differently)."""
     x_TE = rows.x_TE
     if fp8_on is not None:
-        x_TE = dequantize_rows(*_quantize_rows(x_TE.to(fp8_on)), torch.float32).cpu()
+        x_TE = dequantize_rows(
+            *select_row_ops(fp8_on).quantize_rows(x_TE.to(fp8_on)), torch.float32
+        ).cpu()
     out_TE = torch.zeros(rows.x_TE.shape, dtype=torch.float64)
     for logical in range(case.num_experts):
         weight_T = (rows.weights_TK * (rows.logical_TK == logical)).sum(1).double()
         out_TE += weight_T[:, None] * expert(logical, x_TE)
     return out_TE
-
-
-def _quantize_rows(x_TE: Tensor) -> tuple[Tensor, Tensor]:
-    if x_TE.device.type == "cuda":
-        from core.kernels import triton_fp8
-
-        return triton_fp8.quantize_rows(x_TE.contiguous())
-    return block_fp8.quantize_rows(x_TE)
 
 
 def spec_of(
@@ -217,6 +211,7 @@ def spec_of(
         hidden_size=hidden_size,
         dtype=case.dtype,
         device=device,
+        ops=select_row_ops(device),
         max_rows=MAX_ROWS,
         phase=phase,
         fp8=case.fp8,

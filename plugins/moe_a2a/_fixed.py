@@ -16,7 +16,6 @@ from torch import Tensor
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
 from core.kernels.block_fp8 import FP8
 from core.kernels.ragged import gather_rows
-from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._packing import RowFormat, ids_dtype
 
 
@@ -54,7 +53,7 @@ class FixedDispatcher:
     ) -> Dispatched:
         """The rows of all ranks, and which of this rank's experts each has."""
         spec, form = self._spec, self._format
-        values, scales = quantize_rows(x_TE) if self._fp8 else (x_TE, None)
+        values, scales = self._spec.ops.quantize_rows(x_TE) if self._fp8 else (x_TE, None)
         packed_TB = form.pack(values, scales, weights_TK)
         form.ids(packed_TB).copy_(experts_TK)
         packed_AB = gather_rows(spec.comm, packed_TB, counts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
-from core.kernels.moe_permute import group_rows, pad_groups, sum_results
+from core.kernels.moe_permute import pad_groups
 from core.kernels.ragged import gather_rows, scatter_rows
 from plugins.moe_a2a._packing import RowFormat
 
@@ -54,7 +54,7 @@ class GatherDispatcher:
         if self.layout is ExpertLayout.ROUTED:
             routes = Routes(local_AK, weights_AK)
             return Dispatched(values_AE, self._no_counts, _Handle(tuple(counts)), routes=routes)
-        grouping = group_rows(local_AK, num_local)
+        grouping = spec.ops.group_rows(local_AK, num_local)
         if self.layout is ExpertLayout.BATCHED:  # a row is at most once among an expert's
             grouping = pad_groups(grouping, local_AK, capacity=sum(counts))
         handle = _Handle(tuple(counts), grouping.positions_TK, weights_AK)
@@ -67,5 +67,5 @@ class GatherDispatcher:
         assert isinstance(handle, _Handle)
         if handle.positions_AK is not None:
             flat = output.flatten(0, -2) if output.dim() == 3 else output
-            output = sum_results(flat, handle.positions_AK, handle.weights_AK)
+            output = self._spec.ops.sum_results(flat, handle.positions_AK, handle.weights_AK)
         return scatter_rows(self._spec.comm, output, handle.counts).to(self._spec.dtype)

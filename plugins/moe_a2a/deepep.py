@@ -19,10 +19,8 @@ from torch import Tensor
 from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
 from core.kernels.block_fp8 import FP8, num_blocks
-from core.kernels.moe_permute import group_rows, sum_results
 from plugins.moe_a2a._deepep_buffer import Demand, shared_buffer
 from plugins.moe_a2a._deepep_limits import INSTALL, size_problems
-from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._options import LOW_LATENCY_ROWS, DeepEPOptions
 
 _ROWS_MULTIPLE = 4  # low-latency mode's buffers hold a multiple of so many rows (TMA)
@@ -114,7 +112,7 @@ class NormalDispatcher:
     ) -> Dispatched:
         """Rows once to each rank, grouped by expert there."""
         spec = self._spec
-        sent = quantize_rows(x_TE) if self._fp8 else x_TE.contiguous()
+        sent = self._spec.ops.quantize_rows(x_TE) if self._fp8 else x_TE.contiguous()
         experts_TK, weights_TK = experts_TK.contiguous(), weights_TK.contiguous()
         if sum(counts) == 0:
             came, local_NK, weights_NK, num_pairs, handle = sent, experts_TK, weights_TK, 0, None
@@ -134,7 +132,7 @@ class NormalDispatcher:
             )
             num_pairs = sum(expert_counts)
         came_NE, scales = came if self._fp8 else (came, None)
-        grouping = group_rows(local_NK, spec.num_local_experts, num_pairs)
+        grouping = spec.ops.group_rows(local_NK, spec.num_local_experts, num_pairs)
         return Dispatched(
             came_NE[grouping.source],
             grouping.counts_L,
@@ -146,7 +144,9 @@ class NormalDispatcher:
         """Weighted sums of each rank's experts, added up by DeepEP (which weighs nothing here)."""
         handle = dispatched.handle
         assert isinstance(handle, _NormalHandle)
-        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK, self._spec.dtype)
+        sums_NE = self._spec.ops.sum_results(
+            output, handle.positions_NK, handle.weights_NK, self._spec.dtype
+        )
         if handle.library is None:
             return sums_NE
         combined_TE, _, _ = self._shared.normal().combine(sums_NE, handle.library)

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
-from core.kernels.moe_permute import Grouping, group_rows, pad_groups, sum_results
-from plugins.moe_a2a._fp8 import quantize_rows
+from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Grouping, Routes
+from core.kernels.moe_permute import group_rows, pad_groups
 from plugins.moe_a2a._options import EmulatedOptions
 
 
@@ -64,7 +63,7 @@ class EmulatedDispatcher:
         if not self._fp8:
             return Dispatched(x_TE[source], grouping.counts_L, handle, None)
         # Each place quantises its row: a peer would, once, but one launch then lays them out.
-        rows_PE, scales = quantize_rows(x_TE, source.flatten())
+        rows_PE, scales = self._spec.ops.quantize_rows(x_TE, source.flatten())
         rows_PE = rows_PE.view(*source.shape, rows_PE.shape[1])
         scales = scales.view(*source.shape, scales.shape[1])
         return Dispatched(rows_PE, grouping.counts_L, handle, scales)
@@ -79,7 +78,7 @@ class EmulatedDispatcher:
             ids_AK = torch.cat(ids).to(self._spec.device)
             if self._spec.phase == "decode":
                 self._routes[num_rows] = ids_AK
-        values, scales = quantize_rows(x_TE) if self._fp8 else (x_TE, None)
+        values, scales = self._spec.ops.quantize_rows(x_TE) if self._fp8 else (x_TE, None)
         return Dispatched(
             values.repeat(ranks, 1),
             self._no_counts,
@@ -118,4 +117,6 @@ class EmulatedDispatcher:
             return parts_RTE.sum(0, dtype=torch.float32).to(self._spec.dtype)
         assert isinstance(handle, _Handle)
         flat = output.flatten(0, -2) if output.dim() == 3 else output
-        return sum_results(flat, handle.positions_TK, handle.weights_TK, self._spec.dtype)
+        return self._spec.ops.sum_results(
+            flat, handle.positions_TK, handle.weights_TK, self._spec.dtype
+        )

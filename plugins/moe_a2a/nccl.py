@@ -16,9 +16,8 @@ from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
 from core.kernels.block_fp8 import FP8
-from core.kernels.moe_permute import count_values, group_rows, sum_results
+from core.kernels.moe_permute import count_values
 from plugins.moe_a2a._fixed import FixedDispatcher, bytes_ratio
-from plugins.moe_a2a._fp8 import quantize_rows
 from plugins.moe_a2a._options import NcclOptions
 from plugins.moe_a2a._packing import RowFormat, ids_dtype, take_rows
 
@@ -95,7 +94,9 @@ class NcclDispatcher:
             ([0] * ranks, [0] * ranks, 0) if idle else self._agree(goes_TR.sum(0), pairs_R)
         )
 
-        sending = group_rows(torch.where(goes_TR, self._ranks_R, -1), ranks, num_pairs=sum(sent))
+        sending = spec.ops.group_rows(
+            torch.where(goes_TR, self._ranks_R, -1), ranks, num_pairs=sum(sent)
+        )
         source_S = sending.source
         to_S = torch.repeat_interleave(
             self._ranks_R, sending.counts_L, output_size=source_S.shape[0]
@@ -107,7 +108,7 @@ class NcclDispatcher:
         packed_NB = packed_SB if idle else spec.comm.all_to_all(packed_SB, sent, received)
 
         local_NK = self._format.ids(packed_NB).long()
-        grouping = group_rows(local_NK, num_local, num_pairs)
+        grouping = spec.ops.group_rows(local_NK, num_local, num_pairs)
         returns_TJ = sending.positions_TK
         if spec.top_k < ranks:  # a row comes back from so many ranks at most
             returns_TJ = returns_TJ.topk(spec.top_k, 1).values
@@ -130,15 +131,17 @@ class NcclDispatcher:
         """The sums of this rank's rows over all ranks. What travels is in the spec's dtype."""
         handle = dispatched.handle
         assert isinstance(handle, _Handle)
-        sums_NE = sum_results(output, handle.positions_NK, handle.weights_NK, self._spec.dtype)
+        sums_NE = self._spec.ops.sum_results(
+            output, handle.positions_NK, handle.weights_NK, self._spec.dtype
+        )
         if handle.idle:
             return sums_NE
         returned_SE = self._spec.comm.all_to_all(sums_NE, handle.received, handle.sent)
-        return sum_results(returned_SE, handle.returns_TJ, None, self._spec.dtype)
+        return self._spec.ops.sum_results(returned_SE, handle.returns_TJ, None, self._spec.dtype)
 
     def _pack(self, x_TE: Tensor, weights_TK: Tensor) -> Tensor:
         if self._fp8:
-            return self._format.pack(*quantize_rows(x_TE), weights_TK)
+            return self._format.pack(*self._spec.ops.quantize_rows(x_TE), weights_TK)
         return self._format.pack(x_TE, None, weights_TK)
 
     def _agree(self, rows_R: Tensor, pairs_R: Tensor) -> tuple[list[int], list[int], int]:

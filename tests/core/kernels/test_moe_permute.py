@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.moe_permute import Grouping, count_values, group_rows, pad_groups, sum_results
+from core.interfaces.moe_a2a import Grouping
+from core.kernels.moe_permute import count_values, group_rows, pad_groups, sum_results
 from tests.support.routing import SHAPES, routing
 
 

@@ -23,6 +23,7 @@ from core.interfaces.ops import Ops
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard, WeightFormat
 from core.kernels.block_fp8 import BLOCK, quantize
+from core.kernels.select import select_row_ops
 from core.kernels.torch_ops import TorchOps
 from core.layers.moe import MoELayer
 from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec
@@ -238,6 +239,7 @@ class Setup:
             hidden_size=spec.hidden_size,
             dtype=torch.float32,
             device=self.device,
+            ops=select_row_ops(self.device),
             max_rows=64,
             phase="prefill",
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.comm import Comms, SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec
+from core.kernels.row_ops import TorchRowOps
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
 from plugins.moe_a2a import deepep
@@ -33,6 +34,7 @@ def spec(comm: object, phase: str, **changed: object) -> A2ASpec:
         "hidden_size": HIDDEN,
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),
+        "ops": TorchRowOps(),
         "max_rows": 6,
     }
     return A2ASpec(comm=comm, phase=phase, **(fields | changed))  # type: ignore[arg-type]

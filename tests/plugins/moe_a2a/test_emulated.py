@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.interfaces.moe_a2a import A2ASpec, ExpertLayout
+from core.kernels.select import select_row_ops
 from plugins.comm.emulated import EmulatedCommunicator
 from plugins.moe_a2a._options import EmulatedOptions
 from plugins.moe_a2a.emulated import EmulatedDispatcher
@@ -23,6 +24,7 @@ def spec(device: str = "cpu", fp8: bool = False) -> A2ASpec:
         hidden_size=HIDDEN,
         dtype=torch.bfloat16,
         device=torch.device(device),
+        ops=select_row_ops(torch.device(device)),
         max_rows=32,
         phase="decode",
         fp8=fp8,

@@ -9,6 +9,7 @@ import torch
 from benchmarks.a2a_bytes import measure
 from core.errors import ConfigError
 from core.interfaces.moe_a2a import A2ASpec
+from core.kernels.select import select_row_ops
 from plugins.moe_a2a import nccl
 from plugins.moe_a2a._fixed import bytes_ratio
 from plugins.moe_a2a._options import NcclOptions
@@ -30,6 +31,7 @@ def spec(ranks: int, phase: str, device: str = "cuda") -> A2ASpec:
         hidden_size=7168,
         dtype=torch.bfloat16,
         device=torch.device(device),
+        ops=select_row_ops(torch.device(device)),
         max_rows=64,
         phase=phase,
     )

@@ -12,6 +12,7 @@ import torch
 from core.errors import ConfigError
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec
+from core.kernels.select import select_row_ops
 from plugins.moe_a2a import symm_mem
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._options import SymmMemOptions
@@ -37,6 +38,7 @@ def spec(ranks: int = 8, **changes: Any) -> A2ASpec:
         hidden_size=7168,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
+        ops=select_row_ops(torch.device("cpu")),
         max_rows=4096,
         phase="decode",
         fp8=True,

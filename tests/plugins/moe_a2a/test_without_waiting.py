@@ -7,6 +7,7 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher, ExpertLayout
+from core.kernels.select import select_row_ops
 from plugins.moe_a2a import nccl
 from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
@@ -24,6 +25,7 @@ def spec() -> A2ASpec:
         hidden_size=HIDDEN,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
+        ops=select_row_ops(torch.device("cuda")),
         max_rows=NUM_ROWS,
         phase="decode",
     )
