@@ -21,10 +21,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from core.address import split_address
 from core.catalog import OWN_CONFIGS, Catalog
-from core.cluster.ports import split_address
-from core.cluster.token import MAKE_ONE
 from core.config import (
+    MAKE_A_TOKEN,
     TOKEN_VARIABLE,
     AppConfig,
     AttentionConfig,
@@ -229,7 +229,7 @@ def _node_problems(config: AppConfig) -> list[str]:
     if config.cluster.token_file is None and not os.environ.get(TOKEN_VARIABLE):
         problems.append(
             f"launch.nnodes={launch.nnodes} needs a cluster token, by which nodes know each other; "
-            f"{MAKE_ONE}"
+            f"{MAKE_A_TOKEN}"
         )
     return problems
 

@@ -24,6 +24,10 @@ WEIGHT_CHECKS = ("headers", "full")
 ACCESS_LOGS = ("off", "text", "json")
 ANY_ORIGIN = "*"
 TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
+MAKE_A_TOKEN = (
+    "make one with `(umask 077; openssl rand -hex 32 > FILE)`, copy it to every node, and set "
+    f"cluster.token_file=FILE (or the environment variable {TOKEN_VARIABLE} to its contents)"
+)
 
 
 def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

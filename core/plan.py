@@ -122,7 +122,8 @@ def plan_of(
     """What a configuration makes of its model. Raises PlanError, which lists every problem."""
     import torch
 
-    from core.cluster.ports import Ports, listeners, split_address, table
+    from core.address import split_address
+    from core.cluster.ports import Ports, listeners, table
     from core.engine.build import dtype_of
     from core.kernels.native_dtypes import native_dtypes
     from core.plan_report import plan_report

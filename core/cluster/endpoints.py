@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from core.cluster.ports import Ports, join_address, node_of
+from core.address import join_address
+from core.cluster.ports import Ports, node_of
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
 from core.loading.owned_dir import OwnedDir

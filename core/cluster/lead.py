@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from core.address import join_address, split_address
 from core.cluster import exchange as net
 from core.cluster.agreement import report
 from core.cluster.exchange import Exchange
@@ -27,7 +28,6 @@ from core.cluster.node_messages import (
     Stop,
     WorkersReady,
 )
-from core.cluster.ports import join_address, split_address
 from core.cluster.process import heard_text
 from core.cluster.strangers import RefusalLog
 from core.cluster.watch_clock import WatchClock

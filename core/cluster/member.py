@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from core.address import join_address
 from core.cluster import exchange as net
 from core.cluster.exchange import Exchange
 from core.cluster.group import Ended, GroupError, GroupEvent, Stopped, farewell
@@ -28,7 +29,6 @@ from core.cluster.node_messages import (
     Stop,
     WorkersReady,
 )
-from core.cluster.ports import join_address
 from core.cluster.strangers import HANDSHAKE_S
 from core.cluster.watch_clock import WatchClock
 from core.errors import ConfigError, ResourceError

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import psutil
 
-from core.cluster.ports import ADDRESS_KEY, join_address
+from core.address import ADDRESS_KEY, join_address
 from core.errors import ConfigError, ResourceError
 
 # What the collectives' libraries read to choose the interface that their own sockets use.

@@ -1,12 +1,12 @@
 """How the nodes of an engine find each other: node 0 listens, the others come to it."""
 
+from core.address import join_address, split_address
 from core.cluster.display import Display
 from core.cluster.exchange import Exchange
 from core.cluster.group import Alone, Group
 from core.cluster.lead import Lead
 from core.cluster.member import Member, reach
 from core.cluster.network import interface_of, listen, own_address
-from core.cluster.ports import join_address, split_address
 from core.cluster.token import load_keys
 from core.config import AppConfig
 from core.errors import ConfigError

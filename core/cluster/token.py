@@ -10,16 +10,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from core.config import TOKEN_VARIABLE, ClusterConfig
+from core.config import MAKE_A_TOKEN, TOKEN_VARIABLE, ClusterConfig
 from core.errors import ConfigError
 
 MIN_TOKEN_BYTES = 16
 MAX_TOKEN_BYTES = 4096
 KEY_BYTES = 32
-MAKE_ONE = (
-    "make one with `(umask 077; openssl rand -hex 32 > FILE)`, copy it to every node, and set "
-    f"cluster.token_file=FILE (or the environment variable {TOKEN_VARIABLE} to its contents)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +37,13 @@ def load_keys(config: ClusterConfig, environment: Mapping[str, str] = os.environ
         source, token = TOKEN_VARIABLE, environment[TOKEN_VARIABLE].encode()
     else:
         raise ConfigError(
-            f"nodes need a secret that they know each other by, and there is none; {MAKE_ONE}"
+            f"nodes need a secret that they know each other by, and there is none; {MAKE_A_TOKEN}"
         )
     token = token.strip()
     if not MIN_TOKEN_BYTES <= len(token) <= MAX_TOKEN_BYTES:
         raise ConfigError(
             f"the cluster token ({source}) has {len(token)} bytes; allowed: {MIN_TOKEN_BYTES} to "
-            f"{MAX_TOKEN_BYTES}; {MAKE_ONE}"
+            f"{MAX_TOKEN_BYTES}; {MAKE_A_TOKEN}"
         )
     return derive(token)
 
@@ -76,4 +72,4 @@ def _read(path: str) -> bytes:
                 )
             return file.read(MAX_TOKEN_BYTES + 2)
     except OSError as error:
-        raise ConfigError(f"cluster.token_file={path}: {error.strerror}; {MAKE_ONE}") from error
+        raise ConfigError(f"cluster.token_file={path}: {error.strerror}; {MAKE_A_TOKEN}") from error

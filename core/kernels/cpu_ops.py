@@ -15,7 +15,7 @@ from torch import Tensor
 from core.interfaces.attention import HeadTransform, LayerKV
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight
-from core.kernels import block_fp8, grouped_ints
+from core.kernels import block_fp8, cpu_grouped_ints
 from core.kernels.cpu_linear import half_linear, holds_halves, packed_linear, packs
 from core.kernels.cpu_moe import CpuMoeOps
 from core.kernels.torch_heads import transform_heads
@@ -101,7 +101,7 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         if isinstance(weight_OI, BlockFp8):
             return block_fp8.linear(weight_OI, bias_O)
         if isinstance(weight_OI, GroupedInts):
-            return grouped_ints.packed_linear(weight_OI, bias_O)
+            return cpu_grouped_ints.packed_linear(weight_OI, bias_O)
         if packs(weight_OI.dtype):
             return packed_linear(weight_OI, bias_O)
         return lambda x_TI: F.linear(x_TI, weight_OI, bias_O)

@@ -18,7 +18,7 @@ _FLAGS = {
     "bfloat16": ("amx_bf16", "avx512_bf16", "bf16"),
     "float16": ("amx_fp16", "avx512_fp16"),
 }
-# With one of them torch has vectorised products of 4-bit groups (core.kernels.grouped_ints).
+# With one of them torch has vectorised products of 4-bit groups (core.kernels.cpu_grouped_ints).
 _GROUPED_FLAGS = ("avx2", "avx512f")
 # Values of ONEDNN_MAX_CPU_ISA that leave a dtype without them; in any case, others mean no limit.
 _WITHOUT_BFLOAT16 = frozenset(

@@ -23,7 +23,8 @@ from core.interfaces.weights import BlockFp8
 from core.kernels import tuning
 from core.kernels.block_fp8 import BLOCK, FP8, num_blocks
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
-from core.kernels.triton_fp8_tiles import quantize_tile, tiles
+from core.kernels.fp8_tile import quantize_tile
+from core.kernels.triton_fp8_tiles import tiles
 
 _BLOCKS_OF_A_PROGRAM = 8
 _BUSY_PROGRAMS = 132  # enough to keep a large GPU's processors reading weights

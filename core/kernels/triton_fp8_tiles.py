@@ -24,6 +24,7 @@ from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8
 from core.kernels.block_fp8 import BLOCK
 from core.kernels.dependent_launch import let_successor_start, options, wait_for_predecessor
+from core.kernels.fp8_tile import quantize_tile
 
 QuantizeRows = Callable[[Tensor], tuple[Tensor, Tensor]]  # (T, I) -> values (T, I), scales (T, C)
 
@@ -37,15 +38,6 @@ def _weight_rows(first_O, SIZE_O: tl.constexpr, GATED: tl.constexpr, BLOCK_O: tl
     if GATED:
         order_O = order_O // 2 + order_O % 2 * (SIZE_O // 2)
     return order_O.to(tl.int64)
-
-
-@triton.jit
-def quantize_tile(x_TI):
-    """(fp8 values, float32 scales) of 128 columns of some rows."""
-    wide_TI = x_TI.to(tl.float32)
-    largest_T = tl.max(tl.abs(wide_TI), axis=1)
-    scale_T = tl.where(largest_T > 0.0, largest_T / 448.0, 1.0)
-    return (wide_TI / scale_T[:, None]).to(tl.float8e4nv), scale_T
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from core.interfaces.weights import (
     WeightReader,
     join_rows,
 )
-from core.kernels import block_fp8, grouped_ints
+from core.kernels import block_fp8, cpu_grouped_ints, grouped_ints
 from core.kernels.block_fp8 import BLOCK
 
 _FP8_CAPABILITY = (9, 0)  # of a CUDA device that multiplies e4m3 matrices fast enough: Hopper
@@ -121,7 +121,7 @@ def _between_groups(shape: tuple[int, int], shard: Shard | None) -> bool:
         start, stop = shard.bounds(shape[shard.dim])
         if stop - start != local[shard.dim] or (shard.dim == 1 and start % GROUP):
             return False
-    return min(local) > 0 and local[0] % grouped_ints.OUTPUTS == 0 and local[1] % GROUP == 0
+    return min(local) > 0 and local[0] % cpu_grouped_ints.OUTPUTS == 0 and local[1] % GROUP == 0
 
 
 def _between_blocks(shard: Shard, size: int) -> bool:

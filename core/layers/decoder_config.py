@@ -9,7 +9,8 @@ from core.errors import ModelKeyError
 from core.interfaces.model import BlockQuantization, MoESpec
 from core.layers.config_keys import ConfigKeys
 from core.layers.config_reader import MAX_POSITIONS, ConfigReader, shown
-from core.layers.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec, GroupedQuerySizes
+from core.layers.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec
+from core.layers.gqa_spec import GroupedQuerySizes
 from core.layers.mla_spec import LatentAttentionSizes
 from core.layers.moe_spec import MoELayerSpec, Routing
 from core.layers.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings

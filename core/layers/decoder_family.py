@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from core.interfaces.model import BuildContext, Model, ModelSpec
-from core.layers.decoder_spec import DecoderSpec, GroupedQuerySizes
+from core.layers.decoder_spec import DecoderSpec
+from core.layers.gqa_spec import GroupedQuerySizes
 from core.parallel.plan import Plan
 from core.parallel.sharding import cut_problems, head_problems, size_problems
 

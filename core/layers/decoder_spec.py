@@ -5,24 +5,10 @@ and `core.layers.decoder` is built from. Knows nothing of torch, nor of any fami
 from dataclasses import dataclass
 
 from core.interfaces.model import ModelSpec
+from core.layers.gqa_spec import GroupedQuerySizes
 from core.layers.mla_spec import LatentAttentionSizes
 from core.layers.moe_spec import MoELayerSpec
 from core.layers.rope_spec import RopeSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedQuerySizes:
-    """A layer of grouped-query attention; logical sizes, the same for every layer."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float  # of the norms of heads
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the output projection
-    qk_norm: bool = False  # RMSNorm of each query and key head before RoPE
-
 
 AttentionSizes = GroupedQuerySizes | LatentAttentionSizes
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.interfaces.attention import HeadTransform
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.decoder_spec import GroupedQuerySizes
+from core.layers.gqa_spec import GroupedQuerySizes
 from core.layers.linear import LinearPart, column_linear, row_linear
 from core.layers.row_exchange import row_exchange
 from core.parallel.sharding import Sharding

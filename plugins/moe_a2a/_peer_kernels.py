@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+from core.kernels.fp8_tile import quantize_tile
 from core.kernels.peer_flags import await_flags, raise_flags
-from core.kernels.triton_fp8_tiles import quantize_tile
 
 _VARYING = ["num_rows", "first_row", "most_rows"]
 

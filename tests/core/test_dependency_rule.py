@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 # A module of core imports only from its left (and from its own unit).
 LAYERS = (
     "errors",
+    "address",
     "schema",
     "config",
     "parallel",

@@ -2,15 +2,8 @@
 
 import pytest
 
-from core.cluster.ports import (
-    Listener,
-    Ports,
-    join_address,
-    listeners,
-    node_of,
-    split_address,
-    table,
-)
+from core.address import join_address, split_address
+from core.cluster.ports import Listener, Ports, listeners, node_of, table
 from core.errors import ConfigError
 from core.parallel.plan import Plan
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from core.interfaces.weights import GroupedInts
+from core.kernels.cpu_grouped_ints import FEW_ROWS, packed_linear
 from core.kernels.cpu_ops import CpuOps
-from core.kernels.grouped_ints import FEW_ROWS, dequantize, packed_linear
+from core.kernels.grouped_ints import dequantize
 from core.kernels.torch_ops import TorchOps
 
 HALF_STEP = 2.0**-8  # of bfloat16: what rounding to it changes at most, of a value

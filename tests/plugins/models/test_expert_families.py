@@ -6,7 +6,8 @@ import pytest
 
 from core.errors import ModelError
 from core.interfaces.model import MoESpec
-from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec, GroupedQuerySizes
+from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec
+from core.layers.gqa_spec import GroupedQuerySizes
 from core.layers.mla_spec import LatentAttentionSizes
 from core.layers.moe_spec import MoELayerSpec, Routing
 from core.parallel.plan import Plan
