@@ -22,8 +22,8 @@ from pathlib import Path
 
 import msgspec
 
-from core.cluster.boot import FrontendBoot, Served
-from core.cluster.channel import STATUS_FD_VARIABLE
+from core.cluster.processes.boot import FrontendBoot, Served
+from core.cluster.processes.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, ModelConfig
 from core.interfaces.control import ChildStatus, EngineReady, Failed, ModelFiles, Ready
 from tests.support.fake_engine import endpoints_in

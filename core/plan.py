@@ -123,7 +123,7 @@ def plan_of(
     import torch
 
     from core.address import split_address
-    from core.cluster.ports import Ports, listeners, table
+    from core.cluster.nodes.ports import Ports, listeners, table
     from core.engine.build import dtype_of
     from core.kernels.native_dtypes import native_dtypes
     from core.plan_report import plan_report

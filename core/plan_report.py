@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.cluster.ports import node_of
+from core.cluster.nodes.ports import node_of
 from core.engine.model_build import measure_model
 from core.errors import ConfigError
 from core.interfaces.model import ModelFamily, ModelSpec

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from core.cluster.log_stream import print_error, steady_output
+from core.cluster.processes.log_stream import print_error, steady_output
 from core.errors import ConfigError, NodeweaveError, PlanError
 from core.habits import correction, is_ours
 

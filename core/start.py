@@ -16,18 +16,18 @@ from typing import Any
 
 import msgspec
 
-from core.cluster.boot import FrontendBoot, Served, WorkerBoot, worker_name
-from core.cluster.display import Display, SummaryInfo
-from core.cluster.endpoints import RunDirectory, node_endpoints
-from core.cluster.facts import gather
-from core.cluster.group import Group
-from core.cluster.log_stream import steady_output
-from core.cluster.machine import find_machine
-from core.cluster.network import interface_environment, interface_text, require_free
-from core.cluster.ports import Ports, listeners
-from core.cluster.process import ProcessSpec
-from core.cluster.rendezvous import meet
-from core.cluster.supervisor import Supervisor
+from core.cluster.nodes.endpoints import RunDirectory, node_endpoints
+from core.cluster.nodes.facts import gather
+from core.cluster.nodes.network import interface_environment, interface_text, require_free
+from core.cluster.nodes.ports import Ports, listeners
+from core.cluster.nodes.rendezvous import meet
+from core.cluster.processes.boot import FrontendBoot, Served, WorkerBoot, worker_name
+from core.cluster.processes.display import Display, SummaryInfo
+from core.cluster.processes.group import Group
+from core.cluster.processes.log_stream import steady_output
+from core.cluster.processes.machine import find_machine
+from core.cluster.processes.process import ProcessSpec
+from core.cluster.processes.supervisor import Supervisor
 from core.config import AppConfig, EngineConfig
 from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
 from core.interfaces.launcher import Launcher, Machine, Placement

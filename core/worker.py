@@ -9,12 +9,12 @@ import time
 
 import msgspec
 
-from core.cluster.boot import WorkerBoot, worker_name
-from core.cluster.channel import Channel, exit_with_parent
-from core.cluster.log_stream import exit_now, steady_output
-from core.cluster.machine import raise_descriptor_limit
-from core.cluster.missing import missing_ranks
-from core.cluster.signals import leave_signals_to_parent
+from core.cluster.nodes.missing import missing_ranks
+from core.cluster.processes.boot import WorkerBoot, worker_name
+from core.cluster.processes.channel import Channel, exit_with_parent
+from core.cluster.processes.log_stream import exit_now, steady_output
+from core.cluster.processes.machine import raise_descriptor_limit
+from core.cluster.processes.signals import leave_signals_to_parent
 from core.interfaces.control import LinesDropped, Phase, Progress, Ready
 from core.loading.cache import cache_root
 from core.loading.disk_room import explained

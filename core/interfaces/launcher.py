@@ -1,7 +1,8 @@
 """Launchers: which ranks this node starts, and what each process needs. Pure data, no torch.
 
-A launcher decides; `core.start` starts the processes and `core.cluster.supervisor` watches them.
-So a launcher for a batch system only reads its environment (which node am I, where is node 0).
+A launcher decides; `core.start` starts the processes and `core.cluster.processes.supervisor`
+watches them. So a launcher for a batch system only reads its environment (which node am I, where is
+node 0).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ class NativeDtypes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this node offers; `core.cluster.machine` finds it."""
+    """What this node offers; `core.cluster.processes.machine` finds it."""
 
     device: str  # "cpu" or "cuda"
     num_devices: int  # CUDA devices this process may use; 0 on "cpu"

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import msgspec
 
-from core.cluster.display import Display
-from core.cluster.endpoints import RunDirectory
-from core.cluster.group import Alone
+from core.cluster.nodes.endpoints import RunDirectory
+from core.cluster.processes.display import Display
+from core.cluster.processes.group import Alone
 from core.config import AppConfig
 from core.errors import RequestError
 from core.interfaces.control import ChildStatus

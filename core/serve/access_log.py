@@ -1,7 +1,7 @@
 """One line for each request, as text or as JSON. Knows nothing of connections.
 
-Lines go through a bounded queue to a thread (core.cluster.log_stream): a disk that is full or a
-pipe that nobody reads costs lines, which are counted, and neither time nor memory.
+Lines go through a bounded queue to a thread (core.cluster.processes.log_stream): a disk that is
+full or a pipe that nobody reads costs lines, which are counted, and neither time nor memory.
 """
 
 import os

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from core.cluster.boot import FrontendBoot, worker_name
-from core.cluster.process import ProcessSpec
-from core.cluster.signals import OwnSignals
-from core.cluster.supervisor import Supervisor
+from core.cluster.processes.boot import FrontendBoot, worker_name
+from core.cluster.processes.process import ProcessSpec
+from core.cluster.processes.signals import OwnSignals
+from core.cluster.processes.supervisor import Supervisor
 from core.errors import (
     ConfigError,
     ModelError,

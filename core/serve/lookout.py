@@ -7,8 +7,8 @@ where there is none it finds nothing.
 
 from collections.abc import Mapping
 
-from core.cluster.process_stat import process_state
-from core.cluster.watch_clock import WatchClock
+from core.cluster.processes.process_stat import process_state
+from core.cluster.processes.watch_clock import WatchClock
 
 LOOK_S = 0.5  # between two looks
 PARENT_FIRST_S = 1.5  # in which a parent that runs would have told it

@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 import uvloop
 
-from core.cluster.boot import FrontendBoot
-from core.cluster.channel import Channel, exit_with_parent, outlive_parent
-from core.cluster.log_stream import LogWriter, steady_output
-from core.cluster.machine import raise_descriptor_limit
-from core.cluster.signals import leave_signals_to_parent
+from core.cluster.processes.boot import FrontendBoot
+from core.cluster.processes.channel import Channel, exit_with_parent, outlive_parent
+from core.cluster.processes.log_stream import LogWriter, steady_output
+from core.cluster.processes.machine import raise_descriptor_limit
+from core.cluster.processes.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
 from core.errors import ConfigError, RequestError
 from core.interfaces.control import (

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 import msgspec
 
-from core.cluster.channel import PARENT_PID_VARIABLE, exit_with_parent, failure_kind
+from core.cluster.processes.channel import PARENT_PID_VARIABLE, exit_with_parent, failure_kind
 from core.errors import ModelError, NodeweaveError, RequestError
 from core.interfaces.text import TextJob
 from core.serve.text_jobs import TextJobs

@@ -26,7 +26,7 @@ _DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 class KubernetesOptions(NodeOptions):
     """launch.options of `kubernetes`."""
 
-    base_port: int = 20000  # first port of the run, on node 0 (see core.cluster.ports)
+    base_port: int = 20000  # first port of the run, on node 0 (see core.cluster.nodes.ports)
     service: str | None = None  # headless service of the pods; a LeaderWorkerSet brings its own
     namespace: str | None = None  # of the service; None: the pod's own, by its search domains
 

@@ -39,7 +39,7 @@ class RayOptions(NodeOptions):
     """launch.options of `ray`."""
 
     address: str = "auto"  # of the Ray cluster; auto: the one this machine is part of
-    base_port: int = 20000  # first port of the run, on node 0 (see core.cluster.ports)
+    base_port: int = 20000  # first port of the run, on node 0 (see core.cluster.nodes.ports)
     gpus_per_node: int | None = None  # reserved; None: one a rank where the cluster has GPUs
     cpus_per_node: float = 1.0  # reserved
     resources: dict[str, float] = field(default_factory=dict)  # further ones, reserved on each node

@@ -24,8 +24,8 @@ HOW = "srun --ntasks-per-node=1 python -m core.run ... launch=slurm"
 class SlurmOptions(NodeOptions):
     """launch.options of `slurm`."""
 
-    # First port of the run, on node 0 (see core.cluster.ports). None: from the job's id, so that
-    # jobs that share node 0 rarely meet; two steps of one job need one each.
+    # First port of the run, on node 0 (see core.cluster.nodes.ports). None: from the job's id, so
+    # that jobs that share node 0 rarely meet; two steps of one job need one each.
     base_port: int | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.cluster.missing import missing_ranks
+from core.cluster.nodes.missing import missing_ranks
 from core.config import PluginChoice
 from core.interfaces.comm import Comms, Communicator, SoloCommunicator, connect
 from core.parallel.layout import Layout

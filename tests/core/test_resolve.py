@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.cluster.facts import config_facts
+from core.cluster.nodes.facts import config_facts
 from core.compose import compose, parse_overrides
 from core.config import AppConfig, ModelConfig
 from core.errors import ConfigError, ModelError, PlanError

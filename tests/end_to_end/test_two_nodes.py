@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from core.cluster.process_stat import process_state
+from core.cluster.processes.process_stat import process_state
 from core.compose import compose, parse_overrides
 from core.loading.files import resolve_files
 from tests.support.models import ignore_progress, write_tiny_model

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from core.cluster.channel import Channel, exit_with_parent
+from core.cluster.processes.channel import Channel, exit_with_parent
 from core.errors import ModelError, PlanError, WorkerDied
 from core.interfaces.control import (
     Beat,

@@ -10,8 +10,8 @@ Prints the pids of its two workers and its frontend as a JSON line once they are
 import json
 import sys
 
-from core.cluster.process import ProcessSpec
-from core.cluster.supervisor import Supervisor
+from core.cluster.processes.process import ProcessSpec
+from core.cluster.processes.supervisor import Supervisor
 from core.config import LaunchConfig
 from core.interfaces.control import Ready
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import psutil
 
-from core.cluster.network import INTERFACE_VARIABLES
+from core.cluster.nodes.network import INTERFACE_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 BASE_PORT = 20000

@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.cluster.agreement import MAX_SHOWN, differences, report
+from core.cluster.nodes.agreement import MAX_SHOWN, differences, report
 
 
 def test_nothing_to_say_where_all_agree() -> None:

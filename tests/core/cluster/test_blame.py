@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from core.cluster.blame import BLAMED_S, ENDING_S, SETTLE_S, cause, likeliest, patience_s
-from core.cluster.process import Child, ProcessSpec
+from core.cluster.processes.blame import BLAMED_S, ENDING_S, SETTLE_S, cause, likeliest, patience_s
+from core.cluster.processes.process import Child, ProcessSpec
 from core.interfaces.control import Failed
 
 KILLED, ABORTED = -signal.SIGKILL, -signal.SIGABRT

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from core import errors
-from core.cluster.channel import failure_exit_code, failure_kind
+from core.cluster.processes.channel import failure_exit_code, failure_kind
 
 ROOT = Path(__file__).parents[3]
-START = "import os, sys\nfrom core.cluster.channel import Channel\nchannel = Channel.open()\n"
+START = (
+    "import os, sys\nfrom core.cluster.processes.channel import Channel\nchannel = Channel.open()\n"
+)
 
 
 class Parent:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster.display import Display, SummaryInfo, summary
+from core.cluster.processes.display import Display, SummaryInfo, summary
 from core.interfaces.control import Failed, Phase, Progress, Ready
 
 ROOT = Path(__file__).parents[3]
@@ -114,7 +114,7 @@ def test_without_a_terminal_each_phase_ends_in_one_line() -> None:
 SCRIPT = """
 import pytest
 
-from core.cluster.display import Display
+from core.cluster.processes.display import Display
 from core.interfaces.control import Phase, Progress
 display = Display()
 for done in (0, 30 << 20, 60 << 20):
@@ -146,7 +146,7 @@ def test_without_a_terminal_waiting_is_a_line_now_and_then(monkeypatch: pytest.M
 
 
 WAITING_SCRIPT = """
-from core.cluster.display import Display
+from core.cluster.processes.display import Display
 from core.interfaces.control import Progress
 display = Display()
 for second in range(5):

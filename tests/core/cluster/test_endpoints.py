@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster.endpoints import RunDirectory, node_endpoints
-from core.cluster.ports import Ports
+from core.cluster.nodes.endpoints import RunDirectory, node_endpoints
+from core.cluster.nodes.ports import Ports
 from core.errors import ResourceError
 from core.parallel.plan import Plan
 
@@ -57,7 +57,7 @@ def test_no_usable_folder_is_an_error_with_every_reason(
     long = tmp_path / ("x" * 100)
     long.mkdir()
     missing = tmp_path / "missing"
-    monkeypatch.setattr("core.cluster.endpoints._parents", lambda: [str(missing), str(long)])
+    monkeypatch.setattr("core.cluster.nodes.endpoints._parents", lambda: [str(missing), str(long)])
     with pytest.raises(ResourceError) as caught:
         RunDirectory(2)
     head, *reasons = str(caught.value).splitlines()

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import pytest
 
-from core.cluster import exchange as exchange_module
-from core.cluster import strangers as module
-from core.cluster.exchange import (
+from core.cluster.nodes import exchange as exchange_module
+from core.cluster.nodes import strangers as module
+from core.cluster.nodes.exchange import (
     MAX_TURNED_WAITING,
     Arrived,
     Broken,
@@ -27,9 +27,9 @@ from core.cluster.exchange import (
     Turned,
     TurnedMore,
 )
-from core.cluster.link import Link, LinkClosed
-from core.cluster.member import _connect
-from core.cluster.node_messages import Alive, Doing, NodeMessage, Stop
+from core.cluster.nodes.link import Link, LinkClosed
+from core.cluster.nodes.member import _connect
+from core.cluster.nodes.node_messages import Alive, Doing, NodeMessage, Stop
 
 ROOT = Path(__file__).parents[3]
 KEY = b"k" * 32
@@ -186,8 +186,8 @@ def test_a_stopped_peer_is_noticed_in_time(server: tuple[Side, int]) -> None:
     serving, port = server
     code = (
         "import sys, signal\n"
-        "from core.cluster.exchange import Exchange\n"
-        "from core.cluster.member import _connect\n"
+        "from core.cluster.nodes.exchange import Exchange\n"
+        "from core.cluster.nodes.member import _connect\n"
         f"side = Exchange(interval_s={INTERVAL_S}, timeout_s=60, key={KEY!r})\n"
         "side.adopt(_connect('127.0.0.1', int(sys.argv[1]), " + repr(KEY) + "))\n"
         "signal.pause()\n"

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.cluster import facts
-from core.cluster.facts import FREE_KEYS, code_facts, config_facts, gather, weight_facts
+from core.cluster.nodes import facts
+from core.cluster.nodes.facts import FREE_KEYS, code_facts, config_facts, gather, weight_facts
 from core.config import AppConfig, ExpertBalanceConfig, LaunchConfig, ModelConfig, ParallelConfig
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles

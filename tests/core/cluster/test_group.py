@@ -11,14 +11,22 @@ from typing import Any
 
 import pytest
 
-from core.cluster import lead as lead_module
-from core.cluster.display import Display
-from core.cluster.exchange import Broken, Exchange, Turned
-from core.cluster.group import Alone, DrainAsked, Ended, GroupError, GroupEvent, Heard, Stopped
-from core.cluster.lead import Lead
-from core.cluster.member import Member, reach
-from core.cluster.rendezvous import meet
-from core.cluster.token import TOKEN_VARIABLE
+from core.cluster.nodes import lead as lead_module
+from core.cluster.nodes.exchange import Broken, Exchange, Turned
+from core.cluster.nodes.lead import Lead
+from core.cluster.nodes.member import Member, reach
+from core.cluster.nodes.rendezvous import meet
+from core.cluster.nodes.secret import TOKEN_VARIABLE
+from core.cluster.processes.display import Display
+from core.cluster.processes.group import (
+    Alone,
+    DrainAsked,
+    Ended,
+    GroupError,
+    GroupEvent,
+    Heard,
+    Stopped,
+)
 from core.config import AppConfig, ClusterConfig, LaunchConfig, ModelConfig
 from core.errors import ConfigError, NodeweaveError, ResourceError
 from core.interfaces.control import Beat, Failed, Phase, Ready

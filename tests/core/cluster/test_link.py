@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from core.cluster import link as module
-from core.cluster.link import (
+from core.cluster.nodes import link as module
+from core.cluster.nodes.link import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_BYTES,
     Link,
@@ -15,7 +15,7 @@ from core.cluster.link import (
     LinkError,
     WrongToken,
 )
-from core.cluster.node_messages import Alive, Doing, Facts, NodeMessage
+from core.cluster.nodes.node_messages import Alive, Doing, Facts, NodeMessage
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 

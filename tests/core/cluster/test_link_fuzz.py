@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from core.cluster import link as module
-from core.cluster.exchange import Arrived, Exchange, Received, Turned
-from core.cluster.link import MAX_HANDSHAKE_BYTES, PROTOCOL, Link, LinkError
-from core.cluster.member import _connect
-from core.cluster.node_messages import Doing, NodeMessage
+from core.cluster.nodes import link as module
+from core.cluster.nodes.exchange import Arrived, Exchange, Received, Turned
+from core.cluster.nodes.link import MAX_HANDSHAKE_BYTES, PROTOCOL, Link, LinkError
+from core.cluster.nodes.member import _connect
+from core.cluster.nodes.node_messages import Doing, NodeMessage
 from tests.support.strange_bytes import framed, strange_message
 
 KEY = b"k" * 32

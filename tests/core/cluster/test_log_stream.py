@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster import log_stream as module
-from core.cluster.log_stream import LogStream, LogWriter, print_error, steady_output
+from core.cluster.processes import log_stream as module
+from core.cluster.processes.log_stream import LogStream, LogWriter, print_error, steady_output
 
 ROOT = Path(__file__).parents[3]
 LIMIT_S = 10.0
@@ -167,7 +167,7 @@ def test_who_wants_to_know_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RUN = """
 import sys
-from core.cluster.log_stream import steady_output
+from core.cluster.processes.log_stream import steady_output
 with steady_output() as log:
     for number in range(100):
         print("out", number)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster.machine import find_machine, usable_cpus
+from core.cluster.processes.machine import find_machine, usable_cpus
 from core.errors import ResourceError
 
 ROOT = Path(__file__).parents[3]
@@ -37,7 +37,10 @@ def test_devices_are_those_torch_sees() -> None:
 
 
 def test_hidden_devices_are_not_counted() -> None:
-    code = "from core.cluster.machine import find_machine; print(find_machine('auto').device)"
+    code = (
+        "from core.cluster.processes.machine import find_machine\n"
+        "print(find_machine('auto').device)"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -51,8 +54,9 @@ def test_hidden_devices_are_not_counted() -> None:
 def test_the_supervisor_s_side_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "import core.cluster.supervisor, core.cluster.endpoints, core.cluster.display\n"
-        "from core.cluster.machine import find_machine\n"
+        "import core.cluster.nodes.endpoints\n"
+        "import core.cluster.processes.supervisor, core.cluster.processes.display\n"
+        "from core.cluster.processes.machine import find_machine\n"
         "find_machine('auto')\n"
         "sys.exit('torch' in sys.modules)\n"
     )

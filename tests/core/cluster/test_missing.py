@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core.cluster.missing import missing_ranks
+from core.cluster.nodes.missing import missing_ranks
 from core.errors import ModelError, WorkerDied
 
 

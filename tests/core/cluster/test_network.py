@@ -6,8 +6,8 @@ import socket
 import psutil
 import pytest
 
-from core.cluster import network
-from core.cluster.network import (
+from core.cluster.nodes import network
+from core.cluster.nodes.network import (
     interface_environment,
     interface_of,
     interface_text,

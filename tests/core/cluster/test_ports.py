@@ -3,7 +3,7 @@
 import pytest
 
 from core.address import join_address, split_address
-from core.cluster.ports import Listener, Ports, listeners, node_of, table
+from core.cluster.nodes.ports import Listener, Ports, listeners, node_of, table
 from core.errors import ConfigError
 from core.parallel.plan import Plan
 

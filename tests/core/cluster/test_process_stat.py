@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster import process_stat
-from core.cluster.process_stat import end_under_way, process_state
+from core.cluster.processes import process_stat
+from core.cluster.processes.process_stat import end_under_way, process_state
 
 EXITING, ORDINARY = 0x4, 0x400000
 

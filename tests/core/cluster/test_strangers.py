@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from core.cluster import strangers as module
-from core.cluster.strangers import RefusalLog, Strangers
+from core.cluster.nodes import strangers as module
+from core.cluster.nodes.strangers import RefusalLog, Strangers
 
 
 class Clock:

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
-from core.cluster.process import ProcessSpec
-from core.cluster.process_stat import process_state
-from core.cluster.signals import OwnSignals, signal_pipe
-from core.cluster.supervisor import FAREWELL_S, Supervisor
+from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
+from core.cluster.processes.process import ProcessSpec
+from core.cluster.processes.process_stat import process_state
+from core.cluster.processes.signals import OwnSignals, signal_pipe
+from core.cluster.processes.supervisor import FAREWELL_S, Supervisor
 from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
 from core.interfaces.launcher import Site

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from core.cluster.token import TOKEN_VARIABLE, ClusterKeys, derive, load_keys
+from core.cluster.nodes.secret import TOKEN_VARIABLE, ClusterKeys, derive, load_keys
 from core.config import ClusterConfig
 from core.errors import ConfigError
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from core.cluster import process as process_module
-from core.cluster import vigil as module
-from core.cluster import watch_clock as watch_clock_module
-from core.cluster.motion import ACTIVE_CPU_S, PATIENCE, Motion
-from core.cluster.process import Child
-from core.cluster.process_stat import process_state
-from core.cluster.vigil import Vigil
+from core.cluster.processes import process as process_module
+from core.cluster.processes import vigil as module
+from core.cluster.processes import watch_clock as watch_clock_module
+from core.cluster.processes.motion import ACTIVE_CPU_S, PATIENCE, Motion
+from core.cluster.processes.process import Child
+from core.cluster.processes.process_stat import process_state
+from core.cluster.processes.vigil import Vigil
 from core.interfaces.control import Beat
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from core.cluster import log_stream
-from core.cluster.log_stream import LogWriter
+from core.cluster.processes import log_stream
+from core.cluster.processes.log_stream import LogWriter
 from core.config import FrontendConfig
 from core.errors import ConfigError
 from core.interfaces.http import RequestRecord

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from core.cluster.boot import FrontendBoot, Served
-from core.cluster.channel import STATUS_FD_VARIABLE
+from core.cluster.processes.boot import FrontendBoot, Served
+from core.cluster.processes.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, ModelConfig
 from core.interfaces.control import ChildStatus, EngineReady, ModelFiles, Ready
 from tests.support.fake_engine import FakeEngine, endpoints_in

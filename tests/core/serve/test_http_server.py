@@ -154,7 +154,7 @@ def test_accepted_sockets_are_probed_while_nothing_is_sent(address):
 
 def test_descriptors_are_raised_and_compared_with_what_is_needed():
     code = (
-        "import resource; from core.cluster.machine import raise_descriptor_limit;"
+        "import resource; from core.cluster.processes.machine import raise_descriptor_limit;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512));"
         "assert raise_descriptor_limit() == 512;"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, 512)"

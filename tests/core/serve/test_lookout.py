@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.cluster import watch_clock
+from core.cluster.processes import watch_clock
 from core.serve import lookout as module
 from core.serve.lookout import LOOK_S, Lookout
 

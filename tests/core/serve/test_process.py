@@ -13,8 +13,8 @@ import httpx
 import msgspec
 import pytest
 
-from core.cluster.boot import FrontendBoot, Served
-from core.cluster.channel import STATUS_FD_VARIABLE
+from core.cluster.processes.boot import FrontendBoot, Served
+from core.cluster.processes.channel import STATUS_FD_VARIABLE
 from core.config import AppConfig, FrontendConfig, LaunchConfig, ModelConfig
 from core.interfaces.control import (
     ChildStatus,

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter, OrderedDict
 
-from core.cluster.link import Link
+from core.cluster.nodes.link import Link
 
 HANDSHAKE_S = 5.0  # for a stranger to prove itself
 MAX_STRANGERS = 64  # connections at a time

@@ -1,15 +1,16 @@
 """Starts the processes of a node, watches them, and ends them: all or none. No torch, no HTTP.
 
 One loop over status pipes, control pipes and signals (SIGCHLD among them); polled is only what
-the kernel has no event for, whether a process moves (`core.cluster.vigil`).
-However this process ends, its children end too: they notice by themselves (`core.cluster.channel`).
+the kernel has no event for, whether a process moves (`core.cluster.processes.vigil`).
+However this process ends, its children end too: they notice by themselves
+(`core.cluster.processes.channel`).
 
     starting -> running -> draining -> stopping      after SIGTERM or SIGINT: exit status 0
     any of the first three -> failing -> killing     after a failure: exit status not 0
 
-Of several nodes each has a supervisor of its own, and a `core.cluster.group.Group` through which
-they tell each other. Node 0 decides when all are ready and when all stop; on the other nodes
-"leaving" takes the place of "draining". A failure anywhere is everyone's.
+Of several nodes each has a supervisor of its own, and a `core.cluster.processes.group.Group`
+through which they tell each other. Node 0 decides when all are ready and when all stop; on the
+other nodes "leaving" takes the place of "draining". A failure anywhere is everyone's.
 """
 
 import enum
@@ -20,12 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from core.cluster.blame import cause, likeliest, patience_s
-from core.cluster.channel import INTERNAL, failure_exit_code
-from core.cluster.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
-from core.cluster.process import Child, ProcessSpec
-from core.cluster.signals import signal_pipe
-from core.cluster.vigil import Vigil
+from core.cluster.processes.blame import cause, likeliest, patience_s
+from core.cluster.processes.channel import INTERNAL, failure_exit_code
+from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
+from core.cluster.processes.process import Child, ProcessSpec
+from core.cluster.processes.signals import signal_pipe
+from core.cluster.processes.vigil import Vigil
 from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
 

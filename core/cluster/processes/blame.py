@@ -10,8 +10,8 @@ import enum
 import signal
 from collections.abc import Sequence
 
-from core.cluster.channel import INTERNAL
-from core.cluster.process import Child
+from core.cluster.processes.channel import INTERNAL
+from core.cluster.processes.process import Child
 from core.errors import WorkerDied
 
 # In which a failure waits for a likelier cause to show itself, in seconds.

@@ -29,7 +29,7 @@ from typing import BinaryIO
 import msgspec
 
 from core import errors
-from core.cluster.log_stream import exit_now
+from core.cluster.processes.log_stream import exit_now
 from core.interfaces.control import Beat, ChildStatus, Failed, ParentControl
 
 STATUS_FD_VARIABLE = "NODEWEAVE_STATUS_FD"

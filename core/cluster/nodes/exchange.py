@@ -15,10 +15,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from core.cluster.link import Link, LinkError, WrongToken
-from core.cluster.node_messages import Alive, NodeMessage
-from core.cluster.strangers import Strangers
-from core.cluster.watch_clock import WatchClock
+from core.cluster.nodes.link import Link, LinkError, WrongToken
+from core.cluster.nodes.node_messages import Alive, NodeMessage
+from core.cluster.nodes.strangers import Strangers
+from core.cluster.processes.watch_clock import WatchClock
 
 MAX_TURNED_WAITING = 32  # events about strangers that the main thread did not take yet
 ACCEPT_AGAIN_S = 1.0  # after the system could not accept a connection

@@ -22,7 +22,7 @@ KEY_BYTES = 32
 class ClusterKeys:
     """Keys for one purpose each; knowing one tells nothing of another or of the token."""
 
-    link: bytes = field(repr=False)  # of `core.cluster.link`
+    link: bytes = field(repr=False)  # of `core.cluster.nodes.link`
     wire: str = field(repr=False)  # hex, of the workers' sockets: `Endpoints.key`
 
 

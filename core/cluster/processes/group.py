@@ -1,7 +1,7 @@
 """What a node's start and its supervisor see of the other nodes, and the group of one node.
 
-`core.cluster.lead` is node 0's side of a group, `core.cluster.member` that of the others. Knows
-nothing of sockets.
+`core.cluster.nodes.lead` is node 0's side of a group, `core.cluster.nodes.member` that of the
+others. Knows nothing of sockets.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from core.cluster.facts import MISSING
+from core.cluster.nodes.facts import MISSING
 
 MAX_SHOWN = 12  # differences of one kind that are listed before the rest is counted
 _MAX_VALUE_CHARACTERS = 160

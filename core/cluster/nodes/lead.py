@@ -1,6 +1,7 @@
 """Node 0's side of a group: lets the other nodes in, compares them, and passes on what ends them.
 
-Has a link to every other node. Decides nothing about processes: `core.cluster.supervisor` does.
+Has a link to every other node. Decides nothing about processes: `core.cluster.processes.supervisor`
+does.
 """
 
 import socket
@@ -11,11 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from core.address import join_address, split_address
-from core.cluster import exchange as net
-from core.cluster.agreement import report
-from core.cluster.exchange import Exchange
-from core.cluster.group import DrainAsked, Ended, GroupError, GroupEvent, Heard, farewell
-from core.cluster.node_messages import (
+from core.cluster.nodes import exchange as net
+from core.cluster.nodes.agreement import report
+from core.cluster.nodes.exchange import Exchange
+from core.cluster.nodes.node_messages import (
     Agreed,
     Bye,
     Doing,
@@ -28,9 +28,10 @@ from core.cluster.node_messages import (
     Stop,
     WorkersReady,
 )
-from core.cluster.process import heard_text
-from core.cluster.strangers import RefusalLog
-from core.cluster.watch_clock import WatchClock
+from core.cluster.nodes.strangers import RefusalLog
+from core.cluster.processes.group import DrainAsked, Ended, GroupError, GroupEvent, Heard, farewell
+from core.cluster.processes.process import heard_text
+from core.cluster.processes.watch_clock import WatchClock
 from core.config import ClusterConfig, LaunchConfig
 from core.errors import ResourceError
 from core.interfaces.control import ChildStatus, Ready
@@ -61,7 +62,7 @@ class _Node:
 
 
 class Lead:
-    """Implements core.cluster.group.Group for node 0."""
+    """Implements core.cluster.processes.group.Group for node 0."""
 
     def __init__(
         self,

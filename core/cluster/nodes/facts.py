@@ -42,7 +42,7 @@ _SAMPLES = 16  # parts of a weight file that are looked at besides its header
 _SAMPLE_BYTES = 4096
 _CHUNK_BYTES = 8 * 1024 * 1024
 _THREADS = 8
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 def gather(

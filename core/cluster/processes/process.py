@@ -1,7 +1,7 @@
 """One child process as its supervisor sees it: pipes, what it said, how it ended.
 
-Decides nothing and never blocks; `core.cluster.supervisor` does the former, `core.cluster.channel`
-is the other end of the pipes.
+Decides nothing and never blocks; `core.cluster.processes.supervisor` does the former,
+`core.cluster.processes.channel` is the other end of the pipes.
 """
 
 import math
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from core.cluster.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
-from core.cluster.motion import Motion
-from core.cluster.process_stat import end_under_way
+from core.cluster.processes.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS_FD_VARIABLE
+from core.cluster.processes.motion import Motion
+from core.cluster.processes.process_stat import end_under_way
 from core.interfaces.control import (
     Beat,
     ChildStatus,
@@ -47,7 +47,7 @@ class ProcessSpec:
 
 class Child:
     """A started process. `failed`, `ready`, `motion`, `returncode` and `is_ending` are set as it
-    says and does so, `frozen` by `core.cluster.vigil`."""
+    says and does so, `frozen` by `core.cluster.processes.vigil`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         """Start it, in a session of its own: a Ctrl-C in the terminal does not reach it."""

@@ -1,6 +1,6 @@
 """The side of a group of every node but node 0: one link, to node 0, which decides.
 
-Decides nothing about processes: `core.cluster.supervisor` does.
+Decides nothing about processes: `core.cluster.processes.supervisor` does.
 """
 
 import os
@@ -12,11 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from core.address import join_address
-from core.cluster import exchange as net
-from core.cluster.exchange import Exchange
-from core.cluster.group import Ended, GroupError, GroupEvent, Stopped, farewell
-from core.cluster.link import Link, LinkClosed, LinkError, WrongToken
-from core.cluster.node_messages import (
+from core.cluster.nodes import exchange as net
+from core.cluster.nodes.exchange import Exchange
+from core.cluster.nodes.link import Link, LinkClosed, LinkError, WrongToken
+from core.cluster.nodes.node_messages import (
     Agreed,
     Bye,
     Doing,
@@ -29,8 +28,9 @@ from core.cluster.node_messages import (
     Stop,
     WorkersReady,
 )
-from core.cluster.strangers import HANDSHAKE_S
-from core.cluster.watch_clock import WatchClock
+from core.cluster.nodes.strangers import HANDSHAKE_S
+from core.cluster.processes.group import Ended, GroupError, GroupEvent, Stopped, farewell
+from core.cluster.processes.watch_clock import WatchClock
 from core.errors import ConfigError, ResourceError
 from core.interfaces.control import Beat, ChildStatus, Failed, LinesDropped, Progress, Ready
 from core.interfaces.launcher import Site
@@ -42,7 +42,7 @@ TICK_S = 0.5
 
 
 class Member:
-    """Implements core.cluster.group.Group."""
+    """Implements core.cluster.processes.group.Group."""
 
     def __init__(self, site: Site, exchange: Exchange, link: Link, *, wire_key: str) -> None:
         """Join over an established link, which `exchange` takes over."""

@@ -1,19 +1,19 @@
 """Finds processes that live but don't move: stopped by a signal, silent, or stuck in a step.
 
-Looks only; `core.cluster.supervisor` acts. It also sees whether the kernel is at ending one, which
-may take long before the parent hears of it. A worker tells some times a second how far its steps
-are (`Channel.beat`, `core.cluster.motion`); that needs Python's lock now and then, so that on a
-machine with too much to do beats come late, and silence must be long to count. A process that is
-stopped is told apart by the kernel's word, which needs no patience. Only time in which this watcher
-ran itself counts: where both were paused (`docker pause`), nobody is to blame.
+Looks only; `core.cluster.processes.supervisor` acts. It also sees whether the kernel is at ending
+one, which may take long before the parent hears of it. A worker tells some times a second how far
+its steps are (`Channel.beat`, `core.cluster.processes.motion`); that needs Python's lock now and
+then, so that on a machine with too much to do beats come late, and silence must be long to count. A
+process that is stopped is told apart by the kernel's word, which needs no patience. Only time in
+which this watcher ran itself counts: where both were paused (`docker pause`), nobody is to blame.
 """
 
 import time
 from collections.abc import Sequence
 
-from core.cluster.process import Child
-from core.cluster.process_stat import process_state
-from core.cluster.watch_clock import WatchClock
+from core.cluster.processes.process import Child
+from core.cluster.processes.process_stat import process_state
+from core.cluster.processes.watch_clock import WatchClock
 
 LOOK_S = 0.25  # between two looks
 LONGEST_GAP_S = 1.0  # between two looks, as far as it counts against those who are watched

@@ -1,7 +1,7 @@
 """Where the processes of a run meet. Opens no socket.
 
 On one host everything they meet through lies in a folder that only this user may enter, so no port
-is open for it. Between nodes it is TCP ports (`core.cluster.ports`) and a key.
+is open for it. Between nodes it is TCP ports (`core.cluster.nodes.ports`) and a key.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from core.address import join_address
-from core.cluster.ports import Ports, node_of
+from core.cluster.nodes.ports import Ports, node_of
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
 from core.loading.owned_dir import OwnedDir

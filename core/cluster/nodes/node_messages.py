@@ -1,4 +1,4 @@
-"""What the parents of the nodes tell each other, over `core.cluster.link`. Data only.
+"""What the parents of the nodes tell each other, over `core.cluster.nodes.link`. Data only.
 
 Every node has one link, to node 0, which passes on what all must know.
 """
@@ -25,7 +25,7 @@ class Doing(msgspec.Struct, frozen=True, tag=True):
 
 
 class Facts(msgspec.Struct, frozen=True, tag=True):
-    """To node 0: what must be the same everywhere; see `core.cluster.agreement`."""
+    """To node 0: what must be the same everywhere; see `core.cluster.nodes.agreement`."""
 
     values: dict[str, str]
 
