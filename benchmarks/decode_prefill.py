@@ -36,7 +36,7 @@ def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
     """Ours, as a program that takes turns."""
     os.cpu_count = lambda: threads  # what an engine in this process asks
     from core.compose import compose, parse_overrides
-    from core.engine.alone import build_alone, offline_alone
+    from core.engine.local.alone import build_alone, offline_alone
     from core.interfaces.messages import SamplingParams
 
     start = time.perf_counter()

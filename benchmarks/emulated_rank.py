@@ -155,7 +155,7 @@ def later_plan(first: Any, step: int) -> Any:
 
 def step_us(lone: Any, batch: int, context: int) -> float:
     """Microseconds of a decode step, launched one ahead as the engine's loop does."""
-    from core.engine.lockstep import rank_facts, settle
+    from core.engine.run.lockstep import rank_facts, settle
     from core.interfaces.messages import AgreedStep
 
     first = first_plan(batch, context)
@@ -186,7 +186,7 @@ def times_of(
     shape: Mapping[str, Any], cells: Sequence[tuple[int, int]], arguments: argparse.Namespace
 ) -> list[float]:
     """Step times of one model, by cell."""
-    from core.engine.alone import build_alone
+    from core.engine.local.alone import build_alone
 
     lone = build_alone(configuration(shape, cells, arguments))
     watch = gpu_heat.Watch()

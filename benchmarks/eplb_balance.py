@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from core.config import ModelConfig
-from core.engine.build import RankContext, build_rank
-from core.engine.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
-from core.engine.offline import OfflineEngine
+from core.engine.build.rank import RankContext, build_rank
+from core.engine.local.offline import OfflineEngine
+from core.engine.run.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import ExpertLoads, SamplingParams
 from core.kernels.native_dtypes import native_dtypes

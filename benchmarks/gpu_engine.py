@@ -66,7 +66,7 @@ def run_ours(arguments: argparse.Namespace) -> None:
         watch.look()
         cells.put(common | device.describe())
     begin = time.perf_counter()
-    from core.engine.alone import build_alone, offline_alone
+    from core.engine.local.alone import build_alone, offline_alone
     from core.interfaces.messages import SamplingParams
 
     phases: dict[str, float] = {}

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import gpu_profile
 from benchmarks.gpu_engine import configuration, parse_alone, shape_of
 from benchmarks.host_step import timed
-from core.engine.alone import build_alone, offline_alone
+from core.engine.local.alone import build_alone, offline_alone
 from core.interfaces.messages import SamplingParams
 
 TRACED_STEPS = 20

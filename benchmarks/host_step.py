@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from core.config import EngineConfig
-from core.engine.batch import Batch, SlotState
-from core.engine.choosing import make_chooser
-from core.engine.expert_balance import NoBalancer
-from core.engine.forward import EagerSteps, RankParts
-from core.engine.graphs import GraphedSteps, graph_sizes
-from core.engine.launch import StepLauncher, StreamLauncher
-from core.engine.lockstep import SoloLockstep
-from core.engine.loop import EngineLoop, NoFollowers, RunningStep
-from core.engine.progress import Progress
-from core.engine.recorder import Replay, Work, select_recorder
-from core.engine.runner import ModelRunner
-from core.engine.sampler import Sampler
-from core.engine.scheduler import Scheduler
+from core.engine.run.expert_balance import NoBalancer
+from core.engine.run.launch import StepLauncher, StreamLauncher
+from core.engine.run.lockstep import SoloLockstep
+from core.engine.run.loop import EngineLoop, NoFollowers, RunningStep
+from core.engine.run.runner import ModelRunner
+from core.engine.sample.choosing import make_chooser
+from core.engine.sample.sampler import Sampler
+from core.engine.schedule.scheduler import Scheduler
+from core.engine.step.batch import Batch, SlotState
+from core.engine.step.decode_graphs import GraphedSteps, graph_sizes
+from core.engine.step.forward import EagerSteps, RankParts
+from core.engine.step.progress import Progress
+from core.engine.step.recorder import Replay, Work, select_recorder
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import (
     EngineInput,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from core.engine.links import LeaderLinks, open_links
+from core.engine.run.links import LeaderLinks, open_links
 from core.interfaces.control import Endpoints
 from core.interfaces.messages import StepPlan
 from core.parallel.plan import Plan

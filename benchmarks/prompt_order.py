@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.config import EngineConfig
-from core.engine.loop import LONG_STEP_S
-from core.engine.pace import Pace
-from core.engine.prompt_budget import PromptBudget
-from core.engine.prompt_order import MayEnter, OldestAndShortest, PromptOrder, by_age
-from core.engine.request import Request
-from core.engine.scheduler import Scheduler
-from core.engine.waiting import WaitingQueue
+from core.engine.run.loop import LONG_STEP_S
+from core.engine.schedule.pace import Pace
+from core.engine.schedule.prompt_budget import PromptBudget
+from core.engine.schedule.prompt_order import MayEnter, OldestAndShortest, PromptOrder, by_age
+from core.engine.schedule.request import Request
+from core.engine.schedule.scheduler import Scheduler
+from core.engine.schedule.waiting import WaitingQueue
 from core.interfaces.messages import (
     Generate,
     SamplingParams,

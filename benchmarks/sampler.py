@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from core.engine.logprobs import sampled_logprobs
-from core.engine.sampler import Sampler
+from core.engine.sample.logprobs import sampled_logprobs
+from core.engine.sample.sampler import Sampler
 from core.interfaces.messages import SamplingParams, SlotInit
 
 KINDS = {

@@ -16,7 +16,7 @@ import statistics
 import time
 
 from core.config import EngineConfig
-from core.engine.scheduler import Scheduler
+from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
 
 BOUND_MS = {256: 0.2, 1024: 0.8}

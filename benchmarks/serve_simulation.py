@@ -21,7 +21,7 @@ from benchmarks.serving import report
 from benchmarks.serving.arrivals import Lengths, Load, Turn
 from benchmarks.serving.client import Answer, Outcome
 from core.config import EngineConfig
-from core.engine.scheduler import Scheduler
+from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
 
 VOCAB, MAX_MODEL_LEN = 128_256, 8192

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_engine import configuration, parse_alone, shape_of
-from core.engine.alone import build_alone, offline_alone
-from core.engine.offline import OfflineEngine
+from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.offline import OfflineEngine
 from core.interfaces.messages import SamplingParams
 
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 200

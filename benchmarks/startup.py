@@ -35,9 +35,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from core.engine.build import RankContext, build_rank
-    from core.engine.device import open_device
-    from core.engine.offline import OfflineEngine
+    from core.engine.build.device import open_device
+    from core.engine.build.rank import RankContext, build_rank
+    from core.engine.local.offline import OfflineEngine
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams
     from core.kernels.native_dtypes import native_dtypes

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from core.cluster.nodes.ports import node_of
-from core.engine.model_build import measure_model
+from core.engine.build.model import measure_model
 from core.errors import ConfigError
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.layers.decoder_spec import DecoderSpec

@@ -46,10 +46,10 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     def on_phase(name: str, seconds: float) -> None:
         channel.send(Phase(name, seconds))
 
-    from core.engine.build import RankContext, build_rank
-    from core.engine.device import open_device
-    from core.engine.links import open_links
-    from core.engine.ranks import join_ranks
+    from core.engine.build.device import open_device
+    from core.engine.build.rank import RankContext, build_rank
+    from core.engine.build.ranks import join_ranks
+    from core.engine.run.links import open_links
     from core.plugin_manager import PluginManager
     from core.wire import Wire
 

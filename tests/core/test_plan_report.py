@@ -10,7 +10,7 @@ import torch
 
 from core.compose import compose, parse_overrides
 from core.config import AppConfig, PluginChoice
-from core.engine.model_build import measure_rank
+from core.engine.build.model import measure_rank
 from core.errors import ConfigError
 from core.interfaces.model import BuildContext, LatentKVShape, Model, ModelSpec
 from core.interfaces.weights import Shard

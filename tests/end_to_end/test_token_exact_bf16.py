@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.engine.alone import build_alone, offline_alone
+from core.engine.local.alone import build_alone, offline_alone
 from tests.support.engine import app_config, folder_model, greedy
 
 TIE = 2.0**-6  # of the best logit: two steps of bfloat16

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.engine.alone import build_alone, offline_alone
+from core.engine.local.alone import build_alone, offline_alone
 from core.kernels.native_dtypes import native_dtypes
 from tests.support import smollm2
 from tests.support.engine import app_config, greedy
@@ -33,7 +33,7 @@ def test_tokens_are_those_of_the_dequantised_model_or_nearly(
     from tokenizers import Tokenizer
 
     # One thread: beside other load two wait for each other at every operation.
-    monkeypatch.setattr("core.engine.alone.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("core.engine.local.alone.os.cpu_count", lambda: 1)
     tokenizer = Tokenizer.from_file(str(Path(smollm2.files().tokenizer_dir) / "tokenizer.json"))
     ids = tokenizer.encode(TEXT).ids
     prompts = [ids[:length] for length in (2, 7, 33)]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from core.config import AppConfig, ModelConfig
-from core.engine.build import RankContext, RankEngine, build_rank
-from core.engine.loop import follow
-from core.engine.offline import OfflineEngine, OfflineLeader, SpreadEngine
+from core.engine.build.rank import RankContext, RankEngine, build_rank
+from core.engine.local.offline import OfflineEngine, OfflineLeader, SpreadEngine
+from core.engine.run.loop import follow
 from core.interfaces.messages import AgreedStep, SamplingParams
 from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files

@@ -2,7 +2,7 @@
 
 import threading
 
-from core.engine.lockstep import Agreement, RankFacts, rank_facts, settle
+from core.engine.run.lockstep import Agreement, RankFacts, rank_facts, settle
 from core.interfaces.messages import StepPlan
 
 TIMEOUT_S = 60.0  # of waiting for the other leaders, one of which may have failed
@@ -15,7 +15,7 @@ class _Table:
 
 
 class ThreadLockstep:
-    """core.engine.lockstep.Lockstep; nobody is woken, as everyone turns until all park."""
+    """core.engine.run.lockstep.Lockstep; nobody is woken, as everyone turns until all park."""
 
     def __init__(self, dp_rank: int, table: _Table) -> None:
         self._dp_rank = dp_rank

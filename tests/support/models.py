@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from core.config import AppConfig, ExpertBalanceConfig, ModelConfig, MoEAllToAllConfig, PluginChoice
-from core.engine.expert_balance import initial_placements
-from core.engine.model_build import (
+from core.engine.build.model import (
     build_dispatchers,
     measure_rank,
     model_context,
     stream_of,
 )
+from core.engine.run.expert_balance import initial_placements
 from core.interfaces.attention import HeadTransform
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.control import ModelFiles

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from core.config import PluginChoice
-from core.engine.alone import build_alone, offline_alone
-from core.engine.build import build_rank
+from core.engine.build.rank import build_rank
+from core.engine.local.alone import build_alone, offline_alone
 from core.errors import ConfigError
 from core.parallel.plan import AXES
 from core.plugin_manager import PluginManager
@@ -73,7 +73,7 @@ def test_one_rank_of_a_plan_runs_without_peers(
 def test_a_rank_holds_its_own_share_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "core.engine.alone.build_rank",
+        "core.engine.local.alone.build_rank",
         lambda config, context: seen.append(context) or build_rank(config, context),
     )
     whole = build_alone(config(folder, PluginChoice())).engine.weight_bytes

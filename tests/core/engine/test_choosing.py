@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import core.engine.build as build
-import core.engine.choosing as choosing
+import core.engine.build.rank as build
+import core.engine.sample.choosing as choosing
 from core.config import PluginChoice
-from core.engine.batch import SlotState
-from core.engine.choosing import OneForAll, RanksTogether, make_chooser
-from core.engine.forward import ComputedStep
-from core.engine.sampler import Sampler
+from core.engine.sample.choosing import OneForAll, RanksTogether, make_chooser
+from core.engine.sample.sampler import Sampler
+from core.engine.step.batch import SlotState
+from core.engine.step.forward import ComputedStep
 from core.interfaces.comm import AxisPlace, Comms
 from core.interfaces.messages import SamplingParams, SlotInit
 from core.interfaces.model import VocabularyPart

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.config import ExpertBalanceConfig
-from core.engine.expert_balance import (
+from core.engine.run.expert_balance import (
     GATHER_STEPS,
     READ_DELAY_STEPS,
     ExpertBalancer,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.engine.batch import Batch, SlotState
-from core.engine.forward import RankParts
+from core.engine.step.batch import Batch, SlotState
+from core.engine.step.forward import RankParts
 from core.errors import PluginError
 from core.interfaces.model import ModelStep
 from core.parallel.layout import Layout

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-import core.engine.choosing as choosing
-import core.engine.graphs as graphs
-import core.engine.recorder as recorder
-import core.engine.step_input as step_input
+import core.engine.sample.choosing as choosing
+import core.engine.step.decode_graphs as graphs
+import core.engine.step.input as step_input
+import core.engine.step.recorder as recorder
 from core.config import EngineConfig, PluginChoice
-from core.engine.build import RankContext, build_rank
-from core.engine.graphs import graph_sizes, most_graph_rows, reason_for_eager
-from core.engine.offline import OfflineEngine
-from core.engine.prompt_graphs import padding_pays, prompt_sizes
-from core.engine.step_input import NUM_BLOCKS, StepInput, send_decodes
+from core.engine.build.rank import RankContext, build_rank
+from core.engine.local.offline import OfflineEngine
+from core.engine.step.decode_graphs import graph_sizes, most_graph_rows, reason_for_eager
+from core.engine.step.input import NUM_BLOCKS, StepInput, send_decodes
+from core.engine.step.prompt_graphs import padding_pays, prompt_sizes
 from core.errors import ConfigError
 from core.hookspecs import Registration, hookimpl
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
@@ -134,7 +134,7 @@ def replayed(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
         monkeypatch.setattr(ThreadCommunicator, "capturable", True)
-        monkeypatch.setattr("core.engine.build.select_ops", lambda _: TorchOps())
+        monkeypatch.setattr("core.engine.build.rank.select_ops", lambda _: TorchOps())
     return made
 
 

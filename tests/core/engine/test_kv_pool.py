@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from core.engine.kv_pool import KVPool
+from core.engine.schedule.kv_pool import KVPool
 
 
 def test_the_scratch_page_is_never_handed_out() -> None:

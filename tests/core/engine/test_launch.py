@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-from core.engine.launch import StepLauncher, ThreadLauncher, select_launcher
-from core.engine.loop import IDLE_PLAN
-from core.engine.pace import Pace
-from core.engine.progress import Progress
+from core.engine.run.launch import StepLauncher, ThreadLauncher, select_launcher
+from core.engine.run.loop import IDLE_PLAN
+from core.engine.schedule.pace import Pace
+from core.engine.step.progress import Progress
 from core.interfaces.messages import AgreedStep, StepFacts, StepResult
 
 STEP = AgreedStep(IDLE_PLAN, StepFacts([1], [1], [0], False))

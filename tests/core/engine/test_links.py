@@ -13,11 +13,11 @@ import pytest
 import zmq
 
 from core.config import EngineConfig
-from core.engine.expert_balance import NoBalancer
-from core.engine.links import LeaderLinks, open_links
-from core.engine.mailbox import ZmqMailbox
-from core.engine.pace import Pace
-from core.engine.scheduler import Scheduler
+from core.engine.run.expert_balance import NoBalancer
+from core.engine.run.links import LeaderLinks, open_links
+from core.engine.run.mailbox import ZmqMailbox
+from core.engine.schedule.pace import Pace
+from core.engine.schedule.scheduler import Scheduler
 from core.errors import ResourceError, WorkerDied
 from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
@@ -63,7 +63,7 @@ class Collectives:
 
 
 class FakeLauncher:
-    """Stands for core.engine.launch.StepLauncher."""
+    """Stands for core.engine.run.launch.StepLauncher."""
 
     def __init__(self, collectives: Collectives, rank: int, dp_rank: int) -> None:
         self._collectives, self._rank, self._dp_rank = collectives, rank, dp_rank

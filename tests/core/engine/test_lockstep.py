@@ -5,7 +5,7 @@ from collections import deque
 import msgspec
 import pytest
 
-from core.engine.lockstep import (
+from core.engine.run.lockstep import (
     Agreement,
     HubLockstep,
     PeerLockstep,
@@ -15,7 +15,7 @@ from core.engine.lockstep import (
     rank_facts,
     settle,
 )
-from core.engine.loop import IDLE_PLAN, warm_up
+from core.engine.run.loop import IDLE_PLAN, warm_up
 from core.errors import WorkerDied
 from core.interfaces.messages import AgreedStep, StepFacts, StepPlan
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from core.config import EngineConfig
-from core.engine.lockstep import (
+from core.engine.run.lockstep import (
     HubLockstep,
     HubMessage,
     Lockstep,
@@ -17,9 +17,9 @@ from core.engine.lockstep import (
     RankFacts,
     SoloLockstep,
 )
-from core.engine.loop import LONG_STEP_S, EngineLoop, follow
-from core.engine.pace import Pace
-from core.engine.scheduler import Scheduler
+from core.engine.run.loop import LONG_STEP_S, EngineLoop, follow
+from core.engine.schedule.pace import Pace
+from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import (
     Abort,
     AgreedStep,
@@ -96,7 +96,7 @@ class Collectives:
 
 
 class FakeLauncher:
-    """Stands for core.engine.launch.StepLauncher."""
+    """Stands for core.engine.run.launch.StepLauncher."""
 
     def __init__(self, collectives: Collectives, rank: int, dp_rank: int, runner: FakeRunner):
         self._collectives = collectives
@@ -124,7 +124,7 @@ class FakeLauncher:
 
 
 class HubEnds:
-    """core.engine.lockstep.HubLinks."""
+    """core.engine.run.lockstep.HubLinks."""
 
     def __init__(self, up: Link, down: dict[int, Link]) -> None:
         self.up, self._down = up, down
@@ -138,7 +138,7 @@ class HubEnds:
 
 
 class PeerEnds:
-    """core.engine.lockstep.HubLink."""
+    """core.engine.run.lockstep.HubLink."""
 
     def __init__(self, dp_rank: int, up: Link, down: Link) -> None:
         self._dp_rank, self._up, self.down = dp_rank, up, down

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from core.engine.logprobs import prompt_logprobs, sampled_logprobs
+from core.engine.sample import operations as sampling
+from core.engine.sample.logprobs import prompt_logprobs, sampled_logprobs
 from core.interfaces.messages import TokenLogprobs
-from core.kernels import sampling
 
 
 def expected_entry(logits_V, token: int, num_top: int) -> TokenLogprobs:

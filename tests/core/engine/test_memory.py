@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from core.config import EngineConfig
-from core.engine.memory import CPU_POOL_BYTES, GIB, MARGIN_BYTES, HeldMemory, page_bytes, plan_pool
+from core.engine.build.memory import (
+    CPU_POOL_BYTES,
+    GIB,
+    MARGIN_BYTES,
+    HeldMemory,
+    page_bytes,
+    plan_pool,
+)
 from core.errors import ResourceError
 from core.interfaces.model import KVShape
 

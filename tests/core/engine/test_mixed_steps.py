@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from core.config import EngineConfig
-from core.engine.lockstep import rank_facts, settle
-from core.engine.mixed_steps import LEAST_TOKENS, STEP_S, mixed_tokens
-from core.engine.scheduler import BACKLOG_STEPS, Scheduler
+from core.engine.run.lockstep import rank_facts, settle
+from core.engine.schedule.mixed_steps import LEAST_TOKENS, STEP_S, mixed_tokens
+from core.engine.schedule.scheduler import BACKLOG_STEPS, Scheduler
 from core.interfaces.messages import Abort, Generate, SamplingParams, StepPlan, StepResult
 
 

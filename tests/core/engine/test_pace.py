@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.engine.pace import LONG_ENOUGH_S, MOST_TOKENS, Pace, measure_pace
-from core.engine.trial_steps import step
+from core.engine.schedule.pace import LONG_ENOUGH_S, MOST_TOKENS, Pace, measure_pace
+from core.engine.step.trial_steps import step
 from core.interfaces.messages import StepFacts, StepPlan
 
 SPEEDS = st.floats(1e-7, 1.0)

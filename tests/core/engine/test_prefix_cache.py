@@ -1,7 +1,7 @@
 """The prefix cache by example."""
 
-from core.engine.kv_pool import KVPool
-from core.engine.prefix_cache import Match, Node, NullPrefixCache, PrefixCache, Prefixes
+from core.engine.schedule.kv_pool import KVPool
+from core.engine.schedule.prefix_cache import Match, Node, NullPrefixCache, PrefixCache, Prefixes
 
 PAGE_SIZE = 2
 SYSTEM = [10, 11, 12, 13]  # two pages

@@ -6,8 +6,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.engine.kv_pool import KVPool
-from core.engine.prefix_cache import Node, PrefixCache
+from core.engine.schedule.kv_pool import KVPool
+from core.engine.schedule.prefix_cache import Node, PrefixCache
 
 
 @dataclasses.dataclass

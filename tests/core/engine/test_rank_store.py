@@ -21,7 +21,7 @@ from torch.distributed import (
     TCPStore,
 )
 
-from core.engine.rank_store import RankStore, StoreHub
+from core.engine.build.rank_store import RankStore, StoreHub
 from core.errors import ResourceError
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
@@ -35,7 +35,7 @@ RANK = """
 import os, socket, sys
 import torch, torch.distributed as dist
 from core.config import AppConfig, ModelConfig
-from core.engine.ranks import join_ranks
+from core.engine.build.ranks import join_ranks
 from core.interfaces.control import Endpoints
 from core.parallel.mesh import _stay_on_loopback
 from core.parallel.plan import Plan
@@ -67,7 +67,7 @@ def endpoint() -> str:
 
 @pytest.fixture
 def hub(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreHub]:
-    monkeypatch.setattr("core.engine.rank_store.CLOSING_S", 0.02)
+    monkeypatch.setattr("core.engine.build.rank_store.CLOSING_S", 0.02)
     hub = StoreHub(endpoint, KEY)
     yield hub
     hub.close()
@@ -126,7 +126,7 @@ def test_keys_that_nobody_sets_are_named(store: RankStore) -> None:
 def test_an_answer_that_comes_too_late_is_dropped(
     store: RankStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.engine.rank_store.GRACE_S", -0.2)
+    monkeypatch.setattr("core.engine.build.rank_store.GRACE_S", -0.2)
     with pytest.raises(DistNetworkError, match="rank 0 did not answer at tcp://127"):
         store.wait(["late"], timedelta(seconds=0.25))
     store.set("late", "1")
@@ -137,7 +137,7 @@ def test_an_answer_that_comes_too_late_is_dropped(
 def test_nothing_is_there_where_rank_0_is_silent(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.engine.rank_store.CHECK_S", 0.05)
+    monkeypatch.setattr("core.engine.build.rank_store.CHECK_S", 0.05)
     store = RankStore(endpoint, KEY, "rank 1")
     assert not PrefixStore("group", store).check(["stop"])
     store.close()

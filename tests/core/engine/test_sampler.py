@@ -30,7 +30,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from core.engine.sampler import Sampler
+from core.engine.sample.sampler import Sampler
 from core.interfaces.messages import SamplingParams, SlotInit
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from core.config import EngineConfig
-from core.engine.scheduler import Scheduler
+from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import (
     Abort,
     Generate,

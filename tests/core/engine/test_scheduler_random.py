@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.config import EngineConfig
-from core.engine.pace import Pace
-from core.engine.prompt_budget import LEAST_TOKENS
-from core.engine.request import State
-from core.engine.scheduler import QUEUE_TIMEOUT, Scheduler
-from core.engine.waiting import age_key
+from core.engine.schedule.pace import Pace
+from core.engine.schedule.prompt_budget import LEAST_TOKENS
+from core.engine.schedule.request import State
+from core.engine.schedule.scheduler import QUEUE_TIMEOUT, Scheduler
+from core.engine.schedule.waiting import age_key
 from core.interfaces.messages import (
     Abort,
     Generate,

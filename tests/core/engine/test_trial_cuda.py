@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from core.config import AppConfig
-from core.engine.build import RankContext, RankEngine, build_rank
-from core.engine.offline import OfflineEngine
+from core.engine.build.rank import RankContext, RankEngine, build_rank
+from core.engine.local.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
 from core.kernels.native_dtypes import native_dtypes

@@ -3,8 +3,8 @@
 import pytest
 
 from core.config import EngineConfig
-from core.engine.lockstep import rank_facts
-from core.engine.trial_steps import (
+from core.engine.run.lockstep import rank_facts
+from core.engine.step.trial_steps import (
     COSTLIEST,
     captured_prefill,
     kernel_steps,

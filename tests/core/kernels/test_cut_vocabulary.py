@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import core.engine.sampler as sampler_module
-from core.engine.logprobs import sampled_logprobs
-from core.engine.sampler import Sampler
+import core.engine.sample.sampler as sampler_module
+from core.engine.sample import operations as sampling
+from core.engine.sample.cut_vocabulary import EDGES, ROUNDS, CutVocabulary
+from core.engine.sample.logprobs import sampled_logprobs
+from core.engine.sample.operations import Filter, filter_thresholds, relative_probabilities
+from core.engine.sample.sampler import Sampler
+from core.engine.sample.vocabulary import WholeVocabulary
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.messages import SamplingParams, SlotInit
-from core.kernels import sampling
-from core.kernels.cut_vocabulary import EDGES, ROUNDS, CutVocabulary
-from core.kernels.sampling import Filter, filter_thresholds, relative_probabilities
-from core.kernels.vocabulary import WholeVocabulary
 from core.parallel.sharding import Sharding
 from core.testing.ranks import run_ranks, tp_comms
 from plugins.comm.emulated import EmulatedCommunicator

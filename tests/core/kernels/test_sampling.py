@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from core.kernels import sampling
-from core.kernels.sampling import (
+from core.engine.sample import operations as sampling
+from core.engine.sample.operations import (
     Filter,
     apply_penalties_,
     draw_tokens,

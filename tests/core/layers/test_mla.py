@@ -10,8 +10,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
-from core.engine.batch import Batch
-from core.engine.step_latent import LatentPagedAttention
+from core.engine.step.batch import Batch
+from core.engine.step.latent_attention import LatentPagedAttention
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import SOLO, Comms

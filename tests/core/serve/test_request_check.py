@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from core.config import EngineConfig
-from core.engine.sampler import Sampler
-from core.engine.scheduler import Scheduler
+from core.engine.sample.sampler import Sampler
+from core.engine.schedule.scheduler import Scheduler
 from core.errors import RequestError
 from core.interfaces.frontend import OutputStream
 from core.interfaces.messages import (
