@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.devices.select import select_row_ops
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.routing import Routing
-from core.kernels.select import select_row_ops
-from core.kernels.torch_ops import TorchOps
+from core.ops.torch_ops import TorchOps
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
 from plugins.moe_a2a._fixed import FixedDispatcher

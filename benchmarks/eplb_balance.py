@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from core.config import ModelConfig
+from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.engine.run.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import ExpertLoads, SamplingParams
-from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.parallel.eplb import balanced_placement, imbalance
 from core.parallel.experts import LayerPlacement, default_placement

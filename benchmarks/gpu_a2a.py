@@ -1,7 +1,7 @@
 """What carries rows to experts and back between the GPUs of one host: microseconds of a layer.
 
     python -m benchmarks.gpu_a2a [--ranks 2] [--shapes deepseek_v3 qwen3_30b_a3b] [--rows 1 64 4096]
-    python -m benchmarks.gpu_a2a --write core/kernels/tuned/moe_a2a.json
+    python -m benchmarks.gpu_a2a --write core/gpu_tools/tuned/moe_a2a.json
 
 Every rank has as many rows, routed at random, as with DP attention. Prints a JSON line for each
 shape and number of rows: by plugin the time of dispatch and combine (`us`) and of these with the
@@ -139,9 +139,9 @@ def build(plugin: str, plugins: Any, shape: Any, comm: Any, device: Any, most_ro
     import torch
 
     from core.config import PluginChoice
+    from core.devices.select import select_row_ops
     from core.errors import NodeweaveError
     from core.interfaces.moe_a2a import A2ASpec
-    from core.kernels.select import select_row_ops
 
     spec = A2ASpec(
         comm=comm,
@@ -167,8 +167,8 @@ def experts_of(shape: Any, device: Any) -> Any:
     """This rank's experts, with weights of noise."""
     import torch
 
+    from core.devices.select import select_ops
     from core.interfaces.weights import BlockFp8
-    from core.kernels.select import select_ops
 
     ops = select_ops(device)
     generator = torch.Generator(device=device).manual_seed(1)
@@ -254,7 +254,7 @@ def eager(call: Callable[[], Any]) -> float:
 
 def table_row(row: dict[str, Any], device: Any) -> dict[str, Any]:
     """As plugins.moe_a2a._measured reads it."""
-    from core.kernels import tuning
+    from core.gpu_tools import tuning
 
     us = {name: time_us for name, time_us in row.get("us", {}).items() if name != "local"}
     facts = {key: row[key] for key in ("ranks", "hidden", "fp8", "rows")}

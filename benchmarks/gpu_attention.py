@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from core.devices.cuda.triton_ops import TritonOps
+from core.gpu_tools import tuning
 from core.interfaces.attention import (
     AttentionSpec,
     HeadTransform,
@@ -30,8 +32,6 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
-from core.kernels import tuning
-from core.kernels.triton_ops import TritonOps
 from plugins.attention._triton_backend import TritonBackend
 from plugins.attention._triton_decode import DecodeChoice
 
@@ -190,8 +190,8 @@ def time_layer(
 
 
 def sweep(shape: Shape, sequences: Sequence[int]) -> Iterator[dict[str, object]]:
-    """The fastest launch for each number of sequences, as core/kernels/tuned/attention_decode.json
-    holds them."""
+    """The fastest launch for each number of sequences, as
+    core/gpu_tools/tuned/attention_decode.json holds them."""
     num_heads, num_kv_heads, head_dim, _ = shape
     for count in sequences:
         tiles = SWEPT + (SWEPT_FEW if count <= MOST_FEW else [])
@@ -212,7 +212,7 @@ def sweep(shape: Shape, sequences: Sequence[int]) -> Iterator[dict[str, object]]
 
 
 def write_table(sweeps: Sequence[Path]) -> None:
-    """Put a sweep's rows in core/kernels/tuned; of shapes that it speaks of a device's others go.
+    """Put a sweep's rows in core/gpu_tools/tuned; of shapes that it speaks of a device's others go.
     Shapes with as many heads of a group and as large ones are the same to the kernel."""
 
     def shape_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -110,7 +110,7 @@ def time_of_add_norm(comm: Any, num_bytes: int, columns: int, device: Any) -> fl
     """Microseconds of what ends a block of a layer; asserts what it gives."""
     import torch
 
-    from core.kernels.select import select_ops
+    from core.devices.select import select_ops
     from core.layers.row_exchange import sum_add_norm
 
     add_norm = sum_add_norm(comm, select_ops(device))

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_linear import microseconds
+from core.devices.cuda.linear import triton_fp8
+from core.devices.cuda.triton_ops import TritonOps
+from core.gpu_tools import tuning
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import BlockFp8
-from core.kernels import triton_fp8, tuning
-from core.kernels.block_fp8 import dequantize, num_blocks
-from core.kernels.triton_ops import TritonOps
+from core.ops.block_fp8 import dequantize, num_blocks
 
 Tile = dict[str, Any]
 # name: (outputs, inputs, gated), those of DeepSeek-V3

@@ -9,7 +9,7 @@ A time is that of one kernel in one CUDA graph over copies of a layer, so that n
 in the cache and the start of a kernel overlaps the end of the one before, as in a model's step.
 The vendor's GEMM is torch's, with silu_and_mul after it where the layer is gated. `sum_8b` adds up
 the layers of Llama-3.1-8B. Candidates compile in as many processes as there are CPUs. Knows the
-kernels' parameters only as `core.kernels.triton_linear` does: rows of a table.
+kernels' parameters only as `core.devices.cuda.linear.triton_linear` does: rows of a table.
 """
 
 import argparse
@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_linear_tiles import SHAPES, Tile, candidates
+from core.devices.cuda.linear import triton_linear
+from core.devices.cuda.triton_ops import TritonOps
+from core.gpu_tools import tuning
 from core.interfaces.ops import LinearKernel
-from core.kernels import triton_linear, tuning
-from core.kernels.triton_ops import TritonOps
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BYTES_OF_COPIES = 500 << 20  # ten times the cache
@@ -174,7 +175,7 @@ def sweep(names: list[str], all_rows: list[int], folder: Path | None) -> None:
 
 
 def write_tables(sweeps: list[Path]) -> None:
-    """Put the fastest of each shape and number of rows in core/kernels/tuned; rows of the tables
+    """Put the fastest of each shape and number of rows in core/gpu_tools/tuned; rows of the tables
     that no sweep speaks of stay."""
     best: dict[tuple[str, str, int], dict[str, Any]] = {}
     for result in (each for sweep in sweeps for each in json.loads(sweep.read_text())):

@@ -29,15 +29,16 @@ from torch import Tensor
 
 from benchmarks.gpu_linear import microseconds
 from benchmarks.gpu_moe_tiles import SHAPES, Shape, candidates
+from core.devices.cuda.experts import triton_moe_bf16, triton_moe_fp8
+from core.devices.cuda.experts.triton_expert_tiles import cut_into_tiles
+from core.devices.cuda.experts.triton_moe_bf16 import PlainExperts
+from core.devices.cuda.experts.triton_moe_fp8 import Fp8Experts
+from core.devices.cuda.linear.triton_fp8 import quantize_rows
+from core.devices.cuda.triton_ops import TritonOps
+from core.gpu_tools import tuning
 from core.interfaces.weights import BlockFp8
-from core.kernels import triton_moe_bf16, triton_moe_fp8, tuning
-from core.kernels.block_fp8 import FP8, dequantize_rows, num_blocks
-from core.kernels.expert_tiles import ExpertRows, ExpertTiles, ProductTile
-from core.kernels.triton_expert_tiles import cut_into_tiles
-from core.kernels.triton_fp8 import quantize_rows
-from core.kernels.triton_moe_bf16 import PlainExperts
-from core.kernels.triton_moe_fp8 import Fp8Experts
-from core.kernels.triton_ops import TritonOps
+from core.ops.block_fp8 import FP8, dequantize_rows, num_blocks
+from core.ops.expert_tiles import ExpertRows, ExpertTiles, ProductTile
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 _ROUTINGS = 4  # of one graph
@@ -272,7 +273,7 @@ def sweep(name: str, all_rows: list[int], folder: Path | None) -> None:
 
 
 def write_tables(sweeps: list[Path]) -> None:
-    """Put a sweep's rows in core/kernels/tuned; rows that it does not speak of stay."""
+    """Put a sweep's rows in core/gpu_tools/tuned; rows that it does not speak of stay."""
     keys = ("device", "experts", "hidden", "middle", "value_bytes", "max_rows")
     measured = [row for path in sweeps for row in json.loads(path.read_text())]
     for operation, value_bytes in (("moe_bf16", 2), ("moe_fp8", 1)):

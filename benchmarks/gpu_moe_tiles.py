@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from core.kernels.expert_tiles import ProductTile
+from core.ops.expert_tiles import ProductTile
 
 
 @dataclass(frozen=True, slots=True)

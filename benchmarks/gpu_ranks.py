@@ -76,12 +76,12 @@ def main() -> None:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     """Build one rank and run the cells, or follow who does."""
+    from core.devices.native_dtypes import native_dtypes
     from core.engine.build.device import open_device
     from core.engine.build.rank import RankContext, build_rank
     from core.engine.build.ranks import join_ranks
     from core.engine.local.offline import OfflineLeader
     from core.engine.run.links import FollowerLinks, open_links
-    from core.kernels.native_dtypes import native_dtypes
     from core.loading.files import resolve_files
     from core.plugin_manager import PluginManager
     from core.resolve import resolve

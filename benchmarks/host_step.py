@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core.config import EngineConfig
+from core.devices.select import select_staging
 from core.engine.run.expert_balance import NoBalancer
 from core.engine.run.launch import StepLauncher, StreamLauncher
 from core.engine.run.lockstep import SoloLockstep
@@ -39,7 +40,6 @@ from core.interfaces.messages import (
     SamplingParams,
 )
 from core.interfaces.model import ModelStep, VocabularyPart
-from core.kernels.select import select_staging
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows

@@ -35,12 +35,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
+    from core.devices.native_dtypes import native_dtypes
     from core.engine.build.device import open_device
     from core.engine.build.rank import RankContext, build_rank
     from core.engine.local.offline import OfflineEngine
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams
-    from core.kernels.native_dtypes import native_dtypes
     from core.loading.files import resolve_files
     from core.plugin_manager import PluginManager
     from core.resolve import resolve

@@ -1,11 +1,11 @@
-"""Tunes this machine's GPUs: sweeps launches of every shape and writes core/kernels/tuned.
+"""Tunes this machine's GPUs: sweeps launches of every shape and writes core/gpu_tools/tuned.
 
     python -m benchmarks.tune                               # everything: hours of one GPU
     python -m benchmarks.tune --only linear:8b moe:qwen3    # program, and how a shape's name begins
     python -m benchmarks.tune --tables DIR                  # takes in what a run wrote to DIR
 
 One sweep a GPU runs at a time, on all GPUs there are. A device has to be in
-core/kernels/tuned/devices.json. What a sweep measures is said by its program: gpu_linear,
+core/gpu_tools/tuned/devices.json. What a sweep measures is said by its program: gpu_linear,
 gpu_fp8_linear, gpu_moe, gpu_attention.
 """
 

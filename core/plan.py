@@ -124,8 +124,8 @@ def plan_of(
 
     from core.address import split_address
     from core.cluster.nodes.ports import Ports, listeners, table
+    from core.devices.native_dtypes import native_dtypes
     from core.engine.build.rank import dtype_of
-    from core.kernels.native_dtypes import native_dtypes
     from core.plan_report import plan_report
     from core.resolve import find_family, resolve
 

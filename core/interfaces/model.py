@@ -169,7 +169,7 @@ class ExpertLayer(Protocol):
 
 
 class BestTokens(Protocol):
-    """Finds the largest logits without gathering them; see core.kernels.stage.Staging."""
+    """Finds the largest logits without gathering them; see core.ops.stage.Staging."""
 
     def best_parts(self, logits_SL: Tensor, first_id: int, num_tokens: int) -> Tensor: ...
 

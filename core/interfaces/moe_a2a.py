@@ -29,7 +29,7 @@ class Grouping:
 
 
 class RowOps(Protocol):
-    """What a device does to rows on their way. `core.kernels.row_ops.TorchRowOps` is the oracle."""
+    """What a device does to rows on their way. `core.ops.row_ops.TorchRowOps` is the oracle."""
 
     def group_rows(
         self, experts_TK: Tensor, num_experts: int, num_pairs: int | None = None

@@ -1,6 +1,6 @@
 """The fused operations layers are built with: one object per device, chosen once.
 
-`core.kernels.torch_ops.TorchOps` is the oracle; others must agree with it (tests/contracts).
+`core.ops.torch_ops.TorchOps` is the oracle; others must agree with it (tests/contracts).
 Shape legend: T rows, E hidden size, I intermediate size, H/G query and KV heads, D head dimension,
 N pages, P tokens in a page.
 """

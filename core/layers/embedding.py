@@ -11,8 +11,8 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.model import BestTokens, BuildContext, VocabularyPart
-from core.kernels.ragged import gather_rows
 from core.layers.row_exchange import row_exchange
+from core.ops.ragged import gather_rows
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows
 from core.parallel.sharding import Sharding

@@ -124,8 +124,8 @@ def _takes(family: "ModelFamily", spec: "ModelSpec") -> list["Take"]:
     from core.interfaces.comm import SOLO
     from core.interfaces.model import BuildContext, ExpertContext
     from core.interfaces.weights import PlainFormat
-    from core.kernels.torch_ops import TorchOps
     from core.loading.reader import ShapeReader
+    from core.ops.torch_ops import TorchOps
     from core.parallel.experts import default_placement
 
     if spec.quantization is not None:

@@ -27,6 +27,7 @@ from core.cluster.processes.log_stream import LogWriter, steady_output
 from core.cluster.processes.machine import raise_descriptor_limit
 from core.cluster.processes.signals import leave_signals_to_parent
 from core.config import FrontendConfig, PluginChoice
+from core.devices.cpu.host_memory import give_back_freed_memory
 from core.errors import ConfigError, RequestError
 from core.interfaces.control import (
     Drain,
@@ -39,7 +40,6 @@ from core.interfaces.control import (
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
-from core.kernels.host_memory import give_back_freed_memory
 from core.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
 from core.serve.balancer import make_balancer

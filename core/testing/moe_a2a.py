@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from core.devices.select import select_row_ops
 from core.interfaces.comm import Comms, Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout, Routes
-from core.kernels.block_fp8 import dequantize_rows
-from core.kernels.select import select_row_ops
+from core.ops.block_fp8 import dequantize_rows
 from core.parallel.experts import default_placement
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks

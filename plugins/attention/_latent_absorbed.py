@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from core.gpu_tools.dependent_launch import options
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
-from core.kernels.dependent_launch import options
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 from plugins.attention._latent_portable import PortableKernel, block_of
 from plugins.attention._latent_stretches import Stretches, StretchKernel

@@ -17,7 +17,7 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
-from core.kernels.torch_latent import whole_keys
+from core.ops.torch_latent import whole_keys
 from plugins.attention._cpu_backend import CpuBackend
 from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots
 

@@ -19,7 +19,7 @@ programs (stretches of the line). C and R are padded to powers of two.
 import triton
 import triton.language as tl
 
-from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
+from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 from plugins.attention._triton_softmax import grow_softmax
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from core.gpu_tools.dependent_launch import options
 from core.interfaces.latent_attention import LatentAttentionSpec
-from core.kernels.dependent_launch import options
 from plugins.attention._latent_gluon_kernels import (
     HEADS,
     LATENT_DIM,

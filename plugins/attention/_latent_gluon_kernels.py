@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from core.kernels.gluon_sync import let_successor_start, wait_for_predecessor, warps_barrier
+from core.gpu_tools.gluon_sync import let_successor_start, wait_for_predecessor, warps_barrier
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
 
 HEADS = 64

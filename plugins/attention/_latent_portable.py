@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from core.gpu_tools.dependent_launch import options
 from core.interfaces.latent_attention import LatentAttentionSpec
-from core.kernels.dependent_launch import options
 from plugins.attention._latent_decode_kernels import latent_decode_kernel
 from plugins.attention._latent_stretches import Stretches
 from plugins.attention._triton_device import TritonDevice, describe

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
-from core.kernels.torch_latent import whole_keys
+from core.ops.torch_latent import whole_keys
 from plugins.attention._torch_ref_backend import attend, each_sequence
 
 

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from core.kernels.gluon_sync import release, warps_barrier
+from core.gpu_tools.gluon_sync import release, warps_barrier
 
 HALF_ROWS = 64
 ROWS = 2 * HALF_ROWS

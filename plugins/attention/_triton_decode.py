@@ -2,7 +2,7 @@
 
 The schedule is made by the device from the lengths it finds there, and grids follow from bounds: a
 step can be captured as a CUDA graph, and eager steps run the same code. What is launched for how
-many sequences is data (core/kernels/tuned/attention_decode.json, measured by
+many sequences is data (core/gpu_tools/tuned/attention_decode.json, measured by
 benchmarks.gpu_attention). Shape legend: see core.interfaces.attention.
 """
 
@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from core.gpu_tools import tuning
+from core.gpu_tools.dependent_launch import options
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
-from core.kernels import tuning
-from core.kernels.dependent_launch import options
 from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 from plugins.attention._triton_decode_kernels import decode_kernel
 from plugins.attention._triton_device import TritonDevice

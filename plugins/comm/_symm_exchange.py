@@ -6,8 +6,8 @@ The memory is given (`PeerMemory`); knows nothing of how ranks got it, nor of wh
 import torch
 from torch import Tensor
 
-from core.kernels.dependent_launch import options
-from core.kernels.peer_memory import PeerMemory
+from core.gpu_tools.dependent_launch import options
+from core.gpu_tools.peer_memory import PeerMemory
 from plugins.comm._symm_kernels import exchange_kernel
 
 _LEAST_BLOCK, _MOST_BLOCK = 4096, 16384  # bytes that a program moves at once: 16 to 64 a thread

@@ -20,8 +20,8 @@ a rank, over shared memory. Knows nothing of process groups.
 import triton
 import triton.language as tl
 
-from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
-from core.kernels.peer_flags import await_flags, raise_flags
+from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
+from core.gpu_tools.peer_flags import await_flags, raise_flags
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def sum_add_norm_kernel(
 
     Every rank sends all of x to each peer and computes every row: nothing has to travel back. The
     sum is rounded to x's type before it is added, the new residual to its own before it is
-    normalised, as an all-reduce and core.kernels' norm do."""
+    normalised, as an all-reduce and core.devices.cuda's norm do."""
     columns = tl.arange(0, BLOCK)
     inside = columns < SIZE
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)

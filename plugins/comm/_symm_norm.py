@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from core.kernels.dependent_launch import options
-from core.kernels.peer_memory import PeerMemory
+from core.gpu_tools.dependent_launch import options
+from core.gpu_tools.peer_memory import PeerMemory
 from plugins.comm._symm_exchange import DIRECT_BYTES, SUMMED
 from plugins.comm._symm_kernels import sum_add_norm_kernel
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from core.gpu_tools.peer_memory import PeerMemory, connect
 from core.interfaces.comm import Communicator, SumAddNorm
-from core.kernels.peer_memory import PeerMemory, connect
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
 from plugins.comm._options import SymmMemOptions
 from plugins.comm._symm_exchange import PeerExchange, buffer_bytes

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
-from core.kernels.block_fp8 import FP8
-from core.kernels.ragged import gather_rows
+from core.ops.block_fp8 import FP8
+from core.ops.ragged import gather_rows
 from plugins.moe_a2a._packing import RowFormat, ids_dtype
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
-from core.kernels.moe_permute import pad_groups
-from core.kernels.ragged import gather_rows, scatter_rows
+from core.ops.moe_permute import pad_groups
+from core.ops.ragged import gather_rows, scatter_rows
 from plugins.moe_a2a._packing import RowFormat
 
 

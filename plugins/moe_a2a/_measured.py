@@ -1,8 +1,9 @@
 """Which all-to-all was fastest, by ranks, links and rows: data, as benchmarks.gpu_a2a wrote it.
 
-core/kernels/tuned/moe_a2a.json holds rows such as {"device": "H200", "one_host": true, "ranks": 2,
-"hidden": 7168, "fp8": true, "rows": 64, "us": {"allgather": 41.0, "symm_mem": 23.5}}: microseconds
-of dispatch and combine of one layer, in a graph, with so many rows on each rank. Free of torch.
+core/gpu_tools/tuned/moe_a2a.json holds rows such as {"device": "H200", "one_host": true, "ranks":
+2, "hidden": 7168, "fp8": true, "rows": 64, "us": {"allgather": 41.0, "symm_mem": 23.5}}:
+microseconds of dispatch and combine of one layer, in a graph, with so many rows on each rank. Free
+of torch.
 """
 
 import json
@@ -18,7 +19,7 @@ Row = Mapping[str, Any]
 @lru_cache(maxsize=1)
 def measured_rows() -> tuple[Row, ...]:
     """All rows; none where nothing was measured."""
-    file = resources.files("core.kernels") / "tuned" / "moe_a2a.json"
+    file = resources.files("core.gpu_tools") / "tuned" / "moe_a2a.json"
     return tuple(json.loads(file.read_text())) if file.is_file() else ()
 
 

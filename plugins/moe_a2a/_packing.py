@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.kernels.block_fp8 import FP8, num_blocks
+from core.ops.block_fp8 import FP8, num_blocks
 
 _ALIGNMENT = 16  # bytes; of packed rows, so that GPUs copy them in whole words
 

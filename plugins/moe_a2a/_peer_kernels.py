@@ -8,7 +8,7 @@ which adds up the sums of the ranks in their order, in float32.
 
 Work is cut into items, a piece of the columns of a row each. A program computes the items whose
 number leaves its own as a remainder, and after that waits for the program of the same number on
-every peer (core.kernels.peer_flags), which has done those of the peer.
+every peer (core.gpu_tools.peer_flags), which has done those of the peer.
 
 Why nothing is overwritten too early: who sends the rows of the next layer has come through
 `send_sums_kernel` of this one, so that it saw flags which its peers raised when their experts had
@@ -26,9 +26,9 @@ plugins.moe_a2a._peer_layout; R ranks, L local experts.
 import triton
 import triton.language as tl
 
-from core.kernels.dependent_launch import let_successor_start, wait_for_predecessor
-from core.kernels.fp8_tile import quantize_tile
-from core.kernels.peer_flags import await_flags, raise_flags
+from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
+from core.gpu_tools.fp8_tile import quantize_tile
+from core.gpu_tools.peer_flags import await_flags, raise_flags
 
 _VARYING = ["num_rows", "first_row", "most_rows"]
 

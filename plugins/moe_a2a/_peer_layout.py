@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from core.interfaces.moe_a2a import A2ASpec
-from core.kernels.block_fp8 import FP8, num_blocks
+from core.ops.block_fp8 import FP8, num_blocks
 
 _ALIGNMENT = 128  # bytes
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
-from core.kernels.block_fp8 import FP8, num_blocks
+from core.ops.block_fp8 import FP8, num_blocks
 from plugins.moe_a2a._deepep_buffer import Demand, shared_buffer
 from plugins.moe_a2a._deepep_limits import INSTALL, size_problems
 from plugins.moe_a2a._options import LOW_LATENCY_ROWS, DeepEPOptions

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Grouping, Routes
-from core.kernels.moe_permute import group_rows, pad_groups
+from core.ops.moe_permute import group_rows, pad_groups
 from plugins.moe_a2a._options import EmulatedOptions
 
 

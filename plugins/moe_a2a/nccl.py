@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout
-from core.kernels.block_fp8 import FP8
-from core.kernels.moe_permute import count_values
+from core.ops.block_fp8 import FP8
+from core.ops.moe_permute import count_values
 from plugins.moe_a2a._fixed import FixedDispatcher, bytes_ratio
 from plugins.moe_a2a._options import NcclOptions
 from plugins.moe_a2a._packing import RowFormat, ids_dtype, take_rows

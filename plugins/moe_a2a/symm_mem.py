@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from core.errors import ConfigError
+from core.gpu_tools.dependent_launch import options as launch_options
+from core.gpu_tools.peer_memory import PeerMemory, connect
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, Dispatcher, ExpertLayout, Routes
-from core.kernels.block_fp8 import num_blocks
-from core.kernels.dependent_launch import options as launch_options
-from core.kernels.peer_memory import PeerMemory, connect
+from core.ops.block_fp8 import num_blocks
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._options import SymmMemOptions
 from plugins.moe_a2a._peer_kernels import send_rows_kernel, send_sums_kernel

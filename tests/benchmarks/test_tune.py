@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_fp8_linear, tune
-from core.kernels import triton_fp8
+from core.devices.cuda.linear import triton_fp8
 
 
 def test_a_word_names_a_program_and_the_beginning_of_shapes() -> None:

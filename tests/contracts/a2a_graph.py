@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import Dispatched, Dispatcher
-from core.kernels.block_fp8 import BLOCK, dequantize_rows, quantize_rows
+from core.ops.block_fp8 import BLOCK, dequantize_rows, quantize_rows
 from core.testing.moe_a2a import COUNTS, Case, Rows, rows_of
 
 NUM_LAYERS, NUM_TURNS = 4, 12

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.devices.cuda.linear import triton_fp8
+from core.gpu_tools import peer_memory
+from core.gpu_tools.peer_memory import PeerMemory
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import Dispatcher
-from core.kernels import peer_memory, triton_fp8
-from core.kernels.block_fp8 import dequantize_rows
-from core.kernels.peer_memory import PeerMemory
+from core.ops.block_fp8 import dequantize_rows
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
 from core.testing.moe_a2a import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of, run_steps, spec_of

@@ -1,6 +1,6 @@
 """What tests of experts share: sets of operations, weights, and rows as they arrive.
 
-Shape legend: see core.kernels.torch_moe.
+Shape legend: see core.ops.torch_moe.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.cpu.cpu_ops import CpuOps
+from core.devices.cuda.triton_ops import TritonOps
 from core.interfaces.moe_a2a import Dispatched, Routes
 from core.interfaces.ops import ExpertWeights, Ops
 from core.interfaces.weights import BlockFp8
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.torch_ops import TorchOps
-from core.kernels.triton_ops import TritonOps
+from core.ops.torch_ops import TorchOps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SETS: list[tuple[str, Callable[[], Ops], torch.device]] = [

@@ -1,6 +1,6 @@
 """The operations of a layer in float64 as they are defined, for tests of every set of operations.
 
-Shares no code with core.kernels. Shape legend: see core.interfaces.ops; F is D/2.
+Shares no code with core.ops and core.devices. Shape legend: see core.interfaces.ops; F is D/2.
 """
 
 import torch

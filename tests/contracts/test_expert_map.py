@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from core.devices.cpu.cpu_ops import CpuOps
+from core.devices.cuda.triton_ops import TritonOps
 from core.interfaces.destinations import Copies, Destinations
 from core.interfaces.ops import Ops
 from core.interfaces.routing import Routing
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.torch_ops import TorchOps
-from core.kernels.triton_ops import TritonOps
+from core.ops.torch_ops import TorchOps
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 SETS = {"torch": (TorchOps, "cpu"), "cpu": (CpuOps, "cpu"), "triton": (TritonOps, GPU)}

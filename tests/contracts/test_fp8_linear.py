@@ -1,6 +1,7 @@
 """Linear layers of fp8 blocks, against float64 products of what is stored, whatever their tiles.
 
-In Triton's interpreter where there is no GPU. Shape legend: see core.kernels.triton_fp8_tiles.
+In Triton's interpreter where there is no GPU. Shape legend: see
+core.devices.cuda.linear.triton_fp8_tiles.
 """
 
 from typing import Any
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.cuda.linear.triton_fp8 import ANY_ROWS, gated_linear, linear, measured, prepare
 from core.interfaces.weights import BlockFp8
-from core.kernels.block_fp8 import dequantize, num_blocks, quantize_rows
-from core.kernels.torch_ops import TorchOps
-from core.kernels.triton_fp8 import ANY_ROWS, gated_linear, linear, measured, prepare
+from core.ops.block_fp8 import dequantize, num_blocks, quantize_rows
+from core.ops.torch_ops import TorchOps
 from tests.contracts import plain_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """The grouped products of experts of plain weights, against float64, whatever their tiles.
 
-In Triton's interpreter where there is no GPU. Shape legend: see core.kernels.triton_moe_bf16.
+In Triton's interpreter where there is no GPU. Shape legend: see
+core.devices.cuda.experts.triton_moe_bf16.
 """
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.devices.cuda.experts.triton_expert_tiles import cut_into_tiles
+from core.devices.cuda.experts.triton_moe_bf16 import PlainExperts, multiply
+from core.devices.cuda.triton_ops import TritonOps
 from core.interfaces.moe_a2a import Dispatched, Routes
-from core.kernels.expert_tiles import ExpertRows, ProductTile
-from core.kernels.triton_expert_tiles import cut_into_tiles
-from core.kernels.triton_moe_bf16 import PlainExperts, multiply
-from core.kernels.triton_ops import TritonOps
+from core.ops.expert_tiles import ExpertRows, ProductTile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -1,7 +1,7 @@
 """Block-scaled fp8 of every set of operations: experts and linear layers, against float64.
 
 Triton's kernels run in its interpreter where there is no GPU; with one, `-k cuda` runs the sets
-there, and what is of Triton alone runs there anyway. Shape legend: see core.kernels.torch_moe.
+there, and what is of Triton alone runs there anyway. Shape legend: see core.ops.torch_moe.
 """
 
 from dataclasses import replace
@@ -13,8 +13,8 @@ from torch import Tensor
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import Ops
 from core.interfaces.weights import BlockFp8
-from core.kernels.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
-from core.kernels.moe_permute import sum_grouped
+from core.ops.block_fp8 import dequantize, dequantize_rows, quantize, quantize_rows
+from core.ops.moe_permute import sum_grouped
 from tests.contracts.moe_cases import (
     TRITON,
     arranged,

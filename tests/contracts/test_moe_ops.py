@@ -1,7 +1,7 @@
 """Routing and experts of every set of operations, against float64 written out here.
 
 Triton's kernels run in its interpreter where there is no GPU; with one, `-k cuda` runs them there.
-Shape legend: see core.kernels.torch_moe.
+Shape legend: see core.ops.torch_moe.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import LinearKernel, Ops
 from core.interfaces.routing import Routing
-from core.kernels.torch_ops import TorchOps
+from core.ops.torch_ops import TorchOps
 from tests.contracts.moe_cases import (
     TOLERANCE,
     arranged,

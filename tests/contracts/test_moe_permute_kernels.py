@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels import triton_moe_groups, triton_moe_permute
-from core.kernels.moe_permute import group_rows, sum_results
+from core.devices.cuda.experts import triton_moe_groups, triton_moe_permute
+from core.ops.moe_permute import group_rows, sum_results
 from tests.support.routing import SHAPES, routing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,8 +34,8 @@ def test_sums_are_of_each_row_s_own_results(
     weighted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("core.kernels.moe_permute._COPY_BYTES", 4 * 66 * 70)  # several blocks
-    monkeypatch.setattr("core.kernels.triton_moe_permute._MOST_COLUMNS", 64)
+    monkeypatch.setattr("core.ops.moe_permute._COPY_BYTES", 4 * 66 * 70)  # several blocks
+    monkeypatch.setattr("core.devices.cuda.experts.triton_moe_permute._MOST_COLUMNS", 64)
     experts_TK = routing(num_rows, top_k, num_experts)
     positions_TK = group_rows(experts_TK, num_experts).positions_TK
     num_pairs = int((experts_TK >= 0).sum())
@@ -112,7 +112,7 @@ def test_extreme_routings_are_cut_into_tiles(
     experts: list[int], most_pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One group of many tiles, none, and two; by every way to group."""
-    monkeypatch.setattr("core.kernels.triton_moe_groups.MOST_PAIRS", most_pairs)
+    monkeypatch.setattr("core.devices.cuda.experts.triton_moe_groups.MOST_PAIRS", most_pairs)
     for num_rows in (3, 50, 130):
         experts_TK = torch.tensor(experts).repeat(num_rows)[:num_rows].view(-1, 1)
         check_tiles(experts_TK, 130, 16)

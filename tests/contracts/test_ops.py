@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.cpu import cpu_ops
+from core.devices.cpu.cpu_ops import CpuOps
+from core.devices.cuda.triton_ops import TritonOps
 from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.ops import Ops
-from core.kernels import cpu_ops
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.torch_ops import TorchOps
-from core.kernels.triton_ops import TritonOps
+from core.ops.torch_ops import TorchOps
 from tests.contracts import plain_ops
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

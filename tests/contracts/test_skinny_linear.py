@@ -1,6 +1,7 @@
 """Kernels for linear layers of few rows, against float64, whatever their tiles.
 
-In Triton's interpreter where there is no GPU. Shape legend: see core.kernels.triton_skinny.
+In Triton's interpreter where there is no GPU. Shape legend: see
+core.devices.cuda.linear.triton_skinny.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.kernels import tuning
-from core.kernels.triton_linear import (
+from core.devices.cuda.linear.triton_linear import (
     linear,
     measured,
     prepare,
     usual_matrix,
     usual_vector,
 )
+from core.gpu_tools import tuning
 from tests.contracts import plain_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,8 +232,10 @@ def test_tables_may_speak_of_any_number_of_rows(monkeypatch: pytest.MonkeyPatch)
         {"max_rows": 30, "path": "vendor"},
         {"max_rows": 40, "path": "wide", **tile},
     ]
-    monkeypatch.setattr("core.kernels.triton_linear.MOST_ROWS", 10)
-    monkeypatch.setattr("core.kernels.triton_linear.measured", lambda *shape: tuple(rows))
+    monkeypatch.setattr("core.devices.cuda.linear.triton_linear.MOST_ROWS", 10)
+    monkeypatch.setattr(
+        "core.devices.cuda.linear.triton_linear.measured", lambda *shape: tuple(rows)
+    )
     calls: list[int] = []
     weight = normal(1, 32, 64, dtype=torch.bfloat16).to(DEVICE)
     kernel = linear("linear", weight, None, _recorder(calls))

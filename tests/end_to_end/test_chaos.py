@@ -1,7 +1,7 @@
 """200 clients that stream, hang up and abort at random; afterwards nothing is left.
 
 The pool is small, so that every page was touched before memory is first measured. A worker on a CPU
-keeps freed blocks (core.kernels.host_memory): memory counts from the first time that a round of
+keeps freed blocks (core.devices.cpu.host_memory): memory counts from the first time that a round of
 chaos left it as it was. The C library is told to have one heap: each thread's own grows by 64 MiB
 whenever a step first needs that, which can be in any round.
 

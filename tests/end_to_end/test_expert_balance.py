@@ -15,8 +15,8 @@ from torch import Tensor
 
 from core.config import AppConfig, ExpertBalanceConfig, PluginChoice
 from core.interfaces.destinations import Destinations
-from core.kernels.expert_map import map_experts
 from core.layers.experts import LocalExperts
+from core.ops.expert_map import map_experts
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
@@ -132,7 +132,7 @@ def test_loads_of_one_run_place_the_experts_of_the_next(
         return map_experts(logical_TK, weights_TK, to)
 
     monkeypatch.setattr(LocalExperts, "destinations", noting)
-    monkeypatch.setattr("core.kernels.torch_moe.map_experts", counting)
+    monkeypatch.setattr("core.ops.torch_moe.map_experts", counting)
     with spread_engine(config_of(folder, plan, "nccl", ExpertBalanceConfig(), 4)) as engine:
         first = engine.generate(prompts(), greedy(MAX_TOKENS))
     before = dict(placements)

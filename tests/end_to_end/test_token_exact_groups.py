@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.devices.native_dtypes import native_dtypes
 from core.engine.local.alone import build_alone, offline_alone
-from core.kernels.native_dtypes import native_dtypes
 from tests.support import smollm2
 from tests.support.engine import app_config, greedy
 

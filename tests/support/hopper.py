@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def run_for_hopper(script: str, cache: Path) -> str:
     """What a script prints whose Triton launches on CPU tensors are Hopper's; they can be compiled
-    (core.kernels.compile_ahead.rehearsal), and not run. Kernels are kept in `cache`."""
+    (core.gpu_tools.compile_ahead.rehearsal), and not run. Kernels are kept in `cache`."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _BEGIN + script],

@@ -28,12 +28,12 @@ from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
-from core.kernels.torch_heads import transform_heads
-from core.kernels.torch_latent import transform_latent, whole_keys
-from core.kernels.torch_ops import TorchOps
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.files import resolve_files
 from core.loading.open import open_weights
+from core.ops.torch_heads import transform_heads
+from core.ops.torch_latent import transform_latent, whole_keys
+from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows

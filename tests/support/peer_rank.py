@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from triton.runtime import interpreter
 
-from core.kernels import peer_memory
-from core.kernels.peer_memory import PeerMemory
-from core.kernels.triton_ops import TritonOps
+from core.devices.cuda.triton_ops import TritonOps
+from core.gpu_tools import peer_memory
+from core.gpu_tools.peer_memory import PeerMemory
 from plugins.comm._symm_exchange import PeerExchange, buffer_bytes
 from plugins.comm._symm_norm import PeerNorm
 

@@ -7,9 +7,9 @@ import os
 import resource
 from pathlib import Path
 
+from core.devices.native_dtypes import native_dtypes
 from core.errors import ResourceError
 from core.interfaces.launcher import Machine
-from core.kernels.native_dtypes import native_dtypes
 
 
 def find_machine(device: str) -> Machine:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import UntypedStorage
 
-from core.kernels.host_memory import available_bytes, populate
+from core.devices.cpu.host_memory import available_bytes, populate
 
 PIECE_BYTES = 16 * 1024 * 1024
 # That stay available: where they would not, the rest of the pool is taken when it is needed.

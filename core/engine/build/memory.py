@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from core.config import EngineConfig
+from core.devices.cpu.host_memory import available_bytes
 from core.errors import ResourceError
 from core.interfaces.attention import LayerKV
 from core.interfaces.model import KVShape, LatentKVShape
-from core.kernels.host_memory import available_bytes
 
 GIB = 1024**3
 # On a CPU the pool competes with everything else on the host, so that it is bounded unless

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 import torch
 
 from core.config import AppConfig, EngineConfig, ExpertBalanceConfig
+from core.devices.select import select_row_ops
+from core.devices.weight_formats import select_format
 from core.engine.run.expert_balance import initial_placements
 from core.interfaces.comm import Comms, places
 from core.interfaces.model import BuildContext, ExpertContext, Model, ModelFamily, ModelSpec
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.weights import WeightFormat, WeightReader
-from core.kernels.select import select_row_ops
-from core.kernels.torch_ops import TorchOps
-from core.kernels.weight_formats import select_format
 from core.loading.reader import ShapeReader
+from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan

@@ -12,14 +12,9 @@ from typing import Any
 import torch
 
 from core.config import AppConfig
-from core.engine.step.batch import SlotState
-from core.engine.sample.choosing import make_chooser
+from core.devices.select import select_ops
+from core.devices.weight_formats import select_format
 from core.engine.build.commit import commit_in_background
-from core.engine.run.expert_balance import Balancer, initial_placements, make_balancer
-from core.engine.step.forward import AttentionOfRank, OnCaptured, RankParts
-from core.engine.step.decode_graphs import make_steps
-from core.engine.run.launch import StepLauncher, select_launcher
-from core.engine.run.loop import warm_up
 from core.engine.build.memory import (
     HeldMemory,
     PoolSize,
@@ -29,7 +24,6 @@ from core.engine.build.memory import (
     page_bytes,
     plan_pool,
 )
-from core.engine.schedule.mixed_steps import mixed_tokens
 from core.engine.build.model import (
     build_dispatchers,
     measure_rank,
@@ -37,13 +31,21 @@ from core.engine.build.model import (
     routes_at_random,
     stream_of,
 )
-from core.engine.schedule.pace import Pace, Timed, measure_pace
+from core.engine.build.trial import OnPhase, Phases, Trial, keep_kernels
+from core.engine.run.expert_balance import Balancer, initial_placements, make_balancer
+from core.engine.run.launch import StepLauncher, select_launcher
+from core.engine.run.loop import warm_up
 from core.engine.run.runner import ModelRunner
+from core.engine.sample.choosing import make_chooser
 from core.engine.sample.sampler import Sampler
+from core.engine.schedule.mixed_steps import mixed_tokens
+from core.engine.schedule.pace import Pace, Timed, measure_pace
 from core.engine.schedule.scheduler import Scheduler
 from core.engine.step.attention import PagedAttention
+from core.engine.step.batch import SlotState
+from core.engine.step.decode_graphs import make_steps
+from core.engine.step.forward import AttentionOfRank, OnCaptured, RankParts
 from core.engine.step.latent_attention import LatentPagedAttention
-from core.engine.build.trial import OnPhase, Phases, Trial, keep_kernels
 from core.engine.step.trial_steps import most_prompt_tokens
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.comm import Comms
@@ -53,8 +55,6 @@ from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 from core.interfaces.model import LatentKVShape, Model, ModelSpec
 from core.interfaces.moe_a2a import Dispatcher
 from core.interfaces.ops import Ops
-from core.kernels.select import select_ops
-from core.kernels.weight_formats import select_format
 from core.loading.open import open_weights
 from core.loading.progress import OnProgress
 from core.loading.reader import ShapeReader

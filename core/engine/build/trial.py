@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from core.config import EngineConfig
+from core.engine.build.memory import GIB, GRAPH_BYTES, HeldMemory
 from core.engine.run.launch import StepLauncher, StreamLauncher
 from core.engine.run.lockstep import rank_facts, settle
 from core.engine.run.loop import warm_up
-from core.engine.build.memory import GIB, GRAPH_BYTES, HeldMemory
 from core.engine.run.runner import ModelRunner
 from core.engine.step.trial_steps import (
     COSTLIEST,
@@ -51,7 +51,7 @@ class Phases:
 def keep_kernels(chosen: str | None) -> None:
     """Have compiled kernels kept between starts: in the folder that is chosen, else where Triton's
     own variable says, else in the user's cache. Before the first kernel is compiled."""
-    from core.kernels import compile_ahead
+    from core.gpu_tools import compile_ahead
 
     if chosen is not None:
         compile_ahead.keep_kernels_in(Path(chosen).expanduser())
@@ -103,7 +103,7 @@ class Trial:
         return HeldMemory(weights=weights, state=state, activations=activations, graphs=graphs)
 
     def _compile(self) -> None:
-        from core.kernels.compile_ahead import rehearsal
+        from core.gpu_tools.compile_ahead import rehearsal
 
         def on_compiled(done: int, total: int) -> None:
             self.on_progress(COMPILE_TASK, done, total, "kernels")

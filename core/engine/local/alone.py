@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from core.config import AppConfig
+from core.devices.native_dtypes import native_dtypes
 from core.engine.build.device import open_device
 from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.build.ranks import stand_in_for_peers
@@ -19,7 +20,6 @@ from core.engine.local.offline import OfflineEngine
 from core.engine.run.lockstep import Agreement, rank_facts, settle
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.messages import StepPlan
-from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve

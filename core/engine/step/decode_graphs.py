@@ -1,12 +1,12 @@
 """Replays decode steps that were recorded once as CUDA graphs, one for each of some batch sizes.
 
 A recorded step of S rows is staging, the model, its output head, and the choice of greedy tokens,
-in buffers that keep their addresses; all that changes is one packed input (core.kernels.stage). A
+in buffers that keep their addresses; all that changes is one packed input (core.ops.stage). A
 step of fewer rows is padded. Steps that were not recorded run eagerly. Knows nothing of
 scheduling, and of CUDA only in core.engine.step.recorder.
 
 With several DP ranks all replay the same size at the same time, also those without rows.
-Shape legend: see core.kernels.stage.
+Shape legend: see core.ops.stage.
 """
 
 from bisect import bisect_left
@@ -36,7 +36,7 @@ from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import Comms
 from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.moe_a2a import Dispatcher
-from core.kernels.stage import DecodeRows, Staging, packed_length
+from core.ops.stage import DecodeRows, Staging, packed_length
 from core.parallel.layout import Layout
 
 DEFAULT_MOST_ROWS = 512
@@ -257,8 +257,8 @@ def make_steps(
     )
     if reason is not None:
         return EagerSteps(parts, reason)
+    from core.devices.select import select_staging
     from core.engine.step.recorder import select_recorder
-    from core.kernels.select import select_staging
 
     multiple = parts.plan.tp_attn if parts.stream is Layout.ROWS else 1
     common: dict[str, Any] = {

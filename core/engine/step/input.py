@@ -2,7 +2,7 @@
 
 Knows nothing of graphs. The copy reads pinned memory after the host went on, so that a step writes
 to another block of it than the steps before, and waits only for the one that wrote here last.
-Packing: see core.kernels.stage.
+Packing: see core.ops.stage.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 
 from core.engine.step.batch import Ints
 from core.interfaces.messages import StepPlan
-from core.kernels.stage import HEADER, DecodeRows, PromptRows, packed_length
+from core.ops.stage import HEADER, DecodeRows, PromptRows, packed_length
 
 # One step runs and one waits behind it; the others are there so that nobody ever has to wait.
 NUM_BLOCKS = 4

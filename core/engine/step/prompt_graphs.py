@@ -8,7 +8,7 @@ logprobs are wanted, are left to other steps. Knows nothing of scheduling.
 With several DP ranks all replay the same size, that of the one with most rows, also those that only
 decode and those without rows; they agree on most rows and most sequences before the step.
 
-Shape legend: see core.kernels.stage.
+Shape legend: see core.ops.stage.
 """
 
 from bisect import bisect_left
@@ -26,7 +26,7 @@ from core.engine.step.input import StepInput, send_prompts
 from core.engine.step.recorder import Recorder, Replay
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.messages import StepFacts, StepPlan
-from core.kernels.stage import PromptRows, Staging, packed_prompts_length
+from core.ops.stage import PromptRows, Staging, packed_prompts_length
 from core.parallel.rows import StepRows
 
 MOST_SEQUENCES = 32

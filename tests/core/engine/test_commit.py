@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.devices.cpu.host_memory import available_bytes, populate
 from core.engine.build.commit import KEPT_FREE_BYTES, PIECE_BYTES, commit, commit_in_background
-from core.kernels.host_memory import available_bytes, populate
 
 MIB = 1024**2
 

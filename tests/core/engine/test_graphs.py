@@ -21,6 +21,7 @@ import core.engine.step.decode_graphs as graphs
 import core.engine.step.input as step_input
 import core.engine.step.recorder as recorder
 from core.config import EngineConfig, PluginChoice
+from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.engine.step.decode_graphs import graph_sizes, most_graph_rows, reason_for_eager
@@ -30,10 +31,9 @@ from core.errors import ConfigError
 from core.hookspecs import Registration, hookimpl
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, Generate, StepPlan
-from core.kernels.native_dtypes import native_dtypes
-from core.kernels.stage import DecodeRows, packed_length
-from core.kernels.torch_ops import TorchOps
 from core.loading.files import resolve_files
+from core.ops.stage import DecodeRows, packed_length
+from core.ops.torch_ops import TorchOps
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.testing.ranks import ThreadCommunicator

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from core.config import AppConfig
+from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
-from core.kernels.native_dtypes import native_dtypes
 from core.loading.files import resolve_files
 from core.plugin_manager import PluginManager
 from core.resolve import resolve
@@ -69,7 +69,7 @@ def traffic(seed: int) -> Iterator[tuple[list[int], SamplingParams]]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_serving_compiles_nothing_and_takes_no_memory(name: str, tmp_path: Path) -> None:
-    from core.kernels.compile_ahead import counted_compilations
+    from core.gpu_tools.compile_ahead import counted_compilations
 
     folder = write_tiny_model(tmp_path / name, name)
     config = app_config(

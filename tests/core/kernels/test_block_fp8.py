@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.weight_formats import BlockFp8Format, select_format
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard
-from core.kernels.block_fp8 import (
+from core.ops.block_fp8 import (
     dequantize,
     dequantize_rows,
     linear,
@@ -16,8 +17,7 @@ from core.kernels.block_fp8 import (
     quantize,
     quantize_rows,
 )
-from core.kernels.torch_moe import stack_experts
-from core.kernels.weight_formats import BlockFp8Format, select_format
+from core.ops.torch_moe import stack_experts
 
 FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 1), (128, 128), (129, 127), (300, 576), (256, 1)]

@@ -11,11 +11,11 @@ from tests.support.hopper import run_for_hopper
 
 pytest.importorskip("triton")
 
-from core.kernels.compile_ahead import CACHE_VARIABLE, keep_kernels_in
+from core.gpu_tools.compile_ahead import CACHE_VARIABLE, keep_kernels_in
 
 SCRIPT = """
-from core.kernels.compile_ahead import counted_compilations, rehearsal
-from core.kernels.triton_ops import TritonOps
+from core.gpu_tools.compile_ahead import counted_compilations, rehearsal
+from core.devices.cuda.triton_ops import TritonOps
 
 ops, told = TritonOps(), []
 x_TE = torch.randn(32, 256, dtype=torch.bfloat16)
@@ -36,7 +36,7 @@ assert {"rms_norm_kernel", "silu_and_mul_kernel"} <= set(names), names
 assert len(names) == first, names
 assert (first, first) in told, told
 from triton.compiler import CompiledKernel
-from core.kernels.triton_kernels import rms_norm_kernel
+from core.devices.cuda.triton_kernels import rms_norm_kernel
 ready = list(rms_norm_kernel.device_caches[0][0].values())
 assert ready
 assert all(isinstance(kernel, CompiledKernel) for kernel in ready), ready

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from core.kernels.cpu_linear import padded_rows
-from core.kernels.cpu_ops import CpuOps
+from core.devices.cpu.cpu_linear import padded_rows
+from core.devices.cpu.cpu_ops import CpuOps
 
 
 def test_few_shapes_and_little_waste() -> None:

@@ -16,8 +16,8 @@ SCRIPT = """
 import types
 torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=132)
 
-from core.kernels import gluon_gated
-from core.kernels.compile_ahead import rehearsal
+from core.devices.cuda.linear import gluon_gated
+from core.gpu_tools.compile_ahead import rehearsal
 from plugins.attention import _latent_gluon, _latent_gluon_kernels
 from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
 from plugins.attention._latent_stretches import Stretches

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from core.devices.weight_formats import select_format
 from core.interfaces.weights import GroupedInts
-from core.kernels.grouped_ints import dequantize
-from core.kernels.weight_formats import select_format
 from core.loading.reader import ShapeReader
+from core.ops.grouped_ints import dequantize
 from core.parallel.sharding import Shard
 from tests.core.kernels.test_grouped_ints import made_up
 

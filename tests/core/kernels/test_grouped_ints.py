@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from core.devices.cpu.cpu_grouped_ints import FEW_ROWS, packed_linear
+from core.devices.cpu.cpu_ops import CpuOps
 from core.interfaces.weights import GroupedInts
-from core.kernels.cpu_grouped_ints import FEW_ROWS, packed_linear
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.grouped_ints import dequantize
-from core.kernels.torch_ops import TorchOps
+from core.ops.grouped_ints import dequantize
+from core.ops.torch_ops import TorchOps
 
 HALF_STEP = 2.0**-8  # of bfloat16: what rounding to it changes at most, of a value
 
@@ -130,7 +130,7 @@ def test_a_head_of_few_bits_has_the_best_logits_right(
 ) -> None:
     """With FBGEMM's float16, and as where torch has none."""
     if not halves:
-        monkeypatch.setattr("core.kernels.cpu_ops.holds_halves", lambda weight: False)
+        monkeypatch.setattr("core.devices.cpu.cpu_ops.holds_halves", lambda weight: False)
     matrix = dequantize(made_up(8, 4096, 64), dtype)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
     expected = TorchOps().logits(matrix)(x)

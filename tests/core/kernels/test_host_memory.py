@@ -8,14 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.kernels.host_memory import available_bytes
+from core.devices.cpu.host_memory import available_bytes
 
 # Blocks of 20 MiB are mapped one by one and unmapped when freed, unless glibc was told to take
 # them from the heap and to leave the heap as large as it got.
 CHECK = """
 import sys
 import torch
-from core.kernels.host_memory import keep_freed_memory
+from core.devices.cpu.host_memory import keep_freed_memory
 
 def heap_bytes():
     (line,) = [line for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]")]
@@ -78,7 +78,7 @@ def test_the_heap_keeps_freed_blocks() -> None:
 BODIES = """
 import sys
 import psutil
-from core.kernels.host_memory import give_back_freed_memory
+from core.devices.cpu.host_memory import give_back_freed_memory
 
 assert "torch" not in sys.modules
 if sys.argv[1] == "give back":

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from core.interfaces.moe_a2a import Grouping
-from core.kernels.moe_permute import count_values, group_rows, pad_groups, sum_results
+from core.ops.moe_permute import count_values, group_rows, pad_groups, sum_results
 from tests.support.routing import SHAPES, routing
 
 

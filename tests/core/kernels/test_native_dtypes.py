@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.kernels.native_dtypes import native_dtypes
+from core.devices.native_dtypes import native_dtypes
 
 ROOT = Path(__file__).parents[3]
 ZEN4 = "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16"

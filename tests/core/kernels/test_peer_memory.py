@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.kernels import peer_memory
+from core.gpu_tools import peer_memory
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.interfaces.comm import Comms
-from core.kernels.ragged import gather_rows, padding_pays, scatter_rows
+from core.ops.ragged import gather_rows, padding_pays, scatter_rows
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
 

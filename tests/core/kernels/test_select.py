@@ -6,7 +6,7 @@ import sys
 CHECK = """
 import sys
 import torch
-from core.kernels.select import select_ops
+from core.devices.select import select_ops
 print(type(select_ops(torch.device("cpu"))).__name__, "triton" in sys.modules)
 print(type(select_ops(torch.device("cuda"))).__name__, "triton" in sys.modules)
 """

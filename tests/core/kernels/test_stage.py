@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from core.kernels.stage import (
+from core.ops.stage import (
     HEADER,
     DecodeRows,
     PromptRows,
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def staging():
     if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton's interpreter is off")
-    from core.kernels.triton_stage import TritonStaging
+    from core.devices.cuda.triton_stage import TritonStaging
 
     return TritonStaging()
 

@@ -6,9 +6,9 @@ from importlib import resources
 import pytest
 import torch
 
-from core.kernels import tuning
-from core.kernels.triton_expert_tiles import choose_tiles
-from core.kernels.tuning import TunedDevice, choices, choose, tables_for
+from core.devices.cuda.experts.triton_expert_tiles import choose_tiles
+from core.gpu_tools import tuning
+from core.gpu_tools.tuning import TunedDevice, choices, choose, tables_for
 
 H100 = TunedDevice("NVIDIA H100 80GB HBM3", (9, 0), 132)
 H100_PCIE = TunedDevice("NVIDIA H100 PCIe", (9, 0), 114)
@@ -65,7 +65,7 @@ def test_more_rows_than_were_measured_are_borrowed(two_tables: None) -> None:
 
 def test_every_row_is_of_a_device_that_is_described() -> None:
     known = {device.name for device in tuning.measured_devices()}
-    for file in (resources.files("core.kernels") / "tuned").iterdir():
+    for file in (resources.files("core.gpu_tools") / "tuned").iterdir():
         if file.name == "devices.json":
             continue
         rows = json.loads(file.read_text())

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from core.devices.select import select_row_ops
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Comms
 from core.interfaces.model import BuildContext, ExpertContext, ModelStep
@@ -22,11 +23,10 @@ from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard, WeightFormat
-from core.kernels.block_fp8 import BLOCK, quantize
-from core.kernels.select import select_row_ops
-from core.kernels.torch_ops import TorchOps
 from core.layers.moe import MoELayer
 from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec
+from core.ops.block_fp8 import BLOCK, quantize
+from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan

@@ -10,6 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
+from core.devices.cpu.cpu_ops import CpuOps
 from core.engine.step.batch import Batch
 from core.engine.step.latent_attention import LatentPagedAttention
 from core.hookspecs import NoOptions
@@ -18,12 +19,11 @@ from core.interfaces.comm import SOLO, Comms
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.torch_ops import TorchOps
 from core.layers.mla import LatentAttention, LatentExpansion
 from core.layers.mla_spec import LatentAttentionSizes, latent_scale
 from core.layers.rope import rope_table
 from core.layers.rope_spec import parse_rope
+from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows

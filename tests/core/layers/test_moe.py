@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.cpu.cpu_ops import CpuOps
+from core.devices.select import select_ops
+from core.devices.weight_formats import BlockFp8Format
 from core.interfaces.comm import SOLO, Comms, places
 from core.interfaces.model import BuildContext, ExpertContext
 from core.interfaces.moe_a2a import Dispatched, ExpertLayout
 from core.interfaces.ops import Ops
 from core.interfaces.weights import PlainFormat
-from core.kernels.block_fp8 import dequantize, quantize
-from core.kernels.cpu_ops import CpuOps
-from core.kernels.expert_map import map_experts
-from core.kernels.select import select_ops
-from core.kernels.torch_ops import TorchOps
-from core.kernels.weight_formats import BlockFp8Format
 from core.layers.expert_moves import expert_moves
 from core.layers.moe import MoELayer, rows_by_ep
 from core.layers.moe_spec import MoELayerSpec
 from core.layers.router import ExpertMap
 from core.loading.reader import ShapeReader
+from core.ops.block_fp8 import dequantize, quantize
+from core.ops.expert_map import map_experts
+from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement, default_placement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan

@@ -13,11 +13,11 @@ from gguf.quants import quantize
 from safetensors.torch import load_file
 
 from core.errors import ModelError
-from core.kernels.grouped_ints import dequantize as dequantize_groups
 from core.loading.dequantize import dequantize, grouped
 from core.loading.gguf import GGUFSource
 from core.loading.gguf_config import GROUPED_BITS, group_bits, hf_config
 from core.loading.gguf_header import read_gguf
+from core.ops.grouped_ints import dequantize as dequantize_groups
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, folder_files, run_model, tp_logits
 from tests.support.weights import read_slice

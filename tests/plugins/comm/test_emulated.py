@@ -6,7 +6,7 @@ import torch
 from core.errors import ConfigError
 from core.hookspecs import NoOptions
 from core.interfaces.comm import Comms, StandInBackend
-from core.kernels.ragged import gather_rows, scatter_rows
+from core.ops.ragged import gather_rows, scatter_rows
 from core.parallel.layout import Layout
 from plugins.comm.emulated import EmulatedBackend, EmulatedCommunicator
 

@@ -123,8 +123,8 @@ def test_a_sum_with_its_norm_is_bit_for_bit_one_after_the_other(
 
 
 HOPPER = """
-from core.kernels.compile_ahead import rehearsal
-from core.kernels.peer_memory import PeerMemory
+from core.gpu_tools.compile_ahead import rehearsal
+from core.gpu_tools.peer_memory import PeerMemory
 from plugins.comm._symm_exchange import PeerExchange
 from plugins.comm._symm_norm import PeerNorm
 

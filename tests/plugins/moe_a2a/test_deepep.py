@@ -15,7 +15,7 @@ from torch import Tensor
 from core.errors import ConfigError, PlanError, PluginError
 from core.interfaces.comm import Comms, SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec
-from core.kernels.row_ops import TorchRowOps
+from core.ops.row_ops import TorchRowOps
 from core.parallel.plan import Plan
 from core.testing.ranks import plan_comms, run_ranks
 from plugins.moe_a2a import deepep

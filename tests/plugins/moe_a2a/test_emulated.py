@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from core.devices.select import select_row_ops
 from core.interfaces.moe_a2a import A2ASpec, ExpertLayout
-from core.kernels.select import select_row_ops
 from plugins.comm.emulated import EmulatedCommunicator
 from plugins.moe_a2a._options import EmulatedOptions
 from plugins.moe_a2a.emulated import EmulatedDispatcher

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks.a2a_bytes import measure
+from core.devices.select import select_row_ops
 from core.errors import ConfigError
 from core.interfaces.moe_a2a import A2ASpec
-from core.kernels.select import select_row_ops
 from plugins.moe_a2a import nccl
 from plugins.moe_a2a._fixed import bytes_ratio
 from plugins.moe_a2a._options import NcclOptions

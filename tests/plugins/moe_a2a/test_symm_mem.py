@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from core.devices.select import select_row_ops
 from core.errors import ConfigError
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec
-from core.kernels.select import select_row_ops
 from plugins.moe_a2a import symm_mem
 from plugins.moe_a2a._gathered import GatherDispatcher
 from plugins.moe_a2a._options import SymmMemOptions
@@ -93,8 +93,8 @@ def test_cpus_and_communicators_without_a_group_are_refused() -> None:
 
 COMPILED = """
 from dataclasses import replace
-from core.kernels.compile_ahead import rehearsal
-from core.kernels.peer_memory import PeerMemory
+from core.gpu_tools.compile_ahead import rehearsal
+from core.gpu_tools.peer_memory import PeerMemory
 from plugins.moe_a2a.symm_mem import SymmMemDispatcher, layout_of
 from tests.plugins.moe_a2a.test_symm_mem import Place, spec
 

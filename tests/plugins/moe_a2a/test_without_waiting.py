@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.devices.select import select_row_ops
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher, ExpertLayout
-from core.kernels.select import select_row_ops
 from plugins.moe_a2a import nccl
 from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
