@@ -111,7 +111,7 @@ def time_of_add_norm(comm: Any, num_bytes: int, columns: int, device: Any) -> fl
     import torch
 
     from core.devices.select import select_ops
-    from core.layers.row_exchange import sum_add_norm
+    from core.layers.basic.row_exchange import sum_add_norm
 
     add_norm = sum_add_norm(comm, select_ops(device))
     shape = (max(num_bytes // 2 // columns, 1), columns)

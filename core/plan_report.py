@@ -15,7 +15,7 @@ from core.cluster.nodes.ports import node_of
 from core.engine.build.model import measure_model
 from core.errors import ConfigError
 from core.interfaces.model import ModelFamily, ModelSpec
-from core.layers.decoder_spec import DecoderSpec
+from core.layers.decoder.decoder_spec import DecoderSpec
 from core.loading.takes import Take
 from core.parallel.plan import Plan
 

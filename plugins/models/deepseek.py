@@ -10,14 +10,14 @@ from typing import Any
 
 from core.errors import ModelKeyError
 from core.hookspecs import NoOptions, Registration, hookimpl
-from core.layers.config_keys import ConfigKeys
-from core.layers.config_reader import MAX_LAYERS, ConfigReader
-from core.layers.decoder_config import check_routing, parse_decoder, refuse_windowed_layers
-from core.layers.decoder_family import DecoderFamily
-from core.layers.decoder_spec import DecoderSpec
-from core.layers.mla_spec import LatentAttentionSizes, latent_scale
-from core.layers.moe_spec import MoELayerSpec, Routing
-from core.layers.rope_spec import parse_rope
+from core.layers.attention.mla_spec import LatentAttentionSizes, latent_scale
+from core.layers.attention.rope_spec import parse_rope
+from core.layers.basic.config_keys import ConfigKeys
+from core.layers.basic.config_reader import MAX_LAYERS, ConfigReader
+from core.layers.decoder.decoder_config import check_routing, parse_decoder, refuse_windowed_layers
+from core.layers.decoder.decoder_family import DecoderFamily
+from core.layers.decoder.decoder_spec import DecoderSpec
+from core.layers.experts.moe_spec import MoELayerSpec, Routing
 
 ROPE_KINDS = ("default", "yarn")
 _READ = frozenset(

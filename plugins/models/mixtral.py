@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.hookspecs import NoOptions, Registration, hookimpl
-from core.layers.config_keys import ConfigKeys
-from core.layers.config_reader import ConfigReader
-from core.layers.decoder_config import (
+from core.layers.basic.config_keys import ConfigKeys
+from core.layers.basic.config_reader import ConfigReader
+from core.layers.decoder.decoder_config import (
     check_routing,
     parse_decoder,
     parse_grouped_query,
     refuse_sliding_window,
     refuse_windowed_layers,
 )
-from core.layers.decoder_family import DecoderFamily
-from core.layers.decoder_spec import DecoderSpec
-from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec, Routing
+from core.layers.decoder.decoder_family import DecoderFamily
+from core.layers.decoder.decoder_spec import DecoderSpec
+from core.layers.experts.moe_spec import MIXTRAL_NAMES, MoELayerSpec, Routing
 
 _TRAINING = "only training reads it"
 KEYS = ConfigKeys(

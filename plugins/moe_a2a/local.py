@@ -1,7 +1,7 @@
 """Rows stay where they are: a rank has all experts, or it has all rows of those that share them.
 
-In the second case the ids of rows are those of its own experts, or -1 (core.layers.router), and
-what it returns is its part of a sum over ranks.
+In the second case the ids of rows are those of its own experts, or -1 (core.layers.experts.router),
+and what it returns is its part of a sum over ranks.
 """
 
 from collections.abc import Sequence

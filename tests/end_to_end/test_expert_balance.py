@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.config import AppConfig, ExpertBalanceConfig, PluginChoice
 from core.interfaces.destinations import Destinations
-from core.layers.experts import LocalExperts
+from core.layers.experts.experts import LocalExperts
 from core.ops.expert_map import map_experts
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement

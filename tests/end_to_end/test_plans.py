@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.config import ExpertBalanceConfig, PluginChoice
-from core.layers.experts import LocalExperts
+from core.layers.experts.experts import LocalExperts
 from core.parallel.experts import LayerPlacement
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE

@@ -23,8 +23,8 @@ from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.routing import Routing
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard, WeightFormat
-from core.layers.moe import MoELayer
-from core.layers.moe_spec import MIXTRAL_NAMES, MoELayerSpec
+from core.layers.experts.moe import MoELayer
+from core.layers.experts.moe_spec import MIXTRAL_NAMES, MoELayerSpec
 from core.ops.block_fp8 import BLOCK, quantize
 from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement

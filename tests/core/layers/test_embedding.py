@@ -6,8 +6,8 @@ import torch
 from core.interfaces.comm import Comms
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import PlainFormat
-from core.layers.embedding import LMHead, VocabEmbedding
-from core.layers.row_exchange import row_exchange
+from core.layers.basic.embedding import LMHead, VocabEmbedding
+from core.layers.basic.row_exchange import row_exchange
 from core.loading.dummy import DummyReader
 from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout

@@ -19,10 +19,10 @@ from core.interfaces.comm import SOLO, Comms
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import BlockFp8, PlainFormat, Shard
-from core.layers.mla import LatentAttention, LatentExpansion
-from core.layers.mla_spec import LatentAttentionSizes, latent_scale
-from core.layers.rope import rope_table
-from core.layers.rope_spec import parse_rope
+from core.layers.attention.mla import LatentAttention, LatentExpansion
+from core.layers.attention.mla_spec import LatentAttentionSizes, latent_scale
+from core.layers.attention.rope import rope_table
+from core.layers.attention.rope_spec import parse_rope
 from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan

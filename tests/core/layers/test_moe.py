@@ -17,10 +17,10 @@ from core.interfaces.model import BuildContext, ExpertContext
 from core.interfaces.moe_a2a import Dispatched, ExpertLayout
 from core.interfaces.ops import Ops
 from core.interfaces.weights import PlainFormat
-from core.layers.expert_moves import expert_moves
-from core.layers.moe import MoELayer, rows_by_ep
-from core.layers.moe_spec import MoELayerSpec
-from core.layers.router import ExpertMap
+from core.layers.experts.expert_moves import expert_moves
+from core.layers.experts.moe import MoELayer, rows_by_ep
+from core.layers.experts.moe_spec import MoELayerSpec
+from core.layers.experts.router import ExpertMap
 from core.loading.reader import ShapeReader
 from core.ops.block_fp8 import dequantize, quantize
 from core.ops.expert_map import map_experts

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from core.errors import ModelError
-from core.layers.rope import rope_table
-from core.layers.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings
+from core.layers.attention.rope import rope_table
+from core.layers.attention.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings
 from tests.support.models import LINEAR_ROPE, LLAMA3_ROPE, TINY, YARN_ROPE
 
 HEAD_DIM = 16

@@ -151,8 +151,8 @@ def test_llama3_scaling_comes_as_a_tensor_of_factors(tiny_folder: Folder, tmp_pa
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from core.layers.rope import rope_table
-    from core.layers.rope_spec import parse_rope
+    from core.layers.attention.rope import rope_table
+    from core.layers.attention.rope_spec import parse_rope
 
     folder = tiny_folder("llama_tied")
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder), device="cpu")

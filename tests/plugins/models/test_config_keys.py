@@ -10,8 +10,8 @@ import transformers
 
 from core.errors import ModelError
 from core.interfaces.model import ModelSpec
-from core.layers.config_keys import IGNORED, NEUTRAL, READ, ConfigKeys
-from core.layers.decoder_config import _QUANTIZATION, QUANTIZATION_IGNORED
+from core.layers.basic.config_keys import IGNORED, NEUTRAL, READ, ConfigKeys
+from core.layers.decoder.decoder_config import _QUANTIZATION, QUANTIZATION_IGNORED
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 from tests.support.models import TINY, TINY_MODELS, family_of
 

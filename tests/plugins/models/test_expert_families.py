@@ -6,10 +6,10 @@ import pytest
 
 from core.errors import ModelError
 from core.interfaces.model import MoESpec
-from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec
-from core.layers.gqa_spec import GroupedQuerySizes
-from core.layers.mla_spec import LatentAttentionSizes
-from core.layers.moe_spec import MoELayerSpec, Routing
+from core.layers.attention.gqa_spec import GroupedQuerySizes
+from core.layers.attention.mla_spec import LatentAttentionSizes
+from core.layers.decoder.decoder_spec import DecoderSpec, DenseMLPSpec
+from core.layers.experts.moe_spec import MoELayerSpec, Routing
 from core.parallel.plan import Plan
 from tests.support.models import family_of
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from core.interfaces.model import LatentKVShape
-from core.layers.rope_spec import RopeSpec
+from core.layers.attention.rope_spec import RopeSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from core.errors import ModelKeyError
-from core.layers.config_reader import shown
+from core.layers.basic.config_reader import shown
 
 # Read for every family: by `parse_decoder`, by the loading of files, or by whoever picks a family.
 READ = frozenset(

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from core.interfaces.model import BuildContext, Model, ModelSpec
-from core.layers.decoder_spec import DecoderSpec
-from core.layers.gqa_spec import GroupedQuerySizes
+from core.layers.attention.gqa_spec import GroupedQuerySizes
+from core.layers.decoder.decoder_spec import DecoderSpec
 from core.parallel.plan import Plan
 from core.parallel.sharding import cut_problems, head_problems, size_problems
 
@@ -17,7 +17,7 @@ Clauses = Callable[[int], list[str]]  # number of ranks -> what is wrong with it
 
 
 class DecoderFamily(ABC):
-    """A family whose models are `core.layers.decoder.Decoder`s (core.interfaces.model)."""
+    """A family whose models are `core.layers.decoder.decoder.Decoder`s (core.interfaces.model)."""
 
     @abstractmethod
     def parse(self, hf_config: Mapping[str, Any]) -> DecoderSpec:
@@ -38,7 +38,7 @@ class DecoderFamily(ABC):
 
     def build(self, spec: ModelSpec, context: BuildContext) -> Model:
         """Build one rank's part."""
-        from core.layers.decoder import Decoder
+        from core.layers.decoder.decoder import Decoder
 
         assert isinstance(spec, DecoderSpec)
         return Decoder(spec, context)

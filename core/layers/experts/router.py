@@ -10,7 +10,7 @@ from torch import Tensor
 from core.interfaces.destinations import Copies, Destinations
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import WeightReader
-from core.layers.moe_spec import MoELayerSpec
+from core.layers.experts.moe_spec import MoELayerSpec
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 

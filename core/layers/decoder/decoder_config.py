@@ -7,13 +7,13 @@ from typing import Any
 
 from core.errors import ModelKeyError
 from core.interfaces.model import BlockQuantization, MoESpec
-from core.layers.config_keys import ConfigKeys
-from core.layers.config_reader import MAX_POSITIONS, ConfigReader, shown
-from core.layers.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec
-from core.layers.gqa_spec import GroupedQuerySizes
-from core.layers.mla_spec import LatentAttentionSizes
-from core.layers.moe_spec import MoELayerSpec, Routing
-from core.layers.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings
+from core.layers.attention.gqa_spec import GroupedQuerySizes
+from core.layers.attention.mla_spec import LatentAttentionSizes
+from core.layers.attention.rope_spec import RopeSpec, extended_positions, parse_rope, rope_warnings
+from core.layers.basic.config_keys import ConfigKeys
+from core.layers.basic.config_reader import MAX_POSITIONS, ConfigReader, shown
+from core.layers.decoder.decoder_spec import AttentionSizes, DecoderSpec, DenseMLPSpec
+from core.layers.experts.moe_spec import MoELayerSpec, Routing
 
 DTYPES = ("float32", "bfloat16", "float16")
 FP8_BLOCK = 128  # rows and columns of a block that has one scale

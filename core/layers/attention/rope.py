@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from core.layers.rope_spec import RopeSpec
+from core.layers.attention.rope_spec import RopeSpec
 
 
 def rope_table(spec: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:

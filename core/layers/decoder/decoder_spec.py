@@ -1,14 +1,15 @@
 """Sizes and variants of decoder-only transformers: what a model plugin reads out of a config.json
-and `core.layers.decoder` is built from. Knows nothing of torch, nor of any family's config.json.
+and `core.layers.decoder.decoder` is built from. Knows nothing of torch, nor of any family's
+config.json.
 """
 
 from dataclasses import dataclass
 
 from core.interfaces.model import ModelSpec
-from core.layers.gqa_spec import GroupedQuerySizes
-from core.layers.mla_spec import LatentAttentionSizes
-from core.layers.moe_spec import MoELayerSpec
-from core.layers.rope_spec import RopeSpec
+from core.layers.attention.gqa_spec import GroupedQuerySizes
+from core.layers.attention.mla_spec import LatentAttentionSizes
+from core.layers.attention.rope_spec import RopeSpec
+from core.layers.experts.moe_spec import MoELayerSpec
 
 AttentionSizes = GroupedQuerySizes | LatentAttentionSizes
 

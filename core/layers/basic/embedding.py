@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.interfaces.comm import SoloCommunicator
 from core.interfaces.model import BestTokens, BuildContext, VocabularyPart
-from core.layers.row_exchange import row_exchange
+from core.layers.basic.row_exchange import row_exchange
 from core.ops.ragged import gather_rows
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows

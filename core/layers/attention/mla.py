@@ -18,10 +18,10 @@ from core.interfaces.latent_attention import LatentTransform
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.ops import LinearKernel
 from core.interfaces.weights import WeightReader
-from core.layers.linear import LinearPart, column_linear, row_linear
-from core.layers.mla_spec import LatentAttentionSizes
-from core.layers.norm import RMSNorm
-from core.layers.row_exchange import row_exchange
+from core.layers.attention.mla_spec import LatentAttentionSizes
+from core.layers.basic.linear import LinearPart, column_linear, row_linear
+from core.layers.basic.norm import RMSNorm
+from core.layers.basic.row_exchange import row_exchange
 from core.parallel.sharding import Shard, Sharding
 
 _WHOLE = Shard(0, 0, 1)  # of what every rank of tp computes: the parts that heads share

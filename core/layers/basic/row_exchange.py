@@ -13,7 +13,7 @@ from torch import Tensor
 from core.interfaces.comm import Communicator, FusesNorm, SumAddNorm
 from core.interfaces.model import BuildContext
 from core.interfaces.ops import Ops
-from core.layers.norm import RMSNorm
+from core.layers.basic.norm import RMSNorm
 from core.ops.ragged import gather_rows, scatter_rows
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows

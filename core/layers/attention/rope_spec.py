@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import ModelError, ModelKeyError
-from core.layers.config_reader import MAX_POSITIONS, is_positive, shown
+from core.layers.basic.config_reader import MAX_POSITIONS, is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0  # of configs that don't say it

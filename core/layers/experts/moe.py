@@ -15,11 +15,11 @@ from torch import Tensor
 from core.interfaces.comm import SOLO
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.experts import LocalExperts
-from core.layers.mlp import PartialMLP
-from core.layers.moe_spec import MoELayerSpec
-from core.layers.router import Router
-from core.layers.row_exchange import ALONE, row_exchange
+from core.layers.basic.mlp import PartialMLP
+from core.layers.basic.row_exchange import ALONE, row_exchange
+from core.layers.experts.experts import LocalExperts
+from core.layers.experts.moe_spec import MoELayerSpec
+from core.layers.experts.router import Router
 from core.parallel.layout import Layout
 from core.parallel.rows import StepRows
 

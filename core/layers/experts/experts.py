@@ -15,9 +15,9 @@ from core.interfaces.model import BuildContext
 from core.interfaces.moe_a2a import Dispatched
 from core.interfaces.ops import Destinations, ExpertWeights
 from core.interfaces.weights import BlockFp8, ExpertWeight, WeightReader, expert_weight
-from core.layers.expert_moves import Move, expert_moves
-from core.layers.moe_spec import MoELayerSpec
-from core.layers.router import ExpertMap
+from core.layers.experts.expert_moves import Move, expert_moves
+from core.layers.experts.moe_spec import MoELayerSpec
+from core.layers.experts.router import ExpertMap
 from core.parallel.experts import LayerPlacement
 from core.parallel.sharding import Sharding
 
@@ -41,7 +41,7 @@ class LocalExperts:
         )
 
     def destinations(self, num_real: Tensor, first_row: int) -> Destinations:
-        """Which physical experts rows go to; see `core.layers.router.ExpertMap`."""
+        """Which physical experts rows go to; see `core.layers.experts.router.ExpertMap`."""
         return self._map(num_real, first_row)
 
     def __call__(self, dispatched: Dispatched) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from core.interfaces.attention import HeadTransform
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.gqa_spec import GroupedQuerySizes
-from core.layers.linear import LinearPart, column_linear, row_linear
-from core.layers.row_exchange import row_exchange
+from core.layers.attention.gqa_spec import GroupedQuerySizes
+from core.layers.basic.linear import LinearPart, column_linear, row_linear
+from core.layers.basic.row_exchange import row_exchange
 from core.parallel.sharding import Sharding
 
 

@@ -22,8 +22,8 @@ class MoELayerSpec:
     """A mixture-of-experts block, the same in every layer that has one. Sizes are logical.
 
     Checkpoint names, below `block`: `gate.weight`, `gate.<bias_name>`, `experts.<i>.<names>.weight`
-    and `<shared_name>.{gate,up,down}_proj.weight`. `core.layers.moe` takes a reader that is scoped
-    to the block already.
+    and `<shared_name>.{gate,up,down}_proj.weight`. `core.layers.experts.moe` takes a reader that is
+    scoped to the block already.
     """
 
     hidden_size: int

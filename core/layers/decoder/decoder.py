@@ -22,16 +22,16 @@ from core.interfaces.model import (
     ModelStep,
 )
 from core.interfaces.weights import WeightReader
-from core.layers.decoder_spec import DecoderSpec, DenseMLPSpec
-from core.layers.embedding import LMHead, VocabEmbedding, is_quantized
-from core.layers.gqa import GroupedQueryAttention
-from core.layers.mla import LatentAttention
-from core.layers.mla_spec import LatentAttentionSizes
-from core.layers.mlp import GatedMLP
-from core.layers.moe import MoELayer
-from core.layers.norm import RMSNorm
-from core.layers.rope import rope_table
-from core.layers.row_exchange import RowExchange, row_exchange
+from core.layers.attention.gqa import GroupedQueryAttention
+from core.layers.attention.mla import LatentAttention
+from core.layers.attention.mla_spec import LatentAttentionSizes
+from core.layers.attention.rope import rope_table
+from core.layers.basic.embedding import LMHead, VocabEmbedding, is_quantized
+from core.layers.basic.mlp import GatedMLP
+from core.layers.basic.norm import RMSNorm
+from core.layers.basic.row_exchange import RowExchange, row_exchange
+from core.layers.decoder.decoder_spec import DecoderSpec, DenseMLPSpec
+from core.layers.experts.moe import MoELayer
 from core.parallel.sharding import Sharding
 
 

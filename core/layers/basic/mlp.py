@@ -4,8 +4,8 @@ from torch import Tensor
 
 from core.interfaces.model import BuildContext, ModelStep
 from core.interfaces.weights import WeightReader
-from core.layers.linear import LinearPart, gated_linear, row_linear
-from core.layers.row_exchange import row_exchange
+from core.layers.basic.linear import LinearPart, gated_linear, row_linear
+from core.layers.basic.row_exchange import row_exchange
 from core.parallel.sharding import Sharding
 
 
