@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from core.devices.select import select_ops
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.ops import LinearKernel
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._cpu_backend import CpuBackend, build
 
 CPU = torch.device("cpu")

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from benchmarks import rank_processes
 from benchmarks.sampler import KINDS, Cell, integers
-from core.config import PluginChoice
 from core.engine.sample.cut_vocabulary import CutVocabulary
 from core.engine.sample.logprobs import sampled_logprobs
 from core.interfaces.comm import Communicator, connect
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
 from core.parallel.sharding import Sharding
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import PluginChoice
 
 WARM_UP, REPEATS = 3, 15
 

@@ -35,9 +35,9 @@ Rates = dict[str, float | None]  # None: load hid the difference that it comes f
 def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
     """Ours, as a program that takes turns."""
     os.cpu_count = lambda: threads  # what an engine in this process asks
-    from core.compose import compose, parse_overrides
     from core.engine.local.alone import build_alone, offline_alone
     from core.interfaces.messages import SamplingParams
+    from core.settings.compose import compose, parse_overrides
 
     start = time.perf_counter()
     defaults = [

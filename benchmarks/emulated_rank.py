@@ -73,7 +73,7 @@ def configuration(
     shape: Mapping[str, Any], cells: Sequence[tuple[int, int]], arguments: argparse.Namespace
 ) -> Any:
     """Rank 0 of DP attention + EP with room for all cells."""
-    from core.config import (
+    from core.settings.config import (
         AppConfig,
         CommConfig,
         EngineConfig,

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from core.config import ModelConfig
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, build_rank
 from core.engine.local.offline import OfflineEngine
@@ -30,8 +29,9 @@ from core.interfaces.messages import ExpertLoads, SamplingParams
 from core.loading.files import resolve_files
 from core.parallel.eplb import balanced_placement, imbalance
 from core.parallel.experts import LayerPlacement, default_placement
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
+from core.settings.config import ModelConfig
 from tests.support.engine import app_config
 
 NUM_EXPERTS, TOP_K = 256, 8

@@ -54,11 +54,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """The same shapes, rows and plugins in the same order on every rank."""
     import torch
 
-    from core.config import PluginChoice
     from core.interfaces.comm import connect
     from core.parallel.mesh import open_mesh
     from core.parallel.plan import Plan
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
+    from core.settings.config import PluginChoice
 
     rank, size, on_gpu = arguments.rank, arguments.ranks, arguments.device == "cuda"
     device = torch.device("cpu")
@@ -138,10 +138,10 @@ def build(plugin: str, plugins: Any, shape: Any, comm: Any, device: Any, most_ro
     """A dispatcher of decode steps, or why there is none."""
     import torch
 
-    from core.config import PluginChoice
     from core.devices.select import select_row_ops
     from core.errors import NodeweaveError
     from core.interfaces.moe_a2a import A2ASpec
+    from core.settings.config import PluginChoice
 
     spec = A2ASpec(
         comm=comm,

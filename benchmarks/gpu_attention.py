@@ -225,7 +225,7 @@ def write_table(sweeps: Sequence[Path]) -> None:
         if cell not in best or row["us"] < best[cell]["us"]:
             best[cell] = row
     swept = {shape_of(row) for row in best.values()}
-    file = Path(tuning.__file__).parent / "tuned" / "attention_decode.json"
+    file = tuning.FOLDER / "attention_decode.json"
     found = [row for row in json.loads(file.read_text()) if shape_of(row) not in swept]
     found = sorted([*found, *best.values()], key=lambda row: (*shape_of(row), row["max_rows"]))
     file.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in found) + "\n]\n")

@@ -43,11 +43,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """The same sizes and plugins in the same order on every rank."""
     import torch
 
-    from core.config import PluginChoice
     from core.interfaces.comm import connect
     from core.parallel.mesh import open_mesh
     from core.parallel.plan import Plan
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
+    from core.settings.config import PluginChoice
 
     rank, size = arguments.rank, arguments.ranks
     device = torch.device("cuda", rank)

@@ -107,8 +107,8 @@ def shape_of(path: Path) -> tuple[Row, str]:
 
 def configuration(arguments: argparse.Namespace, shape: Row, name: str) -> Any:
     """As a server of these cells would be configured."""
-    from core.config import AppConfig
-    from core.schema import build
+    from core.settings.config import AppConfig
+    from core.settings.schema import build
 
     longest, requests = cells.limits(arguments)
     engine: Row = {

@@ -244,7 +244,7 @@ def write_table(sweeps: list[Path]) -> None:
         most = triton_fp8.ANY_ROWS if endless else rows
         found.append({**shape, **result["tile"], "max_rows": most, "us": result["us"]})
     swept = {_shape_of(row) for row in found}
-    file = Path(triton_fp8.__file__).parent / "tuned" / "linear_fp8.json"
+    file = tuning.FOLDER / "linear_fp8.json"
     found += [row for row in json.loads(file.read_text()) if _shape_of(row) not in swept]
     found.sort(key=lambda row: (*_shape_of(row), row["max_rows"]))
     file.write_text("[\n" + ",\n".join("  " + json.dumps(row) for row in found) + "\n]\n")

@@ -15,9 +15,9 @@ from itertools import accumulate
 import torch
 
 from benchmarks.gpu_attention import DEVICE, copy_bandwidth, microseconds
-from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._latent_triton import TritonLatentBackend, build
 
 PAGE_SIZE = 64

@@ -183,7 +183,7 @@ def write_tables(sweeps: list[Path]) -> None:
         if cell not in best or result["us"] < best[cell]["us"]:
             best[cell] = result
     for operation in sorted({shape[0] for shape in SHAPES.values()}):
-        file = Path(triton_linear.__file__).parent / "tuned" / f"{operation}_bf16.json"
+        file = tuning.FOLDER / f"{operation}_bf16.json"
         rows = {_cell(row): row for row in json.loads(file.read_text())} if file.exists() else {}
         for (device, name, num_rows), result in best.items():
             its_operation, size_O, size_I, _ = SHAPES[name]

@@ -277,7 +277,7 @@ def write_tables(sweeps: list[Path]) -> None:
     keys = ("device", "experts", "hidden", "middle", "value_bytes", "max_rows")
     measured = [row for path in sweeps for row in json.loads(path.read_text())]
     for operation, value_bytes in (("moe_bf16", 2), ("moe_fp8", 1)):
-        file = Path(triton_moe_bf16.__file__).parent / "tuned" / f"{operation}.json"
+        file = tuning.FOLDER / f"{operation}.json"
         rows = json.loads(file.read_text()) if file.exists() else []
         rows += [row for row in measured if row["value_bytes"] == value_bytes]
         found = {tuple(row[key] for key in keys): row for row in rows}

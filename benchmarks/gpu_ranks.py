@@ -50,7 +50,7 @@ def configuration(arguments: argparse.Namespace) -> Any:
     """As a server of these cells would be configured."""
     from omegaconf import OmegaConf
 
-    from core.config import PluginChoice
+    from core.settings.config import PluginChoice
 
     shape, name = gpu_engine.shape_of(Path(arguments.model_dir))
     config = gpu_engine.configuration(arguments, shape, name)
@@ -83,7 +83,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from core.engine.local.offline import OfflineLeader
     from core.engine.run.links import FollowerLinks, open_links
     from core.loading.files import resolve_files
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
     from core.resolve import resolve
     from core.wire import Wire
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import EngineConfig
 from core.devices.select import select_staging
 from core.engine.run.expert_balance import NoBalancer
 from core.engine.run.launch import StepLauncher, StreamLauncher
@@ -43,6 +42,7 @@ from core.interfaces.model import ModelStep, VocabularyPart
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
+from core.settings.config import EngineConfig
 
 VOCAB_SIZE = 32
 MAX_MODEL_LEN = 4096

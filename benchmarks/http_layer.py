@@ -24,8 +24,8 @@ import msgspec
 
 from core.cluster.processes.boot import FrontendBoot, Served
 from core.cluster.processes.channel import STATUS_FD_VARIABLE
-from core.config import AppConfig, FrontendConfig, ModelConfig
 from core.interfaces.control import ChildStatus, EngineReady, Failed, ModelFiles, Ready
+from core.settings.config import AppConfig, FrontendConfig, ModelConfig
 from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import byte_level, write_folder
 

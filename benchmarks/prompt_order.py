@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.config import EngineConfig
 from core.engine.run.loop import LONG_STEP_S
 from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_budget import PromptBudget
@@ -33,6 +32,7 @@ from core.interfaces.messages import (
     StepPlan,
     StepResult,
 )
+from core.settings.config import EngineConfig
 
 PACE = Pace(token_s=1 / 900, pair_s=0.4e-6, logprob_s=5e-3, base_s=0.02)
 LONG_TOKENS, SHORT_TOKENS, ANSWER_TOKENS = 1990, 20, 16

@@ -15,9 +15,9 @@ import random
 import statistics
 import time
 
-from core.config import EngineConfig
 from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.settings.config import EngineConfig
 
 BOUND_MS = {256: 0.2, 1024: 0.8}
 PROMPT_TOKENS = 128

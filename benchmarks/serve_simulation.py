@@ -20,9 +20,9 @@ from benchmarks import serve_http
 from benchmarks.serving import report
 from benchmarks.serving.arrivals import Lengths, Load, Turn
 from benchmarks.serving.client import Answer, Outcome
-from core.config import EngineConfig
 from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.settings.config import EngineConfig
 
 VOCAB, MAX_MODEL_LEN = 128_256, 8192
 # What an H200 of 141 GB settles on for this model.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.compose import compose, parse_overrides
+from core.settings.compose import compose, parse_overrides
 
 LIMIT_S = 300.0  # of one; of a machine that has other things to do
 MODEL_DIR = "MODEL_DIR"  # stands for a folder that holds the config.json of a tiny model

@@ -42,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams
     from core.loading.files import resolve_files
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
     from core.resolve import resolve
 
     end("import")
@@ -105,7 +105,7 @@ def watch_compilations() -> list[tuple[str, float]]:
 
 def configuration(arguments: argparse.Namespace) -> Any:
     """A model of that shape, alone on one device."""
-    from core.config import AppConfig, EngineConfig, ModelConfig
+    from core.settings.config import AppConfig, EngineConfig, ModelConfig
 
     shape = json.loads(arguments.shape.read_text())
     limits = {} if arguments.device == "cuda" else {"kv_cache_tokens": 4096}

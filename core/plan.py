@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core.errors import ConfigError, NodeweaveError
-from core.habits import Program, correction, is_ours
+from core.settings.habits import Program, correction, is_ours
 
 if TYPE_CHECKING:
-    from core.config import AppConfig, ModelConfig
     from core.interfaces.control import ModelFiles
     from core.plan_report import PlanReport
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
+    from core.settings.config import AppConfig, ModelConfig
 
 DEFAULT_BASE_PORT = 20000
 PROGRAM = Program(
@@ -83,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse_flags(words: list[str]) -> argparse.Namespace:
     if not is_ours(words, PROGRAM):
-        from core.catalog import Catalog
+        from core.settings.catalog import Catalog
 
         if not {"-h", "--help"} & set(words):
             raise ConfigError(correction(words, Catalog([]).groups, PROGRAM))
@@ -99,8 +99,8 @@ def _parse_flags(words: list[str]) -> argparse.Namespace:
 
 
 def _plan(flags: argparse.Namespace) -> Planned:
-    from core.compose import blocklist, compose, parse_overrides
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
+    from core.settings.compose import blocklist, compose, parse_overrides
 
     overrides = parse_overrides(flags.words)
     plugins = PluginManager.load(blocklist(overrides))
@@ -122,12 +122,12 @@ def plan_of(
     """What a configuration makes of its model. Raises PlanError, which lists every problem."""
     import torch
 
-    from core.address import split_address
     from core.cluster.nodes.ports import Ports, listeners, table
     from core.devices.native_dtypes import native_dtypes
     from core.engine.build.rank import dtype_of
     from core.plan_report import plan_report
     from core.resolve import find_family, resolve
+    from core.settings.address import split_address
 
     num_nodes = num_nodes or config.launch.nnodes
     config = replace(config, launch=replace(config.launch, nnodes=num_nodes))

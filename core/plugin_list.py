@@ -9,10 +9,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from core.compose import blocklist, parse_overrides
 from core.errors import ConfigError
-from core.hookspecs import Registration
-from core.plugin_manager import LoadedPlugin, PluginManager, Registered
+from core.plugin.hookspecs import Registration
+from core.plugin.plugin_manager import LoadedPlugin, PluginManager, Registered
+from core.settings.compose import blocklist, parse_overrides
 
 HELP = """\
 usage: nodeweave plugins [--json] [plugins.blocklist=[NAME,...]]

@@ -8,7 +8,6 @@ see settled values only.
 import dataclasses
 from dataclasses import dataclass
 
-from core.config import DEFAULT_RUNNING_REQUESTS, AppConfig, PluginChoice
 from core.errors import ModelKeyError, PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import NativeDtypes
@@ -16,8 +15,9 @@ from core.interfaces.model import ModelFamily, ModelSpec
 from core.parallel.eplb import nodes_of_groups
 from core.parallel.experts import expert_problems
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
-from core.schema import did_you_mean
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import DEFAULT_RUNNING_REQUESTS, AppConfig, PluginChoice
+from core.settings.schema import did_you_mean
 
 MAX_SHOWN = 60  # characters of a stranger's name in an error
 PAGE_SIZE = 16

@@ -1,7 +1,7 @@
 """The command line: compose the configuration, check it against the plugins, start.
 
-Knows the flags and what they print; how a configuration is made is `core.compose`, how it is
-served `core.start`. Modules are imported where they are used: `--version` needs none of them,
+Knows the flags and what they print; how a configuration is made is `core.settings.compose`, how it
+is served `core.start`. Modules are imported where they are used: `--version` needs none of them,
 and Ctrl-C is quiet from the first moment on.
 """
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from core.cluster.processes.log_stream import print_error, steady_output
 from core.errors import ConfigError, NodeweaveError, PlanError
-from core.habits import correction, is_ours
+from core.settings.habits import correction, is_ours
 
 if TYPE_CHECKING:
-    from core.catalog import Catalog
+    from core.settings.catalog import Catalog
 
 HELP = """\
 usage: nodeweave +model=NAME [group=NAME ...] [key=value ...]
@@ -85,10 +85,17 @@ def _run(words: list[str]) -> int:
     if flags.version:
         print(f"nodeweave {_version()}")
         return 0
-    from core.compose import NoModelError, blocklist, complete, compose, parse_overrides, to_yaml
-    from core.config import PluginChoice
     from core.interfaces.launcher import RemoteLauncher
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
+    from core.settings.compose import (
+        NoModelError,
+        blocklist,
+        complete,
+        compose,
+        parse_overrides,
+        to_yaml,
+    )
+    from core.settings.config import PluginChoice
 
     completing = flags.shell_completion
     overrides = [] if completing else parse_overrides(flags.words)
@@ -159,7 +166,7 @@ def _version() -> str:
 
 
 def _catalog(search_paths: Sequence[str]) -> "Catalog":
-    from core.catalog import Catalog
+    from core.settings.catalog import Catalog
 
     return Catalog(search_paths)
 

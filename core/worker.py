@@ -50,7 +50,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     from core.engine.build.rank import RankContext, build_rank
     from core.engine.build.ranks import join_ranks
     from core.engine.run.links import open_links
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
     from core.wire import Wire
 
     device = open_device(boot.device, boot.num_threads)

@@ -13,12 +13,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Choice = Mapping[str, Any]
+
+FOLDER = Path(__file__).parent / "tuned"
 
 log = logging.getLogger(__name__)
 
@@ -115,5 +117,5 @@ def _tell_borrowed(device_name: str, table: str) -> None:
 
 
 def _read(file_name: str) -> Any:
-    file = resources.files("core.gpu_tools") / "tuned" / file_name
+    file = FOLDER / file_name
     return json.loads(file.read_text()) if file.is_file() else []

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from core.config import FrontendConfig
 from core.interfaces.http import HttpStats
 from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
 from core.interfaces.text import TextService
+from core.settings.config import FrontendConfig
 
 
 class OutputStream(Protocol):

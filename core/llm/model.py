@@ -20,7 +20,6 @@ import msgspec
 from core.cluster.nodes.endpoints import RunDirectory
 from core.cluster.processes.display import Display
 from core.cluster.processes.group import Alone
-from core.config import AppConfig
 from core.errors import RequestError
 from core.interfaces.control import ChildStatus
 from core.interfaces.frontend import Tokenizer
@@ -38,9 +37,10 @@ from core.llm.prompts import (
     named,
 )
 from core.llm.settings import configure
-from core.schema import did_you_mean
 from core.serve.completion import Completion
 from core.serve.embedded import EmbeddedEngine
+from core.settings.config import AppConfig
+from core.settings.schema import did_you_mean
 from core.start import frontend_boot, prepare, worker_spec
 
 DEFAULT_MAX_TOKENS = 16  # of a prompt's answer, as POST /v1/completions has it

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.catalog import Catalog
-from core.compose import blocklist, compose, parse_overrides
-from core.config import AppConfig, PluginChoice
 from core.errors import ConfigError, PlanError
-from core.habits import quoted
 from core.interfaces.launcher import Launcher, RemoteLauncher
-from core.plugin_manager import PluginManager
-from core.schema import did_you_mean
+from core.plugin.plugin_manager import PluginManager
+from core.settings.catalog import Catalog
+from core.settings.compose import blocklist, compose, parse_overrides
+from core.settings.config import AppConfig, PluginChoice
+from core.settings.habits import quoted
+from core.settings.schema import did_you_mean
 
 INSTEAD = "serve it with `python -m core.run` and ask it with an OpenAI client"
 

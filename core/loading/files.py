@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from core.config import ModelConfig
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
 from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
@@ -24,6 +23,7 @@ from core.loading.progress import OnProgress
 from core.loading.random_checkpoint import random_checkpoint_dir
 from core.loading.safetensors_header import StoredTensor, read_header
 from core.loading.tied_head import HEAD, stored_head_differs
+from core.settings.config import ModelConfig
 
 MAX_INDEX_BYTES = 256 << 20  # of model.safetensors.index.json; DeepSeek-V3's has 9 MB
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

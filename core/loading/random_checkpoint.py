@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from core.config import ModelConfig, PluginChoice
 from core.errors import ConfigError, ModelError, NodeweaveError
 from core.loading.byte_tokenizer import byte_tokenizer_dir
 from core.loading.cache import cache_dir, locked, publish_dir
+from core.settings.config import ModelConfig, PluginChoice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +171,7 @@ def _values(take: "Take", seed: int, std: float) -> "Tensor":
 
 def main() -> int:
     """Write what standard input says; returns the exit status."""
-    from core.plugin_manager import PluginManager
+    from core.plugin.plugin_manager import PluginManager
 
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=_Order)
     try:

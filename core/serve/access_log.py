@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 import msgspec
 
-from core.config import FrontendConfig
 from core.errors import ConfigError
 from core.interfaces.http import RequestRecord
+from core.settings.config import FrontendConfig
 
 MAX_PATH_CHARACTERS = 256
 PROBES = ("/health", "/ready", "/metrics")  # asked for all day; told only where they fail

@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from core.config import DP_BALANCERS
 from core.interfaces.messages import SamplingParams
+from core.settings.config import DP_BALANCERS
 
 FIRST_GUESS_TOKENS = 256  # of an answer, before any ended
 GUESS_DECAY = 0.95  # weight of the guess so far when another answer ends

@@ -16,10 +16,10 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from core.config import ANY_ORIGIN, FrontendConfig
 from core.interfaces.http import record_of
 from core.serve.http_refusal import send_refusal
 from core.serve.http_server import is_loopback
+from core.settings.config import ANY_ORIGIN, FrontendConfig
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")

@@ -5,8 +5,8 @@ Knows nothing of connections. The numbers are plain data, so that tests take tin
 
 from dataclasses import dataclass
 
-from core.config import FrontendConfig
 from core.errors import ResourceError
+from core.settings.config import FrontendConfig
 
 MIB = 1024 * 1024
 MOST_CONNECTIONS = 8192  # where frontend.max_connections says nothing

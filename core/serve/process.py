@@ -26,7 +26,6 @@ from core.cluster.processes.channel import Channel, exit_with_parent, outlive_pa
 from core.cluster.processes.log_stream import LogWriter, steady_output
 from core.cluster.processes.machine import raise_descriptor_limit
 from core.cluster.processes.signals import leave_signals_to_parent
-from core.config import FrontendConfig, PluginChoice
 from core.devices.cpu.host_memory import give_back_freed_memory
 from core.errors import ConfigError, RequestError
 from core.interfaces.control import (
@@ -40,7 +39,7 @@ from core.interfaces.control import (
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
@@ -52,6 +51,7 @@ from core.serve.request_check import RequestLimits, size_problem
 from core.serve.text_pool import TextPool
 from core.serve.text_process import TextBoot
 from core.serve.tokenizer import HfTokenizer
+from core.settings.config import FrontendConfig, PluginChoice
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s

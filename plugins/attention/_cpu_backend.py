@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
+from core.plugin.hookspecs import NoOptions
 
 # A bucket gathers at most this much of k (and as much of v), unless one sequence alone has more:
 # what two cores' caches hold. 16 sequences of 1,024 tokens take a fifth less time so.

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
 from core.ops.torch_latent import whole_keys
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._cpu_backend import CpuBackend
 from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
 from core.ops.torch_latent import whole_keys
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._torch_ref_backend import attend, each_sequence
 
 

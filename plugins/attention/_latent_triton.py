@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._latent_absorbed import Absorbed, AbsorbedAttention
 from plugins.attention._latent_pieces import pieces_by_group, row_blocks, token_slots, upload
 from plugins.attention._latent_portable import block_of

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
+from core.plugin.hookspecs import NoOptions
 
 
 def build(options: NoOptions, spec: AttentionSpec) -> "TorchRefBackend":

@@ -19,8 +19,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._triton_decode import DecodeChoice, DecodePlan, PagedDecode
 from plugins.attention._triton_device import TritonDevice, describe
 from plugins.attention._triton_kernels import prefill_kernel

@@ -6,8 +6,8 @@ plugins.attention._latent_cpu for latent attention.
 
 from collections.abc import Sequence
 
-from core.config import AppConfig
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import AppConfig
 
 _FAMILIES = (
     "attention.prefill",

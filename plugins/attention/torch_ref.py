@@ -6,7 +6,7 @@ plugins.attention._latent_torch_ref for latent attention.
 
 from collections.abc import Sequence
 
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
 
 
 @hookimpl

@@ -7,8 +7,8 @@ plugins.attention._latent_triton for latent attention. Imports no Triton.
 import os
 from collections.abc import Sequence
 
-from core.config import AppConfig
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import AppConfig
 
 _FAMILIES = (
     "attention.prefill",

@@ -3,8 +3,8 @@ peers."""
 
 from collections.abc import Sequence
 
-from core.config import AppConfig
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import AppConfig
 from plugins.comm._options import SymmMemOptions
 
 

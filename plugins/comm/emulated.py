@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
+from core.plugin.hookspecs import NoOptions
 
 
 class EmulatedBackend:

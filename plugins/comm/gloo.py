@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.parallel.collectives import GroupCommunicator
+from core.plugin.hookspecs import NoOptions
 
 _HALVES = (torch.bfloat16, torch.float16)
 

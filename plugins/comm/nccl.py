@@ -2,8 +2,8 @@
 
 from torch.distributed import ProcessGroup
 
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
+from core.plugin.hookspecs import NoOptions
 from plugins.comm._nccl_group import NcclCommunicator, require_nccl
 
 

@@ -4,7 +4,7 @@ environment; `ray` starts the nodes itself; `local` is one machine and refuses m
 
 from collections.abc import Sequence
 
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
 from plugins.launchers._node import NodeOptions
 from plugins.launchers.kubernetes import KubernetesOptions
 from plugins.launchers.ray import RayOptions

@@ -7,10 +7,10 @@ each rank, CUDA device = local rank. Knows nothing of how a node is found. Impor
 import os
 from dataclasses import dataclass
 
-from core.config import AppConfig, LaunchConfig
 from core.errors import ConfigError, PlanError, ResourceError
 from core.interfaces.launcher import Machine, Placement, Site
 from core.parallel.plan import Plan
+from core.settings.config import AppConfig, LaunchConfig
 
 WAITING_VARIABLES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 # How long an OpenMP thread spins for its siblings before it sleeps. By default it spins for

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.config import AppConfig
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
+from core.settings.config import AppConfig
 from plugins.launchers._node import NodeLauncher, NodeOptions, require_unset
 
 LWS_VARIABLES = ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX")

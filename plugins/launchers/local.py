@@ -1,8 +1,8 @@
 """Every rank on this machine, and a refusal of settings that ask for more machines."""
 
-from core.config import AppConfig
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
+from core.settings.config import AppConfig
 from plugins.launchers._node import NodeLauncher, NodeOptions
 
 

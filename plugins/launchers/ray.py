@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from core.config import TOKEN_VARIABLE, AppConfig
 from core.errors import ConfigError, ResourceError
+from core.settings.config import TOKEN_VARIABLE, AppConfig
 from plugins.launchers._node import NodeOptions, ranks_per_node
 from plugins.launchers._ray_node import NodeProcess
 

@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.config import AppConfig
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
+from core.settings.config import AppConfig
 from plugins.launchers._hostlist import expand
 from plugins.launchers._node import NodeLauncher, NodeOptions, require_unset
 

@@ -3,9 +3,9 @@
 With one node (the default) it starts every rank on this machine.
 """
 
-from core.config import AppConfig
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
+from core.settings.config import AppConfig
 from plugins.launchers._node import NodeLauncher, NodeOptions
 
 

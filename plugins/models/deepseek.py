@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.errors import ModelKeyError
-from core.hookspecs import NoOptions, Registration, hookimpl
 from core.layers.attention.mla_spec import LatentAttentionSizes, latent_scale
 from core.layers.attention.rope_spec import parse_rope
 from core.layers.basic.config_keys import ConfigKeys
@@ -18,6 +17,7 @@ from core.layers.decoder.decoder_config import check_routing, parse_decoder, ref
 from core.layers.decoder.decoder_family import DecoderFamily
 from core.layers.decoder.decoder_spec import DecoderSpec
 from core.layers.experts.moe_spec import MoELayerSpec, Routing
+from core.plugin.hookspecs import NoOptions, Registration, hookimpl
 
 ROPE_KINDS = ("default", "yarn")
 _READ = frozenset(

@@ -7,7 +7,6 @@ model is built.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.hookspecs import NoOptions, Registration, hookimpl
 from core.layers.basic.config_keys import ConfigKeys
 from core.layers.basic.config_reader import ConfigReader
 from core.layers.decoder.decoder_config import (
@@ -18,6 +17,7 @@ from core.layers.decoder.decoder_config import (
 )
 from core.layers.decoder.decoder_family import DecoderFamily
 from core.layers.decoder.decoder_spec import DecoderSpec
+from core.plugin.hookspecs import NoOptions, Registration, hookimpl
 
 LLAMA_KEYS = ConfigKeys(model_type="llama", read=frozenset({"attention_bias", "mlp_bias"}))
 MISTRAL_KEYS = ConfigKeys(

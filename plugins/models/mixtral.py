@@ -6,7 +6,6 @@ Source: transformers' `modeling_mixtral.py`. Does not import torch until a model
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.hookspecs import NoOptions, Registration, hookimpl
 from core.layers.basic.config_keys import ConfigKeys
 from core.layers.basic.config_reader import ConfigReader
 from core.layers.decoder.decoder_config import (
@@ -19,6 +18,7 @@ from core.layers.decoder.decoder_config import (
 from core.layers.decoder.decoder_family import DecoderFamily
 from core.layers.decoder.decoder_spec import DecoderSpec
 from core.layers.experts.moe_spec import MIXTRAL_NAMES, MoELayerSpec, Routing
+from core.plugin.hookspecs import NoOptions, Registration, hookimpl
 
 _TRAINING = "only training reads it"
 KEYS = ConfigKeys(

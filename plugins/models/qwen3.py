@@ -7,7 +7,6 @@ model is built.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.hookspecs import NoOptions, Registration, hookimpl
 from core.layers.basic.config_keys import ConfigKeys
 from core.layers.basic.config_reader import ConfigReader
 from core.layers.decoder.decoder_config import (
@@ -17,6 +16,7 @@ from core.layers.decoder.decoder_config import (
 )
 from core.layers.decoder.decoder_family import DecoderFamily
 from core.layers.decoder.decoder_spec import DecoderSpec
+from core.plugin.hookspecs import NoOptions, Registration, hookimpl
 
 _WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 _DEFAULTS = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}

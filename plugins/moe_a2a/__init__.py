@@ -3,8 +3,8 @@
 import importlib.util
 from collections.abc import Sequence
 
-from core.config import AppConfig
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import AppConfig
 from plugins.moe_a2a._deepep_limits import config_problems
 from plugins.moe_a2a._measured import fastest, measured_rows
 from plugins.moe_a2a._options import (

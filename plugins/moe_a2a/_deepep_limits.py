@@ -7,7 +7,7 @@ The numbers are those of `sgl-deep-ep` 0.1.0 (DeepEP V1): sizes are compiled int
 
 import importlib.util
 
-from core.config import AppConfig
+from core.settings.config import AppConfig
 from plugins.moe_a2a._options import LOW_LATENCY_ROWS
 
 INSTALL = "pip install 'nodeweave[deepep]' (the package sgl-deep-ep, for CUDA 13)"

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from core.config import require_choice, require_range
 from core.errors import ConfigError
+from core.settings.config import require_choice, require_range
 
 LAYOUTS = ("contiguous", "batched")
 ALL_LAYOUTS = ("routed", *LAYOUTS)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
+from core.plugin.hookspecs import NoOptions
 
 
 class LocalDispatcher:

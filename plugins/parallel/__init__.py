@@ -6,8 +6,8 @@ Knows nothing of models: whether a model's sizes divide is its family's to say.
 
 from collections.abc import Sequence
 
-from core.config import AppConfig
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import AppConfig
 from plugins.parallel._settings import shared_problems
 
 

@@ -3,7 +3,7 @@
 Shared by the plans of this package. Knows nothing of models.
 """
 
-from core.config import ParallelConfig
+from core.settings.config import ParallelConfig
 
 
 def divisor_problems(key: str, size: int | None, parallel: ParallelConfig) -> list[str]:

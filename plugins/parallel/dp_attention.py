@@ -3,10 +3,10 @@ own, cut over the tp / dp_attention ranks of the group; dense layers and experts
 ranks by settings of their own (`dense_tp`, `ep`).
 """
 
-from core.config import ParallelConfig
 from core.errors import PlanError
-from core.hookspecs import NoOptions
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import NoOptions
+from core.settings.config import ParallelConfig
 from plugins.parallel._settings import divisor_problems
 
 

@@ -3,10 +3,10 @@
 Whether a model's sizes divide is the model family's to say (`ModelFamily.plan_problems`).
 """
 
-from core.config import ParallelConfig
 from core.errors import PlanError
-from core.hookspecs import NoOptions
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import NoOptions
+from core.settings.config import ParallelConfig
 from plugins.parallel._settings import absent_problems
 
 

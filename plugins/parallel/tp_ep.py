@@ -2,10 +2,10 @@
 cut over the tp / ep ranks of a group. Attention is cut over all ranks.
 """
 
-from core.config import ParallelConfig
 from core.errors import PlanError
-from core.hookspecs import NoOptions
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import NoOptions
+from core.settings.config import ParallelConfig
 from plugins.parallel._settings import absent_problems, divisor_problems
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_fp8_linear, tune
-from core.devices.cuda.linear import triton_fp8
+from core.gpu_tools import tuning
 
 
 def test_a_word_names_a_program_and_the_beginning_of_shapes() -> None:
@@ -30,9 +30,8 @@ def test_a_sweep_is_run_with_its_rows_in_a_folder_of_its_own() -> None:
 def test_rows_of_other_devices_and_shapes_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tuned").mkdir()
-    table = tmp_path / "tuned" / "linear_fp8.json"
-    monkeypatch.setattr(triton_fp8, "__file__", str(tmp_path / "triton_fp8.py"))
+    table = tmp_path / "linear_fp8.json"
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     size_O, size_I, gated = gpu_fp8_linear.SHAPES["q_b"]
     shape = {"outputs": size_O, "inputs": size_I, "gated": gated, "path": "vendor", "us": 9.0}
     kept = [

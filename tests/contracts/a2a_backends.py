@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
+from core.plugin.hookspecs import NoOptions
 from core.testing.moe_a2a import CPU, Case, spec_of
 from plugins.moe_a2a import deepep, nccl
 from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions, NcclOptions

@@ -21,12 +21,12 @@ from torch import Tensor
 from core.devices.cuda.linear import triton_fp8
 from core.gpu_tools import peer_memory
 from core.gpu_tools.peer_memory import PeerMemory
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Communicator
 from core.interfaces.moe_a2a import Dispatcher
 from core.ops.block_fp8 import dequantize_rows
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import NoOptions
 from core.testing.moe_a2a import CASES, MAX_ROWS, NUM_STEPS, Case, rows_of, run_steps, spec_of
 from plugins.comm.gloo import GlooBackend
 from plugins.moe_a2a._gathered import GatherDispatcher

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.hookspecs import NoOptions
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import NoOptions
 from core.testing.moe_a2a import CPU, DEFAULT, Case, run_steps
 from plugins.comm.gloo import GlooBackend
 from plugins.comm.nccl import NcclBackend

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.cluster.nodes.missing import missing_ranks
-from core.config import PluginChoice
 from core.interfaces.comm import Comms, Communicator, SoloCommunicator, connect
 from core.parallel.layout import Layout
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import PluginChoice
 
 DTYPES = {
     "float32": torch.float32,

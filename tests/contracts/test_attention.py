@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import (
     AttentionBackend,
     AttentionSpec,
@@ -18,6 +17,7 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
+from core.plugin.hookspecs import NoOptions
 from core.testing.attention import (
     DECODE,
     LARGE,

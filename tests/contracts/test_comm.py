@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from core.hookspecs import NoOptions
 from core.interfaces.comm import SOLO, SoloCommunicator, connect
 from core.parallel.layout import Layout
+from core.plugin.hookspecs import NoOptions
 from tests.contracts.comm_rank import ALL_TO_ALLS, CARRIED, DTYPES, rows_to_send, value
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionBackend, LatentAttentionSpec
+from core.plugin.hookspecs import NoOptions
 from tests.contracts.latent_attention_cases import Case, Step, make_step, split_queries
 
 V3 = (128, 64, 128, 512)

@@ -233,7 +233,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_signal_while_it_composes_is_quiet_too():
     """SIGINT before anything starts: 130 and silence, no traceback."""
     code = (
-        "import os, signal, sys; import core.plugin_manager as p\n"
+        "import os, signal, sys; import core.plugin.plugin_manager as p\n"
         # A shell's background jobs inherit that SIGINT is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "p.PluginManager.load = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"

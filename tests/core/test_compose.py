@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.catalog import Catalog
-from core.compose import (
+from core.errors import ConfigError
+from core.plugin.plugin_manager import FAMILIES, PluginManager
+from core.settings.catalog import Catalog
+from core.settings.compose import (
     DEFAULTED_GROUPS,
     PATH_KEYS,
     SPREAD_GROUPS,
@@ -21,10 +23,8 @@ from core.compose import (
     parse_overrides,
     to_yaml,
 )
-from core.config import TOKEN_VARIABLE, AppConfig, ModelConfig
-from core.errors import ConfigError
-from core.plugin_manager import FAMILIES, PluginManager
-from core.schema import knobs
+from core.settings.config import TOKEN_VARIABLE, AppConfig, ModelConfig
+from core.settings.schema import knobs
 
 ROOT = Path(__file__).parents[2]
 FILES = [

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from core.catalog import Catalog
-from core.compose import compose, parse_overrides
-from core.config import AppConfig
-from core.habits import (
+from core.settings.catalog import Catalog
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import AppConfig
+from core.settings.habits import (
     KEYS,
     MODEL_FLAGS,
     NOTES,
@@ -18,7 +18,7 @@ from core.habits import (
     preset_like,
     setting,
 )
-from core.schema import knobs
+from core.settings.schema import knobs
 
 ROOT = Path(__file__).parents[2]
 GROUPS = Catalog([]).groups

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from core.compose import compose, parse_overrides
-from core.config import AppConfig, PluginChoice
 from core.engine.build.model import measure_rank
 from core.errors import ConfigError
 from core.interfaces.model import BuildContext, LatentKVShape, Model, ModelSpec
 from core.interfaces.weights import Shard
 from core.parallel.plan import Plan
 from core.plan_report import PlanReport, plan_report
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import AppConfig, PluginChoice
 from tests.support.models import TINY, family_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
+from core.plugin.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
 from core.plugin_list import to_json, to_text
-from core.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
 from core.run import main
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,11 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from core import hookspecs
-from core.config import (
+from core.errors import ConfigError, PlanError, PluginError
+from core.plugin import hookspecs
+from core.plugin.hookspecs import PROJECT, Registration, hookimpl
+from core.plugin.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
+from core.settings.config import (
     AppConfig,
     AttentionConfig,
     FrontendConfig,
@@ -20,9 +23,6 @@ from core.config import (
     ParallelConfig,
     PluginChoice,
 )
-from core.errors import ConfigError, PlanError, PluginError
-from core.hookspecs import PROJECT, Registration, hookimpl
-from core.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
 
 
 @dataclass(slots=True, kw_only=True)
@@ -359,7 +359,7 @@ def distribution(tmp_path, monkeypatch):
 
 
 GOOD = """
-    from core.hookspecs import Registration, hookimpl
+    from core.plugin.hookspecs import Registration, hookimpl
 
     @hookimpl
     def register_comm():
@@ -427,7 +427,8 @@ def test_auto_means_something_on_every_device(family, device):
 
 def test_discovery_imports_no_torch():
     code = (
-        "import sys; from core.plugin_manager import PluginManager; m = PluginManager.load(); "
+        "import sys; from core.plugin.plugin_manager import PluginManager; "
+        "m = PluginManager.load(); "
         "m.config_searchpath(); print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

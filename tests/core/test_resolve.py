@@ -7,13 +7,13 @@ import msgspec
 import pytest
 
 from core.cluster.nodes.facts import config_facts
-from core.compose import compose, parse_overrides
-from core.config import AppConfig, ModelConfig
 from core.errors import ConfigError, ModelError, PlanError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import NativeDtypes
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, find_family, resolve
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import AppConfig, ModelConfig
 from tests.support.models import TINY
 
 NO_DTYPES = NativeDtypes(native={}, lacking={})

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from core.errors import ConfigError
-from core.schema import build, defaults, did_you_mean, knobs
+from core.settings.schema import build, defaults, did_you_mean, knobs
 
 
 @dataclass(slots=True, kw_only=True)

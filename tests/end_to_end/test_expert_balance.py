@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from core.config import AppConfig, ExpertBalanceConfig, PluginChoice
 from core.interfaces.destinations import Destinations
 from core.layers.experts.experts import LocalExperts
 from core.ops.expert_map import map_experts
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement
+from core.settings.config import AppConfig, ExpertBalanceConfig, PluginChoice
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.oracle import TransformersOracle
 

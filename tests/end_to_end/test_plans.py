@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import ExpertBalanceConfig, PluginChoice
 from core.layers.experts.experts import LocalExperts
 from core.parallel.experts import LayerPlacement
+from core.settings.config import ExpertBalanceConfig, PluginChoice
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE
 from tests.support.oracle import TransformersOracle

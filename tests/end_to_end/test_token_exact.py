@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.config import PluginChoice
+from core.settings.config import PluginChoice
 from tests.support.engine import app_config, folder_model, greedy, offline_engine
 from tests.support.oracle import TransformersOracle
 

@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from core.cluster.processes.process_stat import process_state
-from core.compose import compose, parse_overrides
 from core.loading.files import resolve_files
+from core.settings.compose import compose, parse_overrides
 from tests.support.models import ignore_progress, write_tiny_model
 from tests.support.two_nodes import (
     ADDRESSES,
@@ -204,7 +204,7 @@ def test_another_plugin_version(
         )
         (info / "entry_points.txt").write_text("[nodeweave]\nacme = acme_nodeweave\n")
         (site / "acme_nodeweave.py").write_text(
-            "from core.hookspecs import hookimpl\n\n"
+            "from core.plugin.hookspecs import hookimpl\n\n"
             "@hookimpl\ndef check_plan(config):\n    return []\n"
         )
         paths.append({"PYTHONPATH": str(site)})

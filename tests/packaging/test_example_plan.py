@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import ParallelConfig, PluginChoice
 from core.errors import ConfigError, PlanError
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import ParallelConfig, PluginChoice
 
 EXAMPLE = Path(__file__).parents[2] / "examples/acme_plan"
 

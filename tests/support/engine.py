@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from core.config import AppConfig, ModelConfig
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine, OfflineLeader, SpreadEngine
 from core.engine.run.loop import follow
 from core.interfaces.messages import AgreedStep, SamplingParams
 from core.loading.files import resolve_files
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.serve.balancer import make_balancer
+from core.settings.config import AppConfig, ModelConfig
 from core.testing.ranks import ThreadCommunicator, plan_comms
 from tests.support.lockstep import thread_locksteps
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import uvloop
 
-from core.config import FrontendConfig
-from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
+from core.plugin.hookspecs import NoOptions
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
@@ -24,6 +23,7 @@ from core.serve.request_check import RequestLimits
 from core.serve.text_pool import TextPool
 from core.serve.text_process import TextBoot
 from core.serve.tokenizer import HfTokenizer
+from core.settings.config import FrontendConfig
 from plugins.frontends._openai.app import create_app
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, write_folder

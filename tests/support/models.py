@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import AppConfig, ExpertBalanceConfig, ModelConfig, MoEAllToAllConfig, PluginChoice
 from core.engine.build.model import (
     build_dispatchers,
     measure_rank,
@@ -37,7 +36,14 @@ from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import (
+    AppConfig,
+    ExpertBalanceConfig,
+    ModelConfig,
+    MoEAllToAllConfig,
+    PluginChoice,
+)
 from core.testing.ranks import plan_comms, run_ranks
 
 CPU = torch.device("cpu")

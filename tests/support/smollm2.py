@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.compose import compose, parse_overrides
-from core.config import ModelConfig
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch

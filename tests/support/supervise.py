@@ -12,8 +12,8 @@ import sys
 
 from core.cluster.processes.process import ProcessSpec
 from core.cluster.processes.supervisor import Supervisor
-from core.config import LaunchConfig
 from core.interfaces.control import Ready
+from core.settings.config import LaunchConfig
 
 
 def main() -> None:

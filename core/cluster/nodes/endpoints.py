@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from core.address import join_address
 from core.cluster.nodes.ports import Ports, node_of
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
 from core.loading.owned_dir import OwnedDir
 from core.parallel.plan import Plan
+from core.settings.address import join_address
 
 PREFIX = "nodeweave-"
 _MAX_SOCKET_PATH_BYTES = 107  # sun_path in <sys/un.h> holds 108 with its end

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from core.address import join_address, split_address
 from core.cluster.nodes import exchange as net
 from core.cluster.nodes.agreement import report
 from core.cluster.nodes.exchange import Exchange
@@ -32,10 +31,11 @@ from core.cluster.nodes.strangers import RefusalLog
 from core.cluster.processes.group import DrainAsked, Ended, GroupError, GroupEvent, Heard, farewell
 from core.cluster.processes.process import heard_text
 from core.cluster.processes.watch_clock import WatchClock
-from core.config import ClusterConfig, LaunchConfig
 from core.errors import ResourceError
 from core.interfaces.control import ChildStatus, Ready
 from core.interfaces.launcher import Site
+from core.settings.address import join_address, split_address
+from core.settings.config import ClusterConfig, LaunchConfig
 
 GATHER_S = 1.0  # after a difference was found, for those of further nodes
 BYE_S = 6.0  # for the other nodes to end their processes after `stop`

@@ -20,8 +20,8 @@ from typing import TypeVar
 
 import msgspec
 
-from core.address import join_address
 from core.cluster.nodes.node_messages import NodeMessage
+from core.settings.address import join_address
 
 PROTOCOL = "nodeweave-link/1"
 NONCE_BYTES = 32

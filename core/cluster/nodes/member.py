@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from core.address import join_address
 from core.cluster.nodes import exchange as net
 from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link import Link, LinkClosed, LinkError, WrongToken
@@ -34,6 +33,7 @@ from core.cluster.processes.watch_clock import WatchClock
 from core.errors import ConfigError, ResourceError
 from core.interfaces.control import Beat, ChildStatus, Failed, LinesDropped, Progress, Ready
 from core.interfaces.launcher import Site
+from core.settings.address import join_address
 
 RETRY_S = 0.25  # between two attempts to reach node 0
 CONNECT_S = 2.0  # for one attempt

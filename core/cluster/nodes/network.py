@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 
 import psutil
 
-from core.address import ADDRESS_KEY, join_address
 from core.errors import ConfigError, ResourceError
+from core.settings.address import ADDRESS_KEY, join_address
 
 # What the collectives' libraries read to choose the interface that their own sockets use.
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

@@ -7,9 +7,9 @@ are not here: those libraries let the system choose.
 
 from dataclasses import dataclass
 
-from core.address import ADDRESS_KEY, HIGHEST_PORT, split_address
 from core.errors import ConfigError
 from core.parallel.plan import Plan
+from core.settings.address import ADDRESS_KEY, HIGHEST_PORT, split_address
 
 CONTROL, STORE, ENGINE, LOCKSTEP, PLANS = 0, 1, 2, 3, 16  # PLANS + d: DP rank d
 

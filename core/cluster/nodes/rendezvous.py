@@ -1,6 +1,5 @@
 """How the nodes of an engine find each other: node 0 listens, the others come to it."""
 
-from core.address import join_address, split_address
 from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.lead import Lead
 from core.cluster.nodes.member import Member, reach
@@ -8,9 +7,10 @@ from core.cluster.nodes.network import interface_of, listen, own_address
 from core.cluster.nodes.secret import load_keys
 from core.cluster.processes.display import Display
 from core.cluster.processes.group import Alone, Group
-from core.config import AppConfig
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
+from core.settings.address import join_address, split_address
+from core.settings.config import AppConfig
 
 
 def meet(site: Site, config: AppConfig, display: Display) -> Group:

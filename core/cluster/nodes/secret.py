@@ -10,8 +10,8 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from core.config import MAKE_A_TOKEN, TOKEN_VARIABLE, ClusterConfig
 from core.errors import ConfigError
+from core.settings.config import MAKE_A_TOKEN, TOKEN_VARIABLE, ClusterConfig
 
 MIN_TOKEN_BYTES = 16
 MAX_TOKEN_BYTES = 4096

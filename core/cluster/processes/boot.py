@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from core.config import AppConfig
 from core.interfaces.control import Endpoints, ModelFiles
 from core.parallel.plan import Plan
+from core.settings.config import AppConfig
 
 
 def worker_name(rank: int) -> str:

@@ -27,8 +27,8 @@ from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupE
 from core.cluster.processes.process import Child, ProcessSpec
 from core.cluster.processes.signals import signal_pipe
 from core.cluster.processes.vigil import Vigil
-from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
+from core.settings.config import LaunchConfig
 
 FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
 STOP_S = 1.0  # for processes to end by themselves after a failure, before they are killed

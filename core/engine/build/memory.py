@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.config import EngineConfig
 from core.devices.cpu.host_memory import available_bytes
 from core.errors import ResourceError
 from core.interfaces.attention import LayerKV
 from core.interfaces.model import KVShape, LatentKVShape
+from core.settings.config import EngineConfig
 
 GIB = 1024**3
 # On a CPU the pool competes with everything else on the host, so that it is bounded unless

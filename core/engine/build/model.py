@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 
-from core.config import AppConfig, EngineConfig, ExpertBalanceConfig
 from core.devices.select import select_row_ops
 from core.devices.weight_formats import select_format
 from core.engine.run.expert_balance import initial_placements
@@ -23,7 +22,8 @@ from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import AppConfig, EngineConfig, ExpertBalanceConfig
 
 log = logging.getLogger(__name__)
 

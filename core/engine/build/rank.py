@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from core.config import AppConfig
 from core.devices.select import select_ops
 from core.devices.weight_formats import select_format
 from core.engine.build.commit import commit_in_background
@@ -60,8 +59,9 @@ from core.loading.progress import OnProgress
 from core.loading.reader import ShapeReader
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
+from core.settings.config import AppConfig
 
 CAPTURE_TASK = "capture steps"
 

@@ -3,7 +3,6 @@
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from core.config import AppConfig, PluginChoice
 from core.engine.build.rank_store import RankStore, StoreHub
 from core.errors import ConfigError
 from core.interfaces.comm import (
@@ -17,7 +16,8 @@ from core.interfaces.comm import (
 from core.interfaces.control import Endpoints
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import AXES, Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import AppConfig, PluginChoice
 
 # The mesh axes that models and engine communicate over, by the config key that chooses how.
 KIND_OF_AXIS = {

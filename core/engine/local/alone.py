@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from core.config import AppConfig
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.device import open_device
 from core.engine.build.rank import RankContext, RankEngine, build_rank
@@ -21,8 +20,9 @@ from core.engine.run.lockstep import Agreement, rank_facts, settle
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.messages import StepPlan
 from core.loading.files import resolve_files
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
+from core.settings.config import AppConfig
 
 
 @dataclass(frozen=True, slots=True)

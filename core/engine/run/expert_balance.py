@@ -17,7 +17,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from core.config import ExpertBalanceConfig
 from core.errors import ConfigError
 from core.interfaces.comm import Communicator
 from core.interfaces.messages import ExpertLoads
@@ -25,6 +24,7 @@ from core.interfaces.model import ExpertLayer, ModelSpec
 from core.parallel.eplb import balanced_placement, imbalance, nodes_of_groups
 from core.parallel.experts import LayerPlacement, default_placement
 from core.parallel.plan import Plan
+from core.settings.config import ExpertBalanceConfig
 
 # Steps between two sums over all ranks, at most: often enough for metrics, too rare to be felt.
 GATHER_STEPS = 100

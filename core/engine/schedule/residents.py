@@ -5,10 +5,10 @@ written here only. A resident's first `node.depth` pages belong to the prefix ca
 the request alone; the scratch page 0 belongs to nobody.
 """
 
-from core.config import EngineConfig
 from core.engine.schedule.kv_pool import KVPool
 from core.engine.schedule.prefix_cache import Match, Node, NullPrefixCache, PrefixCache, Prefixes
 from core.engine.schedule.request import Request
+from core.settings.config import EngineConfig
 
 
 class Residents:

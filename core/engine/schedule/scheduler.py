@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from core.config import EngineConfig
 from core.engine.schedule.decode_set import DecodeSet
 from core.engine.schedule.pace import LONGEST_STEP_S, Pace
 from core.engine.schedule.prompt_budget import LEAST_BASE_COSTS, LEAST_SHARE, PromptBudget
@@ -39,6 +38,7 @@ from core.interfaces.messages import (
     StepPlan,
     StepResult,
 )
+from core.settings.config import EngineConfig
 
 # Tokens that every running request must still have room for when another one is let in.
 HEADROOM_TOKENS = 32

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import EngineConfig
 from core.engine.step.batch import Batch
 from core.engine.step.forward import (
     ComputedStep,
@@ -38,6 +37,7 @@ from core.interfaces.messages import StepFacts, StepPlan
 from core.interfaces.moe_a2a import Dispatcher
 from core.ops.stage import DecodeRows, Staging, packed_length
 from core.parallel.layout import Layout
+from core.settings.config import EngineConfig
 
 DEFAULT_MOST_ROWS = 512
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from core.config import EngineConfig
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+from core.settings.config import EngineConfig
 
 GREEDY = SamplingParams(max_tokens=2, temperature=0.0)
 # Everything that makes copies of the logits at once.

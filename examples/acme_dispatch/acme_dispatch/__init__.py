@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
 
 
 @hookimpl

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.hookspecs import NoOptions
 from core.interfaces.moe_a2a import A2ASpec, Dispatched, ExpertLayout, Routes
+from core.plugin.hookspecs import NoOptions
 
 
 @dataclass(frozen=True, slots=True)

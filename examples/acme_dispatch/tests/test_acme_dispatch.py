@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from acme_dispatch.dispatcher import AcmeDispatcher
 
-from core.hookspecs import NoOptions
+from core.plugin.hookspecs import NoOptions
 from core.testing.moe_a2a import CASES, Case, check_dispatcher
 
 

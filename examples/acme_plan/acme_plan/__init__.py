@@ -7,10 +7,10 @@ more ranks mean more groups.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.config import ParallelConfig
 from core.errors import PlanError
-from core.hookspecs import Registration, hookimpl
 from core.parallel.plan import Plan
+from core.plugin.hookspecs import Registration, hookimpl
+from core.settings.config import ParallelConfig
 
 
 @dataclass(slots=True, kw_only=True)

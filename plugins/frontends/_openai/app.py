@@ -16,10 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from core.errors import RequestError
-from core.hookspecs import NoOptions
 from core.interfaces.frontend import EngineState, FrontendContext
 from core.interfaces.http import record_of
 from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
+from core.plugin.hookspecs import NoOptions
 from plugins.frontends._openai import metrics
 from plugins.frontends._openai.asgi import App, Call, Receive, Scope, Send, send_json
 from plugins.frontends._openai.chat import ChatCompletions, chat_text

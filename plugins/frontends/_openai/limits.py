@@ -7,10 +7,10 @@ value only where it is a number of ordinary size.
 from collections.abc import Sequence
 from typing import Any
 
-from core.config import FrontendConfig
 from core.errors import RequestError
 from core.interfaces.frontend import ServedModel
 from core.interfaces.messages import SamplingParams
+from core.settings.config import FrontendConfig
 from plugins.frontends._openai.protocol import Generation
 
 MAX_STOP_CHARACTERS = 1024

@@ -10,10 +10,16 @@ import pytest
 
 from core.cluster.nodes import facts
 from core.cluster.nodes.facts import FREE_KEYS, code_facts, config_facts, gather, weight_facts
-from core.config import AppConfig, ExpertBalanceConfig, LaunchConfig, ModelConfig, ParallelConfig
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import Machine, NativeDtypes
+from core.settings.config import (
+    AppConfig,
+    ExpertBalanceConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from tests.support.models import folder_files, ignore_progress
 
 MACHINE = Machine(

@@ -27,10 +27,10 @@ from core.cluster.processes.group import (
     Heard,
     Stopped,
 )
-from core.config import AppConfig, ClusterConfig, LaunchConfig, ModelConfig
 from core.errors import ConfigError, NodeweaveError, ResourceError
 from core.interfaces.control import Beat, Failed, Phase, Ready
 from core.interfaces.launcher import Site
+from core.settings.config import AppConfig, ClusterConfig, LaunchConfig, ModelConfig
 
 KEY = b"k" * 32
 FACTS = {"config a": "1"}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from core.address import join_address, split_address
 from core.cluster.nodes.ports import Listener, Ports, listeners, node_of, table
 from core.errors import ConfigError
 from core.parallel.plan import Plan
+from core.settings.address import join_address, split_address
 
 # 16 ranks, 8 attention groups of 2, over experts of one rank each.
 DP8 = Plan(dp=8, tp_attn=2, ep=16)

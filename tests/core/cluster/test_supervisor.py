@@ -25,9 +25,9 @@ from core.cluster.processes.process import ProcessSpec
 from core.cluster.processes.process_stat import process_state
 from core.cluster.processes.signals import OwnSignals, signal_pipe
 from core.cluster.processes.supervisor import FAREWELL_S, Supervisor
-from core.config import LaunchConfig
 from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
 from core.interfaces.launcher import Site
+from core.settings.config import LaunchConfig
 
 ROOT = Path(__file__).parents[3]
 END_LIMIT_S = 2.0  # what the engine promises from a failure to the end of the last process

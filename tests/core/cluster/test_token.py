@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from core.cluster.nodes.secret import TOKEN_VARIABLE, ClusterKeys, derive, load_keys
-from core.config import ClusterConfig
 from core.errors import ConfigError
+from core.settings.config import ClusterConfig
 
 TOKEN = "0123456789abcdef"
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.config import PluginChoice
 from core.engine.build.rank import build_rank
 from core.engine.local.alone import build_alone, offline_alone
 from core.errors import ConfigError
 from core.parallel.plan import AXES
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import PluginChoice
 from tests.support.engine import app_config, folder_model, greedy, offline_engine
 from tests.support.models import write_tiny_model
 

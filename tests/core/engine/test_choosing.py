@@ -9,7 +9,6 @@ from torch import Tensor
 
 import core.engine.build.rank as build
 import core.engine.sample.choosing as choosing
-from core.config import PluginChoice
 from core.engine.sample.choosing import OneForAll, RanksTogether, make_chooser
 from core.engine.sample.sampler import Sampler
 from core.engine.step.batch import SlotState
@@ -17,6 +16,7 @@ from core.engine.step.forward import ComputedStep
 from core.interfaces.comm import AxisPlace, Comms
 from core.interfaces.messages import SamplingParams, SlotInit
 from core.interfaces.model import VocabularyPart
+from core.settings.config import PluginChoice
 from core.testing.ranks import run_ranks, tp_comms
 from tests.support.engine import CPU, app_config, folder_model, spread_engine
 from tests.support.models import VOCAB_SIZE

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.config import ExpertBalanceConfig
 from core.engine.run.expert_balance import (
     GATHER_STEPS,
     READ_DELAY_STEPS,
@@ -25,6 +24,7 @@ from core.interfaces.model import ModelSpec, MoESpec
 from core.parallel.eplb import imbalance
 from core.parallel.experts import LayerPlacement, default_placement
 from core.parallel.plan import Plan
+from core.settings.config import ExpertBalanceConfig
 from core.testing.ranks import plan_comms, run_ranks
 
 NUM_EXPERTS, REDUNDANT, EP = 16, 8, 4

@@ -20,7 +20,6 @@ import core.engine.sample.choosing as choosing
 import core.engine.step.decode_graphs as graphs
 import core.engine.step.input as step_input
 import core.engine.step.recorder as recorder
-from core.config import EngineConfig, PluginChoice
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, build_rank
 from core.engine.local.offline import OfflineEngine
@@ -28,14 +27,15 @@ from core.engine.step.decode_graphs import graph_sizes, most_graph_rows, reason_
 from core.engine.step.input import NUM_BLOCKS, StepInput, send_decodes
 from core.engine.step.prompt_graphs import padding_pays, prompt_sizes
 from core.errors import ConfigError
-from core.hookspecs import Registration, hookimpl
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, Generate, StepPlan
 from core.loading.files import resolve_files
 from core.ops.stage import DecodeRows, packed_length
 from core.ops.torch_ops import TorchOps
-from core.plugin_manager import PluginManager
+from core.plugin.hookspecs import Registration, hookimpl
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
+from core.settings.config import EngineConfig, PluginChoice
 from core.testing.ranks import ThreadCommunicator
 from plugins.attention._latent_torch_ref import TorchRefLatentBackend
 from plugins.attention._torch_ref_backend import TorchRefBackend

@@ -12,7 +12,6 @@ import msgspec
 import pytest
 import zmq
 
-from core.config import EngineConfig
 from core.engine.run.expert_balance import NoBalancer
 from core.engine.run.links import LeaderLinks, open_links
 from core.engine.run.mailbox import ZmqMailbox
@@ -33,6 +32,7 @@ from core.parallel.plan import Plan
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import RequestLimits
+from core.settings.config import EngineConfig
 from core.wire import Wire
 from tests.support.fake_engine import endpoints_in
 from tests.support.fake_runner import VOCAB_SIZE, FakeRunner, expected_answer

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from core.config import EngineConfig
 from core.engine.run.lockstep import (
     HubLockstep,
     HubMessage,
@@ -31,6 +30,7 @@ from core.interfaces.messages import (
     StepFacts,
     StepResult,
 )
+from core.settings.config import EngineConfig
 from tests.support.fake_runner import VOCAB_SIZE, Expected, FakeRunner, expected_answer
 from tests.support.interleave import Deadlock, World
 

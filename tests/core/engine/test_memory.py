@@ -6,7 +6,6 @@ import psutil
 import pytest
 import torch
 
-from core.config import EngineConfig
 from core.engine.build.memory import (
     CPU_POOL_BYTES,
     GIB,
@@ -17,6 +16,7 @@ from core.engine.build.memory import (
 )
 from core.errors import ResourceError
 from core.interfaces.model import KVShape
+from core.settings.config import EngineConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 KV = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, scale=1.0)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from core.config import EngineConfig
 from core.engine.run.lockstep import rank_facts, settle
 from core.engine.schedule.mixed_steps import LEAST_TOKENS, STEP_S, mixed_tokens
 from core.engine.schedule.scheduler import BACKLOG_STEPS, Scheduler
 from core.interfaces.messages import Abort, Generate, SamplingParams, StepPlan, StepResult
+from core.settings.config import EngineConfig
 
 
 @pytest.mark.parametrize(

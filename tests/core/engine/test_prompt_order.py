@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from core.config import EngineConfig
 from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_budget import LEAST_BASE_COSTS, LEAST_TOKENS
 from core.engine.schedule.prompt_order import LONG_SHARE
 from core.engine.schedule.scheduler import EXPIRY_INTERVAL_S, QUEUE_TIMEOUT, Scheduler
 from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.settings.config import EngineConfig
 
 PAGE = 4
 

@@ -34,12 +34,12 @@ PLAN = Plan(tp_attn=3, tp_expert=3)
 RANK = """
 import os, socket, sys
 import torch, torch.distributed as dist
-from core.config import AppConfig, ModelConfig
+from core.settings.config import AppConfig, ModelConfig
 from core.engine.build.ranks import join_ranks
 from core.interfaces.control import Endpoints
 from core.parallel.mesh import _stay_on_loopback
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 torch.set_num_threads(1)
 _stay_on_loopback()
 rank, where, key = int(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from core.config import EngineConfig
 from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import (
     Abort,
@@ -14,6 +13,7 @@ from core.interfaces.messages import (
     StepPlan,
     StepResult,
 )
+from core.settings.config import EngineConfig
 from tests.support.fake_runner import FakeRunner
 
 EOS = 2

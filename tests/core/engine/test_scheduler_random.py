@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.config import EngineConfig
 from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_budget import LEAST_TOKENS
 from core.engine.schedule.request import State
@@ -20,6 +19,7 @@ from core.interfaces.messages import (
     StepPlan,
     StepResult,
 )
+from core.settings.config import EngineConfig
 from tests.support.fake_runner import VOCAB_SIZE, Expected, FakeRunner, expected_answer
 
 EOS_IDS = [0, 1]

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.config import AppConfig
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
 from core.loading.files import resolve_files
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
+from core.settings.config import AppConfig
 from tests.support.engine import app_config, folder_model
 from tests.support.models import VOCAB_SIZE, write_tiny_model
 

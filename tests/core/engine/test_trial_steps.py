@@ -2,7 +2,6 @@
 
 import pytest
 
-from core.config import EngineConfig
 from core.engine.run.lockstep import rank_facts
 from core.engine.step.trial_steps import (
     COSTLIEST,
@@ -13,6 +12,7 @@ from core.engine.step.trial_steps import (
     row_counts,
 )
 from core.interfaces.messages import StepPlan
+from core.settings.config import EngineConfig
 
 LIMITS = [
     (EngineConfig(), 4096),

@@ -1,7 +1,6 @@
 """Which device's rows a shape takes."""
 
 import json
-from importlib import resources
 
 import pytest
 import torch
@@ -65,7 +64,7 @@ def test_more_rows_than_were_measured_are_borrowed(two_tables: None) -> None:
 
 def test_every_row_is_of_a_device_that_is_described() -> None:
     known = {device.name for device in tuning.measured_devices()}
-    for file in (resources.files("core.gpu_tools") / "tuned").iterdir():
+    for file in tuning.FOLDER.iterdir():
         if file.name == "devices.json":
             continue
         rows = json.loads(file.read_text())

@@ -16,7 +16,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from core.devices.select import select_row_ops
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Comms
 from core.interfaces.model import BuildContext, ExpertContext, ModelStep
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
@@ -31,6 +30,7 @@ from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
+from core.plugin.hookspecs import NoOptions
 from plugins.moe_a2a._options import AllGatherOptions, NcclOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher
 from plugins.moe_a2a.local import LocalDispatcher

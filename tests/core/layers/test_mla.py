@@ -13,7 +13,6 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from core.devices.cpu.cpu_ops import CpuOps
 from core.engine.step.batch import Batch
 from core.engine.step.latent_attention import LatentPagedAttention
-from core.hookspecs import NoOptions
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.latent_attention import LatentAttentionSpec
@@ -27,6 +26,7 @@ from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
+from core.plugin.hookspecs import NoOptions
 from core.testing.ranks import plan_comms, run_ranks
 from plugins.attention import _latent_cpu, _latent_torch_ref
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from core.compose import compose, parse_overrides
 from core.errors import ConfigError
 from core.llm.settings import configure
+from core.settings.compose import compose, parse_overrides
 
 SAME = [
     ({}, []),

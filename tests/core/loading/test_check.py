@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.config import ModelConfig
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.weights import Shard, TensorInfo, WeightReader
@@ -16,6 +15,7 @@ from core.loading.check import check_checkpoint
 from core.loading.open import open_weights
 from core.loading.reader import ShapeReader
 from core.loading.takes import BLOCK
+from core.settings.config import ModelConfig
 from tests.support.models import CPU, ignore_progress
 
 FP8 = torch.float8_e4m3fn

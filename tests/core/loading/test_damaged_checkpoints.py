@@ -22,7 +22,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from core.config import ModelConfig
 from core.errors import ModelError, NodeweaveError, RequestError
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
@@ -31,10 +30,11 @@ from core.loading.generation import NEUTRAL as GENERATION_NEUTRAL
 from core.loading.generation import READ as GENERATION_READ
 from core.loading.tokenizer_settings import READ as TOKENIZER_READ
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.resolve import find_family
 from core.serve.panics import LibraryError
 from core.serve.tokenizer import HfTokenizer
+from core.settings.config import ModelConfig
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 from tests.support import small_tokenizer
 from tests.support.damage import damaged_bytes, damaged_json, damaged_template

@@ -14,11 +14,11 @@ from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from core.config import ModelConfig, PackageSource
 from core.errors import ConfigError, ModelError, ResourceError
 from core.interfaces.control import ModelFiles
 from core.loading.files import resolve_files
 from core.serve.tokenizer import HfTokenizer
+from core.settings.config import ModelConfig, PackageSource
 from tests.support.gguf_files import write_gguf
 from tests.support.models import (
     TINY,
@@ -512,7 +512,7 @@ def test_the_launcher_needs_no_torch(own_cache: Path, tiny_folder: Folder, tmp_p
     gguf = write_gguf(tiny_folder("llama"), tmp_path / "model.gguf")
     script = """
 import sys
-from core.config import ModelConfig
+from core.settings.config import ModelConfig
 from core.loading.files import resolve_files
 for path in sys.argv[1:]:
     resolve_files(ModelConfig(name="m", path=path), lambda *_: None)

@@ -10,10 +10,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from core.config import ModelConfig
 from core.errors import ModelError, ResourceError
 from core.loading.files import resolve_files
 from core.loading.hub import is_repo_id
+from core.settings.config import ModelConfig
 from tests.support.models import ignore_progress, write_tiny_model
 
 

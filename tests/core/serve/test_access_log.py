@@ -6,10 +6,10 @@ import pytest
 
 from core.cluster.processes import log_stream
 from core.cluster.processes.log_stream import LogWriter
-from core.config import FrontendConfig
 from core.errors import ConfigError
 from core.interfaces.http import RequestRecord
 from core.serve.access_log import access_log, json_line, text_line
+from core.settings.config import FrontendConfig
 
 RECORD = RequestRecord(
     request_id="abc",

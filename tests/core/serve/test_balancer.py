@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.config import DP_BALANCERS
 from core.interfaces.messages import SamplingParams
 from core.serve import balancer as module
 from core.serve.balancer import (
@@ -20,6 +19,7 @@ from core.serve.balancer import (
     SoloBalancer,
     make_balancer,
 )
+from core.settings.config import DP_BALANCERS
 
 
 def full(max_tokens):

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from core.cluster.processes.boot import FrontendBoot, Served
 from core.cluster.processes.channel import STATUS_FD_VARIABLE
-from core.config import AppConfig, FrontendConfig, ModelConfig
 from core.interfaces.control import ChildStatus, EngineReady, ModelFiles, Ready
+from core.settings.config import AppConfig, FrontendConfig, ModelConfig
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import write_folder
 from tests.support.template_manners import MANNERS

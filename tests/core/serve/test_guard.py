@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from core.config import FrontendConfig
 from core.errors import ConfigError
 from core.interfaces.http import EXTENSION, RequestRecord
 from core.serve.guard import Guard
+from core.settings.config import FrontendConfig
 
 UI = "http://localhost:3000"
 

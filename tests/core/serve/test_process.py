@@ -15,7 +15,6 @@ import pytest
 
 from core.cluster.processes.boot import FrontendBoot, Served
 from core.cluster.processes.channel import STATUS_FD_VARIABLE
-from core.config import AppConfig, FrontendConfig, LaunchConfig, ModelConfig
 from core.interfaces.control import (
     ChildStatus,
     Drain,
@@ -28,6 +27,7 @@ from core.interfaces.control import (
     Ready,
 )
 from core.serve.process import check_exposure, read_api_key
+from core.settings.config import AppConfig, FrontendConfig, LaunchConfig, ModelConfig
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.http_stack import ANSWER
 from tests.support.small_tokenizer import write_folder
@@ -282,7 +282,7 @@ def test_no_anonymous_access_from_other_machines(start, tmp_path):
 
 
 THIRD_PARTY = """
-from core.hookspecs import Registration, hookimpl
+from core.plugin.hookspecs import Registration, hookimpl
 
 @hookimpl
 def register_frontend():

@@ -16,7 +16,6 @@ import zmq
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from core.config import EngineConfig
 from core.engine.sample.sampler import Sampler
 from core.engine.schedule.scheduler import Scheduler
 from core.errors import RequestError
@@ -34,6 +33,7 @@ from core.serve.balancer import LeastTokens
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import MAX_LOGPROBS, RequestLimits, size_problem
 from core.serve.tokenizer import HfTokenizer
+from core.settings.config import EngineConfig
 from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import write_folder
 

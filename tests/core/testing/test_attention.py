@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.hookspecs import NoOptions
+from core.plugin.hookspecs import NoOptions
 from core.testing.attention import CASES, DECODE, PREFILL, check_backend
 from plugins.attention._torch_ref_backend import build
 

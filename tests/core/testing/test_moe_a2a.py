@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.hookspecs import NoOptions
 from core.interfaces.moe_a2a import Routes
+from core.plugin.hookspecs import NoOptions
 from core.testing.moe_a2a import CASES, DEFAULT, check_dispatcher
 from plugins.moe_a2a._options import AllGatherOptions
 from plugins.moe_a2a.allgather import AllGatherDispatcher

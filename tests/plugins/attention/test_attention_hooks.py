@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from core.config import AppConfig, ModelConfig
+from core.settings.config import AppConfig, ModelConfig
 from plugins.attention import cpu, torch_ref, triton
 
 PLUGINS = [cpu, torch_ref, triton]

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from core.hookspecs import NoOptions
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
+from core.plugin.hookspecs import NoOptions
 from plugins.attention._cpu_backend import CpuBackend, build, group_by_length
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.config import (
+from core.settings.config import (
     AppConfig,
     CommConfig,
     EngineConfig,

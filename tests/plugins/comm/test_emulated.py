@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from core.errors import ConfigError
-from core.hookspecs import NoOptions
 from core.interfaces.comm import Comms, StandInBackend
 from core.ops.ragged import gather_rows, scatter_rows
 from core.parallel.layout import Layout
+from core.plugin.hookspecs import NoOptions
 from plugins.comm.emulated import EmulatedBackend, EmulatedCommunicator
 
 SIZES = [(0, 2), (1, 2), (3, 4), (0, 16)]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.config import AppConfig, LaunchConfig, ModelConfig
+from core.settings.config import AppConfig, LaunchConfig, ModelConfig
 
 # What a launcher may read; tests set what they mean and inherit nothing.
 PREFIXES = ("SLURM_", "LWS_", "JOB_COMPLETION_", "NODEWEAVE_", "POD_")

@@ -4,7 +4,7 @@ import pytest
 
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
-from core.schema import build
+from core.settings.schema import build
 from plugins.launchers.kubernetes import KubernetesOptions, find_site, make_launcher
 
 LWS = {

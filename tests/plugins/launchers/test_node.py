@@ -2,10 +2,10 @@
 
 import pytest
 
-from core.config import AppConfig, LaunchConfig, ModelConfig
 from core.errors import ConfigError, PlanError, ResourceError
 from core.interfaces.launcher import Launcher, Machine, NativeDtypes, RemoteLauncher, Site
 from core.parallel.plan import Plan
+from core.settings.config import AppConfig, LaunchConfig, ModelConfig
 from plugins.launchers import register_launcher
 from plugins.launchers._node import (
     SPIN_COUNT,

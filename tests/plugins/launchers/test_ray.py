@@ -13,10 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.config import TOKEN_VARIABLE, AppConfig, LaunchConfig, ModelConfig, ParallelConfig
 from core.errors import ConfigError, PlanError, ResourceError
 from core.interfaces.launcher import RemoteLauncher
-from core.schema import build
+from core.settings.config import (
+    TOKEN_VARIABLE,
+    AppConfig,
+    LaunchConfig,
+    ModelConfig,
+    ParallelConfig,
+)
+from core.settings.schema import build
 from plugins.launchers._ray_node import NodeProcess
 from plugins.launchers.ray import (
     KILL_AFTER_S,

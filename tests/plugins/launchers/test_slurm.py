@@ -4,7 +4,7 @@ import pytest
 
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
-from core.schema import build
+from core.settings.schema import build
 from plugins.launchers.slurm import SlurmOptions, default_port, find_site, make_launcher
 
 

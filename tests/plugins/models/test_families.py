@@ -4,11 +4,11 @@ import subprocess
 import sys
 from typing import Any
 
-from core.compose import compose, parse_overrides
-from core.config import PluginChoice
-from core.hookspecs import NoOptions
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.hookspecs import NoOptions
+from core.plugin.plugin_manager import PluginManager
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import PluginChoice
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 from tests.support.models import family_of
 
@@ -38,7 +38,7 @@ def test_every_family_is_registered_and_built() -> None:
 def test_reading_a_model_imports_no_torch() -> None:
     script = """
 import sys
-from core.hookspecs import NoOptions
+from core.plugin.hookspecs import NoOptions
 from core.parallel.plan import Plan
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from core.config import AppConfig, EngineConfig, LaunchConfig, ModelConfig, ParallelConfig
+from core.settings.config import AppConfig, EngineConfig, LaunchConfig, ModelConfig, ParallelConfig
 from plugins import moe_a2a
 from plugins.moe_a2a._measured import fastest, measured_rows
 

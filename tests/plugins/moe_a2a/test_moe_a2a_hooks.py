@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from core.config import (
+from core.errors import ConfigError
+from core.settings.config import (
     AppConfig,
     EngineConfig,
     LaunchConfig,
@@ -17,7 +18,6 @@ from core.config import (
     ParallelConfig,
     PluginChoice,
 )
-from core.errors import ConfigError
 from plugins import moe_a2a
 from plugins.moe_a2a._options import AllGatherOptions, DeepEPOptions
 

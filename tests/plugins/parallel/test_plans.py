@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import AppConfig, ExpertBalanceConfig, ModelConfig, ParallelConfig, PluginChoice
 from core.errors import PlanError
-from core.hookspecs import NoOptions
 from core.parallel.plan import Plan
-from core.plugin_manager import PluginManager
+from core.plugin.hookspecs import NoOptions
+from core.plugin.plugin_manager import PluginManager
+from core.settings.config import (
+    AppConfig,
+    ExpertBalanceConfig,
+    ModelConfig,
+    ParallelConfig,
+    PluginChoice,
+)
 from plugins.parallel import check_plan, dp_attention, register_parallel_plan, tp, tp_ep
 
 CONFIGS = sorted((Path(__file__).parents[3] / "conf/parallel").glob("*.yaml"))

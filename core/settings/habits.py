@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.schema import did_you_mean
+from core.settings.schema import did_you_mean
 
 COMMANDS = ("serve", "launch", "launch_server", "run", "server", "start")
 # Flags of vLLM, SGLang and llama.cpp, as written after their dashes -> the key they set here.

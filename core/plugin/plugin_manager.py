@@ -13,11 +13,11 @@ from typing import Any
 
 import pluggy
 
-from core import hookspecs
-from core.config import AppConfig, PluginChoice
 from core.errors import ConfigError, PlanError, PluginError
-from core.hookspecs import ENTRY_POINT_GROUP, PROJECT, Registration
-from core.schema import build, did_you_mean
+from core.plugin import hookspecs
+from core.plugin.hookspecs import ENTRY_POINT_GROUP, PROJECT, Registration
+from core.settings.config import AppConfig, PluginChoice
+from core.settings.schema import build, did_you_mean
 
 BUILTIN_PLUGINS = (
     "plugins.comm",
@@ -143,7 +143,7 @@ class LoadedPlugin:
     distribution: str
     version: str
     module: str  # or the class of an object
-    hooks: tuple[str, ...]  # that it implements, in the order of core.hookspecs
+    hooks: tuple[str, ...]  # that it implements, in the order of core.plugin.hookspecs
     registered: tuple[Registered, ...]
 
 
@@ -440,5 +440,5 @@ def _register(manager: pluggy.PluginManager, source: _Source) -> None:
     if not callers:
         raise PluginError(
             f"{label} implements no hook; mark its functions with "
-            f"core.hookspecs.hookimpl\n{way_out}"
+            f"core.plugin.hookspecs.hookimpl\n{way_out}"
         )

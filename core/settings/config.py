@@ -1,8 +1,9 @@
-"""Typed configuration. Knows nothing of Hydra: `core.compose` fills these dataclasses once.
+"""Typed configuration. Knows nothing of Hydra: `core.settings.compose` fills these dataclasses
+once.
 
 Every knob has a unit in its name where it has one, a default, and a check in `__post_init__`.
 Classes are mutable only because OmegaConf can't build frozen nested ones; nobody writes to them
-after `core.compose` returned. Workers receive them as JSON (see `core.cluster`).
+after `core.settings.compose` returned. Workers receive them as JSON (see `core.cluster`).
 """
 
 import re
@@ -57,7 +58,7 @@ def require_origin(key: str, value: str) -> None:
 @dataclass(slots=True, kw_only=True)
 class PluginChoice:
     """Which plugin of a family is used and its options, checked against the plugin's own
-    config dataclass when the plugin table is read (`core.plugin_manager`)."""
+    config dataclass when the plugin table is read (`core.plugin.plugin_manager`)."""
 
     name: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """From command-line words to an AppConfig: the only place where Hydra objects become dataclasses.
 
 Hydra composes files and overrides into plain values; unknown keys and types are judged by
-`core.schema`, so that every mistake is reported in one way. Knows nothing of what plugins do.
+`core.settings.schema`, so that every mistake is reported in one way. Knows nothing of what plugins
+do.
 """
 
 import os
@@ -21,9 +22,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from core.address import split_address
-from core.catalog import OWN_CONFIGS, Catalog
-from core.config import (
+from core.errors import ConfigError
+from core.settings.address import split_address
+from core.settings.catalog import OWN_CONFIGS, Catalog
+from core.settings.config import (
     MAKE_A_TOKEN,
     TOKEN_VARIABLE,
     AppConfig,
@@ -31,9 +33,8 @@ from core.config import (
     CommConfig,
     MoEAllToAllConfig,
 )
-from core.errors import ConfigError
-from core.habits import key_of_flag, setting
-from core.schema import build, defaults, did_you_mean, knobs
+from core.settings.habits import key_of_flag, setting
+from core.settings.schema import build, defaults, did_you_mean, knobs
 
 # Groups that are chosen for each phase or axis; the bare name on the command line means all.
 SPREAD_GROUPS = {

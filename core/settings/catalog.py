@@ -11,8 +11,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from core.errors import ConfigError
-from core.habits import preset_like, setting
-from core.schema import did_you_mean
+from core.settings.habits import preset_like, setting
+from core.settings.schema import did_you_mean
 
 OWN_CONFIGS = "pkg://conf"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from core.config import AppConfig
+    from core.settings.config import AppConfig
 
 PROJECT = "nodeweave"
 ENTRY_POINT_GROUP = "nodeweave"
