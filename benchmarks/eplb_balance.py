@@ -26,12 +26,12 @@ from core.engine.local.offline import OfflineEngine
 from core.engine.run.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import ExpertLoads, SamplingParams
-from core.loading.files import resolve_files
 from core.parallel.eplb import balanced_placement, imbalance
 from core.parallel.experts import LayerPlacement, default_placement
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.settings.config import ModelConfig
+from core.sources.files import resolve_files
 from tests.support.engine import app_config
 
 NUM_EXPERTS, TOP_K = 256, 8

@@ -82,9 +82,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
     from core.engine.build.ranks import join_ranks
     from core.engine.local.offline import OfflineLeader
     from core.engine.run.links import FollowerLinks, open_links
-    from core.loading.files import resolve_files
     from core.plugin.plugin_manager import PluginManager
     from core.resolve import resolve
+    from core.sources.files import resolve_files
     from core.wire import Wire
 
     config, rank = configuration(arguments), arguments.rank

@@ -41,9 +41,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from core.engine.local.offline import OfflineEngine
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams
-    from core.loading.files import resolve_files
     from core.plugin.plugin_manager import PluginManager
     from core.resolve import resolve
+    from core.sources.files import resolve_files
 
     end("import")
     compiled = watch_compilations() if arguments.device == "cuda" else []

@@ -167,8 +167,8 @@ def _files(model: "ModelConfig") -> "ModelFiles":
     the config.json, nothing is fetched for it; a random checkpoint is written, so that its folder
     can be named."""
     from core.interfaces.control import ModelFiles
-    from core.loading.files import resolve_files
-    from core.loading.package import is_fetched
+    from core.sources.files import resolve_files
+    from core.sources.package import is_fetched
 
     is_here = model.package is not None and is_fetched(model.package)
     if model.shape is None or model.random_checkpoint is not None or is_here:

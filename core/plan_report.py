@@ -16,8 +16,8 @@ from core.engine.build.model import measure_model
 from core.errors import ConfigError
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.layers.decoder.decoder_spec import DecoderSpec
-from core.loading.takes import Take
 from core.parallel.plan import Plan
+from core.weights.takes import Take
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        from core.loading.cache import cache_root
-        from core.loading.disk_room import explained
+        from core.disk.cache import cache_root
+        from core.disk.disk_room import explained
 
         told = explained(error, cache_root())
         if not isinstance(told, NodeweaveError):

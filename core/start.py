@@ -30,11 +30,11 @@ from core.cluster.processes.process import ProcessSpec
 from core.cluster.processes.supervisor import Supervisor
 from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
 from core.interfaces.launcher import Launcher, Machine, Placement
-from core.loading.files import resolve_files
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
 from core.settings.config import AppConfig, EngineConfig
+from core.sources.files import resolve_files
 
 FRONTEND = "frontend"
 LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"

@@ -15,9 +15,9 @@ from core.cluster.processes.channel import Channel, exit_with_parent
 from core.cluster.processes.log_stream import exit_now, steady_output
 from core.cluster.processes.machine import raise_descriptor_limit
 from core.cluster.processes.signals import leave_signals_to_parent
+from core.disk.cache import cache_root
+from core.disk.disk_room import explained
 from core.interfaces.control import LinesDropped, Phase, Progress, Ready
-from core.loading.cache import cache_root
-from core.loading.disk_room import explained
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from core.loading.tokenizer_settings import EXTRA_TOKENS
+from core.model_files.tokenizer_settings import EXTRA_TOKENS
 
 _PROBE = "a"
 # Class of tokenizers in transformers 4 that makes its post-processor of the flags -> what it means

@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from core.disk.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
-from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
-from core.loading.tokenizer_settings import SPECIAL_TOKENS, check_settings
+from core.model_files.tokenizer_settings import SPECIAL_TOKENS, check_settings
 from core.serve.byte_table import REPLACEMENT, byte_of_piece, byte_table
 from core.serve.chat_template import ChatTemplate
 from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer

@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from core.cluster.processes.process_stat import process_state
-from core.loading.files import resolve_files
 from core.settings.compose import compose, parse_overrides
+from core.sources.files import resolve_files
 from tests.support.models import ignore_progress, write_tiny_model
 from tests.support.two_nodes import (
     ADDRESSES,

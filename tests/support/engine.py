@@ -15,11 +15,11 @@ from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine, OfflineLeader, SpreadEngine
 from core.engine.run.loop import follow
 from core.interfaces.messages import AgreedStep, SamplingParams
-from core.loading.files import resolve_files
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.serve.balancer import make_balancer
 from core.settings.config import AppConfig, ModelConfig
+from core.sources.files import resolve_files
 from core.testing.ranks import ThreadCommunicator, plan_comms
 from tests.support.lockstep import thread_locksteps
 

@@ -67,7 +67,7 @@ def write_gguf(
 
 def add_byte_vocabulary(writer: GGUFWriter, vocab_size: int) -> None:
     """A token for each byte, then control tokens, and one that is merged."""
-    from core.loading.tokenizer_json import byte_alphabet
+    from core.model_files.tokenizer_json import byte_alphabet
 
     controls = [f"<|control_{index}|>" for index in range(vocab_size - 257)]
     writer.add_tokenizer_model("gpt2")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.checkpoints.open import open_weights
 from core.engine.build.model import (
     build_dispatchers,
     measure_rank,
@@ -27,9 +28,7 @@ from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
-from core.loading.byte_tokenizer import byte_tokenizer_dir
-from core.loading.files import resolve_files
-from core.loading.open import open_weights
+from core.model_files.byte_tokenizer import byte_tokenizer_dir
 from core.ops.torch_heads import transform_heads
 from core.ops.torch_latent import transform_latent, whole_keys
 from core.ops.torch_ops import TorchOps
@@ -44,6 +43,7 @@ from core.settings.config import (
     MoEAllToAllConfig,
     PluginChoice,
 )
+from core.sources.files import resolve_files
 from core.testing.ranks import plan_comms, run_ranks
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.interfaces.control import ModelFiles
-from core.loading.files import resolve_files
 from core.settings.compose import compose, parse_overrides
 from core.settings.config import ModelConfig
+from core.sources.files import resolve_files
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from core.cluster.nodes.ports import Ports, node_of
+from core.disk.owned_dir import OwnedDir
 from core.errors import ResourceError
 from core.interfaces.control import Endpoints
-from core.loading.owned_dir import OwnedDir
 from core.parallel.plan import Plan
 from core.settings.address import join_address
 

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from core.disk.progress import ByteMeter, OnProgress
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import Machine
-from core.loading.progress import ByteMeter, OnProgress
 from core.settings.config import AppConfig
 
 # May differ: where things lie on a node, what belongs to one node, and what only node 0 uses.

@@ -17,13 +17,13 @@ from core.interfaces.model import BuildContext, ExpertContext, Model, ModelFamil
 from core.interfaces.moe_a2a import A2ASpec, Dispatcher
 from core.interfaces.ops import Ops
 from core.interfaces.weights import WeightFormat, WeightReader
-from core.loading.reader import ShapeReader
 from core.ops.torch_ops import TorchOps
 from core.parallel.experts import LayerPlacement
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.settings.config import AppConfig, EngineConfig, ExpertBalanceConfig
+from core.weights.reader import ShapeReader
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from core.checkpoints.open import open_weights
 from core.devices.select import select_ops
 from core.devices.weight_formats import select_format
+from core.disk.progress import OnProgress
 from core.engine.build.commit import commit_in_background
 from core.engine.build.memory import (
     HeldMemory,
@@ -54,14 +56,12 @@ from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 from core.interfaces.model import LatentKVShape, Model, ModelSpec
 from core.interfaces.moe_a2a import Dispatcher
 from core.interfaces.ops import Ops
-from core.loading.open import open_weights
-from core.loading.progress import OnProgress
-from core.loading.reader import ShapeReader
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import attention_family, find_family
 from core.settings.config import AppConfig
+from core.weights.reader import ShapeReader
 
 CAPTURE_TASK = "capture steps"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from core.disk.cache import cache_dir
+from core.disk.progress import OnProgress
 from core.engine.build.memory import GIB, GRAPH_BYTES, HeldMemory
 from core.engine.run.launch import StepLauncher, StreamLauncher
 from core.engine.run.lockstep import rank_facts, settle
@@ -26,8 +28,6 @@ from core.engine.step.trial_steps import (
 )
 from core.errors import ResourceError
 from core.interfaces.messages import AgreedStep, StepPlan
-from core.loading.cache import cache_dir
-from core.loading.progress import OnProgress
 from core.settings.config import EngineConfig
 
 OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds

@@ -19,10 +19,10 @@ from core.engine.local.offline import OfflineEngine
 from core.engine.run.lockstep import Agreement, rank_facts, settle
 from core.interfaces.comm import SOLO, Comms
 from core.interfaces.messages import StepPlan
-from core.loading.files import resolve_files
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
 from core.settings.config import AppConfig
+from core.sources.files import resolve_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,13 @@ from core.engine.step.prompt_graphs import padding_pays, prompt_sizes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
 from core.interfaces.messages import Abort, Generate, StepPlan
-from core.loading.files import resolve_files
 from core.ops.stage import DecodeRows, packed_length
 from core.ops.torch_ops import TorchOps
 from core.plugin.hookspecs import Registration, hookimpl
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.settings.config import EngineConfig, PluginChoice
+from core.sources.files import resolve_files
 from core.testing.ranks import ThreadCommunicator
 from plugins.attention._latent_torch_ref import TorchRefLatentBackend
 from plugins.attention._torch_ref_backend import TorchRefBackend

@@ -13,10 +13,10 @@ from core.engine.build.rank import RankContext, RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
-from core.loading.files import resolve_files
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
 from core.settings.config import AppConfig
+from core.sources.files import resolve_files
 from tests.support.engine import app_config, folder_model
 from tests.support.models import VOCAB_SIZE, write_tiny_model
 

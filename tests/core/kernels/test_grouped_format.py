@@ -7,9 +7,9 @@ import torch
 
 from core.devices.weight_formats import select_format
 from core.interfaces.weights import GroupedInts
-from core.loading.reader import ShapeReader
 from core.ops.grouped_ints import dequantize
 from core.parallel.sharding import Shard
+from core.weights.reader import ShapeReader
 from tests.core.kernels.test_grouped_ints import made_up
 
 CPU = torch.device("cpu")

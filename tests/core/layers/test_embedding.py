@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from core.checkpoints.dummy import DummyReader
 from core.interfaces.comm import Comms
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import PlainFormat
 from core.layers.basic.embedding import LMHead, VocabEmbedding
 from core.layers.basic.row_exchange import row_exchange
-from core.loading.dummy import DummyReader
 from core.ops.torch_ops import TorchOps
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan

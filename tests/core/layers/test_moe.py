@@ -21,7 +21,6 @@ from core.layers.experts.expert_moves import expert_moves
 from core.layers.experts.moe import MoELayer, rows_by_ep
 from core.layers.experts.moe_spec import MoELayerSpec
 from core.layers.experts.router import ExpertMap
-from core.loading.reader import ShapeReader
 from core.ops.block_fp8 import dequantize, quantize
 from core.ops.expert_map import map_experts
 from core.ops.torch_ops import TorchOps
@@ -30,6 +29,7 @@ from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows, solo_rows
 from core.testing.ranks import plan_comms, run_ranks
+from core.weights.reader import ShapeReader
 from tests.core.layers.moe_cases import (
     CPU,
     FAMILIES,

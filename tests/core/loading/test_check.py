@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.checkpoints.open import open_weights
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.weights import Shard, TensorInfo, WeightReader
-from core.loading.check import check_checkpoint
-from core.loading.open import open_weights
-from core.loading.reader import ShapeReader
-from core.loading.takes import BLOCK
 from core.settings.config import ModelConfig
+from core.weights.check import check_checkpoint
+from core.weights.reader import ShapeReader
+from core.weights.takes import BLOCK
 from tests.support.models import CPU, ignore_progress
 
 FP8 = torch.float8_e4m3fn

@@ -24,17 +24,17 @@ import pytest
 
 from core.errors import ModelError, NodeweaveError, RequestError
 from core.interfaces.control import ModelFiles
-from core.loading.files import resolve_files
-from core.loading.generation import IGNORED as GENERATION_IGNORED
-from core.loading.generation import NEUTRAL as GENERATION_NEUTRAL
-from core.loading.generation import READ as GENERATION_READ
-from core.loading.tokenizer_settings import READ as TOKENIZER_READ
+from core.model_files.generation import IGNORED as GENERATION_IGNORED
+from core.model_files.generation import NEUTRAL as GENERATION_NEUTRAL
+from core.model_files.generation import READ as GENERATION_READ
+from core.model_files.tokenizer_settings import READ as TOKENIZER_READ
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import find_family
 from core.serve.panics import LibraryError
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig
+from core.sources.files import resolve_files
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 from tests.support import small_tokenizer
 from tests.support.damage import damaged_bytes, damaged_json, damaged_template

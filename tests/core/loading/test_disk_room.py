@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from core.disk import disk_room as module
+from core.disk.disk_room import explained, free_bytes, no_room, require_room, says_no_room
 from core.errors import ModelError, ResourceError
-from core.loading import disk_room as module
-from core.loading.disk_room import explained, free_bytes, no_room, require_room, says_no_room
 
 FULL = os.strerror(errno.ENOSPC)
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from core.errors import ConfigError, ModelError, ResourceError
 from core.interfaces.control import ModelFiles
-from core.loading.files import resolve_files
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig, PackageSource
+from core.sources.files import resolve_files
 from tests.support.gguf_files import write_gguf
 from tests.support.models import (
     TINY,
@@ -513,7 +513,7 @@ def test_the_launcher_needs_no_torch(own_cache: Path, tiny_folder: Folder, tmp_p
     script = """
 import sys
 from core.settings.config import ModelConfig
-from core.loading.files import resolve_files
+from core.sources.files import resolve_files
 for path in sys.argv[1:]:
     resolve_files(ModelConfig(name="m", path=path), lambda *_: None)
 shape = {"architectures": ["X"], "vocab_size": 300}

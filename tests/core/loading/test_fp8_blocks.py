@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.checkpoints.dummy import DummyReader
+from core.checkpoints.safetensors import SafetensorsSource
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import Shard
-from core.loading import load
-from core.loading.dummy import DummyReader
-from core.loading.reader import CheckpointReader, ShapeReader
-from core.loading.safetensors import SafetensorsSource
+from core.weights import load
+from core.weights.reader import CheckpointReader, ShapeReader
 from tests.support.models import CPU, ignore_progress
 
 SHAPE = (300, 520)  # the last blocks are smaller, in both dimensions

@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from core.errors import ModelError, ResourceError
-from core.loading.files import resolve_files
-from core.loading.hub import is_repo_id
 from core.settings.config import ModelConfig
+from core.sources.files import resolve_files
+from core.sources.hub import is_repo_id
 from tests.support.models import ignore_progress, write_tiny_model
 
 

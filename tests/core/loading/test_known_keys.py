@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from core.loading import generation, tokenizer_settings
+from core.model_files import generation, tokenizer_settings
 
 TABLES = (generation, tokenizer_settings)
 # What transformers passes on between its own functions, and no file holds.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from core.checkpoints.dummy import DummyReader
+from core.checkpoints.safetensors import SafetensorsSource
 from core.interfaces.weights import BlockFp8, Shard, WeightReader
-from core.loading.dummy import DummyReader
-from core.loading.reader import CheckpointReader, ShapeReader
-from core.loading.safetensors import SafetensorsSource
+from core.weights.reader import CheckpointReader, ShapeReader
 from tests.support.models import CPU, ignore_progress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

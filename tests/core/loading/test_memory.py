@@ -17,8 +17,8 @@ EXTRA_BYTES = 40 * MIB
 CHILD = """
 import re, sys, torch
 from core.interfaces.weights import Shard
-from core.loading.reader import CheckpointReader, ShapeReader
-from core.loading.safetensors import SafetensorsSource
+from core.weights.reader import CheckpointReader, ShapeReader
+from core.checkpoints.safetensors import SafetensorsSource
 
 torch.set_num_threads(4)
 dtype, dim, num, rows, columns = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:6])

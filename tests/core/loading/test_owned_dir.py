@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from core.loading.owned_dir import OwnedDir, sweep
+from core.disk.owned_dir import OwnedDir, sweep
 
 ROOT = Path(__file__).parents[3]
 OWNER = """
 import sys, signal
-from core.loading.owned_dir import OwnedDir
+from core.disk.owned_dir import OwnedDir
 made = OwnedDir(sys.argv[1], "run-")
 (made.path / "socket").touch()
 print(made.path, flush=True)

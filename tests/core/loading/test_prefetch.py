@@ -11,8 +11,8 @@ from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import Shard
-from core.loading.prefetch import Prefetcher
-from core.loading.takes import Take
+from core.weights.prefetch import Prefetcher
+from core.weights.takes import Take
 
 
 def take(name: str, values: int = 10) -> Take:

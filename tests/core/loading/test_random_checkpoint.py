@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import ConfigError, ModelError
-from core.loading import random_checkpoint
-from core.loading.files import resolve_files
-from core.loading.random_checkpoint import random_checkpoint_dir
 from core.settings.compose import compose, parse_overrides
 from core.settings.config import ModelConfig, RandomCheckpoint
+from core.sources import random_checkpoint
+from core.sources.files import resolve_files
+from core.sources.random_checkpoint import random_checkpoint_dir
 from tests.support.models import build_model, ignore_progress, run_model
 from tests.support.oracle import TransformersOracle
 
@@ -106,7 +106,7 @@ def test_finding_a_written_checkpoint_imports_no_torch(folders: dict[str, Path])
     script = """
 import sys
 from core.settings.compose import compose, parse_overrides
-from core.loading.files import resolve_files
+from core.sources.files import resolve_files
 files = resolve_files(compose(parse_overrides(["+model=qwen3_moe_tiny"])).model, print)
 assert files.weight_format == "safetensors"
 assert "torch" not in sys.modules and "numpy" not in sys.modules

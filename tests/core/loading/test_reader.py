@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import Shard, TensorInfo
-from core.loading.reader import CheckpointReader, ShapeReader
+from core.weights.reader import CheckpointReader, ShapeReader
 from tests.support.models import CPU, ignore_progress
 
 

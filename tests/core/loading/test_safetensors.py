@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from core.checkpoints.file_rows import RowFile
+from core.checkpoints.safetensors import SafetensorsSource
+from core.checkpoints.safetensors_header import read_header
 from core.errors import ModelError
-from core.loading.file_rows import RowFile
-from core.loading.safetensors import SafetensorsSource
-from core.loading.safetensors_header import read_header
 from tests.support.weights import read_slice
 
 TENSORS = {

@@ -88,7 +88,7 @@ OTHER: dict[str, Any] = {
     "vocab_size": 300,
     "is_encoder_decoder": True,
 }
-# Read elsewhere: to pick the family, and to know what ends an answer (core.loading.files).
+# Read elsewhere: to pick the family, and to know what ends an answer (core.sources.files).
 ELSEWHERE = {"architectures", "eos_token_id"}
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from core.disk.plain_files import open_plain
 from core.errors import ModelError
-from core.loading.plain_files import open_plain
 
 # Columns with at least so many unwanted bytes between two rows are read row by row; below that,
 # the disk reads (and the system looks ahead over) what lies between anyway.

@@ -3,7 +3,7 @@ written once into the user's cache, and the same bytes on every machine.
 
 Which tensors there are is asked of the family itself, so that a checkpoint is whole whatever it
 holds. That needs torch, which whoever finds model files does not import: a process of its own
-(`python -m core.loading.random_checkpoint`) writes. Knows nothing of any family.
+(`python -m core.sources.random_checkpoint`) writes. Knows nothing of any family.
 """
 
 import hashlib
@@ -16,22 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from core.disk.cache import cache_dir, locked, publish_dir
 from core.errors import ConfigError, ModelError, NodeweaveError
-from core.loading.byte_tokenizer import byte_tokenizer_dir
-from core.loading.cache import cache_dir, locked, publish_dir
+from core.model_files.byte_tokenizer import byte_tokenizer_dir
 from core.settings.config import ModelConfig, PluginChoice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from core.interfaces.model import ModelFamily, ModelSpec
-    from core.loading.takes import Take
+    from core.weights.takes import Take
 
 FORMAT_VERSION = 1  # raise it where the same shape and seed give other contents
 MAX_BYTES = 2 * 1024**3
 DEFAULT_STD = 0.02  # of shapes without initializer_range
 VECTOR_STD = 0.2  # of biases, and of norms around 1: what stays at 0 or 1 hides mistakes
-WRITER = "core.loading.random_checkpoint"
+WRITER = "core.sources.random_checkpoint"
 
 
 class _Order(msgspec.Struct):
@@ -124,9 +124,9 @@ def _takes(family: "ModelFamily", spec: "ModelSpec") -> list["Take"]:
     from core.interfaces.comm import SOLO
     from core.interfaces.model import BuildContext, ExpertContext
     from core.interfaces.weights import PlainFormat
-    from core.loading.reader import ShapeReader
     from core.ops.torch_ops import TorchOps
     from core.parallel.experts import default_placement
+    from core.weights.reader import ShapeReader
 
     if spec.quantization is not None:
         raise ModelError("quantised weights are not made up; remove shape.quantization_config")

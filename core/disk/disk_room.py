@@ -48,7 +48,7 @@ def says_no_room(error: BaseException) -> bool:
 def explained(error: Exception, cache: Path) -> Exception:
     """A ResourceError that names the folders which are full, or the one that can't be written,
     where that is what happened; else the error itself. For whatever writes files somewhere inside
-    a library: compilers, NCCL. `cache`: core.loading.cache.cache_root()."""
+    a library: compilers, NCCL. `cache`: core.disk.cache.cache_root()."""
     if isinstance(error, ResourceError):
         return error
     if not says_no_room(error):

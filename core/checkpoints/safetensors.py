@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from core.checkpoints.file_rows import RowFile
+from core.checkpoints.safetensors_header import StoredTensor, read_header
 from core.errors import ModelError
 from core.interfaces.weights import GroupedInts, TensorInfo
-from core.loading.file_rows import RowFile
-from core.loading.safetensors_header import StoredTensor, read_header
 
 _DTYPES = {
     "F64": torch.float64,

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from core.disk.disk_room import no_room, says_no_room
 from core.errors import ModelError
-from core.loading.disk_room import no_room, says_no_room
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # No weights but safetensors, and nothing that would be run.

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
+from core.checkpoints.gguf.gguf_header import GGUFFile
+from core.checkpoints.gguf.gguf_tokens import GGUFTokens, read_tokens
+from core.disk.cache import cache_dir, publish_dir
 from core.errors import ModelError
-from core.loading.cache import cache_dir, publish_dir
-from core.loading.gguf_header import GGUFFile
-from core.loading.gguf_tokens import GGUFTokens, read_tokens
-from core.loading.tokenizer_json import (
+from core.model_files.tokenizer_json import (
     BYTE_LEVEL_DECODER,
     LLAMA3_SPLIT,
     QWEN2_SPLIT,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
+from core.disk.cache import cache_dir, publish_dir
 from core.errors import ModelError
-from core.loading.cache import cache_dir, publish_dir
-from core.loading.tokenizer_json import (
+from core.model_files.tokenizer_json import (
     BYTE_LEVEL_DECODER,
     added_token,
     bpe_model,

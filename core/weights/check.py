@@ -12,7 +12,7 @@ import torch
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import TensorInfo
-from core.loading.takes import (
+from core.weights.takes import (
     FP8,
     Take,
     is_block_quantised,

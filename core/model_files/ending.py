@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.loading.generation import default_sampling, generation_warnings, token_ids
-from core.loading.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
-from core.loading.tokenizer_settings import check_settings, setting_warnings, token_text
-from core.loading.vocabulary import Vocabulary, read_vocabulary
+from core.disk.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
+from core.model_files.generation import default_sampling, generation_warnings, token_ids
+from core.model_files.tokenizer_settings import check_settings, setting_warnings, token_text
+from core.model_files.vocabulary import Vocabulary, read_vocabulary
 
 # Texts of tokens that end a turn, and of those that end a text: llama.cpp's list (llama-vocab.cpp,
 # special_eog_ids) without those of filling in the middle. Files nearly always say which one ends a

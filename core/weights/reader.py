@@ -10,6 +10,7 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from core.disk.progress import ByteMeter, OnProgress
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import (
@@ -21,11 +22,10 @@ from core.interfaces.weights import (
     WeightReader,
     WeightSource,
 )
-from core.loading.check import ADVICE, missing_text, surplus_names, surplus_text, take_problems
-from core.loading.load import TakeLoader
-from core.loading.prefetch import NUM_THREADS, Prefetcher
-from core.loading.progress import ByteMeter, OnProgress
-from core.loading.takes import BLOCK, FP8, Take, require_whole_blocks
+from core.weights.check import ADVICE, missing_text, surplus_names, surplus_text, take_problems
+from core.weights.load import TakeLoader
+from core.weights.prefetch import NUM_THREADS, Prefetcher
+from core.weights.takes import BLOCK, FP8, Take, require_whole_blocks
 
 LOAD_TASK = "load weights"
 

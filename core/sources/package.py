@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 
+from core.disk.cache import cache_dir, locked, room_in, scratch_dir
+from core.disk.disk_room import free_bytes, no_room, require_room, says_no_room
+from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
-from core.loading.cache import cache_dir, locked, room_in, scratch_dir
-from core.loading.disk_room import free_bytes, no_room, require_room, says_no_room
-from core.loading.progress import OnProgress
 from core.settings.config import PackageSource
 
 POLL_INTERVAL_S = 0.1

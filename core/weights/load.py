@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight, WeightSource
-from core.loading.takes import FP8, Take, is_block_quantised, scales_name, scales_shape
+from core.weights.takes import FP8, Take, is_block_quantised, scales_name, scales_shape
 
 # Bytes read before they are passed on: on a CPU they should still be in its cache then.
 STAGING_BYTES = 1 << 22

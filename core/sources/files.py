@@ -1,7 +1,7 @@
 """Finds a model's files, fetching them where needed, before any process is started.
 
 Reads configs and headers only, so it is quick and imports no torch. Damage that a header shows is
-reported from here; what is inside the weights is for `core.loading.reader`.
+reported from here; what is inside the weights is for `core.weights.reader`.
 """
 
 import os
@@ -12,18 +12,18 @@ from typing import Any
 
 import msgspec
 
+from core.checkpoints.safetensors_header import StoredTensor, read_header
+from core.checkpoints.tied_head import HEAD, stored_head_differs
+from core.disk.plain_files import read_config, read_json
+from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
-from core.loading.byte_tokenizer import EOS_ID, byte_tokenizer_dir
-from core.loading.ending import read_ending
-from core.loading.hub import fetch_from_hub, is_repo_id
-from core.loading.package import fetch_from_package
-from core.loading.plain_files import read_config, read_json
-from core.loading.progress import OnProgress
-from core.loading.random_checkpoint import random_checkpoint_dir
-from core.loading.safetensors_header import StoredTensor, read_header
-from core.loading.tied_head import HEAD, stored_head_differs
+from core.model_files.byte_tokenizer import EOS_ID, byte_tokenizer_dir
+from core.model_files.ending import read_ending
 from core.settings.config import ModelConfig
+from core.sources.hub import fetch_from_hub, is_repo_id
+from core.sources.package import fetch_from_package
+from core.sources.random_checkpoint import random_checkpoint_dir
 
 MAX_INDEX_BYTES = 256 << 20  # of model.safetensors.index.json; DeepSeek-V3's has 9 MB
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -118,10 +118,15 @@ def _dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
 
 def _from_gguf(path: Path) -> ModelFiles:
     # Imported here: these need numpy, which a folder of safetensors does without.
-    from core.loading.gguf_config import group_bits, hf_config, key_names, metadata_warnings
-    from core.loading.gguf_header import read_gguf
-    from core.loading.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
-    from core.loading.gguf_tokens import read_tokens
+    from core.checkpoints.gguf.gguf_config import (
+        group_bits,
+        hf_config,
+        key_names,
+        metadata_warnings,
+    )
+    from core.checkpoints.gguf.gguf_header import read_gguf
+    from core.checkpoints.gguf.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
+    from core.checkpoints.gguf.gguf_tokens import read_tokens
 
     file = read_gguf(str(path))
     config = hf_config(file)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from core.disk.plain_files import decode_json, read_plain
 from core.errors import ModelError
-from core.loading.plain_files import decode_json, read_plain
 
 MAX_BYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_TOKEN_ID = 1 << 22  # the largest published vocabularies have some 260,000 tokens

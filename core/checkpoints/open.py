@@ -2,17 +2,17 @@
 
 import torch
 
+from core.checkpoints.dummy import DummyReader
+from core.checkpoints.gguf.gguf import GGUFSource
+from core.checkpoints.safetensors import SafetensorsSource
+from core.disk.progress import OnProgress
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelSpec
 from core.interfaces.weights import WeightSource
-from core.loading.check import check_checkpoint
-from core.loading.dummy import DummyReader
-from core.loading.gguf import GGUFSource
-from core.loading.progress import OnProgress
-from core.loading.reader import CheckpointReader, ShapeReader
-from core.loading.safetensors import SafetensorsSource
-from core.loading.takes import BLOCK
 from core.settings.config import ModelConfig
+from core.weights.check import check_checkpoint
+from core.weights.reader import CheckpointReader, ShapeReader
+from core.weights.takes import BLOCK
 
 
 def open_weights(

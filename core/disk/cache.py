@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.disk.disk_room import no_room, says_no_room
+from core.disk.owned_dir import OwnedDir
 from core.errors import ResourceError
-from core.loading.disk_room import no_room, says_no_room
-from core.loading.owned_dir import OwnedDir
 
 
 def cache_root() -> Path:
@@ -73,7 +73,7 @@ def publish_dir(folder: Path, files: dict[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def room_in(folder: Path, needed_bytes: int = 0, purpose: str = "for files") -> Iterator[None]:
-    """Turns a full disk within into a ResourceError; see `core.loading.disk_room.no_room`."""
+    """Turns a full disk within into a ResourceError; see `core.disk.disk_room.no_room`."""
     try:
         yield
     except OSError as error:

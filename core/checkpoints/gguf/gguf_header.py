@@ -15,8 +15,8 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from core.disk.plain_files import open_plain
 from core.errors import ModelError
-from core.loading.plain_files import open_plain
 
 _SCALARS = {
     0: "B",

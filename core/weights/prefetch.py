@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from core.interfaces.weights import LinearWeight
-from core.loading.takes import Take
+from core.weights.takes import Take
 
 NUM_THREADS = 4
 # Loaded (or being loaded) and not taken: more would hide no longer waits.

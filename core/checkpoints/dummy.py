@@ -10,10 +10,10 @@ import zlib
 import torch
 from torch import Tensor
 
+from core.disk.progress import ByteMeter, OnProgress
 from core.interfaces.weights import BlockFp8, GroupedInts, Shard, WeightReader
-from core.loading.progress import ByteMeter, OnProgress
-from core.loading.reader import LOAD_TASK, ScopedReader
-from core.loading.takes import FP8, Take, require_whole_blocks
+from core.weights.reader import LOAD_TASK, ScopedReader
+from core.weights.takes import FP8, Take, require_whole_blocks
 
 STD = 0.02
 # Length of the table of random numbers that every tensor is cut from: a prime, so that no two

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import msgspec
 
+from core.disk.plain_files import open_plain
 from core.errors import ModelError
-from core.loading.plain_files import open_plain
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 500_000  # of one file; DeepSeek-V3 has 92,000 in all its files
