@@ -20,7 +20,7 @@ from core.devices.select import select_ops
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.ops import LinearKernel
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._cpu_backend import CpuBackend, build
+from plugins.attention._cpu.heads import CpuBackend, build
 
 CPU = torch.device("cpu")
 NUM_LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 576, 1536, 49152

@@ -32,8 +32,8 @@ from core.interfaces.attention import (
     NewKV,
     SequenceBatch,
 )
-from plugins.attention._triton_backend import TritonBackend
-from plugins.attention._triton_decode import DecodeChoice
+from plugins.attention._triton_heads.backend import TritonBackend
+from plugins.attention._triton_heads.decode import DecodeChoice
 
 DEVICE = torch.device("cuda")
 PAGE_SIZE = 16

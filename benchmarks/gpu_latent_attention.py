@@ -18,7 +18,7 @@ from benchmarks.gpu_attention import DEVICE, copy_bandwidth, microseconds
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._latent_triton import TritonLatentBackend, build
+from plugins.attention._triton_latent.backend import TritonLatentBackend, build
 
 PAGE_SIZE = 64
 NOPE, ROPE, VALUE, LATENT = 128, 64, 128, 512

@@ -1,7 +1,7 @@
 """Registers the attention backend "cpu", the default on CPUs.
 
-Knows nothing of how it computes: plugins.attention._cpu_backend does, and
-plugins.attention._latent_cpu for latent attention.
+Knows nothing of how it computes: plugins.attention._cpu.heads does, and
+plugins.attention._cpu.latent for latent attention.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def register_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="cpu",
-            factory="plugins.attention._cpu_backend:build",
+            factory="plugins.attention._cpu.heads:build",
             summary="gathers pages and calls torch's fused CPU attention",
         )
     ]
@@ -33,7 +33,7 @@ def register_latent_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="cpu",
-            factory="plugins.attention._latent_cpu:build",
+            factory="plugins.attention._cpu.latent:build",
             summary="torch's fused CPU attention over latents (decode) or expanded keys",
         )
     ]

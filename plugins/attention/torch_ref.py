@@ -1,7 +1,7 @@
 """Registers the attention backend "torch_ref": slow, obviously right, on any device.
 
-Knows nothing of how it computes: plugins.attention._torch_ref_backend does, and
-plugins.attention._latent_torch_ref for latent attention.
+Knows nothing of how it computes: plugins.attention._torch_ref.heads does, and
+plugins.attention._torch_ref.latent for latent attention.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def register_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="torch_ref",
-            factory="plugins.attention._torch_ref_backend:build",
+            factory="plugins.attention._torch_ref.heads:build",
             summary="float32, one sequence at a time, on any device: for checking the others",
         )
     ]
@@ -25,7 +25,7 @@ def register_latent_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="torch_ref",
-            factory="plugins.attention._latent_torch_ref:build",
+            factory="plugins.attention._torch_ref.latent:build",
             summary="float32, one sequence at a time, on any device: for checking the others",
         )
     ]

@@ -1,7 +1,7 @@
 """Registers the attention backend "triton", the default on NVIDIA GPUs.
 
-Knows nothing of how it computes: plugins.attention._triton_backend does, and
-plugins.attention._latent_triton for latent attention. Imports no Triton.
+Knows nothing of how it computes: plugins.attention._triton_heads.backend does, and
+plugins.attention._triton_latent.backend for latent attention. Imports no Triton.
 """
 
 import os
@@ -23,7 +23,7 @@ def register_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="triton",
-            factory="plugins.attention._triton_backend:build",
+            factory="plugins.attention._triton_heads.backend:build",
             summary="paged prefill and split-KV decode as Triton kernels",
         )
     ]
@@ -34,7 +34,7 @@ def register_latent_attention() -> Sequence[Registration]:
     return [
         Registration(
             name="triton",
-            factory="plugins.attention._latent_triton:build",
+            factory="plugins.attention._triton_latent.backend:build",
             summary="split-KV decode over latents and expanded prefill as Triton kernels",
         )
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = 16

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.testing.attention import Case, Step, make_step
-from plugins.attention._triton_decode import DecodeChoice, PagedDecode
-from plugins.attention._triton_device import describe
+from plugins.attention._triton_heads.decode import DecodeChoice, PagedDecode
+from plugins.attention._triton_heads.device import describe
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

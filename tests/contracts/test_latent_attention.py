@@ -19,6 +19,10 @@ from core.plugin.hookspecs import NoOptions
 from tests.contracts.latent_attention_cases import Case, Step, make_step, split_queries
 
 V3 = (128, 64, 128, 512)
+_MODULES = {
+    "cpu": "plugins.attention._cpu.latent",
+    "triton": "plugins.attention._triton_latent.backend",
+}
 ODD = (20, 12, 40, 24)  # no powers of two, values wider than keys
 SMALL = [
     Case(rows=(1,), cached=(0,)),
@@ -92,7 +96,7 @@ def check_parts(
 ) -> None:
     """The expanded form where only about `tokens` tokens may be expanded at a time."""
     spec = step.spec
-    module = importlib.import_module(f"plugins.attention._latent_{name}")
+    module = importlib.import_module(_MODULES[name])
     dims = 2 * max(spec.nope_dim + spec.rope_dim, spec.value_dim)
     monkeypatch.setattr(
         module, "_EXPANDED_BYTES", tokens * dims * spec.num_heads * spec.dtype.itemsize

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.interfaces.attention import SequenceBatch
-from plugins.attention._latent_portable import PortableKernel
-from plugins.attention._latent_triton import TritonLatentBackend
+from plugins.attention._triton_latent.backend import TritonLatentBackend
+from plugins.attention._triton_latent.portable import PortableKernel
 from tests.contracts.latent_attention_cases import Case, Step, make_step
 from tests.contracts.test_latent_attention import check_padded, compare
 

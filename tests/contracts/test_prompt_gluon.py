@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from core.testing.attention import Case, as_captured, make_step
-from plugins.attention._triton_prompt_kernels import blocks_kernel
+from plugins.attention._triton_heads.prompt_kernels import blocks_kernel
 
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
@@ -75,7 +75,7 @@ def test_blocks_cover_every_row_once(lengths: list[int], surplus: int, cached: i
 @pytest.mark.skipif(not HOPPER, reason="Gluon kernels run in no interpreter")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_float64(case: Case) -> None:
-    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    gluon = importlib.import_module("plugins.attention._triton_heads.prompt_gluon")
     step = make_step(case, torch.bfloat16, DEVICE)
     assert gluon.fits(step.spec)
     prompts = gluon.GluonPrompts(step.spec, step.spec.scale * 1.4426950408889634, 132)
@@ -93,7 +93,7 @@ def test_agrees_with_float64(case: Case) -> None:
     ("case", "bounds"), [(CASES[0], (6, 3000, 2100)), (CASES[4], (4, 1001, 1500))], ids=str
 )
 def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) -> None:
-    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    gluon = importlib.import_module("plugins.attention._triton_heads.prompt_gluon")
     step = as_captured(make_step(case, torch.bfloat16, DEVICE), *bounds)
     prompts = gluon.GluonPrompts(step.spec, step.spec.scale * 1.4426950408889634, 132)
     out_THD = torch.full_like(step.q_THD, torch.nan)
@@ -105,7 +105,7 @@ def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) ->
 @pytest.mark.skipif(not HOPPER, reason="Gluon kernels run in no interpreter")
 @pytest.mark.parametrize("rows", [(200, 300), (128, 1, 127)], ids=str)
 def test_another_sequence_s_nan_stays_there(rows: tuple[int, ...]) -> None:
-    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    gluon = importlib.import_module("plugins.attention._triton_heads.prompt_gluon")
     case = Case(rows=rows, cached=(0,) * len(rows), num_heads=4, num_kv_heads=2, head_dim=128)
     step = make_step(case, torch.bfloat16, DEVICE)
     prompts = gluon.GluonPrompts(step.spec, step.spec.scale * 1.4426950408889634, 132)

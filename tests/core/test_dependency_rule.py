@@ -12,26 +12,25 @@ ROOT = Path(__file__).parents[2]
 # A module of core imports only from its left (and from its own unit).
 LAYERS = (
     "errors",
-    "address",
-    "schema",
-    "config",
     "parallel",
+    "settings",
     "interfaces",
-    "hookspecs",
-    "plugin_manager",
+    "plugin",
     "resolve",
     "wire",
-    "kernels",
+    "disk",
+    "gpu_tools",
+    "ops",
+    "devices",
     "layers",
-    "loading",
-    "models",
+    "weights",
+    "model_files",
+    "checkpoints",
+    "sources",
     "engine",
     "cluster",
     "serve",
     "worker",
-    "habits",
-    "catalog",
-    "compose",
     "plugin_list",
     "plan_report",
     "plan",
@@ -40,13 +39,13 @@ LAYERS = (
     "run",
     "testing",  # of which nobody else may import
 )
-PLUGINS_MAY_IMPORT = {"errors", "config", "parallel", "interfaces", "kernels", "hookspecs"}
+PLUGINS_MAY_IMPORT = {"errors", "settings", "parallel", "interfaces", "plugin", "ops", "gpu_tools"}
 PLUGIN_EXTRAS = {"models": {"layers"}}
 # Packages that may be imported in these modules only.
 RESERVED = {
-    "hydra": {"core.compose", "core.run"},
-    "omegaconf": {"core.compose", "core.run"},
-    "pluggy": {"core.hookspecs", "core.plugin_manager"},
+    "hydra": {"core.settings.compose", "core.run"},
+    "omegaconf": {"core.settings.compose", "core.run"},
+    "pluggy": {"core.plugin.hookspecs", "core.plugin.plugin_manager"},
 }
 
 

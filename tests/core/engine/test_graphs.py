@@ -37,8 +37,8 @@ from core.resolve import resolve
 from core.settings.config import EngineConfig, PluginChoice
 from core.sources.files import resolve_files
 from core.testing.ranks import ThreadCommunicator
-from plugins.attention._latent_torch_ref import TorchRefLatentBackend
-from plugins.attention._torch_ref_backend import TorchRefBackend
+from plugins.attention._torch_ref.heads import TorchRefBackend
+from plugins.attention._torch_ref.latent import TorchRefLatentBackend
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
 from tests.support.models import VOCAB_SIZE
 

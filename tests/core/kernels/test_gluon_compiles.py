@@ -20,7 +20,7 @@ from core.devices.cuda.linear import gluon_gated
 from core.gpu_tools.compile_ahead import rehearsal
 from plugins.attention import _latent_gluon, _latent_gluon_kernels
 from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
-from plugins.attention._latent_stretches import Stretches
+from plugins.attention._triton_latent.stretches import Stretches
 from core.testing import attention
 from tests.contracts import latent_attention_cases
 

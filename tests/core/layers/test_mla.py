@@ -28,7 +28,8 @@ from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
 from core.plugin.hookspecs import NoOptions
 from core.testing.ranks import plan_comms, run_ranks
-from plugins.attention import _latent_cpu, _latent_torch_ref
+from plugins.attention._cpu import latent as cpu_latent
+from plugins.attention._torch_ref import latent as torch_ref_latent
 
 CPU = torch.device("cpu")
 NUM_TOKENS, NUM_POSITIONS, PAGE_SIZE = 23, 64, 4
@@ -168,7 +169,7 @@ class Rank:
             device=CPU,
             max_context_tokens=NUM_TOKENS,
         )
-        backend = (_latent_cpu if cpu else _latent_torch_ref).build(NoOptions(), spec)
+        backend = (cpu_latent if cpu else torch_ref_latent).build(NoOptions(), spec)
         cache_BPZ = torch.full((8, PAGE_SIZE, shape.token_values), torch.nan)
         self.attention = LatentPagedAttention(
             context.ops, [cache_BPZ], shape.value_dim, shape.latent_dim, backend, backend

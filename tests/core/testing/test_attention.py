@@ -7,7 +7,7 @@ import torch
 
 from core.plugin.hookspecs import NoOptions
 from core.testing.attention import CASES, DECODE, PREFILL, check_backend
-from plugins.attention._torch_ref_backend import build
+from plugins.attention._torch_ref.heads import build
 
 
 def right(spec):

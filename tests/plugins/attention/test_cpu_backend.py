@@ -8,7 +8,7 @@ import torch
 
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._cpu_backend import CpuBackend, build, group_by_length
+from plugins.attention._cpu.heads import CpuBackend, build, group_by_length
 
 
 def buckets(lengths: list[int], most_tokens: int, most_padding: int) -> list[list[int]]:

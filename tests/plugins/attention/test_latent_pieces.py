@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.interfaces.attention import SequenceBatch
-from plugins.attention._latent_pieces import (
+from plugins.attention._triton_latent.pieces import (
     Piece,
     pieces_by_group,
     row_blocks,

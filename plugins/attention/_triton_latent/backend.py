@@ -16,11 +16,11 @@ from torch import Tensor
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._latent_absorbed import Absorbed, AbsorbedAttention
-from plugins.attention._latent_pieces import pieces_by_group, row_blocks, token_slots, upload
-from plugins.attention._latent_portable import block_of
-from plugins.attention._latent_triton_kernels import expanded_kernel
-from plugins.attention._triton_device import TritonDevice, describe
+from plugins.attention._triton_heads.device import TritonDevice, describe
+from plugins.attention._triton_latent.absorbed import Absorbed, AbsorbedAttention
+from plugins.attention._triton_latent.kernels import expanded_kernel
+from plugins.attention._triton_latent.pieces import pieces_by_group, row_blocks, token_slots, upload
+from plugins.attention._triton_latent.portable import block_of
 
 # Non-rotary keys and values of a group take at most this much, unless one token has more.
 _EXPANDED_BYTES = 256 * 1024 * 1024

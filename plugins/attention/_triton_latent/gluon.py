@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.gpu_tools.dependent_launch import options
 from core.interfaces.latent_attention import LatentAttentionSpec
-from plugins.attention._latent_gluon_kernels import (
+from plugins.attention._triton_latent.gluon_kernels import (
     HEADS,
     LATENT_DIM,
     ROPE_DIM,
@@ -20,7 +20,7 @@ from plugins.attention._latent_gluon_kernels import (
     TOKENS,
     latent_decode_kernel,
 )
-from plugins.attention._latent_stretches import Stretches
+from plugins.attention._triton_latent.stretches import Stretches
 
 _ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -36,7 +36,7 @@ def fits(spec: LatentAttentionSpec) -> bool:
 
 
 class GluonKernel:
-    """plugins.attention._latent_stretches.StretchKernel in Gluon."""
+    """plugins.attention._triton_latent.stretches.StretchKernel in Gluon."""
 
     heads, tokens = HEADS, TOKENS
 

@@ -13,7 +13,7 @@ from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
 from core.ops.torch_latent import whole_keys
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._torch_ref_backend import attend, each_sequence
+from plugins.attention._torch_ref.heads import attend, each_sequence
 
 
 def build(options: NoOptions, spec: LatentAttentionSpec) -> "TorchRefLatentBackend":

@@ -1,8 +1,8 @@
 """Triton kernel of paged decode: attention by pieces, and the pieces' sum.
 
-plugins.attention._decode_schedule explains line, stretches, units and pieces. Whoever stores the
-last piece of a unit sums them, in their order. Any page size: each token of a tile looks its page
-up.
+plugins.attention._triton_heads.decode_schedule explains line, stretches, units and pieces. Whoever
+stores the last piece of a unit sums them, in their order. Any page size: each token of a tile looks
+its page up.
 
 Shape legend: M rows of a tile and R rows of a unit (query heads of a KV head, padded for tensor
 cores or to a power of two), N tokens of a tile, D head dimension (padded to a power of two), G KV
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
-from plugins.attention._triton_kernels import attend_tile
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS
+from plugins.attention._triton_heads.kernels import attend_tile
 
 
 @triton.jit

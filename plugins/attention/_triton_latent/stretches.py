@@ -1,8 +1,9 @@
 """What a kernel of absorbed latent attention is given: the stretches of a line of tiles.
 
-Each program takes one stretch for one block of heads; plugins.attention._decode_schedule explains
-line, stretches and pieces. Only data and a contract: knows no kernel. Shape legend: see
-core.interfaces.latent_attention; P programs of a block of heads.
+Each program takes one stretch for one block of heads;
+plugins.attention._triton_heads.decode_schedule explains line, stretches and pieces. Only data and a
+contract: knows no kernel. Shape legend: see core.interfaces.latent_attention; P programs of a block
+of heads.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Triton kernel that sums the pieces of units of absorbed latent attention.
 
-plugins.attention._decode_schedule explains units and pieces. A unit's many heads are summed side by
-side, by programs of their own. Shape legend: D latent dimensions (padded to a power of two), X
-pieces of a unit, R heads of a block, G KV heads.
+plugins.attention._triton_heads.decode_schedule explains units and pieces. A unit's many heads are
+summed side by side, by programs of their own. Shape legend: D latent dimensions (padded to a power
+of two), X pieces of a unit, R heads of a block, G KV heads.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS
 
 
 @triton.jit(

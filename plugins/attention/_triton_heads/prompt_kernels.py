@@ -15,7 +15,7 @@ query and KV heads.
 import triton
 import triton.language as tl
 
-from plugins.attention._triton_kernels import find_sequence
+from plugins.attention._triton_heads.kernels import find_sequence
 
 
 @triton.jit(
@@ -32,9 +32,10 @@ def blocks_kernel(
     PREFIX: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What plugins.attention._prompt_gluon_kernels takes block after block: BLOCK_M rows of one
-    sequence, the last ones of each first, and rows beyond those of all sequences. Blocks begin at
-    positions that BLOCK_M divides: with PREFIX the first one may begin before the new rows."""
+    """What plugins.attention._triton_heads.prompt_gluon_kernels takes block after block: BLOCK_M
+    rows of one sequence, the last ones of each first, and rows beyond those of all sequences.
+    Blocks begin at positions that BLOCK_M divides: with PREFIX the first one may begin before the
+    new rows."""
     MORE: tl.constexpr = 2 if PREFIX else 1  # blocks than BLOCK_M divides a sequence's rows in
     block = num_blocks - 1 - tl.program_id(0)
     blocks_ptr += tl.program_id(0) * 5

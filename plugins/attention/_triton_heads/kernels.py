@@ -14,7 +14,7 @@ head dimension (padded to a power of two), G KV heads.
 import triton
 import triton.language as tl
 
-from plugins.attention._triton_softmax import grow_softmax
+from plugins.attention._triton_heads.softmax import grow_softmax
 
 # Numbers that differ from step to step must not be specialised on (their being 1, or multiples of
 # 16), nor must the alignment of tensors that are slices: each new variant is a second of compiling

@@ -13,7 +13,7 @@ head), N tokens of a tile, K splits of a row's context. C, R, N and V are padded
 import triton
 import triton.language as tl
 
-from plugins.attention._triton_softmax import grow_softmax
+from plugins.attention._triton_heads.softmax import grow_softmax
 
 # Numbers that differ from step to step must not be specialised on, nor must the alignment of
 # tensors that are slices: each new variant is seconds of compiling in the middle of serving.

@@ -17,9 +17,9 @@ from torch import Tensor
 from core.gpu_tools import tuning
 from core.gpu_tools.dependent_launch import options
 from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
-from plugins.attention._triton_decode_kernels import decode_kernel
-from plugins.attention._triton_device import TritonDevice
+from plugins.attention._triton_heads.decode_kernels import decode_kernel
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
+from plugins.attention._triton_heads.device import TritonDevice
 
 _ANY_NUMBER = 1 << 30
 _LEAST_ROWS = 16  # of a tile of query heads: the least that tensor cores take
@@ -35,7 +35,7 @@ class DecodeChoice:
     num_stages: int
     max_registers: int | None  # of a thread
     programs: int  # of a multiprocessor
-    levels: int  # of stretches: see plugins.attention._decode_schedule
+    levels: int  # of stretches: see plugins.attention._triton_heads.decode_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class DecodePlan:
 
     batch: SequenceBatch
     choice: DecodeChoice
-    schedule_RX: Tensor  # int32: see plugins.attention._decode_schedule
+    schedule_RX: Tensor  # int32: see plugins.attention._triton_heads.decode_schedule
 
 
 class PagedDecode:

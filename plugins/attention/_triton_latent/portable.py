@@ -12,13 +12,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.gpu_tools.dependent_launch import options
 from core.interfaces.latent_attention import LatentAttentionSpec
-from plugins.attention._latent_decode_kernels import latent_decode_kernel
-from plugins.attention._latent_stretches import Stretches
-from plugins.attention._triton_device import TritonDevice, describe
+from plugins.attention._triton_heads.device import TritonDevice, describe
+from plugins.attention._triton_latent.decode_kernels import latent_decode_kernel
+from plugins.attention._triton_latent.stretches import Stretches
 
 
 class PortableKernel:
-    """plugins.attention._latent_stretches.StretchKernel in Triton."""
+    """plugins.attention._triton_latent.stretches.StretchKernel in Triton."""
 
     def __init__(self, spec: LatentAttentionSpec, scale_log2: float) -> None:
         self._spec = spec

@@ -1,11 +1,11 @@
 """Gluon kernel of attention for prompts, for Hopper.
 
-It does what plugins.attention._triton_prompt_kernels does, for bfloat16 heads of 128 dimensions. A
-warp brings in tiles by the copy engine, as far ahead as there is room; two warpgroups, which wait
-for nothing but those tiles, each take half of a block's rows. Each asks for the scores of a tile
-before it looks at those of the tile before, so that tensor cores work during the softmax. A fixed
-number of programs take blocks in turn, of a sequence the longest contexts first: the tiles of the
-next block arrive while a block's result is stored.
+It does what plugins.attention._triton_heads.prompt_kernels does, for bfloat16 heads of 128
+dimensions. A warp brings in tiles by the copy engine, as far ahead as there is room; two
+warpgroups, which wait for nothing but those tiles, each take half of a block's rows. Each asks for
+the scores of a tile before it looks at those of the tile before, so that tensor cores work during
+the softmax. A fixed number of programs take blocks in turn, of a sequence the longest contexts
+first: the tiles of the next block arrive while a block's result is stored.
 
 Without a cached prefix keys and values are read where they were projected. With one, those of the
 new rows too are read from the pages of the cache, where they are as well: tiles begin at positions

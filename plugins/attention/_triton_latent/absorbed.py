@@ -17,11 +17,11 @@ from torch import Tensor
 from core.gpu_tools.dependent_launch import options
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.latent_attention import LatentAttentionSpec
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
-from plugins.attention._latent_portable import PortableKernel, block_of
-from plugins.attention._latent_stretches import Stretches, StretchKernel
-from plugins.attention._latent_sum_kernels import sum_kernel
-from plugins.attention._triton_device import describe
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
+from plugins.attention._triton_heads.device import describe
+from plugins.attention._triton_latent.portable import PortableKernel, block_of
+from plugins.attention._triton_latent.stretches import Stretches, StretchKernel
+from plugins.attention._triton_latent.sum_kernels import sum_kernel
 
 # Pieces of a head that are summed up at once, and heads of a program: few sequences, many pieces.
 _MANY_PIECES, _FEW_PIECES = (16, 1), (2, 8)
@@ -33,7 +33,7 @@ class Absorbed:
     """One row a sequence, and what every program does for them."""
 
     batch: SequenceBatch
-    schedule_RX: Tensor  # int32: see plugins.attention._decode_schedule
+    schedule_RX: Tensor  # int32: see plugins.attention._triton_heads.decode_schedule
 
 
 class AbsorbedAttention:
@@ -121,7 +121,7 @@ class AbsorbedAttention:
 def _select(spec: LatentAttentionSpec, scale_log2: float) -> StretchKernel:
     """The kernel for Hopper where the device and the shapes are its own."""
     if spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device)[0] == 9:
-        gluon = importlib.import_module("plugins.attention._latent_gluon")
+        gluon = importlib.import_module("plugins.attention._triton_latent.gluon")
         if gluon.fits(spec):
             kernel: StretchKernel = gluon.GluonKernel(spec, scale_log2)
             return kernel

@@ -1,12 +1,12 @@
 """Gluon kernel of absorbed latent attention for Hopper: pieces of a line of tiles.
 
-It does what plugins.attention._latent_decode_kernels does, for bfloat16 vectors of 512 + 64 and
-blocks of 64 heads, with layouts and copies chosen by hand: the queries and two tiles of 64 tokens
-stay in shared memory, the copy of one tile runs while the other is worked on. Two warpgroups share
-each tile: each takes half of its tokens for the scores and half of the columns of the result, and
-both read all weights from shared memory. The scores of a tile are asked for right behind the result
-of the tile before, so that tensor cores go from one to the other. Knows nothing of other dtypes or
-dimensions.
+It does what plugins.attention._triton_latent.decode_kernels does, for bfloat16 vectors of 512 + 64
+and blocks of 64 heads, with layouts and copies chosen by hand: the queries and two tiles of 64
+tokens stay in shared memory, the copy of one tile runs while the other is worked on. Two warpgroups
+share each tile: each takes half of its tokens for the scores and half of the columns of the result,
+and both read all weights from shared memory. The scores of a tile are asked for right behind the
+result of the tile before, so that tensor cores go from one to the other. Knows nothing of other
+dtypes or dimensions.
 
 Measured on an H100, 128 heads, 128 sequences of 4,096 tokens: 323 us; without its copies 293,
 without its products 259. Smaller tiles in more buffers, queries in registers, or a maximum that is
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from core.gpu_tools.gluon_sync import let_successor_start, wait_for_predecessor, warps_barrier
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS
 
 HEADS = 64
 TOKENS = 64

@@ -18,8 +18,8 @@ from core.interfaces.attention import AttentionSpec, LayerKV, SequenceBatch
 from core.interfaces.latent_attention import Expand, LatentAttentionSpec
 from core.ops.torch_latent import whole_keys
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._cpu_backend import CpuBackend
-from plugins.attention._latent_pieces import Piece, pieces_by_group, token_slots
+from plugins.attention._cpu.heads import CpuBackend
+from plugins.attention._triton_latent.pieces import Piece, pieces_by_group, token_slots
 
 # Keys and values of a group take at most this much, unless one token has more.
 _EXPANDED_BYTES = 32 * 1024 * 1024

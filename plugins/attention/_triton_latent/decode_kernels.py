@@ -1,8 +1,8 @@
 """Triton kernel of absorbed latent attention: pieces of a line of tiles.
 
-plugins.attention._decode_schedule explains that line; pieces are summed as those of heads are. All
-heads of a row are one unit of the line; blocks of heads run side by side, so that one finds in the
-L2 cache what another one loaded.
+plugins.attention._triton_heads.decode_schedule explains that line; pieces are summed as those of
+heads are. All heads of a row are one unit of the line; blocks of heads run side by side, so that
+one finds in the L2 cache what another one loaded.
 
 Dimensions lie in two tiles, so that 512 + 64 of them are not padded to 1,024; a tile of latents is
 loaded once and serves as keys and as values. Where a tile of tokens lies in one page it is a block
@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from core.gpu_tools.dependent_launch import let_successor_start, wait_for_predecessor
-from plugins.attention._decode_schedule import SCHEDULE_COLUMNS
-from plugins.attention._triton_softmax import grow_softmax
+from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS
+from plugins.attention._triton_heads.softmax import grow_softmax
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
-from plugins.attention._prompt_gluon_kernels import (
+from plugins.attention._triton_heads.prompt_gluon_kernels import (
     HALF_ROWS,
     HEAD_DIM,
     ROWS,
@@ -19,7 +19,7 @@ from plugins.attention._prompt_gluon_kernels import (
     TOKENS,
     prompt_kernel,
 )
-from plugins.attention._triton_prompt_kernels import blocks_kernel
+from plugins.attention._triton_heads.prompt_kernels import blocks_kernel
 
 _LEAST_PAGE = 8  # tokens: a swizzled tile of shared memory repeats after as many rows
 _LEAST_BLOCKS = 4  # of each multiprocessor; with fewer, Triton's small tiles are as fast
@@ -34,7 +34,7 @@ def fits(spec: AttentionSpec) -> bool:
 class PromptBlocks:
     """The blocks of rows of a batch, in the order in which they are taken."""
 
-    blocks_BX: Tensor  # int32: see plugins.attention._prompt_gluon_kernels
+    blocks_BX: Tensor  # int32: see plugins.attention._triton_heads.prompt_gluon_kernels
     page_table_SM: Tensor
     page_size: int  # 0: nothing is cached before the new rows, which are read where they lie
 

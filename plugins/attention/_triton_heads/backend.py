@@ -21,13 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core.interfaces.attention import AttentionSpec, LayerKV, NewKV, SequenceBatch
 from core.plugin.hookspecs import NoOptions
-from plugins.attention._triton_decode import DecodeChoice, DecodePlan, PagedDecode
-from plugins.attention._triton_device import TritonDevice, describe
-from plugins.attention._triton_kernels import prefill_kernel
-from plugins.attention._triton_prompt_kernels import prompt_kernel
+from plugins.attention._triton_heads.decode import DecodeChoice, DecodePlan, PagedDecode
+from plugins.attention._triton_heads.device import TritonDevice, describe
+from plugins.attention._triton_heads.kernels import prefill_kernel
+from plugins.attention._triton_heads.prompt_kernels import prompt_kernel
 
 if TYPE_CHECKING:
-    from plugins.attention._prompt_gluon import GluonPrompts, PromptBlocks
+    from plugins.attention._triton_heads.prompt_gluon import GluonPrompts, PromptBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _gluon_prompts(
     """The kernel for Hopper where the device and the heads are its own."""
     if spec.device.type != "cuda" or torch.cuda.get_device_capability(spec.device)[0] != 9:
         return None
-    gluon = importlib.import_module("plugins.attention._prompt_gluon")
+    gluon = importlib.import_module("plugins.attention._triton_heads.prompt_gluon")
     if not gluon.fits(spec):
         return None
     prompts: GluonPrompts = gluon.GluonPrompts(spec, scale_log2, device.num_multiprocessors)
