@@ -185,10 +185,10 @@ def test_no_import_cycles():
     ("file", "source", "fragment"),
     [
         ("core/errors.py", "from core.engine import loop", "engine is not left of errors"),
-        ("core/errors.py", "import core.config", "config is not left of errors"),
+        ("core/errors.py", "import core.settings.config", "settings is not left of errors"),
         ("core/engine/x.py", "def f():\n    import plugins.comm", "names plugins as strings"),
-        ("core/engine/x.py", "import hydra", "only core.compose, core.run may"),
-        ("core/config.py", "from pluggy import HookspecMarker", "only core.hookspecs"),
+        ("core/engine/x.py", "import hydra", "only core.run, core.settings.compose may"),
+        ("core/settings/x.py", "from pluggy import HookspecMarker", "only core.plugin.hookspecs"),
         ("plugins/comm/x.py", "from core.layers import linear", "plugins import only"),
         ("plugins/models/x.py", "from core.serve import tokenizer", "plugins import only"),
         ("plugins/comm/x.py", "from plugins.attention import cpu", "never import each other"),

@@ -50,8 +50,9 @@ class Installation:
 
 def build_wheel(source: Path, copied: Path, target: Path) -> Path:
     """Build from a copy, so that nothing is written into the checkout. Uses no network."""
-    skip = shutil.ignore_patterns("__pycache__", ".*", "tests", "benchmarks", "build", "dist")
-    shutil.copytree(source, copied, ignore=skip)
+    unpacked = shutil.ignore_patterns("__pycache__", ".*", "tests", "benchmarks", "dist")
+    shutil.copytree(source, copied, ignore=unpacked)
+    shutil.rmtree(copied / "build", ignore_errors=True)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", target, copied],
         check=True,

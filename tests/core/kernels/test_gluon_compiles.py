@@ -18,8 +18,8 @@ torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_process
 
 from core.devices.cuda.linear import gluon_gated
 from core.gpu_tools.compile_ahead import rehearsal
-from plugins.attention import _latent_gluon, _latent_gluon_kernels
-from plugins.attention import _prompt_gluon, _prompt_gluon_kernels
+from plugins.attention._triton_heads import prompt_gluon, prompt_gluon_kernels
+from plugins.attention._triton_latent import gluon, gluon_kernels
 from plugins.attention._triton_latent.stretches import Stretches
 from core.testing import attention
 from tests.contracts import latent_attention_cases
@@ -37,8 +37,8 @@ def prompts(H, G, cached, page_size):
         page_size=page_size,
     )
     step = attention.make_step(case, torch.bfloat16, CPU)
-    assert _prompt_gluon.fits(step.spec)
-    prompts = _prompt_gluon.GluonPrompts(step.spec, step.spec.scale * 1.44, 132)
+    assert prompt_gluon.fits(step.spec)
+    prompts = prompt_gluon.GluonPrompts(step.spec, step.spec.scale * 1.44, 132)
     plan = prompts.plan(step.batch)
     prompts.attend(plan, step.kv, step.q_THD, step.new, torch.empty_like(step.q_THD))
 
@@ -47,10 +47,10 @@ def latents(H):
         rows=(1, 1), cached=(99, 0), page_size=64, num_heads=H, dims=(128, 64, 128, 512)
     )
     step = latent_attention_cases.make_step(case, torch.bfloat16, CPU)
-    assert _latent_gluon.fits(step.spec)
+    assert gluon.fits(step.spec)
     schedule, workspace = torch.zeros((9, 9), dtype=torch.int32), torch.zeros(9 * H * 513)
     q_THC, q_THR = zeros(2, H, 512), zeros(2, H, 64)
-    _latent_gluon.GluonKernel(step.spec, 0.1).attend(
+    gluon.GluonKernel(step.spec, 0.1).attend(
         Stretches(step.batch, schedule, workspace, 4, q_THC, q_THR, step.cache_BPZ, q_THC)
     )
 
@@ -63,8 +63,8 @@ with rehearsal(CPU, lambda *_: None, 2):
 
 for kernel in (
     gluon_gated.gated_kernel,
-    _prompt_gluon_kernels.prompt_kernel,
-    _latent_gluon_kernels.latent_decode_kernel,
+    prompt_gluon_kernels.prompt_kernel,
+    gluon_kernels.latent_decode_kernel,
 ):
     compiled = list(kernel.device_caches[0][0].values())
     assert compiled, kernel
