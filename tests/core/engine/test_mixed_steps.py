@@ -7,7 +7,8 @@ import pytest
 
 from core.engine.run.lockstep import rank_facts, settle
 from core.engine.schedule.mixed_steps import LEAST_TOKENS, STEP_S, mixed_tokens
-from core.engine.schedule.scheduler import BACKLOG_STEPS, Scheduler
+from core.engine.schedule.scheduler import Scheduler
+from core.engine.schedule.step_size import BACKLOG_STEPS
 from core.interfaces.messages import Abort, Generate, SamplingParams, StepPlan, StepResult
 from core.settings.config import EngineConfig
 
