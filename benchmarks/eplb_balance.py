@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from core.devices.native_dtypes import native_dtypes
-from core.engine.build.rank import RankContext, build_rank
+from core.engine.build.context import RankContext
+from core.engine.build.rank import build_rank
 from core.engine.local.offline import OfflineEngine
 from core.engine.run.expert_balance import GATHER_STEPS, READ_DELAY_STEPS
 from core.interfaces.comm import SOLO

@@ -77,8 +77,9 @@ def main() -> None:
 def run_rank(arguments: argparse.Namespace) -> None:
     """Build one rank and run the cells, or follow who does."""
     from core.devices.native_dtypes import native_dtypes
+    from core.engine.build.context import RankContext
     from core.engine.build.device import open_device
-    from core.engine.build.rank import RankContext, build_rank
+    from core.engine.build.rank import build_rank
     from core.engine.build.ranks import join_ranks
     from core.engine.local.offline import OfflineLeader
     from core.engine.run.links import FollowerLinks, open_links

@@ -36,8 +36,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from core.devices.native_dtypes import native_dtypes
+    from core.engine.build.context import RankContext
     from core.engine.build.device import open_device
-    from core.engine.build.rank import RankContext, build_rank
+    from core.engine.build.rank import build_rank
     from core.engine.local.offline import OfflineEngine
     from core.interfaces.comm import SOLO
     from core.interfaces.messages import SamplingParams

@@ -124,7 +124,7 @@ def plan_of(
 
     from core.cluster.nodes.ports import Ports, listeners, table
     from core.devices.native_dtypes import native_dtypes
-    from core.engine.build.rank import dtype_of
+    from core.engine.build.context import dtype_of
     from core.plan_report import plan_report
     from core.resolve import find_family, resolve
     from core.settings.address import split_address

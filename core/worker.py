@@ -46,8 +46,9 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     def on_phase(name: str, seconds: float) -> None:
         channel.send(Phase(name, seconds))
 
+    from core.engine.build.context import RankContext
     from core.engine.build.device import open_device
-    from core.engine.build.rank import RankContext, build_rank
+    from core.engine.build.rank import build_rank
     from core.engine.build.ranks import join_ranks
     from core.engine.run.links import open_links
     from core.plugin.plugin_manager import PluginManager

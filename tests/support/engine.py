@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from core.devices.native_dtypes import native_dtypes
-from core.engine.build.rank import RankContext, RankEngine, build_rank
+from core.engine.build.context import RankContext
+from core.engine.build.rank import RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine, OfflineLeader, SpreadEngine
 from core.engine.run.loop import follow
 from core.interfaces.messages import AgreedStep, SamplingParams

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from core.devices.native_dtypes import native_dtypes
+from core.engine.build.context import RankContext
 from core.engine.build.device import open_device
-from core.engine.build.rank import RankContext, RankEngine, build_rank
+from core.engine.build.rank import RankEngine, build_rank
 from core.engine.build.ranks import stand_in_for_peers
 from core.engine.build.trial import OnPhase
 from core.engine.local.offline import OfflineEngine

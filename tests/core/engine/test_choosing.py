@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import core.engine.build.rank as build
+import core.engine.build.runner as build
 import core.engine.sample.choosing as choosing
 from core.engine.sample.choosing import OneForAll, RanksTogether, make_chooser
 from core.engine.sample.sampler import Sampler

@@ -21,7 +21,8 @@ import core.engine.step.decode_graphs as graphs
 import core.engine.step.input as step_input
 import core.engine.step.recorder as recorder
 from core.devices.native_dtypes import native_dtypes
-from core.engine.build.rank import RankContext, build_rank
+from core.engine.build.context import RankContext
+from core.engine.build.rank import build_rank
 from core.engine.local.offline import OfflineEngine
 from core.engine.step.decode_graphs import graph_sizes, most_graph_rows, reason_for_eager
 from core.engine.step.input import NUM_BLOCKS, StepInput, send_decodes
@@ -134,7 +135,7 @@ def replayed(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(graphs, "reason_for_eager", lambda *_, **__: None)
         monkeypatch.setattr(ThreadCommunicator, "capturable", True)
-        monkeypatch.setattr("core.engine.build.rank.select_ops", lambda _: TorchOps())
+        monkeypatch.setattr("core.engine.build.loaded.select_ops", lambda _: TorchOps())
     return made
 
 

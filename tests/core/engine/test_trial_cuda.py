@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.devices.native_dtypes import native_dtypes
-from core.engine.build.rank import RankContext, RankEngine, build_rank
+from core.engine.build.context import RankContext
+from core.engine.build.rank import RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine
 from core.interfaces.comm import SOLO
 from core.interfaces.messages import SamplingParams
