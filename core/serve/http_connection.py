@@ -1,4 +1,4 @@
-"""One HTTP/1 connection: parsing by httptools, and a limit on everything a client may send or hold.
+"""One HTTP/1 connection: its requests in order, and limits on all that a client may send or hold.
 
 Knows nothing of applications beyond starting them. Every byte that is no body is counted, and in
 every state but one a timer runs, after which the connection ends; while an answer is being made it
@@ -7,47 +7,22 @@ this connection ends, and nothing is ever written into the answer to another req
 """
 
 import asyncio
-import enum
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-import httptools
 from uvicorn.server import ServerState
 
 from core.interfaces.http import RequestRecord
 from core.serve.http_deadlines import InputTimer, OutputTimer, Wait
 from core.serve.http_exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
-from core.serve.http_head import (
-    NO_PROXY,
-    NOT_HTTP,
-    REQUEST_ID_HEADER,
-    TOO_LARGE,
-    HeadRefused,
-    Refusal,
-    address,
-    has_body,
-    read_head,
-    request_id,
-    stand_in,
-)
+from core.serve.http_head import REQUEST_ID_HEADER, Head, Refusal, address, request_id
 from core.serve.http_limits import SPARE_DESCRIPTORS
+from core.serve.http_parser import Address, Phase, RequestParser
 from core.serve.http_refusal import error_body, error_headers
 from core.serve.http_shared import Shared
 
 MOST_FAREWELLS = SPARE_DESCRIPTORS // 2  # connections that are told why they are refused
-
-
-class Phase(enum.Enum):
-    """Which part of a request comes next."""
-
-    BETWEEN = "between"
-    HEAD = "head"
-    BODY = "body"
-
-
-class _Refused(Exception):
-    """Raised inside a callback of the parser to stop it."""
 
 
 class Connection(asyncio.Protocol):
@@ -60,24 +35,16 @@ class Connection(asyncio.Protocol):
         self._server_state = server_state
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
-        self._parser = self._new_parser()
+        self.client: Address = None
+        self.server: Address = None
+        self._parser = RequestParser(self.limits, self)
         self._counted = False  # among the open connections
-
-        self._phase = Phase.BETWEEN
-        self._num_messages = 0
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._framing_bytes = 0  # of this message, without its body
-        self._gap_bytes = 0  # since the last byte of a head or body
-        self._body_bytes = 0
-        self._trailer_bytes = 0
-        self._ignored_bytes = 0
-        self._in_stand_in = False  # the parser reads a head that we wrote; see _after_upgrade
+        self._ignored_bytes = 0  # that came for nobody
 
         self._reading: Exchange | None = None  # whose body comes next
         self._current: Exchange | None = None  # that is being answered
         self._waiting: deque[Exchange] = deque()  # read, to be answered after it
-        self._deaf = False  # what still comes is dropped
+        self.deaf = False  # what still comes is dropped
         self._refusal: Refusal | None = None  # to be written after the last answer
         self._closing = False
         self._read_paused = False
@@ -95,8 +62,8 @@ class Connection(asyncio.Protocol):
         self._server_state.connections.add(self)  # type: ignore[arg-type]
         peer = transport.get_extra_info("peername")
         own = transport.get_extra_info("sockname")
-        self._client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
-        self._server = (str(own[0]), int(own[1])) if isinstance(own, tuple) else None
+        self.client = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
+        self.server = (str(own[0]), int(own[1])) if isinstance(own, tuple) else None
         if has_room:
             self._shared.idle[self] = None
             self._settle()
@@ -108,7 +75,7 @@ class Connection(asyncio.Protocol):
             self._refuse(Refusal(503, "too_many_connections", message))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deaf = self._closing = True
+        self.deaf = self._closing = True
         self._stop_timers()
         self._shared.idle.pop(self, None)
         self._server_state.connections.discard(self)
@@ -124,23 +91,21 @@ class Connection(asyncio.Protocol):
         # What refers to this object goes, so that both are freed now: the cyclic collector comes by
         # rarely, and thousands of connections may end until then.
         self._current = self._reading = None
-        del self._parser, self._input_timer, self._output_timer
+        self._parser.close()
+        del self._input_timer, self._output_timer
 
     def eof_received(self) -> None:
         """A client that stops sending counts as gone, as most that do so are: the transport
         closes, after it has written what was said already."""
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self.deaf:
             self._ignored_bytes += len(data)
             if self._ignored_bytes > self.limits.max_discarded_bytes:
                 self.abort()
             return
-        self._framing_bytes += len(data)
-        self._gap_bytes += len(data)
-        self._feed(data)
-        if not self._deaf:
-            self._check_framing()
+        self._parser.feed(data)
+        if not self.deaf:
             self._settle()
 
     def pause_writing(self) -> None:
@@ -163,7 +128,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End the connection at once."""
-        self._deaf = self._closing = True
+        self.deaf = self._closing = True
         if self._current is not None:
             self._current.disconnect()
         self._shared.idle.pop(self, None)
@@ -224,147 +189,57 @@ class Connection(asyncio.Protocol):
         elif self._refusal is not None and exchange.keep_alive:
             self._refuse(self._refusal)
         elif not exchange.keep_alive:
-            self._deaf = True
+            self.deaf = True
             self._close()
         else:
             self._shared.idle[self] = None
         self.resume_reading()
         self._settle()
 
-    # The parser's callbacks.
+    # What the parser tells.
 
-    def on_message_begin(self) -> None:
-        if self._in_stand_in or self._deaf:
-            return
-        self._phase = Phase.HEAD
-        self._num_messages += 1
-        self._url = b""
-        self._headers = []
-        self._body_bytes = self._trailer_bytes = 0
+    @property
+    def reads(self) -> bool:
+        return not self.deaf and self._reading is not None
 
-    def on_url(self, url: bytes) -> None:
-        if not self._in_stand_in:
-            self._url += url
+    def takes_request(self) -> bool:
+        """Too many requests may wait already: answer those, then close. A client may send the
+        others again, as none of them was begun."""
+        if len(self._waiting) < self.limits.max_pipelined:
+            return True
+        self.deaf = True
+        self._waiting[-1].keep_alive = False
+        return False
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_stand_in or self._deaf:
-            return
-        if self._phase is Phase.HEAD:
-            self._headers.append((name.lower(), value))
-            return
-        self._trailer_bytes += len(name) + len(value) + 4  # of a trailer nothing is kept
-        if self._trailer_bytes > self.limits.max_head_bytes:
-            self._stop(TOO_LARGE)
-
-    def on_headers_complete(self) -> None:
-        if self._in_stand_in or self._deaf:
-            return
-        size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._headers)
-        limits = self.limits
-        if size > limits.max_head_bytes or len(self._headers) > limits.max_headers:
-            self._stop(TOO_LARGE)
-        if len(self._waiting) >= limits.max_pipelined:
-            self._hear_no_more()
-            return
-        exchange = self._reading = self._new_exchange()
-        self._framing_bytes = self._gap_bytes = 0
-        self._phase = Phase.BODY
+    def head_came(self, head: Head, *, keep_alive: bool) -> None:
+        exchange = self._reading = Exchange(self, head, keep_alive=keep_alive)
         if self._current is None:
             self._start(exchange)
         else:
             self._waiting.append(exchange)
             self._pause_if_overfed()
 
-    def on_body(self, body: bytes) -> None:
-        if self._deaf or self._reading is None:
-            return
-        self._body_bytes += len(body)
-        self._framing_bytes -= len(body)
-        self._gap_bytes = 0
-        if self._reading.response_complete:
+    def body_came(self, body: bytes) -> Refusal | None:
+        exchange = self._reading
+        assert exchange is not None
+        if exchange.response_complete:
             self._ignored_bytes += len(body)
             if self._ignored_bytes > self.limits.max_discarded_bytes:
                 self.abort()
-        elif not self._reading.disconnected:
-            if not self.count_body(self._reading, len(body)):
-                self._stop(self.too_many_bodies())
-            self._reading.feed(body)
+        elif not exchange.disconnected:
+            if not self.count_body(exchange, len(body)):
+                return self.too_many_bodies()
+            exchange.feed(body)
             self._pause_if_overfed()
+        return None
 
-    def on_message_complete(self) -> None:
-        if self._in_stand_in or self._deaf or self._reading is None:
-            return
-        if self._parser.should_upgrade() and has_body(self._headers):
-            return  # the body is still to come; see _after_upgrade
+    def message_came(self) -> None:
+        assert self._reading is not None
         self._reading.complete()
         if not self._reading.keep_alive:
-            self._deaf = True
+            self.deaf = True
         self._reading = None
-        self._phase = Phase.BETWEEN
-        self._ignored_bytes = self._framing_bytes = self._gap_bytes = 0
-
-    # Parsing.
-
-    def _new_parser(self) -> Any:
-        parser = httptools.HttpRequestParser(self)
-        # What follows a request that asked to close is dropped, not an error.
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return parser
-
-    def _feed(self, data: bytes) -> None:
-        while data and not self._deaf:
-            try:
-                self._parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
-                if self._parser.get_method() == b"CONNECT":
-                    self._break_off(NO_PROXY)
-                elif has_body(self._headers):
-                    self._after_upgrade()
-            except httptools.HttpParserCallbackError as error:
-                # Without a name: its traceback leads to this frame, which would keep both alive.
-                if not isinstance(error.__context__, _Refused):
-                    self._break_off(NOT_HTTP)  # a target that is no URL, for one
-            except httptools.HttpParserError:
-                self._break_off(NOT_HTTP)
-
-    def _after_upgrade(self) -> None:
-        """An Upgrade that is ignored, of a request with a body. The parser takes what follows the
-        headers for another protocol; read as a request, it would be smuggled in. A fresh parser
-        gets a head that frames the body in the same way."""
-        self._parser = self._new_parser()
-        self._in_stand_in = True
-        self._parser.feed_data(stand_in(self._headers))
-        self._in_stand_in = False
-
-    def _check_framing(self) -> None:
-        """What belongs to no body stays within its limits, however slowly it comes."""
-        most = self.limits.max_head_bytes
-        if self._phase is Phase.HEAD and self._framing_bytes > most:
-            self._break_off(TOO_LARGE)
-        elif self._phase is Phase.BODY and (
-            self._gap_bytes > most
-            or self._framing_bytes > most + self.limits.framing_factor * self._body_bytes
-        ):
-            message = "the body's framing is larger than the body"
-            self._break_off(Refusal(400, "invalid_framing", message))
-        elif self._phase is Phase.BETWEEN and self._gap_bytes > most:
-            self._break_off(NOT_HTTP)
-
-    def _new_exchange(self) -> Exchange:
-        try:
-            head = read_head(
-                version=self._parser.get_http_version(),
-                method=self._parser.get_method().decode("ascii"),
-                url=self._url,
-                headers=self._headers,
-                client=self._client,
-                server=self._server,
-            )
-        except HeadRefused as error:
-            self._stop(error.refusal)
-        return Exchange(self, head, keep_alive=self._parser.should_keep_alive())
+        self._ignored_bytes = 0
 
     # Order of answers.
 
@@ -379,19 +254,14 @@ class Connection(asyncio.Protocol):
         task.add_done_callback(self._server_state.tasks.discard)
         self._server_state.tasks.add(task)
 
-    def _stop(self, refusal: Refusal) -> NoReturn:
-        """Break off from inside a callback of the parser."""
-        self._break_off(refusal)
-        raise _Refused
-
-    def _break_off(self, refusal: Refusal) -> None:
+    def break_off(self, refusal: Refusal) -> None:
         """What the client sends makes no sense any more: say so when it is its turn, and close."""
-        if self._deaf:
+        if self.deaf:
             return
-        self._deaf = True
+        self.deaf = True
         current = self._current
         if current is None:
-            if self._phase is Phase.HEAD or not self._num_messages:
+            if self._parser.phase is Phase.HEAD or not self._parser.num_messages:
                 self._refuse(refusal)
             else:
                 self._close()  # all that was asked has been answered
@@ -407,17 +277,11 @@ class Connection(asyncio.Protocol):
                 self._uncount(self._waiting.pop())  # the one that broke
             self._refusal = refusal
 
-    def _hear_no_more(self) -> None:
-        """Too many requests wait already: answer those, then close. A client may send the others
-        again, as none of them was begun."""
-        self._deaf = True
-        self._waiting[-1].keep_alive = False
-
     def _refuse(self, refusal: Refusal) -> None:
         """Answer outside of any exchange, and close."""
         status, code, message = refusal
         record = RequestRecord(
-            request_id=request_id([]), status=status, code=code, client=address(self._client)
+            request_id=request_id([]), status=status, code=code, client=address(self.client)
         )
         body = error_body(status, code, message)
         headers = [
@@ -430,7 +294,7 @@ class Connection(asyncio.Protocol):
         self.write(b"%b%b\r\n%b" % (STATUS_LINES[status], lines, body))
         record.bytes_out = len(body)
         self._shared.on_end(record)
-        self._deaf = True
+        self.deaf = True
         self._close()
 
     def _close(self) -> None:
@@ -438,9 +302,9 @@ class Connection(asyncio.Protocol):
         is dropped: data that nobody takes would make the kernel throw the answer away."""
         if self._closing or self._transport.is_closing():
             return
-        at_rest = self._phase is Phase.BETWEEN and not self._deaf
-        in_body = self._phase is Phase.BODY
-        self._deaf = self._closing = True
+        at_rest = self._parser.phase is Phase.BETWEEN and not self.deaf
+        in_body = self._parser.phase is Phase.BODY
+        self.deaf = self._closing = True
         self._shared.idle.pop(self, None)
         self._stop_timers()
         if at_rest:
@@ -475,16 +339,16 @@ class Connection(asyncio.Protocol):
     def _settle(self) -> None:
         """Let the timer of the present state run."""
         if not self._closing:
-            self._input_timer.settle(self._waits_for(), self._num_messages)
+            self._input_timer.settle(self._waits_for(), self._parser.num_messages)
 
     def _waits_for(self) -> Wait:
         if self._current is not None:
             return Wait.BODY if self._current is self._reading else Wait.NOTHING
-        if self._phase is Phase.HEAD:
+        if self._parser.phase is Phase.HEAD:
             return Wait.HEAD
-        if self._phase is Phase.BODY:
+        if self._parser.phase is Phase.BODY:
             return Wait.REST
-        return Wait.NEXT if self._num_messages else Wait.FIRST
+        return Wait.NEXT if self._parser.num_messages else Wait.FIRST
 
     def _on_input_deadline(self, wait: Wait, seconds: float) -> None:
         if wait is Wait.BODY and self._read_paused:
@@ -495,10 +359,10 @@ class Connection(asyncio.Protocol):
             self.abort()
         elif wait is Wait.BODY:
             message = f"the body took more than {seconds:g} s"
-            self._break_off(Refusal(408, "timeout", message))
+            self.break_off(Refusal(408, "timeout", message))
         else:
             message = f"the request's headers took more than {seconds:g} s"
-            self._break_off(Refusal(408, "timeout", message))
+            self.break_off(Refusal(408, "timeout", message))
 
     def _unsent_bytes(self) -> int:
         size: int = self._transport.get_write_buffer_size()

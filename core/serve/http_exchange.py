@@ -11,15 +11,13 @@ import logging
 import re
 import time
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from core.interfaces.http import CLIENT_CLOSED
 from core.serve.http_body import BodyError, GzipDecoder
-from core.serve.http_head import REQUEST_ID_HEADER, Head
+from core.serve.http_head import REQUEST_ID_HEADER, Head, Refusal
+from core.serve.http_limits import HttpLimits
 from core.serve.http_refusal import error_body, error_headers
-
-if TYPE_CHECKING:
-    from core.serve.http_connection import Connection
 
 HIGH_WATER_BYTES = 64 * 1024  # of a body that waits for the application
 _NOT_IN_NAMES = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
@@ -42,12 +40,41 @@ def _status_line(status: int) -> bytes:
 STATUS_LINES = {status: _status_line(status) for status in range(100, 600)}
 
 
+class Owner(Protocol):
+    """The connection of an exchange."""
+
+    limits: HttpLimits
+    write_paused: bool
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]: ...
+
+    @property
+    def transport_write(self) -> Callable[[bytes], None]: ...
+
+    def write(self, data: bytes) -> None: ...
+
+    async def wait_writable(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def count_body(self, exchange: "Exchange", num_bytes: int) -> bool: ...
+
+    def too_many_bodies(self) -> Refusal: ...
+
+    def on_exchange_end(self, exchange: "Exchange") -> None: ...
+
+    def on_response_complete(self, exchange: "Exchange") -> None: ...
+
+    def abort(self) -> None: ...
+
+
 class Exchange:
     """`receive` and `send` are the application's; the rest belongs to the connection."""
 
     def __init__(
         self,
-        connection: "Connection",
+        connection: Owner,
         head: Head,
         *,
         keep_alive: bool,
