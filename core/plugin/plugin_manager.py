@@ -6,7 +6,6 @@ and never imports torch: a factory's module is imported when that factory is cho
 
 import importlib
 import importlib.metadata
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +14,10 @@ import pluggy
 
 from core.errors import ConfigError, PlanError, PluginError
 from core.plugin import hookspecs
-from core.plugin.hookspecs import ENTRY_POINT_GROUP, PROJECT, Registration
+from core.plugin.hookspecs import PROJECT, Registration
+from core.plugin.sources import BUILTIN_PLUGINS, Source, find_sources, module_of, register
 from core.settings.config import AppConfig, PluginChoice
 from core.settings.schema import build, did_you_mean
-
-BUILTIN_PLUGINS = (
-    "plugins.comm",
-    "plugins.moe_a2a",
-    "plugins.attention.torch_ref",
-    "plugins.attention.cpu",
-    "plugins.attention.triton",
-    "plugins.parallel",
-    "plugins.models.llama",
-    "plugins.models.qwen3",
-    "plugins.models.qwen3_moe",
-    "plugins.models.mixtral",
-    "plugins.models.deepseek",
-    "plugins.frontends.openai",
-    "plugins.launchers",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +134,7 @@ class LoadedPlugin:
 class PluginManager:
     """Every loaded plugin. Built by `load`; read-only afterwards."""
 
-    def __init__(self, manager: pluggy.PluginManager, sources: Mapping[str, "_Source"]) -> None:
+    def __init__(self, manager: pluggy.PluginManager, sources: Mapping[str, "Source"]) -> None:
         self._manager = manager
         self._sources = dict(sources)
         self._tables = {family: self._collect(family) for family in FAMILIES}
@@ -170,20 +154,7 @@ class PluginManager:
         """
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(hookspecs)
-        own_version = _own_version()
-        sources: dict[str, _Source] = {
-            name: _Source(name, "nodeweave", own_version, _importer(name)) for name in builtins
-        }
-        for source in _entry_points():
-            if source.name in sources:
-                raise PluginError(
-                    f"two plugins are called {source.name!r}: one from "
-                    f"{sources[source.name].distribution}, one from {source.distribution}; "
-                    "uninstall one of them"
-                )
-            sources[source.name] = source
-        for name, plugin in (objects or {}).items():
-            sources[name] = _Source(name, "given as an object", "0", _constant(plugin))
+        sources = find_sources(builtins, objects or {})
         blocked = set(blocklist)
         for name in sorted(blocked - set(sources)):
             raise PluginError(
@@ -192,7 +163,7 @@ class PluginManager:
             )
         loaded = {name: source for name, source in sources.items() if name not in blocked}
         for source in loaded.values():
-            _register(manager, source)
+            register(manager, source)
         return cls(manager, loaded)
 
     def table(self, family: str) -> PluginTable:
@@ -289,7 +260,7 @@ class PluginManager:
                 name=name,
                 distribution=source.distribution,
                 version=source.version,
-                module=_module_of(self._manager.get_plugin(name)),
+                module=module_of(self._manager.get_plugin(name)),
                 hooks=self._hooks_of(name),
                 registered=tuple(found[name]),
             )
@@ -374,71 +345,3 @@ def _unknown(family: str, name: str, names: Sequence[str]) -> str:
         f"there is no {family} plugin {name!r}{did_you_mean(name, names)}\n"
         f"{family} plugins: {', '.join(names) or 'none'}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A plugin that can be loaded, and where it comes from."""
-
-    name: str
-    distribution: str
-    version: str
-    load: Callable[[], object]
-
-
-def _module_of(plugin: object) -> str:
-    if isinstance(plugin, types.ModuleType):
-        return plugin.__name__
-    return f"{type(plugin).__module__}:{type(plugin).__qualname__}"
-
-
-def _importer(module: str) -> Callable[[], object]:
-    return lambda: importlib.import_module(module)
-
-
-def _constant(plugin: object) -> Callable[[], object]:
-    return lambda: plugin
-
-
-def _entry_points() -> Iterator[_Source]:
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        distribution = point.dist
-        name, version = (distribution.name, distribution.version) if distribution else ("?", "?")
-        yield _Source(point.name, name, version, point.load)
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("nodeweave")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"  # run from a checkout
-
-
-def _register(manager: pluggy.PluginManager, source: _Source) -> None:
-    """Import one plugin and register it. Raises PluginError with its name and the cause."""
-    label = f"plugin {source.name!r} ({source.distribution} {source.version})"
-    way_out = f"fix or uninstall it, or start without it: plugins.blocklist=[{source.name}]"
-    try:
-        plugin = source.load()
-    except Exception as error:  # whatever a third party's import raises
-        raise PluginError(
-            f"{label} failed to load: {type(error).__name__}: {error}\n{way_out}"
-        ) from error
-    known = {name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)}
-    try:
-        manager.register(plugin, source.name)
-        callers = manager.get_hookcallers(plugin) or []
-        for hook in callers:
-            if hook.name not in known:
-                raise PluginError(
-                    f"{label} implements an unknown hook {hook.name!r}"
-                    f"{did_you_mean(hook.name, known)}\nhooks: {', '.join(sorted(known))}"
-                )
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise PluginError(f"{label} breaks the plugin contract: {error}\n{way_out}") from error
-    if not callers:
-        raise PluginError(
-            f"{label} implements no hook; mark its functions with "
-            f"core.plugin.hookspecs.hookimpl\n{way_out}"
-        )

@@ -9,19 +9,14 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-import signal
 import socket
 import subprocess
-import sys
 from array import array
 from collections import deque
-from typing import Any, cast
 
 import msgspec
 
-from core import errors
-from core.errors import ModelError, RequestError
+from core.errors import RequestError
 from core.interfaces.text import (
     BodyParts,
     ChatText,
@@ -35,27 +30,21 @@ from core.interfaces.text import (
 )
 from core.serve.text_jobs import PackedPrompt
 from core.serve.text_process import (
-    BUILDING_SIGNAL,
     COMMAND,
     FORK,
     KILL,
-    LEAVING,
     LENGTH,
     REFUSED,
-    RENDERING_SIGNAL,
-    TOKENIZING_SIGNAL,
-    BuildFailed,
     Died,
     RefusedJob,
     TemplateStatus,
     TextBoot,
-    read_frame,
-    send_frame,
 )
+from core.serve.text_template import end_process, error_of, start_process
+from core.serve.text_worker import Job, Worker
 
 WALL_S = 30.0  # of waiting and working together; a job that takes longer is answered with 503
 MAX_WAITING = 4096  # jobs
-SMALL_BYTES = 64 * 1024  # of a job; larger ones leave a worker free for those
 # Where every worker has been at one job for longer while others wait, another is forked, so that
 # a few jobs that run into their limits don't keep the rest waiting.
 RELIEF_S = 0.05
@@ -67,97 +56,6 @@ END_S = 2.0
 log = logging.getLogger(__name__)
 
 
-class _Job:
-    """A job and who waits for it."""
-
-    __slots__ = ("began", "done", "frame", "is_large", "timer", "worker")
-
-    def __init__(self, frame: bytes, done: "asyncio.Future[bytes]") -> None:
-        self.frame = frame
-        self.done = done
-        self.is_large = len(frame) > SMALL_BYTES
-        self.worker: _Worker | None = None
-        self.began = 0.0  # by the event loop's clock
-        self.timer: asyncio.TimerHandle | None = None
-
-    def finish(self, reply: bytes) -> None:
-        self.release()
-        if not self.done.done():
-            self.done.set_result(reply)
-
-    def fail(self, error: Exception) -> None:
-        self.release()
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def release(self) -> None:
-        """Hold nothing any more that holds it."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = self.worker = None
-
-
-class _Worker(asyncio.Protocol):
-    """One worker's socket. `job` is what it does now."""
-
-    def __init__(self, pool: "TextPool", number: int) -> None:
-        self.number = number
-        self.job: _Job | None = None
-        self.leaving = False  # it takes no further job
-        self.lost = False  # its socket is closed
-        self.signal: int | None = None  # that ended it; 0: it ended by itself; None: not known
-        self._pool = pool
-        self._transport: asyncio.WriteTransport | None = None
-        self._pieces: list[bytes] = []
-        self._missing = LENGTH.size
-        self._in_head = True
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's has no such base
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it can be given a job. A socket may be closed before we are told."""
-        assert self._transport is not None
-        return self.job is None and not self.leaving and not self._transport.is_closing()
-
-    def begin(self, job: _Job) -> None:
-        self.job, job.worker = job, self
-        assert self._transport is not None
-        self._transport.writelines((LENGTH.pack(len(job.frame)), job.frame))
-        job.frame = b""  # up to 8 MiB, which the socket's buffer holds as long as it has to
-
-    def data_received(self, data: bytes) -> None:
-        while data:
-            piece, data = data[: self._missing], data[self._missing :]
-            self._pieces.append(piece)
-            self._missing -= len(piece)
-            if self._missing:
-                return
-            whole = b"".join(self._pieces)
-            self._pieces.clear()
-            if self._in_head:
-                self._missing = LENGTH.unpack(whole)[0]
-            else:
-                self._missing = LENGTH.size
-                job, self.job = self.job, None
-                self.leaving = bool(whole[0] & LEAVING)
-                if job is not None:
-                    job.finish(whole)
-                self._pool.dispatch()
-                if self.job is None:
-                    self._pool.retire(self)
-            self._in_head = not self._in_head
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.lost = True
-        self._pool.look_at_end(self)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
-
 class TextPool:
     """Build with `await TextPool.start(...)`; `close` ends its processes."""
 
@@ -166,8 +64,8 @@ class TextPool:
         self._num_workers = num_workers
         self._wall_s = wall_s
         self._loop = asyncio.get_running_loop()
-        self._workers: dict[int, _Worker] = {}
-        self._waiting: deque[_Job] = deque()
+        self._workers: dict[int, Worker] = {}
+        self._waiting: deque[Job] = deque()
         self._next_number = 0
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -225,7 +123,7 @@ class TextPool:
             return
         idle = [worker for worker in self._workers.values() if worker.is_idle]
         num_large = sum(w.job is not None and w.job.is_large for w in self._workers.values())
-        passed: list[_Job] = []
+        passed: list[Job] = []
         while idle and self._waiting:
             job = self._waiting.popleft()
             if job.done.done():
@@ -240,7 +138,7 @@ class TextPool:
         if self._waiting and self._relief is None:
             self._relief = self._loop.call_later(RELIEF_S, self._relieve)
 
-    def retire(self, worker: _Worker) -> None:
+    def retire(self, worker: Worker) -> None:
         """Let a worker go that has become one too many."""
         num_staying = sum(not one.leaving for one in self._workers.values())
         if num_staying > self._num_workers and not self._waiting:
@@ -257,7 +155,7 @@ class TextPool:
             self._loop.create_task(self._fork())
         self.dispatch()
 
-    def look_at_end(self, worker: _Worker) -> None:
+    def look_at_end(self, worker: Worker) -> None:
         """A worker's socket closed, or the template process told of its end: once both are known,
         its job gets its error and another worker takes its place."""
         if not worker.lost or worker.signal is None:
@@ -265,7 +163,7 @@ class TextPool:
         if self._workers.pop(worker.number, None) is None:
             return
         if worker.job is not None:
-            worker.job.fail(_error_of(worker.signal, self._boot))
+            worker.job.fail(error_of(worker.signal, self._boot))
         is_one_short = len(self._workers) < self._num_workers
         if is_one_short and not self._closed and self._control is not None:
             self._loop.create_task(self._fork())
@@ -278,7 +176,7 @@ class TextPool:
                 code="queue_full",
                 status=429,
             )
-        waiter = _Job(self._encode(job), self._loop.create_future())
+        waiter = Job(self._encode(job), self._loop.create_future())
         waiter.timer = self._loop.call_later(self._wall_s, self._on_wall_time, waiter)
         self._waiting.append(waiter)
         self.dispatch()
@@ -296,14 +194,14 @@ class TextPool:
             refused.message, param=refused.param, code=refused.code, status=refused.status
         )
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         """Nobody waits for it any more."""
         job.release()
         if job.frame:  # it was never begun
             with contextlib.suppress(ValueError):
                 self._waiting.remove(job)
 
-    def _on_wall_time(self, job: _Job) -> None:
+    def _on_wall_time(self, job: Job) -> None:
         if job.done.done():
             return
         if job.worker is not None:
@@ -318,7 +216,7 @@ class TextPool:
         )
 
     async def _start_template(self) -> None:
-        process, control = await asyncio.to_thread(_start_process, self._boot)
+        process, control = await asyncio.to_thread(start_process, self._boot)
         if self._closed:
             control.close()
             return
@@ -335,7 +233,7 @@ class TextPool:
         ours.setblocking(False)
         number = self._next_number
         self._next_number += 1
-        worker = _Worker(self, number)
+        worker = Worker(self, number)
         try:
             if self._control is None:
                 ours.close()
@@ -401,7 +299,7 @@ class TextPool:
             while self._waiting:
                 self._waiting.popleft().fail(RequestError(why, code="shutting_down", status=503))
         if self._process is not None:
-            _end_process(self._process)
+            end_process(self._process)
             self._process = None
 
     async def _restart(self) -> None:
@@ -428,73 +326,4 @@ async def _unpack(packed: PackedPrompt) -> Prompt:
         text=packed.text,
         is_open=packed.is_open,
         offsets=None if packed.offsets is None else array("I", packed.offsets).tolist(),
-    )
-
-
-def _start_process(boot: TextBoot) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A template process that has built everything. Blocks meanwhile."""
-    ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "core.serve.text_process", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            # One text is one thread's work; a pool of threads would not survive the fork.
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-    finally:
-        theirs.close()
-    send_frame(ours, msgspec.msgpack.encode(boot))
-    frame = read_frame(ours)
-    status = None if frame is None else msgspec.msgpack.decode(frame, type=TemplateStatus)
-    if status is None or isinstance(status, BuildFailed):
-        ours.close()
-        code = process.wait()
-        raise _build_error(status, code, boot)
-    return process, ours
-
-
-def _build_error(status: BuildFailed | None, code: int, boot: TextBoot) -> Exception:
-    if status is not None:
-        kind: Any = getattr(errors, status.kind, ModelError)
-        return kind(status.message) if kind is ModelError else ModelError(status.message)
-    if code == -BUILDING_SIGNAL:
-        why = f"takes more than {boot.building_s:.0f} s of CPU time"
-    else:
-        why = f"ended its process with {code}; it may need more memory than is allowed"
-    return ModelError(f"building the tokenizer and chat template in {boot.folder} {why}")
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(0)
-    except subprocess.TimeoutExpired:
-        process.kill()  # its pipes are closed: it was about to end
-        process.wait()
-
-
-def _error_of(ended_by: int, boot: TextBoot) -> RequestError:
-    """What a signal that ended a worker says about its job."""
-    if ended_by == RENDERING_SIGNAL:
-        return RequestError(
-            f"the chat template took more than {boot.rendering_s} s of CPU time for these messages",
-            param="messages",
-            code="template_limit",
-        )
-    if ended_by == TOKENIZING_SIGNAL:
-        return RequestError(
-            "the tokenizer took more CPU time for this text than a request may have "
-            f"({boot.tokenizing_s} s and {boot.tokenizing_s_per_million} s a million characters)",
-            code="tokenizer_limit",
-        )
-    if ended_by == signal.SIGKILL:
-        return RequestError(
-            "the process that rendered and tokenized this was killed; try again later",
-            code="text_busy",
-            status=503,
-        )
-    return RequestError(
-        "rendering or tokenizing this ended its process: it takes more memory than a request may "
-        "have, or the library fails on it",
-        code="too_large",
     )

@@ -45,7 +45,7 @@ PLUGIN_EXTRAS = {"models": {"layers"}}
 RESERVED = {
     "hydra": {"core.settings.compose", "core.run"},
     "omegaconf": {"core.settings.compose", "core.run"},
-    "pluggy": {"core.plugin.hookspecs", "core.plugin.plugin_manager"},
+    "pluggy": {"core.plugin.hookspecs", "core.plugin.plugin_manager", "core.plugin.sources"},
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 from core.errors import ConfigError, PlanError, PluginError
 from core.plugin import hookspecs
 from core.plugin.hookspecs import PROJECT, Registration, hookimpl
-from core.plugin.plugin_manager import BUILTIN_PLUGINS, FAMILIES, PluginManager
+from core.plugin.plugin_manager import FAMILIES, PluginManager
+from core.plugin.sources import BUILTIN_PLUGINS
 from core.settings.config import (
     AppConfig,
     AttentionConfig,

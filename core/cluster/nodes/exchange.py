@@ -16,6 +16,15 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from core.cluster.nodes.link import Link, LinkError, WrongToken
+from core.cluster.nodes.link_events import (
+    Arrived,
+    Broken,
+    Event,
+    Lost,
+    Received,
+    Turned,
+    TurnedMore,
+)
 from core.cluster.nodes.node_messages import Alive, NodeMessage
 from core.cluster.nodes.strangers import Strangers
 from core.cluster.processes.watch_clock import WatchClock
@@ -25,57 +34,6 @@ ACCEPT_AGAIN_S = 1.0  # after the system could not accept a connection
 LEAVE_S = 1.0  # for a peer to end its side, once everything was sent to it
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A peer proved that it has the token."""
-
-    peer: int
-    address: str  # host:port
-
-
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """Somebody came and was refused: no peer."""
-
-    address: str
-    reason: str
-    wrong_token: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TurnedMore:
-    """So many more were refused than the main thread could be told of."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message from a peer."""
-
-    peer: int
-    message: NodeMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A link ended; nothing more comes from this peer."""
-
-    peer: int
-    reason: str
-    silent: bool  # no sign of life for the timeout, where the connection itself said nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The thread ended because of a bug: there are no links any more, and nobody is let in."""
-
-    reason: str
-
-
-Event = Arrived | Turned | TurnedMore | Received | Lost | Broken
 
 
 @dataclass(slots=True)

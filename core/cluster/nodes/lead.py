@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from core.cluster.nodes import exchange as net
+from core.cluster.nodes import link_events
 from core.cluster.nodes.agreement import report
 from core.cluster.nodes.exchange import Exchange
+from core.cluster.nodes.join_check import join_problem
 from core.cluster.nodes.node_messages import (
     Agreed,
     Bye,
@@ -203,29 +204,29 @@ class Lead:
 
     # Events.
 
-    def _check(self, events: Sequence[net.Event]) -> None:
+    def _check(self, events: Sequence[link_events.Event]) -> None:
         for event in events:
             outcome = self._take(event)
             if isinstance(outcome, Ended):
                 raise GroupError(outcome.text, outcome.exit_code)
 
-    def _take(self, event: net.Event) -> GroupEvent | None:
+    def _take(self, event: link_events.Event) -> GroupEvent | None:
         """Take in one event; what it means for this node's processes, if anything."""
         match event:
-            case net.Arrived(peer, address):
+            case link_events.Arrived(peer, address):
                 self._peers[peer] = address
-            case net.Turned():
+            case link_events.Turned():
                 self._show_turned(event)
-            case net.TurnedMore(number):
+            case link_events.TurnedMore(number):
                 self._refusals[False].count(number)
-            case net.Received(peer, Join() as join):
+            case link_events.Received(peer, Join() as join):
                 return self._on_join(peer, join)
-            case net.Received(peer, message):
+            case link_events.Received(peer, message):
                 if peer in self._ranks:
                     return self._on_message(self._nodes[self._ranks[peer]], message)
-            case net.Lost():
+            case link_events.Lost():
                 return self._on_lost(event)
-            case net.Broken(reason):
+            case link_events.Broken(reason):
                 text = f"node 0: {reason}; the engine ends"
                 return self._end(Ended(text, "node 0 failed", 1), None)
         return None
@@ -256,7 +257,13 @@ class Lead:
         return None
 
     def _on_join(self, peer: int, join: Join) -> GroupEvent | None:
-        problem = self._problem_with(join, self._peers[peer])
+        known = self._nodes.get(join.node_rank)
+        problem = join_problem(
+            join,
+            self._peers[peer],
+            nnodes=self.site.nnodes,
+            known=None if known is None else (known.join, self._peers[known.peer]),
+        )
         if problem is None:
             self._nodes[join.node_rank] = _Node(peer, join)
             self._ranks[peer] = join.node_rank
@@ -268,30 +275,7 @@ class Lead:
         self._exchange.drop(peer)
         return None
 
-    def _problem_with(self, join: Join, address: str) -> str | None:
-        """Why a node that comes can't take part."""
-        nnodes = self.site.nnodes
-        who = f"{address} ({join.host}, pid {join.pid})"
-        if join.nnodes != nnodes:
-            return (
-                f"{who} has launch.nnodes={join.nnodes}, node 0 has launch.nnodes={nnodes}; start "
-                "all nodes with the same number"
-            )
-        if not 1 <= join.node_rank < nnodes:
-            return (
-                f"{who} has launch.node_rank={join.node_rank}; allowed for launch.nnodes={nnodes} "
-                f"are 0 (this node) and 1 to {nnodes - 1}, each once"
-            )
-        known = self._nodes.get(join.node_rank)
-        if known is not None:
-            return (
-                f"launch.node_rank={join.node_rank} was given to two nodes: "
-                f"{self._peers[known.peer]} ({known.join.host}, pid {known.join.pid}) and {who}; "
-                f"give each node its own, 0 to {nnodes - 1}"
-            )
-        return None
-
-    def _on_lost(self, event: net.Lost) -> GroupEvent | None:
+    def _on_lost(self, event: link_events.Lost) -> GroupEvent | None:
         self._peers.pop(event.peer, None)
         node = self._nodes.get(self._ranks.get(event.peer, 0))
         if node is None or node.left or self._stopping:
@@ -325,7 +309,7 @@ class Lead:
         for node in self._nodes.values():
             self._exchange.send(node.peer, message)
 
-    def _show_turned(self, event: net.Turned) -> None:
+    def _show_turned(self, event: link_events.Turned) -> None:
         host = split_address(event.address)[0] if event.address[-1:].isdigit() else event.address
         advice = "; give every node the same token" if event.wrong_token else ""
         text = f"error: {event.address} came to join and was refused: {event.reason}{advice}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from core.cluster.nodes import exchange as net
+from core.cluster.nodes import link_events
 from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link import Link, LinkClosed, LinkError, WrongToken
 from core.cluster.nodes.node_messages import (
@@ -135,28 +135,28 @@ class Member:
     def _send(self, message: NodeMessage) -> None:
         self._exchange.send(self._peer, message)
 
-    def _check(self, events: Sequence[net.Event]) -> None:
+    def _check(self, events: Sequence[link_events.Event]) -> None:
         for event in events:
             outcome = self._take(event)
             if isinstance(outcome, Ended):
                 raise GroupError(outcome.text, outcome.exit_code)
 
-    def _take(self, event: net.Event) -> GroupEvent | None:
+    def _take(self, event: link_events.Event) -> GroupEvent | None:
         if self._ended or self._stopped:
             return None
         match event:
-            case net.Received(_, Agreed(addresses)):
+            case link_events.Received(_, Agreed(addresses)):
                 self._addresses = addresses
-            case net.Received(_, Stop()):
+            case link_events.Received(_, Stop()):
                 self._stopped = True
                 return Stopped()
-            case net.Received(_, End(text, brief, exit_code)):
+            case link_events.Received(_, End(text, brief, exit_code)):
                 self._ended = True
                 return Ended(text, brief, exit_code)
-            case net.Lost(_, reason, silent):
+            case link_events.Lost(_, reason, silent):
                 self._ended = True
                 return Ended(self._lost_text(reason, silent), "node 0 is gone", 1)
-            case net.Broken(reason):
+            case link_events.Broken(reason):
                 self._ended = True
                 text = f"node {self.site.node_rank}: {reason}; the engine ends"
                 return Ended(text, f"node {self.site.node_rank} failed", 1)

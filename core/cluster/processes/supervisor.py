@@ -13,7 +13,6 @@ through which they tell each other. Node 0 decides when all are ready and when a
 other nodes "leaving" takes the place of "draining". A failure anywhere is everyone's.
 """
 
-import enum
 import selectors
 import signal
 import socket
@@ -26,27 +25,12 @@ from core.cluster.processes.channel import INTERNAL, failure_exit_code
 from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.processes.process import Child, ProcessSpec
 from core.cluster.processes.signals import signal_pipe
+from core.cluster.processes.stages import CLEAN_STOP_S, FAREWELL_S, KILL_S, LIVE, STOP_S, Stage
 from core.cluster.processes.vigil import Vigil
 from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
 from core.settings.config import LaunchConfig
 
-FAREWELL_S = 1.5  # for frontends to end their streams after a worker died
-STOP_S = 1.0  # for processes to end by themselves after a failure, before they are killed
-CLEAN_STOP_S = 5.0  # the same where nothing failed
 ENDED_BY_SIGNAL = "the server was told to end at once"
-KILL_S = 5.0  # for the kernel to end what was killed
-
-
-class Stage(enum.Enum):
-    """What the supervisor is waiting for."""
-
-    STARTING = "every process is ready"
-    RUNNING = "a signal or a failure"
-    DRAINING = "the frontends finish what they accepted"
-    LEAVING = "node 0 lets its frontends finish"
-    FAILING = "the frontends tell their clients"
-    STOPPING = "every process ends by itself"
-    KILLING = "every process was ended"
 
 
 class Supervisor:
@@ -287,7 +271,7 @@ class Supervisor:
         When one rank dies the others fail in their collectives; of several the likeliest cause
         is reported, and one that may be an echo is given a moment to be outdone.
         """
-        if self._stage not in _LIVE:
+        if self._stage not in LIVE:
             return
         suspects = [child for child in self._children if self._went_wrong(child)]
         if not suspects:
@@ -337,12 +321,12 @@ class Supervisor:
             case Heard(process, status):
                 self._moved()
                 self._on_status(process, status)
-            case Ended(text, brief, exit_code) if self._stage in _LIVE:
+            case Ended(text, brief, exit_code) if self._stage in LIVE:
                 if self._stage is Stage.STARTING:
                     self._fail_start(text, exit_code, here=False)
                 else:
                     self._end(text, brief, None, exit_code)
-            case Stopped() if self._stage in _LIVE:
+            case Stopped() if self._stage in LIVE:
                 self._stop(CLEAN_STOP_S)
             case DrainAsked(by) if self._stage is Stage.STARTING:
                 self._fail_start(
@@ -413,6 +397,3 @@ class Supervisor:
         for child in self._children:
             if not child.close(0.0 if self._gave_up else KILL_S):
                 self._on_error(f"{child.label} is stuck in the kernel and can't be killed")
-
-
-_LIVE = (Stage.STARTING, Stage.RUNNING, Stage.DRAINING, Stage.LEAVING)

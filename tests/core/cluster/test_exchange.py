@@ -16,18 +16,17 @@ import pytest
 
 from core.cluster.nodes import exchange as exchange_module
 from core.cluster.nodes import strangers as module
-from core.cluster.nodes.exchange import (
-    MAX_TURNED_WAITING,
+from core.cluster.nodes.exchange import MAX_TURNED_WAITING, Exchange
+from core.cluster.nodes.link import Link, LinkClosed
+from core.cluster.nodes.link_events import (
     Arrived,
     Broken,
     Event,
-    Exchange,
     Lost,
     Received,
     Turned,
     TurnedMore,
 )
-from core.cluster.nodes.link import Link, LinkClosed
 from core.cluster.nodes.member import _connect
 from core.cluster.nodes.node_messages import Alive, Doing, NodeMessage, Stop
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from core.cluster.nodes import lead as lead_module
-from core.cluster.nodes.exchange import Broken, Exchange, Turned
+from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.lead import Lead
+from core.cluster.nodes.link_events import Broken, Turned
 from core.cluster.nodes.member import Member, reach
 from core.cluster.nodes.rendezvous import meet
 from core.cluster.nodes.secret import TOKEN_VARIABLE

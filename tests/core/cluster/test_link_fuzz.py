@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from core.cluster.nodes import link as module
-from core.cluster.nodes.exchange import Arrived, Exchange, Received, Turned
+from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link import MAX_HANDSHAKE_BYTES, PROTOCOL, Link, LinkError
+from core.cluster.nodes.link_events import Arrived, Received, Turned
 from core.cluster.nodes.member import _connect
 from core.cluster.nodes.node_messages import Doing, NodeMessage
 from tests.support.strange_bytes import framed, strange_message
