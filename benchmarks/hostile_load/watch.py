@@ -27,7 +27,7 @@ def processes(root: psutil.Process, prefix: str = "") -> dict[str, list[psutil.P
             found[f"{prefix}worker"].append(child)
         elif "core.serve.process" in command:
             found[f"{prefix}frontend"].append(child)
-        elif "core.serve.text_process" in command:
+        elif "core.serve.text.process" in command:
             role = FORKS if f"{prefix}text" in found else "text"
             found[f"{prefix}{role}"].append(child)
     return dict(found)

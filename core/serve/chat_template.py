@@ -4,7 +4,7 @@ The result equals transformers' `apply_chat_template`: the same jinja2 options, 
 and treatment of None (see transformers/utils/chat_template_utils.py). Templates come only from
 the checkpoint, never from a request, and still run in the immutable sandbox, within limits of CPU
 time and size: loops, macros and calls count as steps, at which both are checked. The process that
-renders is ended by the kernel where a template gets around that (core.serve.text_process).
+renders is ended by the kernel where a template gets around that (core.serve.text.process).
 """
 
 from collections.abc import Mapping, Sequence

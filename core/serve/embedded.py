@@ -37,8 +37,8 @@ from core.serve.balancer import make_balancer
 from core.serve.completion import Completion, read_completion
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import RequestLimits
-from core.serve.text_pool import TextPool
-from core.serve.text_process import TextBoot
+from core.serve.text.pool import TextPool
+from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 
 CLOSED = "the engine was closed"

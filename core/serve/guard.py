@@ -17,8 +17,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from core.interfaces.http import record_of
-from core.serve.http_refusal import send_refusal
-from core.serve.http_server import is_loopback
+from core.serve.http.refusal import send_refusal
+from core.serve.http.server import is_loopback
 from core.settings.config import ANY_ORIGIN, FrontendConfig
 
 OPEN_PATHS = frozenset({"/health", "/ready"})

@@ -44,12 +44,12 @@ from core.serve.access_log import AccessLog, access_log
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
-from core.serve.http_limits import HttpLimits, settle_connections
-from core.serve.http_server import Server, bind, is_loopback, url_of
+from core.serve.http.limits import HttpLimits, settle_connections
+from core.serve.http.server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
 from core.serve.request_check import RequestLimits, size_problem
-from core.serve.text_pool import TextPool
-from core.serve.text_process import TextBoot
+from core.serve.text.pool import TextPool
+from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig, PluginChoice
 

@@ -26,7 +26,7 @@ class _Limits(threading.local):
     """CPU time and size left to the rendering under way in this thread.
 
     Counted where a template loops or calls. What it does in between (a filter over a large list, a
-    power, a product) is for the process around it to bound: see core.serve.text_process."""
+    power, a product) is for the process around it to bound: see core.serve.text.process."""
 
     def __init__(self, deadline_s: float, max_characters: int) -> None:
         self.deadline_s = deadline_s

@@ -181,7 +181,7 @@ class HfTokenizer:
         """Compile and probe all chat templates now. Raises ModelError where one is broken.
 
         They are a checkpoint's programs: call it, and render, where a program that doesn't end
-        can be stopped (core.serve.text_process)."""
+        can be stopped (core.serve.text.process)."""
         for name, source in self._sources.items():
             self._templates[name] = ChatTemplate(source, self._special_tokens)
 

@@ -6,9 +6,9 @@ from typing import Any
 from uvicorn.server import ServerState
 
 from core.interfaces.http import HttpStats, RequestRecord
-from core.serve.http_connection import Connection
-from core.serve.http_limits import HttpLimits
-from core.serve.http_shared import Shared
+from core.serve.http.connection import Connection
+from core.serve.http.limits import HttpLimits
+from core.serve.http.shared import Shared
 
 
 class Server:

@@ -17,11 +17,11 @@ from core.plugin.hookspecs import NoOptions
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
-from core.serve.http_limits import HttpLimits
-from core.serve.http_server import Server, bind, url_of
+from core.serve.http.limits import HttpLimits
+from core.serve.http.server import Server, bind, url_of
 from core.serve.request_check import RequestLimits
-from core.serve.text_pool import TextPool
-from core.serve.text_process import TextBoot
+from core.serve.text.pool import TextPool
+from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig
 from plugins.frontends._openai.app import create_app

@@ -128,7 +128,7 @@ def most_held_mib() -> int:
 
 def serve_apart(path: Path) -> None:
     """`serve` in a child: the tokenizers library may abort the process that builds with it, which
-    costs the text process and not the server (core.serve.text_pool)."""
+    costs the text process and not the server (core.serve.text.pool)."""
     child = os.fork()
     if child == 0:
         try:

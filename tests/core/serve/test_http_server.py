@@ -11,14 +11,14 @@ import pytest
 
 from core.errors import ConfigError, ResourceError
 from core.interfaces.http import HttpStats
-from core.serve import http_server
-from core.serve.http_limits import (
+from core.serve.http import server as http_server
+from core.serve.http.limits import (
     MOST_CONNECTIONS,
     SPARE_DESCRIPTORS,
     HttpLimits,
     settle_connections,
 )
-from core.serve.http_server import Server, bind, is_loopback, url_of
+from core.serve.http.server import Server, bind, is_loopback, url_of
 
 LIMITS = HttpLimits(head_s=0.5, idle_s=0.5)
 

@@ -16,8 +16,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from core.errors import ModelError, RequestError
 from core.interfaces.text import ChatText, IdsToText, PromptTexts, TokenList
-from core.serve.text_pool import TextPool
-from core.serve.text_process import TextBoot
+from core.serve.text.pool import TextPool
+from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from tests.support import clock_loop
 from tests.support.small_tokenizer import byte_level, write_folder
@@ -312,8 +312,8 @@ def test_they_end_with_the_frontend(folder):
     code = (
         "import asyncio, sys, time\n"
         "from core.interfaces.text import PromptTexts\n"
-        "from core.serve.text_pool import TextPool\n"
-        "from core.serve.text_process import TextBoot\n"
+        "from core.serve.text.pool import TextPool\n"
+        "from core.serve.text.process import TextBoot\n"
         "async def main():\n"
         f"    pool = await TextPool.start(TextBoot(folder={str(folder)!r}, eos_ids=[]), 2)\n"
         "    await pool.prompts(PromptTexts(prompt=b'\"a\"', vocab_size=9))\n"

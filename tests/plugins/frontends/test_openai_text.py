@@ -9,7 +9,7 @@ import pytest
 
 from core.interfaces.messages import RequestOutput, TokenLogprobs
 from core.interfaces.text import PromptTexts
-from core.serve.text_jobs import NoLimits, TextJobs
+from core.serve.text.jobs import NoLimits, TextJobs
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.answer import Answer, StopMatcher
 from plugins.frontends._openai.logprobs import completion_logprobs, prompt_offsets

@@ -1,7 +1,7 @@
 """uvicorn with the edges closed: an early bind, our own connections, no signal handlers.
 
 Knows nothing of the application it serves. uvicorn's part is the lifespan, the accepting and the
-end; its connections bound neither bytes nor time, so core.serve.http_connection has its own.
+end; its connections bound neither bytes nor time, so core.serve.http.connection has its own.
 """
 
 import errno
@@ -17,9 +17,9 @@ from uvicorn.server import ServerState
 
 from core.errors import ConfigError, ResourceError
 from core.interfaces.http import HttpStats, RequestRecord
-from core.serve.http_connection import Connection
-from core.serve.http_limits import HttpLimits
-from core.serve.http_shared import Shared
+from core.serve.http.connection import Connection
+from core.serve.http.limits import HttpLimits
+from core.serve.http.shared import Shared
 
 BACKLOG = 2048
 # A peer that is gone without a word, while nothing is sent to it, is noticed after a minute.

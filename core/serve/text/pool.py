@@ -2,7 +2,7 @@
 
 Implements core.interfaces.text.TextService. Lives in one event loop, which only writes and reads
 frames. A job that meets a limit ends its worker and nothing else: the next is forked in
-milliseconds, from a process that has everything built (see core.serve.text_process).
+milliseconds, from a process that has everything built (see core.serve.text.process).
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from core.interfaces.text import (
     TokenList,
     TokensJson,
 )
-from core.serve.text_jobs import PackedPrompt
-from core.serve.text_process import (
+from core.serve.text.jobs import PackedPrompt
+from core.serve.text.process import (
     COMMAND,
     FORK,
     KILL,
@@ -40,8 +40,8 @@ from core.serve.text_process import (
     TemplateStatus,
     TextBoot,
 )
-from core.serve.text_template import end_process, error_of, start_process
-from core.serve.text_worker import Job, Worker
+from core.serve.text.template_process import end_process, error_of, start_process
+from core.serve.text.worker import Job, Worker
 
 WALL_S = 30.0  # of waiting and working together; a job that takes longer is answered with 503
 MAX_WAITING = 4096  # jobs

@@ -8,7 +8,7 @@ import asyncio
 import enum
 from collections.abc import Callable
 
-from core.serve.http_limits import HttpLimits
+from core.serve.http.limits import HttpLimits
 
 LATE_S = 1.0  # a timer that fires later than this tells of a process that did not run
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from core.interfaces.http import HttpStats, RequestRecord
-from core.serve.http_exchange import App
-from core.serve.http_limits import HttpLimits
+from core.serve.http.exchange import App
+from core.serve.http.limits import HttpLimits
 
 
 class Evictable(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import httptools
 
-from core.serve.http_head import (
+from core.serve.http.head import (
     NO_PROXY,
     NOT_HTTP,
     TOO_LARGE,
@@ -20,7 +20,7 @@ from core.serve.http_head import (
     read_head,
     stand_in,
 )
-from core.serve.http_limits import HttpLimits
+from core.serve.http.limits import HttpLimits
 
 Address = tuple[str, int] | None
 

@@ -11,7 +11,7 @@ import msgspec
 
 from core import errors
 from core.errors import ModelError, RequestError
-from core.serve.text_process import (
+from core.serve.text.process import (
     BUILDING_SIGNAL,
     RENDERING_SIGNAL,
     TOKENIZING_SIGNAL,
@@ -28,7 +28,7 @@ def start_process(boot: TextBoot) -> tuple[subprocess.Popen[bytes], socket.socke
     ours, theirs = socket.socketpair()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "core.serve.text_process", str(theirs.fileno())],
+            [sys.executable, "-m", "core.serve.text.process", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             # One text is one thread's work; a pool of threads would not survive the fork.

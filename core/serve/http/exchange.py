@@ -14,10 +14,10 @@ from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
 from core.interfaces.http import CLIENT_CLOSED
-from core.serve.http_body import BodyError, GzipDecoder
-from core.serve.http_head import REQUEST_ID_HEADER, Head, Refusal
-from core.serve.http_limits import HttpLimits
-from core.serve.http_refusal import error_body, error_headers
+from core.serve.http.body import BodyError, GzipDecoder
+from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal
+from core.serve.http.limits import HttpLimits
+from core.serve.http.refusal import error_body, error_headers
 
 HIGH_WATER_BYTES = 64 * 1024  # of a body that waits for the application
 _NOT_IN_NAMES = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')

@@ -1,4 +1,4 @@
-"""The text service's processes: `python -m core.serve.text_process FD`, started by `TextPool`.
+"""The text service's processes: `python -m core.serve.text.process FD`, started by `TextPool`.
 
 The first one, the *template*, builds the tokenizer and its chat templates once and does nothing
 with them: it forks workers, which share what it built, and says when one has ended and how. A
@@ -27,7 +27,7 @@ import msgspec
 from core.cluster.processes.channel import PARENT_PID_VARIABLE, exit_with_parent, failure_kind
 from core.errors import ModelError, NodeweaveError, RequestError
 from core.interfaces.text import TextJob
-from core.serve.text_jobs import TextJobs
+from core.serve.text.jobs import TextJobs
 from core.serve.tokenizer import HfTokenizer
 
 MIB = 1024 * 1024
@@ -110,7 +110,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 class KernelLimits:
-    """Implements core.serve.text_jobs.TextLimits: the kernel ends this process at a limit."""
+    """Implements core.serve.text.jobs.TextLimits: the kernel ends this process at a limit."""
 
     def __init__(self, boot: TextBoot) -> None:
         self._boot = boot

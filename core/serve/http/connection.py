@@ -14,13 +14,13 @@ from typing import Any
 from uvicorn.server import ServerState
 
 from core.interfaces.http import RequestRecord
-from core.serve.http_deadlines import InputTimer, OutputTimer, Wait
-from core.serve.http_exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
-from core.serve.http_head import REQUEST_ID_HEADER, Head, Refusal, address, request_id
-from core.serve.http_limits import SPARE_DESCRIPTORS
-from core.serve.http_parser import Address, Phase, RequestParser
-from core.serve.http_refusal import error_body, error_headers
-from core.serve.http_shared import Shared
+from core.serve.http.deadlines import InputTimer, OutputTimer, Wait
+from core.serve.http.exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
+from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal, address, request_id
+from core.serve.http.limits import SPARE_DESCRIPTORS
+from core.serve.http.parser import Address, Phase, RequestParser
+from core.serve.http.refusal import error_body, error_headers
+from core.serve.http.shared import Shared
 
 MOST_FAREWELLS = SPARE_DESCRIPTORS // 2  # connections that are told why they are refused
 

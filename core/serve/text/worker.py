@@ -3,7 +3,7 @@
 import asyncio
 from typing import Protocol, cast
 
-from core.serve.text_process import LEAVING, LENGTH
+from core.serve.text.process import LEAVING, LENGTH
 
 SMALL_BYTES = 64 * 1024  # of a job; larger ones leave a worker free for those
 
