@@ -105,8 +105,7 @@ class Connection(asyncio.Protocol):
                 self.abort()
             return
         self._parser.feed(data)
-        if not self.deaf:
-            self._settle()
+        self._settle()  # deaf or not: the last request has come, so nothing is waited for
 
     def pause_writing(self) -> None:
         self.write_paused = True

@@ -303,6 +303,38 @@ def test_nothing_is_written_into_a_running_stream():
         clock_loop.run(main(behind, expected))
 
 
+@pytest.mark.parametrize(
+    ("last", "after"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", []),
+        (GET + b"no request\r\n\r\n", [400]),
+        (GET + GET * 5, [200] * 4),
+    ],
+    ids=["close", "garbage", "too many"],
+)
+def test_the_last_answer_of_a_used_connection_takes_its_time(last, after):
+    """The deadline for the next request ends as it comes, though nothing is read behind it."""
+
+    async def main():
+        stream = Stream()
+        peer = Server(stream, max_pipelined=4).connect()
+        stream.pieces.put_nowait(None)
+        await peer.say(GET)
+        await peer.say(last)
+        await asyncio.sleep(500)
+        assert not peer.is_ending()
+        stream.pieces.put_nowait(b"still here")
+        for _ in range(5):
+            stream.pieces.put_nowait(None)
+        await settle(100)
+        heard = answers(peer.heard)
+        assert [status for status, _ in heard] == [200, 200, *after]
+        assert heard[1] == (200, b"still here")
+        assert peer.is_ending()
+
+    clock_loop.run(main())
+
+
 def test_pipelined_requests_are_capped():
     async def main():
         stream = Stream()
