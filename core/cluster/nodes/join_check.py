@@ -1,4 +1,7 @@
-"""Whether a node that comes can take part. Pure."""
+"""Whether a node that comes can take part, by what it says of itself.
+
+A pure function. Knows nothing of links, and not whether the nodes agree on their configuration.
+"""
 
 from core.cluster.nodes.node_messages import Join
 

@@ -1,4 +1,7 @@
-"""What happens on the links of a node, as the thread that keeps them tells it."""
+"""What happens on the links of a node, as the thread that keeps them tells it.
+
+Plain data. Knows nothing of sockets, or of what an event means for the processes of a node.
+"""
 
 from dataclasses import dataclass
 

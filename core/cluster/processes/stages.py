@@ -1,4 +1,7 @@
-"""What a supervisor waits for, from its start to its end. `supervisor` says what leads where."""
+"""What a supervisor waits for, from its start to its end, and how long.
+
+Knows nothing of processes; `core.cluster.processes.supervisor` says what leads where.
+"""
 
 import enum
 

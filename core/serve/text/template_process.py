@@ -1,4 +1,7 @@
-"""Starting and ending the template process of the text service, and what its ends mean."""
+"""Starts and ends the template process of the text service, and says what a worker's end means.
+
+Blocks, and knows nothing of the event loop, of jobs or of who waits for them.
+"""
 
 import os
 import signal

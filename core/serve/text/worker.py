@@ -1,4 +1,7 @@
-"""A worker of the text service: its socket, and the job that it does. Starts and ends nothing."""
+"""A worker of the text service: its socket, and the job that it does.
+
+Knows its pool by a Protocol. Starts and ends no process, and knows nothing of what a job asks.
+"""
 
 import asyncio
 from typing import Protocol, cast
