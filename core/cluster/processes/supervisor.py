@@ -24,10 +24,11 @@ from core.cluster.processes.blame import cause, likeliest, patience_s
 from core.cluster.processes.channel import INTERNAL, failure_exit_code
 from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
 from core.cluster.processes.process import Child, ProcessSpec
+from core.cluster.processes.readiness import Readiness
 from core.cluster.processes.signals import signal_pipe
 from core.cluster.processes.stages import CLEAN_STOP_S, FAREWELL_S, KILL_S, LIVE, STOP_S, Stage
 from core.cluster.processes.vigil import Vigil
-from core.interfaces.control import ChildStatus, Drain, EngineDied, EngineReady, LinesDropped, Ready
+from core.interfaces.control import ChildStatus, Drain, EngineDied, LinesDropped, Ready
 from core.settings.config import LaunchConfig
 
 ENDED_BY_SIGNAL = "the server was told to end at once"
@@ -70,12 +71,12 @@ class Supervisor:
         self._leads = self._group.site.node_rank == 0
         self._vigil = Vigil(launch.step_timeout_s)
         self._children: list[Child] = []
+        self._readiness = Readiness(self._children, self._group)
         self._selector = selectors.DefaultSelector()
         self._stage = Stage.STARTING
         self._exit_code = 0
         self._deadline: float | None = None  # of the stage; in STARTING moved by every status
         self._suspected_s: float | None = None  # when a process was first seen to go wrong
-        self._told_group = self._told_frontends = False
         self._num_signals = 0
         self._gave_up = False
 
@@ -180,14 +181,14 @@ class Supervisor:
         frontends = [child for child in self._living() if not child.spec.is_worker]
         match self._stage:
             case Stage.STARTING:
-                self._greet()
-                if all(child.ready for child in self._children) and self._group.others_ready:
+                self._readiness.greet()
+                if self._readiness.complete:
                     self._enter(Stage.RUNNING, None)
-                    self._on_ready(self._infos())
+                    self._on_ready(self._readiness.infos())
                 elif late and self._suspected_s is None:
                     self._fail_start(self._late_text(), here=True)
                 else:
-                    self._on_waiting(self._waiting_for())
+                    self._on_waiting(self._readiness.waiting_for())
             case Stage.DRAINING if not frontends and self._suspected_s is None:
                 self._group.stop()
                 self._stop(CLEAN_STOP_S)
@@ -220,39 +221,11 @@ class Supervisor:
 
     # Start.
 
-    def _greet(self) -> None:
-        """Tell the other nodes, and the frontends once all nodes are, that workers are ready."""
-        workers = [child for child in self._children if child.spec.is_worker]
-        infos = [child.ready.info for child in workers if child.ready]
-        if not infos or len(infos) < len(workers):
-            return
-        if not self._told_group:
-            self._told_group = True
-            self._group.workers_ready()
-        if not self._told_frontends and self._group.others_ready:
-            self._told_frontends = True
-            for child in self._children:
-                if not child.spec.is_worker:
-                    child.send(EngineReady(infos[0], {c.spec.name: c.pid for c in workers}))
-
-    def _infos(self) -> dict[str, Ready]:
-        own = {child.spec.name: child.ready for child in self._children if child.ready}
-        return {**own, **self._group.infos}
-
-    def _waiting_for(self) -> list[str]:
-        # Frontends are ready after the workers: until these are, one that lives is no news.
-        own = [
-            f"{child.label}: last heard: {child.last_heard}"
-            for child in self._children
-            if not child.ready
-            and (child.spec.is_worker or self._told_frontends or not child.was_heard)
-        ]
-        return [*own, *self._group.waiting_for()]
-
     def _late_text(self) -> str:
         return (
             f"no process made progress for {self._launch.startup_timeout_s:g} s "
-            "(launch.startup_timeout_s); waiting for\n  " + "\n  ".join(self._waiting_for())
+            "(launch.startup_timeout_s); waiting for\n  "
+            + "\n  ".join(self._readiness.waiting_for())
         )
 
     def _fail_start(self, text: str, exit_code: int = 1, *, here: bool) -> None:
