@@ -1,7 +1,6 @@
 """One answer read to its end: tokens, text, why it ended. Knows nothing of HTTP or of processes.
 
-Nothing is given out before the end, so that nothing has to be held back for a stop string that may
-be coming.
+Nothing is given out before the end. Stop strings are found as in a stream (`core.serve.answer`).
 """
 
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from core.errors import RequestError
 from core.interfaces.frontend import OutputStream, Tokenizer
 from core.interfaces.messages import RequestOutput, SamplingParams, TokenLogprobs
+from core.serve.answer import StopMatcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class _Reader:
         self._detokenizer = tokenizer.detokenizer(prompt_ids=prompt_ids)
         self._prompt_ids = prompt_ids
         self._sampling = sampling
-        self._stops = stops
+        self._matcher = StopMatcher(stops)
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -85,23 +85,18 @@ class _Reader:
         if output.finish_reason is not None:
             self._append(self._detokenizer.finish())
             if self.finish_reason is None:
+                self._text += self._matcher.finish()
                 self.finish_reason = output.finish_reason
                 self._stop_reason = output.stop_token_id
 
     def _append(self, text: str) -> None:
         """Add text; where a stop string is complete in it, cut there and finish."""
-        known = len(self._text)
-        self._text += text
-        if not text or len(self._token_ids) <= self._sampling.min_tokens:
+        if not text:
             return
-        found = []  # (end, begin, stop): the first that is complete; of several the first to begin
-        for stop in self._stops:
-            begin = self._text.find(stop, max(known - len(stop) + 1, 0))
-            if begin >= 0:
-                found.append((begin + len(stop), begin, stop))
-        if found:
-            _, begin, stop = min(found)
-            self._text = self._text[:begin]
+        counts = len(self._token_ids) > self._sampling.min_tokens
+        text, stop = self._matcher.add(text, counts)
+        self._text += text
+        if stop is not None:
             self.finish_reason, self._stop_reason = "stop", stop
 
     def completion(self) -> Completion:

@@ -20,14 +20,14 @@ from core.interfaces.frontend import EngineState, FrontendContext
 from core.interfaces.http import record_of
 from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
 from core.plugin.hookspecs import NoOptions
-from plugins.frontends._openai import metrics
+from core.serve import metrics
+from core.serve.loop_watch import LoopWatch
 from plugins.frontends._openai.asgi import App, Call, Receive, Scope, Send, send_json
 from plugins.frontends._openai.chat import ChatCompletions, chat_text
 from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
 from plugins.frontends._openai.errors import as_request_error, code_of, error_body, response_headers
 from plugins.frontends._openai.limits import check_model
-from plugins.frontends._openai.loop_watch import LoopWatch
 from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
 from plugins.frontends._openai.service import Service
 

@@ -7,7 +7,7 @@ import msgspec
 
 from core.errors import RequestError
 from core.interfaces.text import ChatText
-from plugins.frontends._openai.answer import Answer, Piece
+from core.serve.answer import Answer, Piece
 from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs

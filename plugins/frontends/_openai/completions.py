@@ -7,7 +7,7 @@ from typing import Any
 from core.errors import RequestError
 from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
-from plugins.frontends._openai.answer import Answer, Piece
+from core.serve.answer import Answer, Piece
 from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs

@@ -15,7 +15,7 @@ import msgspec
 from core.errors import RequestError, WorkerDied
 from core.interfaces.http import record_of
 from core.interfaces.text import SplitBody
-from plugins.frontends._openai.answer import Piece
+from core.serve.answer import Piece
 from plugins.frontends._openai.asgi import (
     Call,
     ClientGone,

@@ -15,7 +15,7 @@ from core.errors import RequestError
 from core.interfaces.frontend import OutputStream
 from core.interfaces.http import RequestRecord
 from core.interfaces.messages import RequestOutput, SamplingParams
-from plugins.frontends._openai.answer import Answer, Piece
+from core.serve.answer import Answer, Piece
 from plugins.frontends._openai.limits import seed_of_choice
 from plugins.frontends._openai.service import Service
 

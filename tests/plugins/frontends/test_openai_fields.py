@@ -10,9 +10,9 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat
 
 from core.errors import RequestError
+from core.serve.metrics import MAX_FIELD_NAMES, Metrics
 from plugins.frontends._openai.decoding import MAX_FIELD_BYTES, decode
 from plugins.frontends._openai.fields import HEADER, MAX_NAMED, REFUSED, UNNAMED, header_value
-from plugins.frontends._openai.metrics import MAX_FIELD_NAMES, Metrics
 from plugins.frontends._openai.protocol import (
     IGNORED,
     ChatRequest,

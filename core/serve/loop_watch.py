@@ -8,7 +8,7 @@ is counted as what the loop's thread computed meanwhile: that is the same whatev
 import asyncio
 import time
 
-from plugins.frontends._openai.metrics import Buckets
+from core.serve.metrics import Buckets
 
 INTERVAL_S = 0.01
 
