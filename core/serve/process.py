@@ -41,6 +41,7 @@ from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
 from core.plugin.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
+from core.serve.answer_errors import answer_errors
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
@@ -203,7 +204,7 @@ class Frontend:
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
         self._channel.send(Phase("frontend", time.monotonic() - begin))
-        return Guard(application, config.frontend, self._api_key)
+        return Guard(answer_errors(application), config.frontend, self._api_key)
 
     def _handle(self, message: ParentControl | None) -> None:
         if isinstance(message, EngineReady):

@@ -5,15 +5,17 @@ import concurrent.futures
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
+from core.interfaces.frontend import EngineState, FrontendContext, FrontendFactory, ServedModel
 from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
 from core.plugin.hookspecs import NoOptions
+from core.serve.answer_errors import answer_errors
 from core.serve.balancer import make_balancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.guard import Guard
@@ -31,6 +33,7 @@ from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, write_folder
 MODEL = "fake-model"
 MAX_MODEL_LEN = 512
 ANSWER = "The capital of France is Paris. 🎉 STOP and go on"
+OPENAI = partial(create_app, NoOptions())
 
 
 class Stack:
@@ -48,6 +51,7 @@ class Stack:
         vocab_size: int | None = None,
         template: str = SMOLLM2_TEMPLATE,
         text_limits: dict[str, float] | None = None,
+        factory: FrontendFactory = OPENAI,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -67,6 +71,7 @@ class Stack:
         self._serving = serving
         self._config = FrontendConfig(port=0, **frontend)
         self._api_key = api_key
+        self._factory = factory
         self._max_running_requests = max_running_requests
         self._default_sampling = default_sampling or {}
         self._started = threading.Event()
@@ -86,7 +91,7 @@ class Stack:
             RequestLimits(vocab_size=self._vocab_size, max_model_len=MAX_MODEL_LEN),
         )
         self.text = await TextPool.start(self.text_boot, self._config.text_processes)
-        http = HttpStats()
+        self.http = http = HttpStats()
         context = FrontendContext(
             http=http,
             engine=self.client,
@@ -104,7 +109,8 @@ class Stack:
             max_running_requests=self._max_running_requests,
         )
         self.records: list[RequestRecord] = []
-        app = Guard(create_app(NoOptions(), context), self._config, self._api_key)
+        application = answer_errors(self._factory(context))
+        app = Guard(application, self._config, self._api_key)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
         self._server = Server(

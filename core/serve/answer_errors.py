@@ -1,0 +1,45 @@
+"""Errors that a frontend lets through, as HTTP answers: a frontend needs no handling of its own.
+
+Knows nothing of any API. What an answer that has begun lost is left to the server, which cuts the
+connection, so that the client sees that something is missing.
+"""
+
+import logging
+
+from core.errors import RequestError, WorkerDied
+from core.interfaces.http import record_of
+from core.serve.guard import App, Receive, Scope, Send
+from core.serve.http.refusal import send_refusal
+
+MAX_MESSAGE_CHARACTERS = 800
+
+log = logging.getLogger(__name__)
+
+
+def answer_errors(app: App) -> App:
+    """An ASGI application that answers RequestError with its status, code and message, and
+    WorkerDied with 500, where `app` raised them before its answer began."""
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting_start(message: Scope) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await app(scope, receive, noting_start)
+        except (RequestError, WorkerDied) as error:
+            if isinstance(error, WorkerDied):
+                log.error("the engine ended before an answer did: %s", error)
+                told = RequestError("the engine has stopped", code="engine_dead", status=500)
+            else:
+                told = error
+            if started or scope["type"] != "http":
+                raise
+            message = str(told)[:MAX_MESSAGE_CHARACTERS]
+            code = told.code or "invalid_request"
+            await send_refusal(send, record_of(scope), told.status, code, message)
+
+    return answering
