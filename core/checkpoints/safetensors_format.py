@@ -29,6 +29,8 @@ class SafetensorsFormat:
     needs = "a folder"
 
     def recognises(self, location: Path) -> bool:
+        if location.suffix == ".gguf":  # by its name a file of weights, also where it is a folder
+            return False
         try:
             return (location / _INDEX).exists() or any(location.glob("*.safetensors"))
         except OSError:

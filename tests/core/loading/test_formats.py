@@ -116,6 +116,14 @@ def test_what_no_format_takes_names_what_all_need(tmp_path: Path) -> None:
         find_format(tmp_path / "notes.txt", "auto", TOY)
 
 
+def test_a_folder_named_like_a_gguf_file_is_told_to_be_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model.gguf"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"it is a folder; needed: a regular file"):
+        resolve_files(ModelConfig(name="m", path=str(folder)), ignore_progress)
+
+
 def test_finding_a_format_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core.checkpoints.formats import find_format\n"
