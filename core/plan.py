@@ -107,7 +107,7 @@ def _plan(flags: argparse.Namespace) -> Planned:
     search_paths = plugins.config_searchpath()
     if flags.config_dir is not None:
         search_paths.append(f"file://{Path(flags.config_dir).expanduser().absolute()}")
-    config = compose(overrides, search_paths)
+    config = compose(overrides, search_paths, plugins.sections)
     plugins.check_choices(config)
     return plan_of(config, plugins, num_nodes=flags.nodes, base_port=flags.base_port)
 

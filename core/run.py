@@ -8,12 +8,13 @@ and Ctrl-C is quiet from the first moment on.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from core.cluster.processes.log_stream import print_error, steady_output
 from core.errors import ConfigError, NodeweaveError, PlanError
+from core.plugin.commands import COMMANDS, Command, command_lines, run_command
 from core.settings.habits import correction, is_ours
 
 if TYPE_CHECKING:
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
 
 HELP = """\
 usage: nodeweave +model=NAME [group=NAME ...] [key=value ...]
-       nodeweave plugins [--json]
+       nodeweave COMMAND ...
        (or: python -m core.run ...)
 
 Serve a large language model over HTTP. A group chooses one of its configs, a key sets one value;
 every key with its default and unit is in docs/configuration.md, and --cfg job prints them all.
-`nodeweave plugins` lists what is installed.
 
 {groups}
+
+{commands}
 
 examples:
   nodeweave +model=smollm2                                  a small model, on CPU or GPU
@@ -73,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words[:1] == ["plugins"]:
-        from core.plugin_list import main as list_plugins
-
-        return list_plugins(words[1:])
+    commands = _commands(words[0]) if words else COMMANDS
+    if words and words[0] in commands:
+        return run_command(commands[words[0]], words[1:])
     if not is_ours(words):
         if not {"-h", "--help"} & set(words):
-            raise ConfigError(correction(words, _catalog([]).groups))
+            hint = f"\ncommands: {', '.join(commands)}" if words[0].isidentifier() else ""
+            raise ConfigError(correction(words, _catalog([]).groups) + hint)
         words = ["--help"]  # who asks for help is not told what is wrong
     flags = _parse_flags(words)
     if flags.version:
@@ -107,10 +109,12 @@ def _run(words: list[str]) -> int:
         complete(flags.words, search_paths)
         return 0
     if flags.help:
-        print(HELP.format(groups=_group_lines(_catalog(search_paths))), end="", flush=True)
+        groups = _group_lines(_catalog(search_paths))
+        listed = command_lines([*COMMANDS.values(), *plugins.commands.values()])
+        print(HELP.format(groups=groups, commands=listed), end="", flush=True)
         return 0
     try:
-        config = compose(overrides, search_paths)
+        config = compose(overrides, search_paths, plugins.sections)
     except NoModelError as error:
         raise ConfigError(_no_model(_catalog(search_paths))) from error
     plugins.check_choices(config)
@@ -130,6 +134,15 @@ def _run(words: list[str]) -> int:
     from core.start import start
 
     return start(config, plugins, launcher)
+
+
+def _commands(word: str) -> Mapping[str, Command]:
+    """Those that the first word may be one of: plugins are loaded only where it may be theirs."""
+    if word in COMMANDS or not word.isidentifier():
+        return COMMANDS
+    from core.plugin.plugin_manager import PluginManager
+
+    return {**COMMANDS, **PluginManager.load().commands}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,7 +29,8 @@ def configure(
     plugins = PluginManager.load(blocklist(parse_overrides(words)))
     search_paths = plugins.config_searchpath()
     models = Catalog(search_paths).groups["model"]
-    config = compose(parse_overrides([*_model_words(model, models), *words]), search_paths)
+    overrides = parse_overrides([*_model_words(model, models), *words])
+    config = compose(overrides, search_paths, plugins.sections)
     plugins.check_choices(config)
     if problems := plugins.plan_problems(config):
         raise PlanError(problems)

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from core.plugin.commands import Command
+
 if TYPE_CHECKING:
     from core.settings.config import AppConfig
 
 PROJECT = "nodeweave"
 ENTRY_POINT_GROUP = "nodeweave"
+HOOK_PREFIX = "register_"  # and the name of a family
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -43,6 +46,30 @@ class Registration:
     summary: str = ""
     override: bool = False
     for_serving: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginFamily:
+    """A family of plugins that a plugin adds: others register in it by the hook `register_<name>`,
+    which returns `Registration`s as the hooks below do.
+
+    A config field chooses one of it by the mark `core.settings.choice.Chooses(name)`; who made the
+    family asks for it by `PluginManager.table(name)`. `factory` says in words what factories of the
+    family take and return.
+    """
+
+    name: str
+    factory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSection:
+    """A section of the configuration that a plugin adds: `<name>.<key>=value` on the command line
+    and in config files. `config` is a dataclass whose fields all have defaults; plugins read theirs
+    by `core.settings.config.section`. Its marked fields choose plugins, as ours do."""
+
+    name: str
+    config: type
 
 
 @hookspec
@@ -96,6 +123,24 @@ def register_frontend() -> Sequence[Registration]:
 def register_launcher() -> Sequence[Registration]:
     """Launchers: how the processes of a node are started. Factory: (options, AppConfig) ->
     core.interfaces.launcher.Launcher, or RemoteLauncher."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_family() -> Sequence[PluginFamily]:
+    """Families of plugins beside the ones above."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_config() -> Sequence[ConfigSection]:
+    """Sections of the configuration beside ours."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def register_commands() -> Sequence[Command]:
+    """Commands beside serving: `nodeweave NAME`."""
     raise AssertionError("a specification is never called")
 
 

@@ -7,39 +7,27 @@ and never imports torch: a factory's module is imported when that factory is cho
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pluggy
 
 from core.errors import ConfigError, PlanError, PluginError
 from core.plugin import hookspecs
+from core.plugin.commands import COMMANDS, Command
+from core.plugin.families import Family, choices, families_of
 from core.plugin.hookspecs import PROJECT, Registration
-from core.plugin.sources import BUILTIN_PLUGINS, Source, find_sources, module_of, register
+from core.plugin.sources import (
+    BUILTIN_PLUGINS,
+    Source,
+    call_one,
+    find_sources,
+    module_of,
+    register_all,
+)
 from core.settings.config import AppConfig, PluginChoice
 from core.settings.schema import build, did_you_mean
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A kind of plugin: the hook that registers it and the config key that holds its choice."""
-
-    hook: str
-    key: str
-
-
-FAMILIES = {
-    "comm": Family("register_comm", "comm.tp"),
-    "attention": Family("register_attention", "attention"),
-    "latent_attention": Family("register_latent_attention", "attention"),
-    "moe_a2a": Family("register_moe_a2a", "moe_a2a"),
-    "parallel_plan": Family("register_parallel_plan", "parallel"),
-    "model": Family("register_model", "model"),
-    "frontend": Family("register_frontend", "frontend"),
-    "launcher": Family("register_launcher", "launch"),
-}
-# Which of them a choice belongs to is known once the model is; until then either will do.
-ALIKE = {"attention": ("attention", "latent_attention")}
 AUTO = "auto"  # in the families with a `default_backend`: chosen once the device is known
 
 
@@ -54,10 +42,12 @@ class Entry:
 class PluginTable:
     """The registrations of one family by name. Nothing is added after start-up."""
 
-    __slots__ = ("_entries", "family")
+    __slots__ = ("_entries", "_key", "family")
 
-    def __init__(self, family: str, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, family: str, key: str, entries: Mapping[str, Entry]) -> None:
+        """`key`: the config key of the family's choices, for messages."""
         self.family = family
+        self._key = key
         self._entries = dict(entries)
 
     def __contains__(self, name: object) -> bool:
@@ -79,7 +69,7 @@ class PluginTable:
 
     def options(self, choice: PluginChoice, key: str | None = None) -> Any:
         """The typed options of a choice; `key` is the config key of the choice, for messages."""
-        key = key or FAMILIES[self.family].key
+        key = key or self._key
         return build(self.get(choice.name).config, choice.options, f"{key}.options")
 
     def create(self, choice: PluginChoice, *arguments: Any, key: str | None = None) -> Any:
@@ -137,7 +127,10 @@ class PluginManager:
     def __init__(self, manager: pluggy.PluginManager, sources: Mapping[str, "Source"]) -> None:
         self._manager = manager
         self._sources = dict(sources)
-        self._tables = {family: self._collect(family) for family in FAMILIES}
+        self.sections = self._collect_sections()
+        self.commands = self._collect_commands()
+        self._families = self._collect_families()
+        self._tables = {family: self._collect(family) for family in self._families}
 
     @classmethod
     def load(
@@ -153,7 +146,6 @@ class PluginManager:
         plugin that fails to load or breaks the contract; nothing is skipped silently.
         """
         manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(hookspecs)
         sources = find_sources(builtins, objects or {})
         blocked = set(blocklist)
         for name in sorted(blocked - set(sources)):
@@ -162,12 +154,11 @@ class PluginManager:
                 f"{did_you_mean(name, sources)}\nplugins: {', '.join(sources)}"
             )
         loaded = {name: source for name, source in sources.items() if name not in blocked}
-        for source in loaded.values():
-            register(manager, source)
+        register_all(manager, list(loaded.values()))
         return cls(manager, loaded)
 
     def table(self, family: str) -> PluginTable:
-        """The registrations of one family (see `FAMILIES`)."""
+        """The registrations of one family, ours or a plugin's."""
         return self._tables[family]
 
     def options(self, family: str, choice: PluginChoice, key_prefix: str) -> Any:
@@ -176,22 +167,22 @@ class PluginManager:
 
     def check_choices(self, config: AppConfig) -> None:
         """Raise unless every plugin the config names is there and takes the options given."""
-        for family, key, choice in choices(config):
-            tables = [self.table(member) for member in ALIKE.get(family, (family,))]
+        for families, key, choice in choices(config, self.sections):
+            tables = [self.table(family) for family in families]
             if choice.name != AUTO:
                 _check_options(tables, choice, key)
             elif choice.options:
                 names = sorted({name for table in tables for name in table})
                 raise ConfigError(
                     f"{key}.options are given but {key}.name is auto; options belong to one "
-                    f"{family} plugin, so choose it: {', '.join(names)}"
+                    f"{families[0]} plugin, so choose it: {', '.join(names)}"
                 )
 
     def require_serving(self, config: AppConfig) -> None:
         """Raise ConfigError where the config names a plugin whose results mean nothing."""
-        for family, key, choice in choices(config):
-            for member in ALIKE.get(family, (family,)):
-                table = self.table(member)
+        for families, key, choice in choices(config, self.sections):
+            for family in families:
+                table = self.table(family)
                 if choice.name in table and not table.get(choice.name).for_serving:
                     raise ConfigError(
                         f"{key}={choice.name} is for timing one rank alone: its answers would mean "
@@ -249,7 +240,7 @@ class PluginManager:
     def loaded(self) -> list[LoadedPlugin]:
         """Every loaded plugin, in the order they were loaded."""
         found: dict[str, list[Registered]] = {name: [] for name in self._sources}
-        for family, where in FAMILIES.items():
+        for family, where in self._families.items():
             for name, registrations in self._call_each(where.hook):
                 for registration in registrations:
                     used = self.table(family).plugin_of(registration.name)
@@ -272,10 +263,41 @@ class PluginManager:
         implemented = {caller.name for caller in callers}
         return tuple(hook for hook in vars(hookspecs) if hook in implemented)
 
+    def _collect_families(self) -> dict[str, Family]:
+        added = (made.name for _, made in self._each_made("register_family"))
+        return families_of(added, self.sections)
+
+    def _collect_sections(self) -> dict[str, type]:
+        found = list(self._each_made("register_config"))
+        _require_distinct(
+            "config section",
+            [(plugin, made.name) for plugin, made in found],
+            [field.name for field in fields(AppConfig)],
+        )
+        for plugin, made in found:
+            try:
+                build(made.config, {}, made.name)
+            except (ConfigError, TypeError) as error:
+                raise PluginError(
+                    f"plugin {plugin!r} failed in register_config: the section {made.name!r} needs "
+                    f"a dataclass whose fields all have defaults: {error}"
+                ) from error
+        return {made.name: made.config for _, made in found}
+
+    def _collect_commands(self) -> dict[str, Command]:
+        found = list(self._each_made("register_commands"))
+        _require_distinct("command", [(plugin, made.name) for plugin, made in found], COMMANDS)
+        return {made.name: made for _, made in found}
+
+    def _each_made(self, hook: str) -> Iterator[tuple[str, Any]]:
+        for plugin, made in self._call_each(hook):
+            for each in made:
+                yield plugin, each
+
     def _collect(self, family: str) -> PluginTable:
         plain: dict[str, Entry] = {}
         overriding: dict[str, Entry] = {}
-        for plugin, registrations in self._call_each(FAMILIES[family].hook):
+        for plugin, registrations in self._call_each(self._families[family].hook):
             for registration in registrations:
                 seen = overriding if registration.override else plain
                 if registration.name in seen:
@@ -286,42 +308,25 @@ class PluginManager:
                         "with plugins.blocklist=[...], or let one alone set override=True"
                     )
                 seen[registration.name] = Entry(plugin, registration)
-        return PluginTable(family, plain | overriding)
+        return PluginTable(family, self._families[family].key, plain | overriding)
 
     def _call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook, plugin by plugin as loaded, so that errors have a name."""
-        plugins = self._manager.list_name_plugin()
-        for name, plugin in plugins:
-            others = [other for _, other in plugins if other is not plugin]
-            try:
-                results = self._manager.subset_hook_caller(hook, others)(**arguments)
-            except ConfigError:
-                raise
-            except Exception as error:
-                raise PluginError(
-                    f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}"
-                ) from error
-            for result in results:
+        for name, _ in self._manager.list_name_plugin():
+            for result in call_one(self._manager, name, hook, **arguments):
                 yield name, result
 
 
-def choices(config: AppConfig) -> list[tuple[str, str, PluginChoice]]:
-    """(family, config key, choice) of everything a configuration chooses."""
-    parallel, frontend, launch = config.parallel, config.frontend, config.launch
-    found = [
-        ("comm", "comm.tp", config.comm.tp),
-        ("comm", "comm.ep", config.comm.ep),
-        ("attention", "attention.prefill", config.attention.prefill),
-        ("attention", "attention.decode", config.attention.decode),
-        ("moe_a2a", "moe_a2a.prefill", config.moe_a2a.prefill),
-        ("moe_a2a", "moe_a2a.decode", config.moe_a2a.decode),
-        ("parallel_plan", "parallel", PluginChoice(name=parallel.plan, options=parallel.options)),
-        ("frontend", "frontend", PluginChoice(name=frontend.name, options=frontend.options)),
-        ("launcher", "launch", PluginChoice(name=launch.name, options=launch.options)),
-    ]
-    if config.model.family != AUTO:
-        found.append(("model", "model", PluginChoice(name=config.model.family)))
-    return found
+def _require_distinct(what: str, found: Sequence[tuple[str, str]], taken: Iterable[str]) -> None:
+    """Raise PluginError where two plugins add one name, or one that is there already."""
+    owners = dict.fromkeys(taken, "nodeweave")
+    for plugin, name in found:
+        if name in owners:
+            raise PluginError(
+                f"plugin {plugin!r} adds the {what} {name!r}, which {owners[name]!r} has already; "
+                f"give it another name, or block one: plugins.blocklist=[{plugin}]"
+            )
+        owners[name] = plugin
 
 
 def _check_options(tables: Sequence[PluginTable], choice: PluginChoice, key: str) -> None:

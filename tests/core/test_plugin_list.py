@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from core.plugin.families import FAMILIES
 from core.plugin.hookspecs import Registration, hookimpl
-from core.plugin.plugin_manager import FAMILIES, PluginManager
+from core.plugin.plugin_manager import PluginManager
 from core.plugin.sources import BUILTIN_PLUGINS
 from core.plugin_list import to_json, to_text
 from core.run import main

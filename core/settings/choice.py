@@ -1,0 +1,97 @@
+"""Config fields that choose a plugin: marked in their annotations, and found by those.
+
+A field that chooses one needs a mark where it stands and a default in conf/config.yaml; what is
+checked, spread over phases and offered on the command line follows from it. Knows no config class.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class PluginChoice:
+    """Which plugin of a family is used and its options, checked against the plugin's own
+    config dataclass when the plugin table is read (`core.plugin.plugin_manager`)."""
+
+    name: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Chooses:
+    """Marks a field that names a plugin: `Annotated[PluginChoice, Chooses("comm")]`, or text, whose
+    options are what the field `options` beside it holds.
+
+    Of several families the one that counts is known once the model is; until then any will do.
+    """
+
+    family: str
+    or_family: str | None = None
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return (self.family,) if self.or_family is None else (self.family, self.or_family)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceField:
+    """One field that chooses a plugin."""
+
+    families: tuple[str, ...]
+    group: str  # the config group that it stands in
+    path: tuple[str, ...]  # of attributes, from the whole configuration
+    is_text: bool  # the field holds the name alone
+
+    @property
+    def key(self) -> str:
+        """As messages and `<key>.options` have it: a group of one choice is that choice."""
+        return ".".join(self.path[:-1] if self.is_text else self.path)
+
+    def of(self, config: Any) -> PluginChoice:
+        """What a configuration chooses."""
+        *sections, last = self.path
+        section = config
+        for name in sections:
+            section = getattr(section, name)
+        value = getattr(section, last)
+        if isinstance(value, PluginChoice):
+            return value
+        return PluginChoice(name=value, options=getattr(section, "options", {}))
+
+
+def choice_fields(cls: type, path: tuple[str, ...] = ()) -> list[ChoiceField]:
+    """Every marked field of a config dataclass, sections opened, in the order written."""
+    found: list[ChoiceField] = []
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for each in dataclasses.fields(cls):
+        hint, here = hints[each.name], (*path, each.name)
+        marks = [mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Chooses)]
+        if marks:
+            is_text = typing.get_args(hint)[0] is str
+            found.append(ChoiceField(marks[0].families, here[0], here, is_text))
+        elif dataclasses.is_dataclass(hint):
+            found += choice_fields(typing.cast(type, hint), here)
+    return found
+
+
+def spread_groups(cls: type) -> dict[str, list[str]]:
+    """Groups with a choice for each phase or axis, and those; the bare name of the group on the
+    command line means all of them."""
+    groups: dict[str, list[str]] = {}
+    for found in choice_fields(cls):
+        if not found.is_text:
+            groups.setdefault(found.group, []).append(".".join(found.path[1:]))
+    return groups
+
+
+def single_groups(cls: type) -> list[str]:
+    """Groups that are one choice with its options, and more settings beside."""
+    sections = typing.get_type_hints(cls)
+
+    def has_options(group: str) -> bool:
+        return "options" in {each.name for each in dataclasses.fields(sections[group])}
+
+    texts = [found.group for found in choice_fields(cls) if found.is_text]
+    return [group for group in texts if has_options(group)]
