@@ -12,9 +12,7 @@ from core.checkpoints.open import open_weights
 from core.devices.select import select_ops
 from core.devices.weight_formats import select_format
 from core.engine.build.context import RankContext, dtype_of
-from core.engine.build.memory import (
-    check_weights_fit,
-)
+from core.engine.build.memory import check_weights_fit
 from core.engine.build.model import (
     build_dispatchers,
     measure_rank,
@@ -22,9 +20,10 @@ from core.engine.build.model import (
     routes_at_random,
 )
 from core.engine.run.expert_balance import initial_placements
-from core.interfaces.model import Model, ModelSpec
+from core.interfaces.model import Model, ModelFamily, ModelSpec
 from core.interfaces.moe_a2a import Dispatcher
 from core.interfaces.ops import Ops
+from core.parallel.experts import LayerPlacement
 from core.parallel.plan import Plan
 from core.resolve import find_family
 from core.settings.config import AppConfig
@@ -52,23 +51,9 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
     placements = initial_placements(
         spec, plan, config.parallel.eplb, num_nodes=config.launch.nnodes
     )
-    keeps = config.model.quantized_weights in ("keep", "both")
+    shapes, whole = _measure(config, context, family, spec, placements)
     widens = config.model.quantized_weights == "both"
-    shapes = measure_rank(
-        family,
-        spec,
-        plan,
-        context.rank,
-        dtype=dtype,
-        device=device,
-        placements=placements,
-        group_bits=context.files.group_bits if keeps else {},
-        widen_groups=widens,
-    )
     check_weights_fit(shapes.num_bytes, device, context.local_ranks, widened=widens)
-    whole = shapes  # of the model: one rank's that is alone, each expert once
-    if plan.world_size > 1 or plan.redundant_experts > 0:
-        whole = measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
     max_model_len = config.model.max_model_len or spec.max_position_embeddings
     # Compares the files with the model before any collective, and reads no weight yet.
     reader = open_weights(
@@ -82,7 +67,9 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
         model_shapes=whole,
     )
     ops = select_ops(device)
-    form = select_format(device, spec.quantization, dtype, keep_groups=keeps, widen_groups=widens)
+    form = select_format(
+        device, spec.quantization, dtype, keep_groups=_keeps_groups(config), widen_groups=widens
+    )
     dispatchers = _dispatchers(config, context, spec, max_model_len)
     model = family.build(
         spec,
@@ -111,6 +98,36 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
         num_parameters=whole.num_logical_parameters,
         max_model_len=max_model_len,
     )
+
+
+def _measure(
+    config: AppConfig,
+    context: RankContext,
+    family: ModelFamily,
+    spec: ModelSpec,
+    placements: Mapping[int, LayerPlacement],
+) -> tuple[ShapeReader, ShapeReader]:
+    """The weights of this rank, and those of the model: one rank's that is alone, each expert
+    once."""
+    dtype, plan, device = dtype_of(config), context.plan, context.device
+    shapes = measure_rank(
+        family,
+        spec,
+        plan,
+        context.rank,
+        dtype=dtype,
+        device=device,
+        placements=placements,
+        group_bits=context.files.group_bits if _keeps_groups(config) else {},
+        widen_groups=config.model.quantized_weights == "both",
+    )
+    if plan.world_size > 1 or plan.redundant_experts > 0:
+        return shapes, measure_rank(family, spec, Plan(), 0, dtype=dtype, device=device)
+    return shapes, shapes
+
+
+def _keeps_groups(config: AppConfig) -> bool:
+    return config.model.quantized_weights in ("keep", "both")
 
 
 def _dispatchers(
