@@ -1,17 +1,41 @@
 """The plan of the house, counted: circles, long files, and contracts outside core/interfaces."""
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.core.test_dependency_rule import ROOT, Import, all_imports, modules, write
+from tests.core.test_dependency_rule import ROOT, Import, imports_of, modules, write
 
 MOST_LINES = 400
 PROGRAMS = ("core", "plugins", "benchmarks", "examples")
-# Helpers for plugins' own tests and code of kernels: nobody fills a Protocol there.
+# Contracts, and libraries that plugins are made of or tested with.
 SHARED_WITH_PLUGINS = ("core.interfaces", "core.parallel", "core.layers", "core.testing")
+
+
+def programs(root: Path) -> dict[str, Path]:
+    """Every module by its name. A package of examples is installed alone, so its name begins in its
+    own folder."""
+    found = modules(root)
+    bases = [root, *sorted(path for path in (root / "examples").glob("*") if path.is_dir())]
+    for base in bases:
+        for path in sorted((base / "benchmarks" if base == root else base).rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of_programs(root: Path = ROOT) -> list[Import]:
+    known = programs(root)
+    tops = {name.split(".")[0] for name in known}
+    return [
+        found
+        for name, path in known.items()
+        for found in imports_of(name, path, known)
+        if found.target.split(".")[0] in tops
+    ]
 
 
 def first_circle(edges: dict[str, set[str]]) -> list[str]:
@@ -35,7 +59,7 @@ def module_edges(imports: Iterable[Import]) -> dict[str, set[str]]:
     """Who imports whom, however late: inside functions and for types alone as well."""
     edges: dict[str, set[str]] = {}
     for found in imports:
-        if found.target.split(".")[0] in ("core", "plugins") and found.target != found.importer:
+        if found.target != found.importer:
             edges.setdefault(found.importer, set()).add(found.target)
     return edges
 
@@ -71,8 +95,9 @@ def protocols_of(path: Path) -> Iterator[str]:
 
 
 def contracts_elsewhere(root: Path) -> list[str]:
-    """Protocols of core that plugins or examples import, or that the hooks speak of, but that don't
-    stand in core/interfaces. (Layers are a library to build models of, not a contract.)"""
+    """Protocols of core that plugins fill, but that don't stand in core/interfaces: those that a
+    module under plugins or examples imports by name, or that core/plugin/hookspecs.py names as what
+    a factory returns. Left out are `SHARED_WITH_PLUGINS`: libraries that plugins are made of."""
     known = modules(root)
     used: set[str] = set()
     for folder in ("plugins", "examples"):
@@ -81,22 +106,23 @@ def contracts_elsewhere(root: Path) -> list[str]:
                 if isinstance(node, ast.ImportFrom):
                     used |= {f"{node.module}.{alias.name}" for alias in node.names}
     hooks = root / "core/plugin/hookspecs.py"
-    spoken = hooks.read_text(encoding="utf-8") if hooks.exists() else ""
+    if hooks.exists():
+        used |= set(re.findall(r"core(?:\.\w+)+", hooks.read_text(encoding="utf-8")))
     return [
         f"{name}.{protocol}"
         for name, path in known.items()
         if name.startswith("core.") and not name.startswith(SHARED_WITH_PLUGINS)
         for protocol in protocols_of(path)
-        if f"{name}.{protocol}" in used or f"{name}.{protocol}" in spoken
+        if f"{name}.{protocol}" in used
     ]
 
 
 def test_modules_are_in_no_circle():
-    assert not first_circle(module_edges(all_imports()))
+    assert not first_circle(module_edges(imports_of_programs()))
 
 
 def test_rooms_are_in_no_circle():
-    assert not first_circle(room_edges(all_imports()))
+    assert not first_circle(room_edges(imports_of_programs()))
 
 
 def test_files_are_short():
@@ -113,16 +139,31 @@ def test_contracts_stand_in_interfaces():
 def test_late_circles_are_found(tmp_path, back):
     write(tmp_path, "core/a.py", "import core.b")
     write(tmp_path, "core/b.py", back)
-    assert first_circle(module_edges(all_imports(tmp_path))) == ["core.a", "core.b", "core.a"]
+    assert first_circle(module_edges(imports_of_programs(tmp_path))) == [
+        "core.a",
+        "core.b",
+        "core.a",
+    ]
+
+
+@pytest.mark.parametrize("base", ["benchmarks", "examples/acme/acme"])
+def test_circles_outside_core_are_found(tmp_path, base):
+    package = base.split("/")[-1]
+    write(tmp_path, f"{base}/a.py", f"import {package}.b")
+    write(tmp_path, f"{base}/b.py", "import core.a\nimport torch")
+    assert not first_circle(module_edges(imports_of_programs(tmp_path)))
+    write(tmp_path, f"{base}/b.py", f"def f():\n    from {package} import a")
+    around = first_circle(module_edges(imports_of_programs(tmp_path)))
+    assert around == [f"{package}.a", f"{package}.b", f"{package}.a"]
 
 
 def test_circles_of_rooms_are_found(tmp_path):
     write(tmp_path, "core/engine/step/a.py", "import core.engine.run.b")
     write(tmp_path, "core/engine/step/d.py", "")
     write(tmp_path, "core/engine/run/b.py", "")
-    assert not first_circle(room_edges(all_imports(tmp_path)))
+    assert not first_circle(room_edges(imports_of_programs(tmp_path)))
     write(tmp_path, "core/engine/run/c.py", "def f():\n    import core.engine.step.d")
-    around = first_circle(room_edges(all_imports(tmp_path)))
+    around = first_circle(room_edges(imports_of_programs(tmp_path)))
     assert around == ["core.engine.run", "core.engine.step", "core.engine.run"]
 
 
@@ -140,4 +181,15 @@ def test_contracts_elsewhere_are_found(tmp_path):
     write(tmp_path, "plugins/comm/x.py", "from core.interfaces.a import Fills")
     assert not contracts_elsewhere(tmp_path)
     write(tmp_path, "plugins/comm/y.py", "from core.ops.a import Fills")
+    assert contracts_elsewhere(tmp_path) == ["core.ops.a.Fills"]
+
+
+def test_contracts_that_hooks_return_are_found(tmp_path):
+    contract = "from typing import Protocol\nclass Fills(Protocol): ...\nclass Fill(Protocol): ..."
+    write(tmp_path, "core/interfaces/a.py", contract)
+    write(tmp_path, "core/ops/a.py", contract)
+    hooks = 'def register():\n    """Factory: (options) -> core.{}.a.Fills."""'
+    write(tmp_path, "core/plugin/hookspecs.py", hooks.format("interfaces"))
+    assert not contracts_elsewhere(tmp_path)
+    write(tmp_path, "core/plugin/hookspecs.py", hooks.format("ops"))
     assert contracts_elsewhere(tmp_path) == ["core.ops.a.Fills"]
