@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    commands = _commands(words[0]) if words else COMMANDS
+    commands = _commands(words) if words else COMMANDS
     if words and words[0] in commands:
         return run_command(commands[words[0]], words[1:])
     if not is_ours(words):
@@ -106,7 +106,7 @@ def _run(words: list[str]) -> int:
     if flags.config_dir is not None:
         search_paths.append(f"file://{Path(os.path.expanduser(flags.config_dir)).absolute()}")
     if completing:
-        complete(flags.words, search_paths)
+        complete(flags.words, search_paths, plugins.sections)
         return 0
     if flags.help:
         groups = _group_lines(_catalog(search_paths))
@@ -136,13 +136,16 @@ def _run(words: list[str]) -> int:
     return start(config, plugins, launcher)
 
 
-def _commands(word: str) -> Mapping[str, Command]:
-    """Those that the first word may be one of: plugins are loaded only where it may be theirs."""
-    if word in COMMANDS or not word.isidentifier():
+def _commands(words: list[str]) -> Mapping[str, Command]:
+    """Those that the first word may be one of: plugins are loaded only where it may be theirs, and
+    without those that a later word blocks."""
+    if words[0] in COMMANDS or not words[0].isidentifier():
         return COMMANDS
     from core.plugin.plugin_manager import PluginManager
+    from core.settings.compose import blocklist, parse_overrides
 
-    return {**COMMANDS, **PluginManager.load().commands}
+    blocking = [word for word in words[1:] if word.startswith("plugins.blocklist=")]
+    return {**COMMANDS, **PluginManager.load(blocklist(parse_overrides(blocking))).commands}
 
 
 class _Parser(argparse.ArgumentParser):

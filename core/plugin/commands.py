@@ -44,7 +44,13 @@ def run_command(command: Command, words: Sequence[str]) -> int:
             f"the command {command.name!r} can't be run: {command.main} failed to import: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return int(main(words))
+    status = main(words)
+    if type(status) is not int:
+        raise PluginError(
+            f"the command {command.name!r} returned {status!r}; {command.main} must return an "
+            "integer, the exit status"
+        )
+    return status
 
 
 def command_lines(commands: Iterable[Command]) -> str:

@@ -6,6 +6,7 @@ and never imports torch: a factory's module is imported when that factory is cho
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -261,7 +262,8 @@ class PluginManager:
     def _hooks_of(self, name: str) -> tuple[str, ...]:
         callers = self._manager.get_hookcallers(self._manager.get_plugin(name)) or []
         implemented = {caller.name for caller in callers}
-        return tuple(hook for hook in vars(hookspecs) if hook in implemented)
+        hooks = [*vars(hookspecs), *(family.hook for family in self._families.values())]
+        return tuple(dict.fromkeys(hook for hook in hooks if hook in implemented))
 
     def _collect_families(self) -> dict[str, Family]:
         added = (made.name for _, made in self._each_made("register_family"))
@@ -321,6 +323,11 @@ def _require_distinct(what: str, found: Sequence[tuple[str, str]], taken: Iterab
     """Raise PluginError where two plugins add one name, or one that is there already."""
     owners = dict.fromkeys(taken, "nodeweave")
     for plugin, name in found:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None:
+            raise PluginError(
+                f"plugin {plugin!r} adds the {what} {name!r}, which is no name: those begin with a "
+                "letter and hold letters, digits and _ only"
+            )
         if name in owners:
             raise PluginError(
                 f"plugin {plugin!r} adds the {what} {name!r}, which {owners[name]!r} has already; "

@@ -5,6 +5,7 @@ Imports a plugin when it is registered, and says whose fault it is where that fa
 
 import importlib
 import importlib.metadata
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,11 @@ def _add_family_hooks(
     """The hooks by which others register in the families that a plugin adds."""
     for families in call_one(manager, source.name, "register_family"):
         for family in families:
+            if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", family.name) is None:
+                raise PluginError(
+                    f"plugin {source.name!r} adds the family {family.name!r}, which is no name: "
+                    "those begin with a letter and hold letters, digits and _ only"
+                )
             if HOOK_PREFIX + family.name in vars(hookspecs) or family.name in owners:
                 raise PluginError(
                     f"plugin {source.name!r} adds the family {family.name!r}, which "

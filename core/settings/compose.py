@@ -31,9 +31,10 @@ from core.settings.config import (
     MAKE_A_TOKEN,
     TOKEN_VARIABLE,
     AppConfig,
+    plain_values,
 )
 from core.settings.habits import key_of_flag, setting
-from core.settings.schema import build, defaults, did_you_mean, is_settable, knobs
+from core.settings.schema import build, convert, defaults, did_you_mean, is_settable, knobs
 
 SPREAD_GROUPS = spread_groups(AppConfig)
 DEFAULTED_GROUPS = single_groups(AppConfig)  # in config.yaml's defaults, as themselves
@@ -152,6 +153,7 @@ def compose(
     catalog = Catalog(search_paths)
     words = _hydra_words(overrides, catalog, search_paths, sections)
     values = _compose_values(words)
+    _require_sections(values, sections)
     if values["plugins"]["blocklist"] != blocklist(overrides):
         raise ConfigError("plugins.blocklist can be set on the command line only, not in a file")
     _expand_homes(values)
@@ -172,10 +174,20 @@ def compose(
     return config
 
 
-def _checked(cls: type[Any], values: dict[str, Any], name: str) -> dict[str, Any]:
+def _require_sections(values: Mapping[str, Any], added: Mapping[str, type]) -> None:
+    """Raise ConfigError for a section of a config file that is neither ours nor a plugin's."""
+    known = _section_names(added)
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown key {name!r}{did_you_mean(name, known)}\n"
+                f"keys of the configuration: {', '.join(known)}"
+            )
+
+
+def _checked(cls: type[Any], values: Any, name: str) -> dict[str, Any]:
     """A plugin's section as plain values, defaults included."""
-    checked = build(cls, values, name)
-    return asdict(checked)
+    return asdict(convert(cls, values, name))
 
 
 def _expand_homes(values: dict[str, Any]) -> None:
@@ -245,12 +257,14 @@ def _node_problems(config: AppConfig) -> list[str]:
 
 def to_yaml(config: AppConfig) -> str:
     """The whole configuration as YAML, every default included."""
-    values = asdict(config)
-    own = values.pop("sections")
-    return OmegaConf.to_yaml(OmegaConf.create(values | own))
+    return OmegaConf.to_yaml(OmegaConf.create(plain_values(config)))
 
 
-def complete(arguments: Sequence[str], search_paths: Sequence[str]) -> None:
+def complete(
+    arguments: Sequence[str],
+    search_paths: Sequence[str],
+    sections: Mapping[str, type] = MappingProxyType({}),
+) -> None:
     """Let Hydra install or answer shell completion (bash, zsh, fish) for `nodeweave`.
 
     Hydra knows programs by the last part of argv[0] and reads the line typed from the
@@ -265,9 +279,8 @@ def complete(arguments: Sequence[str], search_paths: Sequence[str]) -> None:
     typed = re.sub(r"^\s*(\S*python\S*\s+-m\s+core\.run|\S+)\s*", "", line)
     *done, current = typed.split(" ") if typed else [""]
     try:
-        words = _hydra_words(
-            parse_overrides([word for word in done if word]), Catalog(search_paths), search_paths
-        )
+        overrides = parse_overrides([word for word in done if word])
+        words = _hydra_words(overrides, Catalog(search_paths), search_paths, sections)
     except ConfigError:  # completing after a mistake: offer what there would be without it
         words = _searchpath_words(search_paths)
     os.environ["COMP_LINE"] = " ".join(["nodeweave", *words, current])
@@ -345,7 +358,8 @@ def _unknown(key: str, catalog: Catalog, added: Mapping[str, type]) -> str:
     first = key.partition(".")[0]
     elsewhere = key_of_flag(key)
     full = [elsewhere] if elsewhere else []
-    full += [knob.key for knob in knobs(AppConfig) if knob.key.endswith(f".{key}")]
+    keys = [*knobs(AppConfig), *(knob for name, cls in added.items() for knob in knobs(cls, name))]
+    full += [knob.key for knob in keys if knob.key.endswith(f".{key}")]
     hint = f"; did you mean {' or '.join(dict.fromkeys(full))}?" if full else ""
     return (
         f"{key}: there is no config group or section {first!r}"

@@ -7,7 +7,7 @@ after `core.settings.compose` returned. Workers receive them as JSON (see `core.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from core.errors import ConfigError
@@ -382,3 +382,11 @@ def section(config: AppConfig, name: str, cls: type[T]) -> T:
     """A plugin's own section (see the hook `register_config`), every default included. Raises
     ConfigError for what does not fit `cls`; a composed configuration was checked already."""
     return build(cls, config.sections.get(name, {}), name)
+
+
+def plain_values(config: AppConfig) -> dict[str, Any]:
+    """The whole configuration as nested plain values, plugins' sections among ours, under the keys
+    that a user types."""
+    values = asdict(config)
+    added: dict[str, Any] = values.pop("sections")
+    return values | added

@@ -98,8 +98,8 @@ def test_a_section_reaches_workers_other_nodes_and_the_shown_yaml():
     config = composed(manager, "acme.limit=5")
     arrived = msgspec.json.decode(msgspec.json.encode(config), type=AppConfig)
     assert section(arrived, "acme", AcmeConfig).limit == 5
-    assert config_facts(config)["config sections.acme.limit"] == "5"
-    assert config_facts(composed(manager))["config sections.acme.limit"] == "3"
+    assert config_facts(config)["config acme.limit"] == "5"
+    assert config_facts(composed(manager))["config acme.limit"] == "3"
     assert "\nacme:\n  limit: 5\n" in to_yaml(config)
 
 

@@ -4,7 +4,6 @@ Keys begin with a kind: "config engine.page_size", "code core/worker.py", "plugi
 "package torch", "model config.json ...", "weights model-1.safetensors", "machine device".
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ from core.disk.progress import ByteMeter, OnProgress
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.launcher import Machine
-from core.settings.config import AppConfig
+from core.settings.config import AppConfig, plain_values
 
 # May differ: where things lie on a node, what belongs to one node, and what only node 0 uses.
 FREE_KEYS = (
@@ -71,7 +70,7 @@ def config_facts(config: AppConfig) -> dict[str, str]:
     """Every key that must agree, and the contents of the files that keys name."""
     found = {
         f"config {key}": value
-        for key, value in _flatten(dataclasses.asdict(config))
+        for key, value in _flatten(plain_values(config))
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     }
     load_file = config.parallel.eplb.load_file
