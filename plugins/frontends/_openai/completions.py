@@ -8,17 +8,12 @@ from core.errors import RequestError
 from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
 from core.serve.answer import Answer, Piece
+from core.serve.limits import answer_tokens, check_range
 from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
 from plugins.frontends._openai.large_json import large_raw, send_large_json
-from plugins.frontends._openai.limits import (
-    answer_tokens,
-    check_generation,
-    check_range,
-    sampling_params,
-    stop_strings,
-)
+from plugins.frontends._openai.limits import check_generation, sampling_params, stop_strings
 from plugins.frontends._openai.logprobs import (
     completion_logprobs,
     echoed_logprobs,

@@ -16,7 +16,7 @@ from core.interfaces.frontend import OutputStream
 from core.interfaces.http import RequestRecord
 from core.interfaces.messages import RequestOutput, SamplingParams
 from core.serve.answer import Answer, Piece
-from plugins.frontends._openai.limits import seed_of_choice
+from core.serve.limits import seed_of_choice
 from plugins.frontends._openai.service import Service
 
 SUBMIT_PAUSE_TOKENS = 32 * 1024

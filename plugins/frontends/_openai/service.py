@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from core.errors import RequestError
 from core.interfaces.frontend import EngineState, FrontendContext
 from core.interfaces.text import ChatText, Prompt, PromptTexts
+from core.serve.limits import check_prompt_length, context_too_long
 from core.serve.metrics import Metrics
-from plugins.frontends._openai.limits import check_prompt_length, context_too_long
 
 
 class Service:
