@@ -20,6 +20,7 @@ from core.settings.config import (
     ModelConfig,
     ParallelConfig,
 )
+from core.settings.schema import is_settable
 from tests.support.models import folder_files, ignore_progress
 
 MACHINE = Machine(
@@ -58,7 +59,8 @@ def test_everything_is_there(files: ModelFiles) -> None:
 
 def flat_keys(value: Any, prefix: str = "") -> list[str]:
     if dataclasses.is_dataclass(value):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        settable = filter(is_settable, dataclasses.fields(value))
+        pairs = ((field.name, getattr(value, field.name)) for field in settable)
         return [key for name, inner in pairs for key in flat_keys(inner, f"{prefix}{name}.")]
     return [prefix.rstrip(".")]
 
