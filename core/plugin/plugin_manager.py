@@ -6,7 +6,6 @@ and never imports torch: a factory's module is imported when that factory is cho
 
 import importlib
 import importlib.metadata
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,6 +24,7 @@ from core.plugin.sources import (
     find_sources,
     module_of,
     register_all,
+    require_name,
 )
 from core.settings.config import AppConfig, PluginChoice
 from core.settings.schema import build, did_you_mean
@@ -323,11 +323,7 @@ def _require_distinct(what: str, found: Sequence[tuple[str, str]], taken: Iterab
     """Raise PluginError where two plugins add one name, or one that is there already."""
     owners = dict.fromkeys(taken, "nodeweave")
     for plugin, name in found:
-        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None:
-            raise PluginError(
-                f"plugin {plugin!r} adds the {what} {name!r}, which is no name: those begin with a "
-                "letter and hold letters, digits and _ only"
-            )
+        require_name(plugin, what, name)
         if name in owners:
             raise PluginError(
                 f"plugin {plugin!r} adds the {what} {name!r}, which {owners[name]!r} has already; "

@@ -65,6 +65,15 @@ def find_sources(builtins: Sequence[str], objects: Mapping[str, object]) -> dict
     return sources
 
 
+def require_name(plugin: str, what: str, name: str) -> None:
+    """Raise PluginError for a name that could not be typed as a key, a command or a hook."""
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is None:
+        raise PluginError(
+            f"plugin {plugin!r} adds the {what} {name!r}, which is no name: those begin with a "
+            "letter and hold letters, digits and _ only"
+        )
+
+
 def module_of(plugin: object) -> str:
     if isinstance(plugin, types.ModuleType):
         return plugin.__name__
@@ -147,11 +156,7 @@ def _add_family_hooks(
     """The hooks by which others register in the families that a plugin adds."""
     for families in call_one(manager, source.name, "register_family"):
         for family in families:
-            if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", family.name) is None:
-                raise PluginError(
-                    f"plugin {source.name!r} adds the family {family.name!r}, which is no name: "
-                    "those begin with a letter and hold letters, digits and _ only"
-                )
+            require_name(source.name, "family", family.name)
             if HOOK_PREFIX + family.name in vars(hookspecs) or family.name in owners:
                 raise PluginError(
                     f"plugin {source.name!r} adds the family {family.name!r}, which "
