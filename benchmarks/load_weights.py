@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.checkpoints.safetensors import SafetensorsSource
 from core.interfaces.weights import Shard, WeightReader
 from core.weights.reader import CheckpointReader, ShapeReader
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 
 ROWS, COLUMNS = 4096, 8192
 GIB, MIB = 1 << 30, 1 << 20

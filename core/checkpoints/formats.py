@@ -11,8 +11,8 @@ from core.errors import ModelError
 from core.interfaces.checkpoint import CheckpointFormat
 
 FORMATS: Mapping[str, str] = {
-    "safetensors": "core.checkpoints.safetensors_format:SafetensorsFormat",
-    "gguf": "core.checkpoints.gguf.gguf_format:GGUFFormat",
+    "safetensors": "plugins.checkpoints.safetensors:SafetensorsFormat",
+    "gguf": "plugins.checkpoints.gguf:GGUFFormat",
 }
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from core.checkpoints.formats import FORMATS, find_format
-from core.checkpoints.no_weights import dummy_from_shape
 from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
+from core.model_files.no_weights import dummy_from_shape
 from core.settings.config import ModelConfig
 from core.sources.hub import fetch_from_hub, is_repo_id
 from core.sources.package import fetch_from_package

@@ -40,7 +40,11 @@ LAYERS = (
     "testing",  # of which nobody else may import
 )
 PLUGINS_MAY_IMPORT = {"errors", "settings", "parallel", "interfaces", "plugin", "ops", "gpu_tools"}
-PLUGIN_EXTRAS = {"models": {"layers"}, "frontends": {"serve"}}
+PLUGIN_EXTRAS = {
+    "checkpoints": {"disk", "model_files"},
+    "models": {"layers"},
+    "frontends": {"serve"},
+}
 # Packages that may be imported in these modules only.
 RESERVED = {
     "hydra": {"core.settings.compose", "core.run"},

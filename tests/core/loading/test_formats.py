@@ -15,12 +15,12 @@ from torch import Tensor
 
 from core.checkpoints.formats import FORMATS, find_format
 from core.checkpoints.open import open_weights
-from core.checkpoints.safetensors_format import SafetensorsFormat
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.interfaces.weights import GroupedInts, TensorInfo
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
+from plugins.checkpoints.safetensors import SafetensorsFormat
 from tests.support.models import CPU, ignore_progress, write_tiny_model
 
 TOY = FORMATS | {"toy": f"{__name__}:ToyFormat"}

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.checkpoints.dummy import DummyReader
-from core.checkpoints.safetensors import SafetensorsSource
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import Shard
 from core.weights import load
 from core.weights.reader import CheckpointReader, ShapeReader
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support.models import CPU, ignore_progress
 
 SHAPE = (300, 520)  # the last blocks are smaller, in both dimensions

@@ -12,12 +12,12 @@ from gguf.quants import dequantize as reference_dequantize
 from gguf.quants import quantize
 from safetensors.torch import load_file
 
-from core.checkpoints.gguf.dequantize import dequantize, grouped
-from core.checkpoints.gguf.gguf import GGUFSource
-from core.checkpoints.gguf.gguf_config import GROUPED_BITS, group_bits, hf_config
-from core.checkpoints.gguf.gguf_header import read_gguf
 from core.errors import ModelError
 from core.ops.grouped_ints import dequantize as dequantize_groups
+from plugins.checkpoints._gguf.config import GROUPED_BITS, group_bits, hf_config
+from plugins.checkpoints._gguf.dequantize import dequantize, grouped
+from plugins.checkpoints._gguf.header import read_gguf
+from plugins.checkpoints._gguf.source import GGUFSource
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, folder_files, run_model, tp_logits
 from tests.support.weights import read_slice
@@ -91,7 +91,7 @@ def test_groups_of_every_slice_are_those_of_the_whole(
 
 
 def test_large_tensors_are_shared_out_over_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.checkpoints.gguf.dequantize.VALUES_PER_THREAD", 1 << 12)
+    monkeypatch.setattr("plugins.checkpoints._gguf.dequantize.VALUES_PER_THREAD", 1 << 12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     raw = random_blocks(Kind.Q4_1, 100, 512)
     expected = torch.from_numpy(reference_dequantize(raw, Kind.Q4_1))

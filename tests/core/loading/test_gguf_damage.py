@@ -10,9 +10,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.checkpoints.gguf import gguf_header
-from core.checkpoints.gguf.gguf_header import read_gguf
 from core.errors import ModelError
+from plugins.checkpoints._gguf import header as gguf_header
+from plugins.checkpoints._gguf.header import read_gguf
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from core.checkpoints.gguf.gguf_header import GGUFFile, read_gguf
-from core.checkpoints.gguf.gguf_tokenizer import gguf_tokenizer_dir
 from core.errors import ModelError
 from core.model_files.tokenizer_json import byte_alphabet
+from plugins.checkpoints._gguf.header import GGUFFile, read_gguf
+from plugins.checkpoints._gguf.tokenizer import gguf_tokenizer_dir
 from tests.support import smollm2
 
 TEXTS = [

@@ -8,10 +8,6 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from core.checkpoints.gguf.gguf_config import hf_config, metadata_warnings
-from core.checkpoints.gguf.gguf_header import GGUFFile, read_gguf
-from core.checkpoints.gguf.gguf_tokenizer import splitting_warnings
-from core.checkpoints.gguf.gguf_tokens import read_tokens
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.model_files.tokenizer_json import byte_alphabet
@@ -20,6 +16,10 @@ from core.resolve import find_family
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
+from plugins.checkpoints._gguf.config import hf_config, metadata_warnings
+from plugins.checkpoints._gguf.header import GGUFFile, read_gguf
+from plugins.checkpoints._gguf.tokenizer import splitting_warnings
+from plugins.checkpoints._gguf.tokens import read_tokens
 from tests.support.engine import app_config
 from tests.support.gguf_files import write_gguf
 from tests.support.models import ignore_progress

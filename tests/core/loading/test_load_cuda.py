@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from core.checkpoints.dummy import DummyReader
-from core.checkpoints.safetensors import SafetensorsSource
 from core.interfaces.weights import BlockFp8, Shard, WeightReader
 from core.weights.reader import CheckpointReader, ShapeReader
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support.models import CPU, ignore_progress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

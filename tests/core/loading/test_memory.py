@@ -18,7 +18,7 @@ CHILD = """
 import re, sys, torch
 from core.interfaces.weights import Shard
 from core.weights.reader import CheckpointReader, ShapeReader
-from core.checkpoints.safetensors import SafetensorsSource
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 
 torch.set_num_threads(4)
 dtype, dim, num, rows, columns = getattr(torch, sys.argv[1]), *map(int, sys.argv[2:6])

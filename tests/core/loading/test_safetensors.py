@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.checkpoints.file_rows import RowFile
-from core.checkpoints.safetensors import SafetensorsSource
-from core.checkpoints.safetensors_header import read_header
+from core.disk.file_rows import RowFile
 from core.errors import ModelError
+from plugins.checkpoints._safetensors.header import read_header
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support.weights import read_slice
 
 TENSORS = {

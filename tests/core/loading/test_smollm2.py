@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.checkpoints.gguf.gguf import GGUFSource
-from core.checkpoints.safetensors import SafetensorsSource
 from core.interfaces.control import ModelFiles
+from plugins.checkpoints._gguf.source import GGUFSource
+from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support import smollm2
 from tests.support.models import build_model, folder_files, run_model, tp_logits
 from tests.support.oracle import TransformersOracle

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from core.checkpoints.file_rows import RowFile
-from core.checkpoints.safetensors_header import StoredTensor, read_header
+from core.disk.file_rows import RowFile
 from core.errors import ModelError
 from core.interfaces.weights import GroupedInts, TensorInfo
+from plugins.checkpoints._safetensors.header import StoredTensor, read_header
 
 _DTYPES = {
     "F64": torch.float64,

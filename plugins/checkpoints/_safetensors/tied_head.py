@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.checkpoints.safetensors_header import ITEM_BYTES, StoredTensor
 from core.disk.plain_files import open_plain
 from core.errors import ModelError
+from plugins.checkpoints._safetensors.header import ITEM_BYTES, StoredTensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _CHUNK_BYTES = 8 << 20

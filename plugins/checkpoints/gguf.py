@@ -25,15 +25,15 @@ class GGUFFormat:
     def read(self, location: Path, *, with_weights: bool) -> ModelFiles:
         """Config and tokenizer are in the file itself, so it is read either way."""
         # Imported here: these need numpy, which a folder of safetensors does without.
-        from core.checkpoints.gguf.gguf_config import (
+        from plugins.checkpoints._gguf.config import (
             group_bits,
             hf_config,
             key_names,
             metadata_warnings,
         )
-        from core.checkpoints.gguf.gguf_header import read_gguf
-        from core.checkpoints.gguf.gguf_tokenizer import gguf_tokenizer_dir, splitting_warnings
-        from core.checkpoints.gguf.gguf_tokens import read_tokens
+        from plugins.checkpoints._gguf.header import read_gguf
+        from plugins.checkpoints._gguf.tokenizer import gguf_tokenizer_dir, splitting_warnings
+        from plugins.checkpoints._gguf.tokens import read_tokens
 
         file = read_gguf(str(location))
         config = hf_config(file)
@@ -52,7 +52,7 @@ class GGUFFormat:
         )
 
     def open(self, files: ModelFiles, dtype: "torch.dtype") -> "WeightSource":
-        from core.checkpoints.gguf.gguf import GGUFSource
+        from plugins.checkpoints._gguf.source import GGUFSource
 
         (path,) = files.weight_files
         return GGUFSource(path, dtype)

@@ -10,9 +10,9 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from core.checkpoints.gguf.gguf_header import GGUFFile
 from core.disk.plain_files import open_plain
 from core.errors import ModelError
+from plugins.checkpoints._gguf.header import GGUFFile
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

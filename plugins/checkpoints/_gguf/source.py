@@ -9,18 +9,18 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from torch import Tensor
 
-from core.checkpoints.file_rows import RowFile
-from core.checkpoints.gguf.dequantize import PLAIN_DTYPES, dequantize, grouped
-from core.checkpoints.gguf.gguf_config import (
+from core.disk.file_rows import RowFile
+from core.errors import ModelError
+from core.interfaces.weights import GROUP, GroupedInts, TensorInfo
+from plugins.checkpoints._gguf.config import (
     GROUPED_BITS,
     ROPE_FACTORS,
     head_dim,
     hf_name,
     is_permuted,
 )
-from core.checkpoints.gguf.gguf_header import GGUFTensor, read_gguf
-from core.errors import ModelError
-from core.interfaces.weights import GROUP, GroupedInts, TensorInfo
+from plugins.checkpoints._gguf.dequantize import PLAIN_DTYPES, dequantize, grouped
+from plugins.checkpoints._gguf.header import GGUFTensor, read_gguf
 
 
 class GGUFSource:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.checkpoints.no_weights import dummy_from_shape
-from core.checkpoints.safetensors_header import StoredTensor, read_header
-from core.checkpoints.tied_head import HEAD, stored_head_differs
 from core.disk.plain_files import read_config, read_json
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
 from core.model_files.ending import read_ending
+from core.model_files.no_weights import dummy_from_shape
+from plugins.checkpoints._safetensors.header import StoredTensor, read_header
+from plugins.checkpoints._safetensors.tied_head import HEAD, stored_head_differs
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class SafetensorsFormat:
         )
 
     def open(self, files: ModelFiles, dtype: "torch.dtype") -> "WeightSource":
-        from core.checkpoints.safetensors import SafetensorsSource
+        from plugins.checkpoints._safetensors.source import SafetensorsSource
 
         return SafetensorsSource(files.weight_files)
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import msgspec
 
-from core.checkpoints.gguf.gguf_header import GGUFFile
-from core.checkpoints.gguf.gguf_tokens import GGUFTokens, read_tokens
 from core.disk.cache import cache_dir, publish_dir
 from core.errors import ModelError
 from core.model_files.tokenizer_json import (
@@ -31,6 +29,8 @@ from core.model_files.tokenizer_json import (
     template_processor,
     tokenizer_json,
 )
+from plugins.checkpoints._gguf.header import GGUFFile
+from plugins.checkpoints._gguf.tokens import GGUFTokens, read_tokens
 
 _FORMAT_VERSION = "3"  # of the files written: raise it where their contents change
 _NFC = {"type": "NFC"}

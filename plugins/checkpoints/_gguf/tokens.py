@@ -7,10 +7,10 @@ llama.cpp tells them, and a warning says so.
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.checkpoints.gguf.gguf_header import GGUFFile
 from core.errors import ModelError
 from core.model_files.ending import TEXT_ENDS, TURN_ENDS
 from core.model_files.vocabulary import MAX_TOKEN_ID
+from plugins.checkpoints._gguf.header import GGUFFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types
 # Others of which every known vocabulary makes control tokens.

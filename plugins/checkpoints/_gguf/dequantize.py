@@ -13,9 +13,9 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from core.checkpoints.gguf.gguf_config import GROUPED_BITS
 from core.errors import ModelError
 from core.interfaces.weights import GroupedInts
+from plugins.checkpoints._gguf.config import GROUPED_BITS
 
 # Values worked on at once: the steps in between stay in the processor's cache, and torch runs
 # operations this small on the calling thread, which is faster than its thread pool where other

@@ -1,0 +1,1 @@
+"""Formats of checkpoints: how models lie on a disk. Imports no torch."""
