@@ -4,6 +4,8 @@ Frontend -> engine: `Generate`, `Abort`. Engine -> frontend: `StepOutput`. Sched
 its group: `StepPlan`. Each union below is what one socket carries.
 """
 
+from typing import Any
+
 import msgspec
 
 # Below this a temperature means greedy, as in vLLM: dividing by it would overflow.
@@ -22,6 +24,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    logits_processors: dict[str, dict[str, Any]] = {}  # by name: what it is asked to do
     seed: int | None = None  # None: the engine draws one
     stop_token_ids: list[int] = []  # besides the model's end-of-sequence ids
     ignore_eos: bool = False
@@ -36,6 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return (
             self.temperature < LEAST_TEMPERATURE
             and not self.logit_bias
+            and not self.logits_processors
             and self.presence_penalty == self.frequency_penalty == 0.0
             and self.repetition_penalty == 1.0
             and self.min_tokens == 0

@@ -72,7 +72,7 @@ class LLM:
             endpoints = directory.endpoints()
             boot = frontend_boot(node.resolved, endpoints)
             workers = [worker_spec(node, endpoints, place) for place in node.placements]
-            engine = EmbeddedEngine(boot, workers, display.status)
+            engine = EmbeddedEngine(boot, plugins, workers, display.status)
             stack.callback(engine.close)
             engine.open()
             resources = stack.pop_all()

@@ -127,6 +127,14 @@ def register_launcher() -> Sequence[Registration]:
 
 
 @hookspec
+def register_logits_processor() -> Sequence[Registration]:
+    """What requests may ask to be done to logits, by its name; nothing chooses among them. Factory:
+    (options, AppConfig) -> core.interfaces.sampling.LogitsProcessorKind; its module imports no
+    torch."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_family() -> Sequence[PluginFamily]:
     """Families of plugins beside the ones above."""
     raise AssertionError("a specification is never called")

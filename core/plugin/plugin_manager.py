@@ -78,6 +78,10 @@ class PluginTable:
         options = self.options(choice, key)
         return self._factory(choice.name)(options, *arguments)
 
+    def create_all(self, *arguments: Any) -> dict[str, Any]:
+        """What every factory of a family makes of its default options and `arguments`, by name."""
+        return {name: self.create(PluginChoice(name=name), *arguments) for name in self}
+
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise PluginError(_unknown(self.family, name, sorted(self._entries)))

@@ -30,6 +30,7 @@ BUILTIN_PLUGINS = (
     "plugins.models.qwen3_moe",
     "plugins.models.mixtral",
     "plugins.models.deepseek",
+    "plugins.logits_processors",
     "plugins.frontends.openai",
     "plugins.launchers",
 )

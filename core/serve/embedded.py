@@ -33,6 +33,7 @@ from core.interfaces.control import ChildStatus, Failed, Ready
 from core.interfaces.frontend import Tokenizer
 from core.interfaces.messages import SamplingParams
 from core.interfaces.text import TextService
+from core.plugin.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
 from core.serve.completion import Completion, read_completion
 from core.serve.engine_client import ZmqEngine
@@ -53,6 +54,7 @@ class EmbeddedEngine:
     def __init__(
         self,
         boot: FrontendBoot,
+        plugins: PluginManager,
         workers: Sequence[ProcessSpec],
         on_status: Callable[[str, ChildStatus], None],
     ) -> None:
@@ -75,7 +77,9 @@ class EmbeddedEngine:
         self._ids = itertools.count()
         config, served = boot.config, boot.served
         self.limits = RequestLimits(
-            vocab_size=served.vocab_size, max_model_len=served.max_model_len
+            vocab_size=served.vocab_size,
+            max_model_len=served.max_model_len,
+            processors=plugins.table("logits_processor").create_all(config),
         )
         num_schedulers = len(boot.endpoints.plans)
         # As many as a server takes; the others wait here, where they cost the scheduler nothing.

@@ -123,7 +123,12 @@ class Frontend:
         endpoints = self._boot.endpoints
         balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.plans))
         served = self._boot.served
-        limits = RequestLimits(vocab_size=served.vocab_size, max_model_len=served.max_model_len)
+        plugins = PluginManager.load(config.plugins.blocklist)
+        limits = RequestLimits(
+            vocab_size=served.vocab_size,
+            max_model_len=served.max_model_len,
+            processors=plugins.table("logits_processor").create_all(config),
+        )
         self._engine = ZmqEngine(
             endpoints,
             loop,
@@ -132,7 +137,7 @@ class Frontend:
             queue_timeout_s=config.frontend.queue_timeout_s,
             on_serving=self._tell_ready,
         )
-        application = await self._application()
+        application = await self._application(plugins)
         self._url = url_of(listener)
         self._server = Server(
             application,
@@ -168,11 +173,10 @@ class Frontend:
         if self._server.started and self._engine.state is EngineState.SERVING:
             self._channel.send(Ready({"url": self._url, "needs_key": self._api_key is not None}))
 
-    async def _application(self) -> Any:
+    async def _application(self, plugins: PluginManager) -> Any:
         """The chosen frontend plugin's ASGI application, guarded."""
         config, served = self._boot.config, self._boot.served
         begin = time.monotonic()
-        plugins = PluginManager.load(config.plugins.blocklist)
         files = self._boot.files
         # Built there first: what could take for ever, or all memory, ends that process only.
         boot = TextBoot(folder=files.tokenizer_dir, eos_ids=files.eos_ids)

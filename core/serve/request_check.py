@@ -6,12 +6,14 @@ to `Engine.generate` is checked here, after tokenizing, types included. Frontend
 and may name things as their clients do. Knows nothing of HTTP, of text or of sockets.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.errors import RequestError
 from core.interfaces.messages import SamplingParams
+from core.interfaces.sampling import LogitsProcessorKind
+from core.serve.processor_check import check_processors
 from core.serve.tokenizer import HfTokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 256
@@ -51,6 +53,7 @@ class RequestLimits:
 
     vocab_size: int  # rows of the model's embedding, whatever the tokenizer has
     max_model_len: int  # tokens, prompt and answer together
+    processors: Mapping[str, LogitsProcessorKind] = field(default_factory=dict)  # by name
 
     def at_most(self, max_model_len: int | None) -> "RequestLimits":
         """The same with a context no longer than this; None: nothing is known."""
@@ -79,6 +82,7 @@ class RequestLimits:
             raise _wrong_type("ignore_eos", sampling.ignore_eos, "true or false")
         self._check_stop_ids(sampling.stop_token_ids)
         self._check_bias(sampling.logit_bias)
+        check_processors(sampling.logits_processors, self.processors, self.vocab_size)
         _check_prompt_logprobs(len(prompt_ids), sampling.prompt_logprobs)
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_tests"),
-    [("acme_dispatch", 3 * len(moe_a2a.CASES)), ("acme_attention", len(attention.CASES))],
+    [
+        ("acme_dispatch", 3 * len(moe_a2a.CASES)),
+        ("acme_attention", len(attention.CASES)),
+        ("acme_sampling", 12),
+    ],
 )
 def test_it_passes_the_contract_by_its_own_tests(name, num_tests, tmp_path):
     example = ROOT / "examples" / name

@@ -71,6 +71,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "attention": examples / "acme_attention",
         "plan": examples / "acme_plan",
         "dispatch": examples / "acme_dispatch",
+        "sampling": examples / "acme_sampling",
     }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
@@ -146,6 +147,7 @@ def test_installed_plugins_are_listed_with_where_they_come_from(installed):
     assert (registration["family"], registration["name"]) == ("attention", "acme")
     assert registration["options"] == ["query_block"]
     assert plugins["acme_plan"]["registrations"][0]["family"] == "parallel_plan"
+    assert plugins["acme_sampling"]["registrations"][0]["name"] == "no_repeat_ngram"
 
 
 def test_the_third_party_backend_is_selected_by_name(installed):

@@ -27,6 +27,7 @@ from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig
 from plugins.frontends._openai.app import create_app
+from plugins.logits_processors.allowed import AllowedTokenIds
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, write_folder
 
@@ -88,7 +89,11 @@ class Stack:
             self.endpoints,
             self._loop,
             balancer,
-            RequestLimits(vocab_size=self._vocab_size, max_model_len=MAX_MODEL_LEN),
+            RequestLimits(
+                vocab_size=self._vocab_size,
+                max_model_len=MAX_MODEL_LEN,
+                processors={"allowed_token_ids": AllowedTokenIds()},
+            ),
         )
         self.text = await TextPool.start(self.text_boot, self._config.text_processes)
         self.http = http = HttpStats()

@@ -19,6 +19,7 @@ from core.engine.build.model import (
 from core.engine.run.expert_balance import make_balancer
 from core.engine.run.runner import ModelRunner
 from core.engine.sample.choosing import make_chooser
+from core.engine.sample.processors import ProcessorChain
 from core.engine.sample.sampler import Sampler
 from core.engine.step.attention import PagedAttention
 from core.engine.step.batch import SlotState
@@ -28,6 +29,7 @@ from core.engine.step.latent_attention import LatentPagedAttention
 from core.interfaces.attention import AttentionSpec
 from core.interfaces.latent_attention import LatentAttentionSpec
 from core.interfaces.model import LatentKVShape
+from core.interfaces.sampling import ProcessorSpec
 from core.parallel.layout import Layout
 from core.resolve import attention_family
 from core.settings.config import AppConfig
@@ -58,6 +60,7 @@ def build_runner(
         vocab_size=loaded.spec.vocab_size,
         device=device,
         eos_ids=context.files.eos_ids,
+        processors=_build_processors(config, context, loaded),
     )
     tp = context.comms.axes["tp"]
     return ModelRunner(
@@ -84,6 +87,16 @@ def build_runner(
             rows_are_cut=stream is Layout.ROWS,
         ),
     )
+
+
+def _build_processors(config: AppConfig, context: RankContext, loaded: Loaded) -> ProcessorChain:
+    """All logits processors that requests may name."""
+    spec = ProcessorSpec(
+        max_slots=config.engine.running_limit,
+        vocab_size=loaded.spec.vocab_size,
+        device=context.device,
+    )
+    return ProcessorChain(context.plugins.table("logits_processor").create_all(config), spec)
 
 
 def _build_attention(

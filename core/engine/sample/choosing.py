@@ -5,7 +5,7 @@ group (`RanksTogether`), each knows what is asked of every row, so that they cho
 gathering logits (core.engine.sample.cut_vocabulary), with the same tokens. Where DP ranks share a
 head (`OneForAll`), a rank doesn't know the requests of the others' rows, of which it has columns:
 logits are gathered, and so they are where that is all the same, on one rank, or of few rows
-cheaper.
+cheaper, or a request asked for a logits processor that needs whole rows.
 
 Shape legend: R rows that choose a token.
 """
@@ -102,8 +102,7 @@ class RanksTogether:
         self, computed: ComputedStep, best_R: Tensor | None, num_top: NumTop
     ) -> tuple[Tensor, DeviceLogprobs | None]:
         """See Chooser."""
-        num_logits = len(computed.slots) * self._sampler.vocab_size
-        if num_logits <= FEW_LOGITS and self._sampler.draws(computed.slots):
+        if self._gathers(computed):
             return self._of_few.choose(computed, best_R, num_top)
         logits_RL = computed.columns()
         ids_R = best_R
@@ -115,6 +114,12 @@ class RanksTogether:
             return ids_R, None
         logprobs = sampled_logprobs(logits_RL, ids_R, num_top, self._over)
         return ids_R, logprobs if self._tells else None
+
+    def _gathers(self, computed: ComputedStep) -> bool:
+        if self._sampler.needs_whole_rows(computed.slots):
+            return True
+        num_logits = len(computed.slots) * self._sampler.vocab_size
+        return num_logits <= FEW_LOGITS and self._sampler.draws(computed.slots)
 
 
 def _any_wanted(num_top: NumTop) -> bool:

@@ -44,17 +44,17 @@ class CutVocabulary:
         self.vocab_size = vocab_size
         self.num_columns = num_tokens + 1  # what is done to tokens of other ranks goes to the last
         self._comm = comm
-        self._first_id, self._num_tokens = first_id, num_tokens
+        self.first_id, self._num_tokens = first_id, num_tokens
         self._most_tokens = -(-vocab_size // comm.size)
 
     def columns(self, ids: Ints) -> Ints:
         """Those of other ranks' tokens are the last column."""
-        column = ids - self._first_id
+        column = ids - self.first_id
         return np.where((column >= 0) & (column < self._num_tokens), column, self._num_tokens)
 
     def columns_of(self, ids: Tensor) -> Tensor:
         """Those of other ranks' tokens are the last column."""
-        column = ids - self._first_id
+        column = ids - self.first_id
         elsewhere = (column < 0) | (column >= self._num_tokens)
         return column.masked_fill_(elsewhere, self._num_tokens)
 
@@ -70,11 +70,15 @@ class CutVocabulary:
             return logits_RX.new_full((logits_RX.shape[0], 1), -torch.inf)
         return logits_RX[:, : self._num_tokens]
 
+    def own_columns(self, copy_RX: Tensor) -> Tensor:
+        """All but the last."""
+        return copy_RX[:, : self._num_tokens]
+
     def best(self, logits_RX: Tensor) -> tuple[Tensor, Tensor]:
         """Of the best of each rank; the first rank has tokens in any case."""
         top_R, best_R = logits_RX.max(dim=-1)
         bits_R = top_R.view(torch.int32)
-        found_NR2 = self._of_ranks(torch.stack((bits_R, (best_R + self._first_id).int()), -1))
+        found_NR2 = self._of_ranks(torch.stack((bits_R, (best_R + self.first_id).int()), -1))
         top_NR = found_NR2[..., 0].contiguous().view(torch.float32)
         top_R, rank_R = top_NR.max(dim=0)
         return top_R, found_NR2[..., 1].gather(0, rank_R[None])[0].long()
@@ -156,7 +160,7 @@ class CutVocabulary:
             target_D1 = sampling.drawn_weight(uniform_D[part], total_ND1.sum(0))
             inside_D1 = target_D1 - total_ND1[: self._comm.rank].sum(0)
             mine_D1 = (inside_D1 >= 0) & (inside_D1 < sums.total_R1)
-            id_D1 = sums.token_at(inside_D1) + self._first_id
+            id_D1 = sums.token_at(inside_D1) + self.first_id
             drawn.append(torch.where(mine_D1, id_D1, -1)[:, 0])
         found_D = self._of_ranks(sampling.joined(drawn)).amax(0)
         return torch.where(found_D >= 0, found_D, fallback_D)
@@ -177,7 +181,7 @@ class CutVocabulary:
         values[:, 1:2] = mine_N1
         values[:, 2 : 2 + num_mine] = top.values
         ids_NK = torch.zeros((num_rows, num_top), dtype=torch.int32, device=logits_NX.device)
-        ids_NK[:, :num_mine] = (top.indices + self._first_id).int()
+        ids_NK[:, :num_mine] = (top.indices + self.first_id).int()
         told = self._of_ranks(torch.cat((values.view(torch.int32), ids_NK), -1))
         all_values = told[..., : 2 + num_top].contiguous().view(torch.float32)
         normaliser_N1 = all_values[..., 0].logsumexp(dim=0)[:, None]

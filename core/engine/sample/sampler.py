@@ -4,10 +4,10 @@
 once a step which stages the batch needs and sends their small tensors to the device in one copy;
 `sample` then only queues device work. A batch of greedy rows costs one argmax.
 
-Order: logit_bias, min_tokens, repetition, frequency and presence penalties; greedy
-rows take the best token of that; else temperature, top_k, top_p, min_p, draw. Logprobs are none of
-this module's business: they come from the logits as the model gave them, which `sample` leaves
-untouched.
+Order: logit_bias, min_tokens, repetition, frequency and presence penalties, logits processors
+(those that mask last); greedy rows take the best token of that; else temperature, top_k, top_p,
+min_p, draw. Logprobs are none of this module's business: they come from the logits as the model
+gave them, which `sample` leaves untouched.
 
 What is done to whole rows goes through a `Vocabulary` (core.engine.sample.vocabulary): all columns
 of the logits, or those that this rank has, where ranks choose tokens together.
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from core.engine.sample import operations as sampling
 from core.engine.sample.operations import Filter
+from core.engine.sample.processors import Applied, ProcessorChain, edit_all_, no_processors
 from core.engine.sample.vocabulary import Vocabulary, WholeVocabulary
 from core.engine.step.batch import Ints, send
 from core.interfaces.messages import LEAST_TEMPERATURE, SamplingParams, SlotInit
@@ -35,7 +36,7 @@ from core.interfaces.messages import LEAST_TEMPERATURE, SamplingParams, SlotInit
 LONGEST_TOP_K = {"cpu": 128, "cuda": 1024}
 
 # What a slot needs beyond an argmax.
-DRAWS, BIASED, PENALISED, HAS_MIN_TOKENS = 1, 2, 4, 8
+DRAWS, BIASED, PENALISED, HAS_MIN_TOKENS, PROCESSED, WHOLE_ROWS = 1, 2, 4, 8, 16, 32
 
 Floats = npt.NDArray[np.float32]
 
@@ -82,6 +83,7 @@ class SamplePlan:
     bias: Edits | None = None
     forbidden: Edits | None = None
     penalties: Penalties | None = None
+    processors: tuple[Applied, ...] = ()
     draw: Draw | None = None
 
 
@@ -89,12 +91,20 @@ class Sampler:
     """Samples for one rank. Results depend on a request's own logits, tokens and seed alone."""
 
     def __init__(
-        self, *, max_slots: int, vocab_size: int, device: torch.device, eos_ids: Sequence[int]
+        self,
+        *,
+        max_slots: int,
+        vocab_size: int,
+        device: torch.device,
+        eos_ids: Sequence[int],
+        processors: ProcessorChain | None = None,
     ) -> None:
+        """`processors`: what requests may name; None: none."""
         self.vocab_size = vocab_size
         self.whole = WholeVocabulary(vocab_size)
         self.device = device
         self.eos_ids = tuple(eos_ids)
+        self._processors = processors or no_processors(device)
         self._needs = np.zeros(max_slots, dtype=np.int64)
         self._num_prompt = np.zeros(max_slots, dtype=np.int64)
         self._min_tokens = np.zeros(max_slots, dtype=np.int64)
@@ -131,11 +141,14 @@ class Sampler:
         forbidden = {i for i in (*self.eos_ids, *params.stop_token_ids) if self._in_vocabulary(i)}
         self._bias[slot] = np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
         self._forbidden[slot] = np.array(sorted(forbidden), np.int64)
+        is_processed, needs_whole_rows = self._processors.init_slot(init)
         self._needs[slot] = (
             DRAWS * (params.temperature >= LEAST_TEMPERATURE)
             + BIASED * bool(bias)
             + PENALISED * _has_penalty(params)
             + HAS_MIN_TOKENS * (params.min_tokens > 0 and bool(forbidden))
+            + PROCESSED * is_processed
+            + WHOLE_ROWS * needs_whole_rows
         )
 
     def _in_vocabulary(self, token_id: int) -> bool:
@@ -145,6 +158,10 @@ class Sampler:
     def is_greedy(self, slots: Ints) -> bool:
         """Whether these slots never need more than the best of the logits as they are."""
         return not self._needs[slots].any()
+
+    def needs_whole_rows(self, slots: Ints) -> bool:
+        """Whether a logits processor of these slots needs all columns of the logits."""
+        return bool((self._needs[slots] & WHOLE_ROWS).any())
 
     def draws(self, slots: Ints) -> bool:
         """Whether any of these slots draws a token at random."""
@@ -177,6 +194,7 @@ class Sampler:
             bias=self._bias_edits(slots_R, (needs_R & BIASED).nonzero()[0], over),
             forbidden=self._forbidden_edits(slots_R, early_R.nonzero()[0], over),
             penalties=self._penalties(slots_R, positions_R, (needs_R & PENALISED).nonzero()[0]),
+            processors=self._processors.plan(slots_R, positions_R) if needs & PROCESSED else (),
             draw=self._draw(slots_R, positions_R, (needs_R & DRAWS).nonzero()[0]),
         )
 
@@ -298,8 +316,13 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _edited(plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
-    """The logits with bias, forbidden tokens and penalties; a copy if there are any."""
-    if plan.bias is None and plan.forbidden is None and plan.penalties is None:
+    """The logits as they are chosen from, before temperature; a copy if there are any."""
+    if (
+        plan.bias is None
+        and plan.forbidden is None
+        and plan.penalties is None
+        and not plan.processors
+    ):
         return logits_RX
     logits_RX = plan.over.copy(logits_RX)
     flat = logits_RX.view(-1)
@@ -320,6 +343,7 @@ def _edited(plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
             presence_P=some.presence_P,
             frequency_P=some.frequency_P,
         )
+    edit_all_(plan.processors, logits_RX, plan.over, tokens_SL)
     return logits_RX
 
 

@@ -26,6 +26,7 @@ class Vocabulary(Protocol):
 
     vocab_size: int  # V
     num_columns: int  # of `copy`
+    first_id: int  # the token of column 0
 
     def columns(self, ids: Ints) -> Ints:
         """The column of `copy` that stands for each id (0..V-1), on the host."""
@@ -41,6 +42,10 @@ class Vocabulary(Protocol):
 
     def tokens_of(self, logits_RX: Tensor) -> Tensor:
         """Logits, or a `copy` of them, without the columns that stand for no token."""
+        ...
+
+    def own_columns(self, copy_RX: Tensor) -> Tensor:
+        """A view of a `copy`: the columns of this rank's tokens, perhaps none."""
         ...
 
     def best(self, logits_RX: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +77,7 @@ class WholeVocabulary:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.num_columns = vocab_size
+        self.first_id = 0
 
     def columns(self, ids: Ints) -> Ints:
         """An id is its column."""
@@ -88,6 +94,10 @@ class WholeVocabulary:
     def tokens_of(self, logits_RX: Tensor) -> Tensor:
         """All of them."""
         return logits_RX
+
+    def own_columns(self, copy_RX: Tensor) -> Tensor:
+        """All of them."""
+        return copy_RX
 
     def best(self, logits_RX: Tensor) -> tuple[Tensor, Tensor]:
         """max is three times as fast as argmax on a CPU, and drawing needs both of its results."""

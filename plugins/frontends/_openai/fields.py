@@ -26,10 +26,9 @@ REFUSED = {  # field -> why, and what to do instead
     "guided_choice": _FORMAT, "guided_grammar": _FORMAT, "structural_tag": _FORMAT,
     "regex": _FORMAT, "ebnf": _FORMAT, "json_schema": _FORMAT, "grammar": _FORMAT,
     # What may be generated, and where it ends.
-    "allowed_token_ids": "use logit_bias with 100 for each of these tokens",
     "bad_words": "use logit_bias with -100 for single tokens",
     "stop_regex": "use stop, with strings",
-    "logits_processors": "use logit_bias", "custom_logit_processor": "use logit_bias",
+    "custom_logit_processor": "name one that a plugin registers in logits_processors",
     "use_beam_search": "answers are sampled; use n",
     # What the answer follows.
     "chat_template": "a request never brings a template; the checkpoint's is used",

@@ -4,6 +4,8 @@ Knows nothing of HTTP. Each RequestError names the parameter and the allowed ran
 value only where it is a number of ordinary size.
 """
 
+from typing import Any
+
 from core.errors import RequestError
 from core.interfaces.frontend import ServedModel
 from core.interfaces.messages import SamplingParams
@@ -14,6 +16,7 @@ from plugins.frontends._openai.protocol import Generation
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+ALLOWED = "allowed_token_ids"  # a field, and the name of a logits processor
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -108,6 +111,7 @@ def sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=value("repetition_penalty", 1.0),
         logit_bias=body.logit_bias or {},
+        logits_processors=_processors(body),
         seed=None if body.seed is None else body.seed & SEED_MASK,
         stop_token_ids=body.stop_token_ids or [],
         ignore_eos=bool(body.ignore_eos),
@@ -115,3 +119,17 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _processors(body: Generation) -> dict[str, dict[str, Any]]:
+    """What is done to logits, by the name of who does it; vLLM's own field is one of ours."""
+    named = body.logits_processors or {}
+    if body.allowed_token_ids is None:
+        return named
+    if ALLOWED in named:
+        raise RequestError(
+            f"{ALLOWED} is given twice: as a field, and in logits_processors; keep one",
+            param=ALLOWED,
+            code="invalid_value",
+        )
+    return {**named, ALLOWED: {"ids": body.allowed_token_ids}}

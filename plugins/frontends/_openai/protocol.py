@@ -33,6 +33,7 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    logits_processors: dict[str, dict[str, Any]] | None = None  # by name: its parameters
     # Beyond OpenAI, named as in other engines.
     top_k: int | None = None
     min_p: float | None = None
@@ -42,6 +43,7 @@ class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None  # the lower, the sooner a waiting request is begun
     add_special_tokens: bool | None = None

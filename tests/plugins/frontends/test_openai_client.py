@@ -114,7 +114,7 @@ def test_n_answers_are_n_requests_with_their_own_seeds(client, stack, stream):
 def test_sampling_parameters_arrive(client, stack):
     extra = {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
-        "stop_token_ids": [3, 4],
+        "stop_token_ids": [3, 4], "logits_processors": {"allowed_token_ids": {"ids": [3, 9]}},
     }  # fmt: skip
     chat(
         client,
@@ -134,6 +134,9 @@ def test_sampling_parameters_arrive(client, stack):
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.2, -0.2)
     assert sampling.logit_bias == {7: -100.0}
     assert sampling.seed == 2**64 - 1
+    chat(client, extra_body={"allowed_token_ids": [7]})
+    sampling = stack.engine.seen[1].sampling
+    assert sampling.logits_processors == {"allowed_token_ids": {"ids": [7]}}
 
 
 def test_length(client, stack):
