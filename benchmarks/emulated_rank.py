@@ -171,7 +171,7 @@ def step_us(lone: Any, batch: int, context: int) -> float:
         waiting = None
         began = 0.0
         for index, step in enumerate(steps):
-            wait = lone.engine.launcher.launch(step)
+            wait = lone.engine.executor.launch(step)
             if waiting is not None:
                 waiting()
             waiting = wait

@@ -28,11 +28,11 @@ TRACED_STEPS = 20
 FIRST_STEPS = 8  # of the decode phase, not counted
 
 
-class PolledLauncher:
-    """Another launcher whose steps write down how long they were waited for."""
+class PolledExecutor:
+    """Another executor whose steps write down how long they were waited for."""
 
-    def __init__(self, launcher: Any) -> None:
-        self._launcher = launcher
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
         self.waited_s: list[float] = []
         self.launched_s: list[float] = []
         self.read_s: list[float] = []
@@ -43,11 +43,11 @@ class PolledLauncher:
             times.clear()
 
     def run(self, work: Callable[[], Any]) -> Any:
-        return self._launcher.run(work)
+        return self._executor.run(work)
 
     def launch(self, runner: Any, step: Any) -> "PolledStep":
         begin = time.perf_counter()
-        launched = self._launcher.launch(runner, step)
+        launched = self._executor.launch(runner, step)
         self.launched_s.append(time.perf_counter() - begin)
         return PolledStep(launched, self.waited_s, self.read_s)
 
@@ -80,8 +80,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Build the engine, fill it with `--batch` requests, and time turns of its loop."""
     shape, name = shape_of(Path(arguments.model_dir))
     lone = build_alone(configuration(arguments, shape, name))
-    polled = PolledLauncher(lone.engine.launcher._launcher)
-    lone.engine.launcher._launcher = polled
+    polled = PolledExecutor(lone.engine.executor._executor)
+    lone.engine.executor._executor = polled
     engine = offline_alone(lone)
     planned_ms: list[float] = []
     timed(engine.scheduler, "next_batch", planned_ms)

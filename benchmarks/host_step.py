@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from core.devices.select import select_staging
+from core.engine.run.executor import StepExecutor, StreamExecutor
 from core.engine.run.expert_balance import NoBalancer
-from core.engine.run.launch import StepLauncher, StreamLauncher
 from core.engine.run.lockstep import SoloLockstep
 from core.engine.run.loop import EngineLoop, NoFollowers, RunningStep
 from core.engine.run.runner import ModelRunner
@@ -100,7 +100,7 @@ class NullRecorder:
         return 0
 
 
-class InlineLauncher:
+class InlineExecutor:
     """Runs steps where they are launched; nothing is left to wait for."""
 
     def run(self, work: Callable[[], Any]) -> Any:
@@ -204,11 +204,11 @@ def measure(batch: int, num_steps: int, context: int, device: torch.device) -> d
     timed(scheduler, "next_batch", planning)
     timed(scheduler, "commit", planning)
     lists = Lists()
-    launcher: Any = StreamLauncher() if device.type == "cuda" else InlineLauncher()
-    timed(launcher, "launch", launching)
+    executor: Any = StreamExecutor() if device.type == "cuda" else InlineExecutor()
+    timed(executor, "launch", launching)
     loop = EngineLoop(
         scheduler=scheduler,
-        launcher=StepLauncher(launcher, runner),
+        executor=StepExecutor(executor, runner),
         inbox=lists,
         outbox=lists,
         followers=NoFollowers(),

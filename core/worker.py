@@ -93,9 +93,9 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     gc.set_threshold(20_000, 20, 50)
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
-    channel.beat(rank.launcher.beat)
+    channel.beat(rank.executor.beat)
     rank.commit_pool()
-    links.serve(rank.scheduler, rank.launcher, rank.balancer)
+    links.serve(rank.scheduler, rank.executor, rank.balancer)
 
 
 if __name__ == "__main__":

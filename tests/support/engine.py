@@ -110,7 +110,7 @@ class _Ranks:
 
     def _follow(self, rank: int, waiting: "queue.SimpleQueue[AgreedStep | None]") -> None:
         with suppress(_Ended):
-            follow(self._build(rank).launcher, _QueueReceiver(waiting))
+            follow(self._build(rank).executor, _QueueReceiver(waiting))
 
     def _build(self, rank: int) -> RankEngine:
         try:

@@ -22,8 +22,8 @@ from core.engine.build.memory import (
 from core.engine.build.runner import build_runner
 from core.engine.build.timing import mixed_tokens_of, pace_of, warm_up_plans
 from core.engine.build.trial import Phases, Trial, keep_kernels
+from core.engine.run.executor import StepExecutor, select_executor
 from core.engine.run.expert_balance import Balancer
-from core.engine.run.launch import StepLauncher, select_launcher
 from core.engine.run.loop import warm_up
 from core.engine.run.runner import ModelRunner
 from core.engine.schedule.scheduler import Scheduler
@@ -38,7 +38,7 @@ class RankEngine:
     """One rank, ready to run steps. Only the leader of a DP rank uses `scheduler`."""
 
     scheduler: Scheduler
-    launcher: StepLauncher
+    executor: StepExecutor
     balancer: Balancer
     pool: PoolSize
     pool_memory: torch.UntypedStorage | None  # that is not taken yet; None: on a GPU
@@ -76,10 +76,10 @@ class RankEngine:
 def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     """Load the weights, try the largest steps out, give the pool what is left, warm up."""
     phases = Phases(context.on_phase)
-    launcher = select_launcher(context.device)
+    executor = select_executor(context.device)
     if context.device.type == "cuda":
         keep_kernels(config.engine.kernel_cache_dir)
-    loaded = launcher.run(lambda: load(config, context))
+    loaded = executor.run(lambda: load(config, context))
     phases.end("load weights")
     held = HeldMemory()
     if context.device.type == "cuda":
@@ -87,9 +87,9 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     pool = _agree_pool(config, context, loaded, held)
     kv_cache_tokens = (pool.num_pages - 1) * config.engine.settled_page_size
     max_model_len = min(loaded.max_model_len, kv_cache_tokens)
-    runner = launcher.run(lambda: build_runner(config, context, loaded, pool, max_model_len))
+    runner = executor.run(lambda: build_runner(config, context, loaded, pool, max_model_len))
     phases.end("KV pool")
-    steps = StepLauncher(launcher, runner)
+    steps = StepExecutor(executor, runner)
     warm_up(
         steps,
         warm_up_plans(min(max_model_len - 1, 16, config.engine.settled_page_size)),
@@ -98,7 +98,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     if context.device.type == "cpu":
         steps.pace = pace_of(config, context, steps, max_model_len)
     phases.end("warm up")
-    launcher.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
+    executor.run(lambda: runner.steps.capture(_on_captured(context.on_progress)))
     phases.end(CAPTURE_TASK)
     mixed_tokens = mixed_tokens_of(config, context, steps, max_model_len)
     return RankEngine(
@@ -111,7 +111,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             pace=steps.pace,
             mixed_tokens=mixed_tokens,
         ),
-        launcher=steps,
+        executor=steps,
         balancer=runner.balancer,
         pool=pool,
         pool_memory=runner.pool if context.device.type == "cpu" else None,

@@ -5,7 +5,7 @@ import time
 import torch
 
 from core.engine.build.context import RankContext
-from core.engine.run.launch import StepLauncher
+from core.engine.run.executor import StepExecutor
 from core.engine.run.loop import warm_up
 from core.engine.schedule.mixed_steps import mixed_tokens
 from core.engine.schedule.pace import Pace, Timed, measure_pace
@@ -15,7 +15,7 @@ from core.settings.config import AppConfig
 
 
 def pace_of(
-    config: AppConfig, context: RankContext, steps: StepLauncher, max_model_len: int
+    config: AppConfig, context: RankContext, steps: StepExecutor, max_model_len: int
 ) -> Pace:
     """What steps cost, agreed on by all ranks: the slowest one's time is everybody's."""
     return measure_pace(
@@ -26,7 +26,7 @@ def pace_of(
 
 
 def mixed_tokens_of(
-    config: AppConfig, context: RankContext, steps: StepLauncher, max_model_len: int
+    config: AppConfig, context: RankContext, steps: StepExecutor, max_model_len: int
 ) -> int | None:
     """Most prompt tokens beside decodes while few prompts wait; None: a CPU's steps are cut to a
     time instead."""
@@ -38,7 +38,7 @@ def mixed_tokens_of(
     return mixed_tokens(_timed(context, steps), min(most, max_model_len - 1), most)
 
 
-def _timed(context: RankContext, steps: StepLauncher) -> Timed:
+def _timed(context: RankContext, steps: StepExecutor) -> Timed:
     """Runs a step of made-up requests; the seconds that the slowest rank took."""
     world, num_dp = context.comms.axes["world"], context.plan.axis_size("dp")
 

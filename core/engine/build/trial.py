@@ -15,7 +15,7 @@ import torch
 from core.disk.cache import cache_dir
 from core.disk.progress import OnProgress
 from core.engine.build.memory import GIB, GRAPH_BYTES, HeldMemory
-from core.engine.run.launch import StepLauncher, StreamLauncher
+from core.engine.run.executor import StepExecutor, StreamExecutor
 from core.engine.run.lockstep import rank_facts, settle
 from core.engine.run.loop import warm_up
 from core.engine.run.runner import ModelRunner
@@ -136,7 +136,7 @@ class Trial:
         self._launch(runner, [largest_decode(engine, longest, COSTLIEST)])
 
     def _launch(self, runner: ModelRunner, plans: Sequence[StepPlan]) -> None:
-        warm_up(StepLauncher(StreamLauncher(), runner), plans, self.num_dp)
+        warm_up(StepExecutor(StreamExecutor(), runner), plans, self.num_dp)
 
     def _agreed(self, plan: StepPlan) -> AgreedStep:
         return AgreedStep(plan, settle([rank_facts(0, plan, busy=True)] * self.num_dp).facts)

@@ -71,7 +71,7 @@ class OfflineLeader:
         self._outbox = _ListOutbox()
         self._loop = EngineLoop(
             scheduler=rank.scheduler,
-            launcher=rank.launcher,
+            executor=rank.executor,
             inbox=self._inbox,
             outbox=self._outbox,
             followers=followers,

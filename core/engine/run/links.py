@@ -7,7 +7,7 @@ who uses them, nothing of what is said.
     links = open_links(Wire(endpoints.key), endpoints, plan, rank, step_timeout_s=60)
     ...                         # the long work: weights
     links.await_peers(600)
-    links.serve(scheduler, launcher, balancer)
+    links.serve(scheduler, executor, balancer)
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from typing import NoReturn, Protocol
 
 import zmq
 
+from core.engine.run.executor import StepExecutor
 from core.engine.run.expert_balance import Balancer
-from core.engine.run.launch import StepLauncher
 from core.engine.run.lockstep import HubLockstep, Lockstep, PeerLockstep, SoloLockstep
 from core.engine.run.loop import EngineLoop, NoFollowers, PlanSender, follow
 from core.engine.run.mailbox import (
@@ -41,7 +41,7 @@ class RankLinks(Protocol):
         Raises ResourceError naming those who are not."""
         ...
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
+    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
         """Run the engine's loop, or follow the one who does, until the process ends."""
         ...
 
@@ -64,10 +64,10 @@ class LeaderLinks:
         for link in self.awaited:
             link.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
+    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
         EngineLoop(
             scheduler=scheduler,
-            launcher=launcher,
+            executor=executor,
             inbox=self.mailbox,
             outbox=self.mailbox,
             followers=self.followers,
@@ -86,8 +86,8 @@ class FollowerLinks:
     def await_peers(self, timeout_s: float) -> None:
         self.plans.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, launcher: StepLauncher, balancer: Balancer) -> NoReturn:
-        follow(launcher, self.plans)
+    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
+        follow(executor, self.plans)
 
 
 def open_links(

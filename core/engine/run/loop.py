@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from core.engine.run.launch import StepLauncher, Wait
+from core.engine.run.executor import StepExecutor, Wait
 from core.engine.run.lockstep import Lockstep, rank_facts, settle
 from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, RequestOutput, StepPlan
@@ -62,7 +62,7 @@ class RunningStep:
 
 
 class EngineLoop:
-    """Scheduler, launcher and mailboxes of one DP rank.
+    """Scheduler, executor and mailboxes of one DP rank.
 
     `wait_for_work` blocks until the inbox or the lockstep has something; it is called while parked.
     `report` is called once a turn, to send what has nothing to do with requests.
@@ -72,7 +72,7 @@ class EngineLoop:
         self,
         *,
         scheduler: Scheduler,
-        launcher: StepLauncher,
+        executor: StepExecutor,
         inbox: Inbox,
         outbox: Outbox,
         followers: PlanSender,
@@ -81,7 +81,7 @@ class EngineLoop:
         report: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
-        self.launcher = launcher
+        self.executor = executor
         self.inbox = inbox
         self.outbox = outbox
         self.followers = followers
@@ -134,9 +134,9 @@ class EngineLoop:
         step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)
         self.followers.send(step)
         has_prefill = step.facts.has_prefill
-        expected_s = self.launcher.pace.step_s(step.plan, step.facts) if has_prefill else 0.0
+        expected_s = self.executor.pace.step_s(step.plan, step.facts) if has_prefill else 0.0
         begun_s = time.monotonic() if alone else None
-        return RunningStep(plan, self.launcher.launch(step), expected_s, begun_s)
+        return RunningStep(plan, self.executor.launch(step), expected_s, begun_s)
 
 
 class PlanReceiver(Protocol):
@@ -147,20 +147,20 @@ class PlanReceiver(Protocol):
         ...
 
 
-def follow(launcher: StepLauncher, plans: PlanReceiver) -> NoReturn:
+def follow(executor: StepExecutor, plans: PlanReceiver) -> NoReturn:
     """Run what the group's leader decides, until the process ends."""
     waits: list[Wait] = []
     while True:
-        waits.append(launcher.launch(plans.receive()))
+        waits.append(executor.launch(plans.receive()))
         if len(waits) > 1:  # surfaces a failed step; never more than one step behind
             waits.pop(0)()
 
 
-def warm_up(launcher: StepLauncher, plans: Sequence[StepPlan], num_dp: int = 1) -> None:
+def warm_up(executor: StepExecutor, plans: Sequence[StepPlan], num_dp: int = 1) -> None:
     """Run steps whose results nobody reads, so that the first request meets warm kernels.
 
     Every rank calls this with the same plans, which all DP ranks then run at once.
     """
     for plan in plans:
         everyone = settle([rank_facts(0, plan, busy=True)] * num_dp)
-        launcher.launch(AgreedStep(plan, everyone.facts))()
+        executor.launch(AgreedStep(plan, everyone.facts))()

@@ -343,7 +343,7 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(tiny_folder, replayed, nam
     eager = {"cuda_graphs": "off" if CUDA else "auto", "max_graph_batch": 1}
     with engine_of(folder, dtype, **eager) as (engine, rank):
         if not CUDA:
-            rank.launcher._runner.steps._captured.clear()
+            rank.executor._runner.steps._captured.clear()
         expected = engine.generate(prompts, sampling)
     with engine_of(folder, dtype) as (engine, rank):
         if rank.cuda_graphs.startswith("off"):

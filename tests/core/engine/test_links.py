@@ -62,8 +62,8 @@ class Collectives:
             assert self.changed.wait_for(everyone, TIMEOUT_S), "a rank did not launch a step"
 
 
-class FakeLauncher:
-    """Stands for core.engine.run.launch.StepLauncher."""
+class FakeExecutor:
+    """Stands for core.engine.run.executor.StepExecutor."""
 
     def __init__(self, collectives: Collectives, rank: int, dp_rank: int) -> None:
         self._collectives, self._rank, self._dp_rank = collectives, rank, dp_rank
@@ -101,8 +101,8 @@ class Rank(threading.Thread):
         try:
             links = open_links(self._wire, self._endpoints, plan, rank, step_timeout_s=TIMEOUT_S)
             links.await_peers(TIMEOUT_S)
-            launcher = FakeLauncher(self._collectives, rank, dp_rank)
-            links.serve(scheduler, launcher, NoBalancer())  # type: ignore[arg-type]
+            executor = FakeExecutor(self._collectives, rank, dp_rank)
+            links.serve(scheduler, executor, NoBalancer())  # type: ignore[arg-type]
         except zmq.ContextTerminated:
             return
         except BaseException as error:

@@ -119,12 +119,12 @@ def test_ranks_that_hold_other_rounds_are_found_out():
 def test_all_dp_ranks_warm_up_with_rows():
     launched = []
 
-    class Launcher:
+    class DeviceExecutor:
         def launch(self, step):
             launched.append(step)
             return lambda: None
 
-    warm_up(Launcher(), [PLAN, DECODES], num_dp=3)
+    warm_up(DeviceExecutor(), [PLAN, DECODES], num_dp=3)
     assert launched == [
         AgreedStep(PLAN, StepFacts([7] * 3, [2] * 3, [4] * 3, True, most_sequences=3)),
         AgreedStep(DECODES, StepFacts([2] * 3, [2] * 3, [0] * 3, False, most_sequences=2)),

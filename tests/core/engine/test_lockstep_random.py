@@ -95,8 +95,8 @@ class Collectives:
         return wait
 
 
-class FakeLauncher:
-    """Stands for core.engine.run.launch.StepLauncher."""
+class FakeExecutor:
+    """Stands for core.engine.run.executor.StepExecutor."""
 
     def __init__(self, collectives: Collectives, rank: int, dp_rank: int, runner: FakeRunner):
         self._collectives = collectives
@@ -176,8 +176,8 @@ class Leader:
         self._engine = engine
         self.num_parked = 0
         ranks = range(dp_rank * engine.tp, (dp_rank + 1) * engine.tp)
-        launchers = [
-            FakeLauncher(
+        executors = [
+            FakeExecutor(
                 engine.collectives, rank, dp_rank, FakeRunner(config.page_size, engine.num_pages)
             )
             for rank in ranks
@@ -186,7 +186,7 @@ class Leader:
 
         def wait_for_work() -> None:
             self.num_parked += 1
-            assert all(launcher.num_running == 0 for launcher in launchers[:1])
+            assert all(executor.num_running == 0 for executor in executors[:1])
             world.wait_until(
                 lambda: self.inbox or (wake is not None and wake.arrived),
                 f"work at DP rank {dp_rank}",
@@ -194,7 +194,7 @@ class Leader:
 
         loop = EngineLoop(
             scheduler=self.scheduler,
-            launcher=launchers[0],  # type: ignore[arg-type]
+            executor=executors[0],  # type: ignore[arg-type]
             inbox=self,
             outbox=self,
             followers=self,  # type: ignore[arg-type]
@@ -202,11 +202,11 @@ class Leader:
             wait_for_work=wait_for_work,
         )
         world.spawn(f"leader {dp_rank}", loop.run)
-        for launcher, plans in zip(launchers[1:], self._plans, strict=True):
+        for executor, plans in zip(executors[1:], self._plans, strict=True):
             receiver = _Receiver(plans)
             world.spawn(
                 f"follower of {dp_rank}",
-                lambda launcher=launcher, receiver=receiver: follow(launcher, receiver),
+                lambda executor=executor, receiver=receiver: follow(executor, receiver),
             )
 
     def drain(self) -> list[EngineInput]:

@@ -34,7 +34,7 @@ class LaunchedStep(Protocol):
         ...
 
 
-class Launcher(Protocol):
+class DeviceExecutor(Protocol):
     """Builds a runner and starts its steps; work handed over earlier is done first."""
 
     def run(self, work: Callable[[], T]) -> T:
@@ -49,7 +49,7 @@ class Launcher(Protocol):
         ...
 
 
-class ThreadLauncher:
+class ThreadExecutor:
     """Runs steps in the one thread that computes, so that the scheduler works meanwhile.
 
     Weights are loaded there too: OpenMP keeps a team for every thread that once computed, and
@@ -93,7 +93,7 @@ class _StreamStep:
         return self._pending.to_host()
 
 
-class StreamLauncher:
+class StreamExecutor:
     """Enqueues steps on the device's stream.
 
     The tokens are copied right behind their step, so that waiting for them does not wait for the
@@ -113,20 +113,20 @@ class StreamLauncher:
         return 0.0  # who waits for a GPU may spin, which says nothing
 
 
-def select_launcher(device: torch.device) -> Launcher:
-    """The launcher that overlaps best on a device."""
-    return StreamLauncher() if device.type == "cuda" else ThreadLauncher()
+def select_executor(device: torch.device) -> DeviceExecutor:
+    """The executor that overlaps best on a device."""
+    return StreamExecutor() if device.type == "cuda" else ThreadExecutor()
 
 
-class StepLauncher:
+class StepExecutor:
     """Starts the steps of one runner, and counts them for those who watch whether it moves.
 
     `pace` says what they cost, as far as that is known; set before the first request.
     """
 
-    def __init__(self, launcher: Launcher, runner: ModelRunner) -> None:
+    def __init__(self, executor: DeviceExecutor, runner: ModelRunner) -> None:
         self.pace = Pace()
-        self._launcher = launcher
+        self._executor = executor
         self._runner = runner
         self._lock = threading.Lock()  # guards what follows
         self._running: deque[LaunchedStep] = deque()
@@ -155,7 +155,7 @@ class StepLauncher:
                 launched=self._launched,
                 finished=self._finished,
                 pieces=self._runner.progress.pieces,
-                cpu_s=self._launcher.cpu_s(),
+                cpu_s=self._executor.cpu_s(),
                 expected_s=self._expected_s[0] if self._expected_s else 0.0,
             )
 
@@ -164,7 +164,7 @@ class StepLauncher:
         with self._lock:
             self._launched += 1  # before the launch, which may be what hangs
             self._expected_s.append(expected_s)
-        launched = self._launcher.launch(self._runner, step)
+        launched = self._executor.launch(self._runner, step)
         with self._lock:
             self._running.append(launched)
             number = self._finished + len(self._running)

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from core.engine.run.launch import StepLauncher, ThreadLauncher, select_launcher
+from core.engine.run.executor import StepExecutor, ThreadExecutor, select_executor
 from core.engine.run.loop import IDLE_PLAN
 from core.engine.schedule.pace import Pace
 from core.engine.step.progress import Progress
@@ -42,17 +42,17 @@ class Runner:
 
 
 def test_a_cpu_computes_in_a_thread_of_its_own():
-    launcher = select_launcher(torch.device("cpu"))
-    assert isinstance(launcher, ThreadLauncher)
-    threads = {launcher.run(threading.get_ident) for _ in range(3)}
+    executor = select_executor(torch.device("cpu"))
+    assert isinstance(executor, ThreadExecutor)
+    threads = {executor.run(threading.get_ident) for _ in range(3)}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
 
 
 def test_steps_are_counted_when_they_end_not_when_somebody_waits():
     runner = Runner([5, 6, 7])
-    launcher = ThreadLauncher()
-    steps = StepLauncher(launcher, runner)
+    executor = ThreadExecutor()
+    steps = StepExecutor(executor, runner)
     assert (steps.launched, steps.finished) == (0, 0)
     waits = [steps.launch(STEP) for _ in range(3)]
     assert (steps.launched, steps.finished) == (3, 0)
@@ -61,20 +61,20 @@ def test_steps_are_counted_when_they_end_not_when_somebody_waits():
     assert (steps.launched, steps.finished) == (3, 1)
     runner.gates[1].set()
     runner.gates[2].set()
-    launcher.run(lambda: None)  # behind all of them; nobody has waited for the last two
+    executor.run(lambda: None)  # behind all of them; nobody has waited for the last two
     assert (steps.launched, steps.finished) == (3, 3)
     assert [wait().token_ids for wait in waits] == [[5], [6], [7]]
 
 
 def test_a_step_that_fails_tells_the_one_who_waits_and_is_done():
     runner = Runner([-1])
-    launcher = ThreadLauncher()
-    steps = StepLauncher(launcher, runner)
+    executor = ThreadExecutor()
+    steps = StepExecutor(executor, runner)
     wait = steps.launch(STEP)
     runner.gates[0].set()
     with pytest.raises(ValueError, match="the step failed"):
         wait()
-    launcher.run(lambda: None)
+    executor.run(lambda: None)
     assert (steps.launched, steps.finished) == (1, 1)
 
 
@@ -89,9 +89,9 @@ class Waited:
 
 
 def test_launching_and_waiting_asks_no_device_which_steps_are_done():
-    launcher = ThreadLauncher()
-    launcher.launch = lambda runner, step: Waited()
-    steps = StepLauncher(launcher, Runner([]))
+    executor = ThreadExecutor()
+    executor.launch = lambda runner, step: Waited()
+    steps = StepExecutor(executor, Runner([]))
     first = steps.launch(STEP)
     second = steps.launch(STEP)
     assert second().token_ids == [1]  # so is the one before it
@@ -104,7 +104,7 @@ def test_launching_and_waiting_asks_no_device_which_steps_are_done():
 
 def test_beats_say_what_is_done_and_what_to_expect():
     runner = Runner([5, 6])
-    steps = StepLauncher(ThreadLauncher(), runner)
+    steps = StepExecutor(ThreadExecutor(), runner)
     steps.pace = Pace(token_s=2.0)
     assert steps.beat().expected_s == 0.0
     waits = [steps.launch(STEP) for _ in range(2)]
@@ -120,17 +120,17 @@ def test_beats_say_what_is_done_and_what_to_expect():
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")
 def test_cpu_time_is_that_of_the_thread_that_computes():
-    launcher = ThreadLauncher()
-    before = launcher.cpu_s()
+    executor = ThreadExecutor()
+    before = executor.cpu_s()
     begin = time.thread_time()
     while time.thread_time() - begin < 0.05:  # here, not there
         pass
-    assert launcher.cpu_s() - before < 0.02
+    assert executor.cpu_s() - before < 0.02
 
     def spin():
         begin = time.thread_time()
         while time.thread_time() - begin < 0.05:
             pass
 
-    launcher.run(spin)
-    assert launcher.cpu_s() - before >= 0.05
+    executor.run(spin)
+    assert executor.cpu_s() - before >= 0.05
