@@ -132,7 +132,7 @@ def plan_of(
     num_nodes = num_nodes or config.launch.nnodes
     config = replace(config, launch=replace(config.launch, nnodes=num_nodes))
     device = "cuda" if config.engine.device == "auto" else config.engine.device
-    files = _files(config.model)
+    files = _files(config.model, plugins)
     resolved = resolve(config, plugins, files, device, native_dtypes())
     family, spec = find_family(config, plugins, files)
     keeps = resolved.config.model.quantized_weights == "keep"
@@ -162,7 +162,7 @@ def plan_of(
     )
 
 
-def _files(model: "ModelConfig") -> "ModelFiles":
+def _files(model: "ModelConfig", plugins: "PluginManager") -> "ModelFiles":
     """The model's files, whose headers say how weights are stored. Where the configuration holds
     the config.json, nothing is fetched for it; a random checkpoint is written, so that its folder
     can be named."""
@@ -172,7 +172,9 @@ def _files(model: "ModelConfig") -> "ModelFiles":
 
     is_here = model.package is not None and is_fetched(model.package)
     if model.shape is None or model.random_checkpoint is not None or is_here:
-        return resolve_files(model, lambda task, done, total, unit: None)
+        return resolve_files(
+            model, plugins.table("checkpoint_format"), lambda task, done, total, unit: None
+        )
     return ModelFiles(
         hf_config=dict(model.shape),
         weight_files=[],

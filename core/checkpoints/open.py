@@ -1,14 +1,14 @@
 """From a model's files to the reader that its layers take their weights from."""
 
-from collections.abc import Mapping
-
 import torch
 
-from core.checkpoints.dummy import DummyReader
-from core.checkpoints.formats import FORMATS, load_format
+from core.checkpoints.formats import make_format
 from core.disk.progress import OnProgress
+from core.interfaces.checkpoint import WeightGenerator
 from core.interfaces.control import ModelFiles
 from core.interfaces.model import ModelSpec
+from core.interfaces.weights import OpenedWeights
+from core.plugin.plugin_manager import PluginTable
 from core.settings.config import ModelConfig
 from core.weights.check import check_checkpoint
 from core.weights.reader import CheckpointReader, ShapeReader
@@ -18,6 +18,7 @@ from core.weights.takes import BLOCK
 def open_weights(
     model: ModelConfig,
     files: ModelFiles,
+    formats: PluginTable,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -25,8 +26,7 @@ def open_weights(
     spec: ModelSpec | None = None,
     rank_shapes: ShapeReader | None = None,
     model_shapes: ShapeReader | None = None,
-    formats: Mapping[str, str] = FORMATS,
-) -> CheckpointReader | DummyReader:
+) -> OpenedWeights:
     """The weights of one rank. Call `finish` once the model is built.
 
     `rank_shapes`: what this rank is going to take; it is read ahead. `model_shapes`: what all ranks
@@ -34,9 +34,12 @@ def open_weights(
     anything is read. Without it a rank that keeps some experts only would call the others surplus.
     """
     total_bytes = rank_shapes.num_bytes if rank_shapes else 0
-    if files.weight_format == "dummy":
-        return DummyReader(model.dummy_seed, dtype, device, on_progress, total_bytes=total_bytes)
-    source = load_format(files.weight_format, formats).open(files, dtype)
+    format_ = make_format(formats, files.weight_format)
+    if isinstance(format_, WeightGenerator):
+        return format_.generate(
+            model, dtype=dtype, device=device, on_progress=on_progress, total_bytes=total_bytes
+        )
+    source = format_.open(files, dtype)
     block = (spec.quantization if spec else None) or BLOCK
     ignored = spec.ignored_tensors if spec else ()
     if model_shapes is not None:

@@ -121,6 +121,14 @@ class WeightReader(Protocol):
         ...
 
 
+class OpenedWeights(WeightReader, Protocol):
+    """A reader as whoever builds the model gets it."""
+
+    def finish(self) -> None:
+        """The model is built. Raises ModelError where something of a checkpoint was left over."""
+        ...
+
+
 class WeightFormat(Protocol):
     """How the matrices of linear and expert layers are kept on a device; chosen once."""
 

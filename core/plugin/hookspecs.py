@@ -135,6 +135,13 @@ def register_logits_processor() -> Sequence[Registration]:
 
 
 @hookspec
+def register_checkpoint_format() -> Sequence[Registration]:
+    """Formats in which models lie on a disk, and what makes weights up. Factory: (options) ->
+    core.interfaces.checkpoint.CheckpointFormat, or WeightGenerator."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_family() -> Sequence[PluginFamily]:
     """Families of plugins beside the ones above."""
     raise AssertionError("a specification is never called")

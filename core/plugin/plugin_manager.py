@@ -341,7 +341,7 @@ def _check_options(tables: Sequence[PluginTable], choice: PluginChoice, key: str
     having = [table for table in tables if choice.name in table]
     if not having:
         names = sorted({name for table in tables for name in table})
-        raise PluginError(_unknown(tables[0].family, choice.name, names))
+        raise PluginError(f"{key}={choice.name}: {_unknown(tables[0].family, choice.name, names)}")
     refusals = []
     for table in having:
         try:

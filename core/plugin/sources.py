@@ -31,6 +31,7 @@ BUILTIN_PLUGINS = (
     "plugins.models.mixtral",
     "plugins.models.deepseek",
     "plugins.logits_processors",
+    "plugins.checkpoints",
     "plugins.frontends.openai",
     "plugins.launchers",
 )

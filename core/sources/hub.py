@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from core.disk.disk_room import no_room, says_no_room
 from core.errors import ModelError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# No weights but safetensors, and nothing that would be run.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+# Beside weights; nothing that would be run.
+_WANTED = ("*.json", "*.jinja", "tokenizer.model")
 _UNWANTED = ["original/*", "consolidated*"]
 
 
@@ -19,8 +20,9 @@ def is_repo_id(path: str) -> bool:
     return _REPO_ID.fullmatch(path) is not None
 
 
-def fetch_from_hub(repo_id: str) -> Path:
+def fetch_from_hub(repo_id: str, weights: Sequence[str]) -> Path:
     """The local folder of a repository, fetched first where it is not in the Hub's cache.
+    `weights`: patterns of the weight files that are wanted.
 
     Shows huggingface_hub's own progress bars on a terminal. Blocks until everything is there.
     """
@@ -31,9 +33,10 @@ def fetch_from_hub(repo_id: str) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
 
+    wanted = [*_WANTED, *weights]
     advice = "or set model.path to a local folder that holds the model"
     try:
-        folder: Any = snapshot_download(repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        folder: Any = snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=_UNWANTED)
     except errors.GatedRepoError as error:
         raise ModelError(
             f"model.path={repo_id!r} is gated on the Hugging Face Hub: accept its terms there, "
@@ -48,7 +51,7 @@ def fetch_from_hub(repo_id: str) -> Path:
         if says_no_room(error):
             raise no_room(
                 Path(HF_HUB_CACHE),
-                _missing_bytes(repo_id),
+                _missing_bytes(repo_id, wanted),
                 f"for model.path={repo_id!r}",
                 "HF_HUB_CACHE",
             ) from error
@@ -60,13 +63,13 @@ def fetch_from_hub(repo_id: str) -> Path:
     return Path(folder)
 
 
-def _missing_bytes(repo_id: str) -> int:
+def _missing_bytes(repo_id: str, wanted: Sequence[str]) -> int:
     """What is not in the cache yet of a repository's files; 0 where the Hub does not say."""
     from huggingface_hub import snapshot_download
 
     try:
         files: Any = snapshot_download(
-            repo_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, dry_run=True
+            repo_id, allow_patterns=wanted, ignore_patterns=_UNWANTED, dry_run=True
         )
         return sum(file.file_size for file in files if file.will_download)
     except Exception:  # an older library, or the network; the user's error is another one

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.interfaces.control import ModelFiles
+from core.plugin.hookspecs import NoOptions
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,10 @@ class GGUFFormat:
     """A file whose name ends in .gguf; it carries config and tokenizer."""
 
     needs = "a .gguf file"
+    hub_files = ()  # a repository has a file for each way to quantise
+
+    def __init__(self, options: NoOptions) -> None:
+        pass
 
     def recognises(self, location: Path) -> bool:
         return location.suffix == ".gguf"
@@ -41,7 +46,7 @@ class GGUFFormat:
         return ModelFiles(
             hf_config=config,
             weight_files=[str(location)],
-            weight_format="gguf",
+            weight_format="",
             tokenizer_dir=str(gguf_tokenizer_dir(file)),
             eos_ids=tokens.end_ids,
             default_sampling={},

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.disk.plain_files import read_config, read_json
+import msgspec
+
+from core.disk.plain_files import read_json
 from core.errors import ModelError
 from core.interfaces.control import ModelFiles
-from core.model_files.ending import read_ending
-from core.model_files.no_weights import dummy_from_shape
+from core.model_files.folder import folder_config, folder_files
+from core.plugin.hookspecs import NoOptions
 from plugins.checkpoints._safetensors.header import StoredTensor, read_header
 from plugins.checkpoints._safetensors.tied_head import HEAD, stored_head_differs
 
@@ -27,6 +29,10 @@ class SafetensorsFormat:
     """A folder with config.json, *.safetensors and tokenizer.json."""
 
     needs = "a folder"
+    hub_files = ("*.safetensors",)
+
+    def __init__(self, options: NoOptions) -> None:
+        pass
 
     def recognises(self, location: Path) -> bool:
         if location.suffix == ".gguf":  # by its name a file of weights, also where it is a folder
@@ -41,32 +47,17 @@ class SafetensorsFormat:
 
     def read(self, location: Path, *, with_weights: bool) -> ModelFiles:
         """Reads the headers of all weight files."""
-        folder = location
-        if not (folder / "config.json").exists():
-            raise ModelError(
-                f"{folder} has no config.json; needed: a Hugging Face model folder with "
-                "config.json, *.safetensors and tokenizer.json"
-            )
-        config = read_config(folder / "config.json")
+        config = folder_config(location, "*.safetensors")
         weights: dict[Path, dict[str, StoredTensor]] = (
-            _safetensors_files(folder) if with_weights else {}
+            _safetensors_files(location) if with_weights else {}
         )
         if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
             config["dtype"] = _stored_dtype(weights)
-        if not (folder / "tokenizer.json").exists():
-            if not with_weights:
-                return dummy_from_shape(config)
-            raise _missing_tokenizer(folder)
-        warnings = _untie(config, weights)
-        ending = read_ending(folder, config)
-        return ModelFiles(
-            hf_config=config,
+        files = folder_files(location, config, with_weights=with_weights)
+        return msgspec.structs.replace(
+            files,
             weight_files=[str(path) for path in weights],
-            weight_format="safetensors",
-            tokenizer_dir=str(folder),
-            eos_ids=ending.eos_ids,
-            default_sampling=ending.default_sampling,
-            warnings=[*warnings, *ending.warnings],
+            warnings=[*_untie(config, weights), *files.warnings],
             num_tensors=sum(map(len, weights.values())),
         )
 
@@ -131,16 +122,3 @@ def _stored_dtype(headers: Mapping[Path, Mapping[str, StoredTensor]]) -> str:
             if len(tensor.shape) > 1 and tensor.dtype in _DTYPE_NAMES:
                 return _DTYPE_NAMES[tensor.dtype]
     return "float32"
-
-
-def _missing_tokenizer(folder: Path) -> ModelError:
-    if (folder / "tokenizer.model").exists():
-        return ModelError(
-            f"{folder} has a tokenizer.model but no tokenizer.json; convert it once: "
-            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) of "
-            "transformers"
-        )
-    return ModelError(
-        f"missing tokenizer: {folder} has no tokenizer.json; copy tokenizer.json and "
-        "tokenizer_config.json of the model there"
-    )

@@ -41,7 +41,7 @@ LAYERS = (
 )
 PLUGINS_MAY_IMPORT = {"errors", "settings", "parallel", "interfaces", "plugin", "ops", "gpu_tools"}
 PLUGIN_EXTRAS = {
-    "checkpoints": {"disk", "model_files"},
+    "checkpoints": {"disk", "model_files", "weights"},
     "models": {"layers"},
     "frontends": {"serve"},
 }

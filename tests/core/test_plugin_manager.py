@@ -441,7 +441,7 @@ def test_every_hook_is_documented():
     page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
     manager = pluggy.PluginManager(PROJECT)
     hooks = [name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)]
-    assert len(hooks) == 15
+    assert len(hooks) == 16
     for hook in hooks:
         assert f"| `{hook}` |" in page
         assert any(hook in line for line in page.splitlines() if line.startswith("### ")), hook

@@ -23,6 +23,7 @@ import pytest
 from core.cluster.processes.process_stat import process_state
 from core.settings.compose import compose, parse_overrides
 from core.sources.files import resolve_files
+from tests.support.formats import FORMATS
 from tests.support.models import ignore_progress, write_tiny_model
 from tests.support.two_nodes import (
     ADDRESSES,
@@ -136,7 +137,8 @@ def test_the_same_command_on_both_nodes_answers_as_transformers_does(
     assert "interface veth0" in nodes[1].text
     assert "error" not in nodes[0].text + nodes[1].text
     model = compose(parse_overrides(words)).model
-    oracle = TransformersOracle(Path(resolve_files(model, ignore_progress).weight_files[0]).parent)
+    files = resolve_files(model, FORMATS, ignore_progress)
+    oracle = TransformersOracle(Path(files.weight_files[0]).parent)
     for prompt, tokens in answers:
         assert len(tokens) == 12
         oracle.check_greedy(prompt, tokens)

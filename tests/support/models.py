@@ -45,6 +45,7 @@ from core.settings.config import (
 )
 from core.sources.files import resolve_files
 from core.testing.ranks import plan_comms, run_ranks
+from tests.support.formats import FORMATS
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 263  # a prime: no tp divides it
@@ -202,7 +203,7 @@ def ignore_progress(task: str, done: int, total: int, unit: str) -> None:
 
 def folder_files(folder: Path | str) -> ModelFiles:
     """A model's files."""
-    return resolve_files(ModelConfig(name="tiny", path=str(folder)), ignore_progress)
+    return resolve_files(ModelConfig(name="tiny", path=str(folder)), FORMATS, ignore_progress)
 
 
 def build_model(
@@ -228,6 +229,7 @@ def build_model(
     reader = open_weights(
         model_config,
         files,
+        FORMATS,
         dtype=dtype,
         device=CPU,
         on_progress=ignore_progress,

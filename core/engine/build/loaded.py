@@ -59,6 +59,7 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
     reader = open_weights(
         config.model,
         context.files,
+        context.plugins.table("checkpoint_format"),
         dtype=dtype,
         device=device,
         on_progress=context.on_progress,

@@ -46,7 +46,11 @@ def build_alone(
     device = open_device("cuda:0" if name == "cuda" else name, os.cpu_count() or 1)
     plugins = PluginManager.load(config.plugins.blocklist)
     plugins.check_choices(config)
-    files = resolve_files(config.model, lambda task, done, total, unit: None)
+    files = resolve_files(
+        config.model,
+        plugins.table("checkpoint_format"),
+        lambda task, done, total, unit: None,
+    )
     resolved = resolve(config, plugins, files, name, native_dtypes())
     built = build_rank(
         resolved.config,

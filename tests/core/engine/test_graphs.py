@@ -41,6 +41,7 @@ from core.testing.ranks import ThreadCommunicator
 from plugins.attention._torch_ref.heads import TorchRefBackend
 from plugins.attention._torch_ref.latent import TorchRefLatentBackend
 from tests.support.engine import app_config, folder_model, greedy, spread_engine
+from tests.support.formats import FORMATS
 from tests.support.models import VOCAB_SIZE
 
 CUDA = torch.cuda.is_available()
@@ -149,7 +150,7 @@ def engine_of(folder, dtype="float32", **changes):
         attention=attention,
     )
     plugins = PluginManager.load([], objects=PLUGINS)
-    files = resolve_files(config.model, lambda *_: None)
+    files = resolve_files(config.model, FORMATS, lambda *_: None)
     resolved = resolve(config, plugins, files, DEVICE.type, native_dtypes())
     rank = build_rank(
         resolved.config,

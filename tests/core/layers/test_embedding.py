@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from core.checkpoints.dummy import DummyReader
 from core.interfaces.comm import Comms
 from core.interfaces.model import BuildContext
 from core.interfaces.weights import PlainFormat
@@ -14,6 +13,7 @@ from core.parallel.layout import Layout
 from core.parallel.plan import Plan
 from core.parallel.rows import StepRows
 from core.testing.ranks import plan_comms, run_ranks
+from plugins.checkpoints._dummy_reader import DummyReader
 from tests.support.models import CPU, ignore_progress
 
 IDS = torch.tensor([4, 0, 2, 2, 1, 3])

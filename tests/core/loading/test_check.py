@@ -16,6 +16,7 @@ from core.settings.config import ModelConfig
 from core.weights.check import check_checkpoint
 from core.weights.reader import ShapeReader
 from core.weights.takes import BLOCK
+from tests.support.formats import FORMATS
 from tests.support.models import CPU, ignore_progress
 
 FP8 = torch.float8_e4m3fn
@@ -126,6 +127,7 @@ def test_a_rank_that_keeps_some_layers_sees_damage_in_all(tmp_path: Path) -> Non
         reader = open_weights(
             ModelConfig(name="x"),
             files,
+            FORMATS,
             dtype=torch.float32,
             device=CPU,
             on_progress=ignore_progress,

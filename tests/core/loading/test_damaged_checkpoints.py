@@ -39,6 +39,7 @@ from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
 from tests.support import small_tokenizer
 from tests.support.damage import damaged_bytes, damaged_json, damaged_template
 from tests.support.engine import app_config
+from tests.support.formats import FORMATS
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, ignore_progress, run_model
 from tests.support.template_manners import MANNERS
@@ -93,7 +94,7 @@ def serve(path: Path) -> str | None:
     error where there is one."""
     begin, held_mib = time.process_time(), most_held_mib()
     try:
-        files = resolve_files(ModelConfig(name="m", path=str(path)), ignore_progress)
+        files = resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
         line = msgspec.json.encode(files)  # what the other processes are told
         assert msgspec.json.decode(line, type=ModelFiles) == files
         find_family(app_config(ModelConfig(name="m")), PLUGINS, files)
@@ -181,7 +182,7 @@ def use(tokenizer: HfTokenizer) -> None:
 
 def load(path: Path) -> bool:
     """Whether the weights load and the model computes; the only other end is a ModelError."""
-    files = resolve_files(ModelConfig(name="m", path=str(path)), ignore_progress)
+    files = resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
     family, spec = find_family(app_config(ModelConfig(name="m")), PLUGINS, files)
     if spec.max_position_embeddings > MOST_POSITIONS or family.plan_problems(spec, Plan()):
         return False

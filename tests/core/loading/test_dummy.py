@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from core.checkpoints.dummy import TABLE_SIZE, DummyReader
 from core.interfaces.weights import Shard
+from plugins.checkpoints._dummy_reader import TABLE_SIZE, DummyReader
 from tests.support.models import CPU, ignore_progress
 
 

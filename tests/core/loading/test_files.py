@@ -19,6 +19,7 @@ from core.interfaces.control import ModelFiles
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig, PackageSource
 from core.sources.files import resolve_files
+from tests.support.formats import FORMATS
 from tests.support.gguf_files import write_gguf
 from tests.support.models import (
     TINY,
@@ -36,7 +37,7 @@ SHAPE = TINY | {"architectures": ["LlamaForCausalLM"]}
 
 def resolve(path: Path | str | None = None, **fields: Any) -> ModelFiles:
     where = None if path is None else str(path)
-    return resolve_files(ModelConfig(name="tiny", path=where, **fields), ignore_progress)
+    return resolve_files(ModelConfig(name="tiny", path=where, **fields), FORMATS, ignore_progress)
 
 
 @pytest.fixture
@@ -514,10 +515,11 @@ def test_the_launcher_needs_no_torch(own_cache: Path, tiny_folder: Folder, tmp_p
 import sys
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
+from tests.support.formats import FORMATS
 for path in sys.argv[1:]:
-    resolve_files(ModelConfig(name="m", path=path), lambda *_: None)
+    resolve_files(ModelConfig(name="m", path=path), FORMATS, lambda *_: None)
 shape = {"architectures": ["X"], "vocab_size": 300}
-resolve_files(ModelConfig(name="m", shape=shape, load_format="dummy"), lambda *_: None)
+resolve_files(ModelConfig(name="m", shape=shape, load_format="dummy"), FORMATS, lambda *_: None)
 loaded = sorted({"torch", "transformers", "tokenizers"} & sys.modules.keys())
 assert not loaded, loaded
 """

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.checkpoints.dummy import DummyReader
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import Shard
 from core.weights import load
 from core.weights.reader import CheckpointReader, ShapeReader
+from plugins.checkpoints._dummy_reader import DummyReader
 from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support.models import CPU, ignore_progress
 

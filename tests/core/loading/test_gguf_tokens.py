@@ -21,6 +21,7 @@ from plugins.checkpoints._gguf.header import GGUFFile, read_gguf
 from plugins.checkpoints._gguf.tokenizer import splitting_warnings
 from plugins.checkpoints._gguf.tokens import read_tokens
 from tests.support.engine import app_config
+from tests.support.formats import FORMATS
 from tests.support.gguf_files import write_gguf
 from tests.support.models import ignore_progress
 
@@ -115,7 +116,7 @@ def test_a_missing_pre_is_guessed_with_a_warning(
 
 
 def resolved(path: Path) -> ModelFiles:
-    return resolve_files(ModelConfig(name="m", path=str(path)), ignore_progress)
+    return resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.checkpoints.dummy import DummyReader
 from core.interfaces.weights import BlockFp8, Shard, WeightReader
 from core.weights.reader import CheckpointReader, ShapeReader
+from plugins.checkpoints._dummy_reader import DummyReader
 from plugins.checkpoints._safetensors.source import SafetensorsSource
 from tests.support.models import CPU, ignore_progress
 
