@@ -1,4 +1,7 @@
-"""Logits processors that every server has. Requests name them; see docs/plugins.md."""
+"""Logits processors that every server has. Requests name them.
+
+See docs/plugins/logits_processor.md.
+"""
 
 from collections.abc import Sequence
 

@@ -438,10 +438,13 @@ def test_discovery_imports_no_torch():
 
 
 def test_every_hook_is_documented():
-    page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "plugins.md").read_text()
     manager = pluggy.PluginManager(PROJECT)
     hooks = [name for name in vars(hookspecs) if manager.parse_hookspec_opts(hookspecs, name)]
     assert len(hooks) == 16
     for hook in hooks:
         assert f"| `{hook}` |" in page
-        assert any(hook in line for line in page.splitlines() if line.startswith("### ")), hook
+        of_its_own = docs / "plugins" / f"{hook.removeprefix('register_')}.md"
+        sections = [line for line in page.splitlines() if line.startswith("### ")]
+        assert of_its_own.exists() or any(hook in line for line in sections), hook
