@@ -10,9 +10,9 @@ from xdist.scheduler import LoadFileScheduling
 TIMED = (
     "tests/end_to_end/test_two_nodes.py",
     "tests/end_to_end/test_server.py",
-    "tests/core/cluster/test_supervisor.py",
-    "tests/core/cluster/test_group.py",
-    "tests/core/cluster/test_exchange.py",
+    "tests/core/cluster/processes/test_supervisor.py",
+    "tests/core/cluster/nodes/test_group.py",
+    "tests/core/cluster/nodes/test_exchange.py",
     "tests/core/serve/test_process.py",
 )
 FIRST = ("tests/end_to_end/", "tests/packaging/", "tests/contracts/", "tests/benchmarks/")

@@ -20,7 +20,7 @@ from core.settings.habits import (
 )
 from core.settings.schema import knobs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GROUPS = Catalog([]).groups
 SMOL = "+model=smollm2"
 

@@ -27,7 +27,7 @@ from core.settings.compose import (
 from core.settings.config import TOKEN_VARIABLE, AppConfig, ModelConfig
 from core.settings.schema import is_settable, knobs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = [
     (path.parent.relative_to(ROOT / "conf").as_posix(), path.stem)
     for path in sorted((ROOT / "conf").glob("*/**/*.yaml"))

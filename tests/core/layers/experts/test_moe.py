@@ -30,7 +30,7 @@ from core.parallel.plan import Plan
 from core.parallel.rows import StepRows, solo_rows
 from core.testing.ranks import plan_comms, run_ranks
 from core.weights.reader import ShapeReader
-from tests.core.layers.moe_cases import (
+from tests.core.layers.experts.moe_cases import (
     CPU,
     FAMILIES,
     HIDDEN,

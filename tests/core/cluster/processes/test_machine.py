@@ -10,7 +10,7 @@ import pytest
 from core.cluster.processes.machine import find_machine, usable_cpus
 from core.errors import ResourceError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_cpus_are_those_of_the_affinity_cut_to_the_quota(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from core.errors import ResourceError
 from core.parallel.mesh import open_mesh
 from core.parallel.plan import Plan
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 KEY = secrets.token_hex(32)
 PLAN = Plan(tp_attn=3, tp_expert=3)
 

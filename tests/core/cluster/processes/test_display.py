@@ -17,7 +17,7 @@ import pytest
 from core.cluster.processes.display import Display, SummaryInfo, summary
 from core.interfaces.control import Failed, Phase, Progress, Ready
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 INFO = SummaryInfo(
     served_name="smollm2",

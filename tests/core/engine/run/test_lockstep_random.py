@@ -355,6 +355,6 @@ class _ForgetfulHub(HubLockstep):
 
 
 def test_a_hub_that_wakes_nobody_is_found_out(monkeypatch):
-    monkeypatch.setattr("tests.core.engine.test_lockstep_random.HubLockstep", _ForgetfulHub)
+    monkeypatch.setattr("tests.core.engine.run.test_lockstep_random.HubLockstep", _ForgetfulHub)
     with pytest.raises(Deadlock, match="leader 1 waits for work at DP rank 1"):
         Engine(0, dp=2, tp=1).run(num_actions=60)

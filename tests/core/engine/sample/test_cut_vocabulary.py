@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 EOS, PROMPT = 3, 4
 POSITION = 9  # of the tokens that are chosen
 PADDING = 1e9
-LOGITS = Path(__file__).parents[1] / "engine" / "data" / "smollm2_logits.npy"
+LOGITS = Path(__file__).parent / "data" / "smollm2_logits.npy"
 
 
 def generator(seed: int) -> torch.Generator:

@@ -29,7 +29,7 @@ from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
 from core.interfaces.launcher import Site
 from core.settings.config import LaunchConfig
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 END_LIMIT_S = 2.0  # what the engine promises from a failure to the end of the last process
 
 

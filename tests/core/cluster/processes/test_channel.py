@@ -11,7 +11,7 @@ import pytest
 from core import errors
 from core.cluster.processes.channel import failure_exit_code, failure_kind
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 START = (
     "import os, sys\nfrom core.cluster.processes.channel import Channel\nchannel = Channel.open()\n"
 )

@@ -14,7 +14,7 @@ import pytest
 from core.cluster.processes import log_stream as module
 from core.cluster.processes.log_stream import LogStream, LogWriter, print_error, steady_output
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 LIMIT_S = 10.0
 FULL = os.strerror(errno.ENOSPC)
 

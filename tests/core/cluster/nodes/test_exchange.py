@@ -30,7 +30,7 @@ from core.cluster.nodes.link_events import (
 from core.cluster.nodes.member import _connect
 from core.cluster.nodes.node_messages import Alive, Doing, NodeMessage, Stop
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 KEY = b"k" * 32
 INTERVAL_S, TIMEOUT_S = 0.05, 0.5
 Kind = TypeVar("Kind", bound=Event)

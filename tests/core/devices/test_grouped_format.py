@@ -10,7 +10,7 @@ from core.interfaces.weights import GroupedInts
 from core.ops.grouped_ints import dequantize
 from core.parallel.sharding import Shard
 from core.weights.reader import ShapeReader
-from tests.core.kernels.test_grouped_ints import made_up
+from tests.core.devices.cpu.test_cpu_grouped_ints import made_up
 
 CPU = torch.device("cpu")
 BITS = {"q": 4, "k": 4, "head": 8}
