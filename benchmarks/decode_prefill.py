@@ -35,7 +35,7 @@ Rates = dict[str, float | None]  # None: load hid the difference that it comes f
 def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
     """Ours, as a program that takes turns."""
     os.cpu_count = lambda: threads  # what an engine in this process asks
-    from core.engine.local.alone import build_alone, offline_alone
+    from core.engine.local.in_process import build_in_process, offline_in_process
     from core.interfaces.messages import SamplingParams
     from core.settings.compose import compose, parse_overrides
 
@@ -47,8 +47,8 @@ def serve_ours(threads: int, max_tokens: int, words: list[str]) -> None:
         "engine.kv_cache_tokens=16384",
         f"model.max_model_len={max_tokens}",
     ]
-    lone = build_alone(compose(parse_overrides([*defaults, *words])))
-    engine, built = offline_alone(lone), lone.engine.describe()
+    lone = build_in_process(compose(parse_overrides([*defaults, *words])))
+    engine, built = offline_in_process(lone), lone.engine.describe()
 
     def turn(batch: int, prompt_tokens: int, tokens: int) -> Row:
         prompts = [

@@ -186,9 +186,9 @@ def times_of(
     shape: Mapping[str, Any], cells: Sequence[tuple[int, int]], arguments: argparse.Namespace
 ) -> list[float]:
     """Step times of one model, by cell."""
-    from core.engine.local.alone import build_alone
+    from core.engine.local.in_process import build_in_process
 
-    lone = build_alone(configuration(shape, cells, arguments))
+    lone = build_in_process(configuration(shape, cells, arguments))
     watch = gpu_heat.Watch()
     times = [step_us(lone, batch, context) for batch, context in cells]
     watch.look()

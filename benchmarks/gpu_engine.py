@@ -66,15 +66,15 @@ def run_ours(arguments: argparse.Namespace) -> None:
         watch.look()
         cells.put(common | device.describe())
     begin = time.perf_counter()
-    from core.engine.local.alone import build_alone, offline_alone
+    from core.engine.local.in_process import build_in_process, offline_in_process
     from core.interfaces.messages import SamplingParams
 
     phases: dict[str, float] = {}
-    lone = build_alone(
+    lone = build_in_process(
         configuration(arguments, shape, name),
         on_phase=lambda phase, seconds: phases.__setitem__(phase, round(seconds, 2)),
     )
-    engine = offline_alone(lone)
+    engine = offline_in_process(lone)
     startup_s = round(time.perf_counter() - begin, 1)
     cells.put(common | {"startup_s": startup_s, "phases": phases} | lone.engine.describe())
 

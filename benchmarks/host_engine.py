@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import gpu_profile
 from benchmarks.gpu_engine import configuration, parse_alone, shape_of
 from benchmarks.host_step import timed
-from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.in_process import build_in_process, offline_in_process
 from core.interfaces.messages import SamplingParams
 
 TRACED_STEPS = 20
@@ -79,10 +79,10 @@ class PolledStep:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Build the engine, fill it with `--batch` requests, and time turns of its loop."""
     shape, name = shape_of(Path(arguments.model_dir))
-    lone = build_alone(configuration(arguments, shape, name))
+    lone = build_in_process(configuration(arguments, shape, name))
     polled = PolledExecutor(lone.engine.executor._executor)
     lone.engine.executor._executor = polled
-    engine = offline_alone(lone)
+    engine = offline_in_process(lone)
     planned_ms: list[float] = []
     timed(engine.scheduler, "next_batch", planned_ms)
     timed(engine.scheduler, "commit", planned_ms)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_engine import configuration, parse_alone, shape_of
-from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.in_process import build_in_process, offline_in_process
 from core.engine.local.offline import OfflineEngine
 from core.interfaces.messages import SamplingParams
 
@@ -86,8 +86,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Bytes early and late, and how they compare."""
     shape, name = shape_of(Path(arguments.model_dir))
     shape["num_hidden_layers"] = arguments.layers
-    lone = build_alone(configuration(arguments, shape, name))
-    traffic = Traffic(offline_alone(lone), arguments.batch, shape["vocab_size"])
+    lone = build_in_process(configuration(arguments, shape, name))
+    traffic = Traffic(offline_in_process(lone), arguments.batch, shape["vocab_size"])
     begin = time.perf_counter()
     early: dict[str, int] = {}
     for step in range(arguments.steps):

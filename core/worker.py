@@ -17,7 +17,7 @@ from core.cluster.processes.machine import raise_descriptor_limit
 from core.cluster.processes.signals import leave_signals_to_parent
 from core.disk.cache import cache_root
 from core.disk.disk_room import explained
-from core.interfaces.control import LinesDropped, Phase, Progress, Ready
+from core.interfaces.control import LinesDropped, Progress, Ready, StartPhase
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     start = time.monotonic()
 
     def on_phase(name: str, seconds: float) -> None:
-        channel.send(Phase(name, seconds))
+        channel.send(StartPhase(name, seconds))
 
     from core.engine.build.context import RankContext
     from core.engine.build.device import open_device
@@ -93,7 +93,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     gc.set_threshold(20_000, 20, 50)
     links.await_peers(launch.startup_timeout_s)
     channel.send(Ready(rank.describe()))
-    channel.beat(rank.executor.beat)
+    channel.heartbeat(rank.executor.heartbeat)
     rank.commit_pool()
     links.serve(rank.scheduler, rank.executor, rank.balancer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 
-class Phase(msgspec.Struct, frozen=True, tag=True):
+class StartPhase(msgspec.Struct, frozen=True, tag=True):
     """A start-up phase ended ("import", "load weights", "kv pool", "warm up"...)."""
 
     name: str
@@ -43,7 +43,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     blames: list[str] = []
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """A worker lives; sent some times a second once it is ready. The supervisor finds one that
     says nothing (stopped), or that gets nowhere while `finished` is behind `launched`."""
 
@@ -61,7 +61,7 @@ class LinesDropped(msgspec.Struct, frozen=True, tag=True):
     lines: int
 
 
-ChildStatus = Phase | Progress | Ready | Failed | Beat | LinesDropped
+ChildStatus = StartPhase | Progress | Ready | Failed | Heartbeat | LinesDropped
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):

@@ -19,7 +19,7 @@ import msgspec
 
 from core.cluster.nodes.endpoints import RunDirectory
 from core.cluster.processes.display import Display
-from core.cluster.processes.group import Alone
+from core.cluster.processes.group import SingleNode
 from core.errors import RequestError
 from core.interfaces.control import ChildStatus
 from core.interfaces.frontend import Tokenizer
@@ -65,7 +65,7 @@ class LLM:
         """
         config, plugins, launcher = configure(model, settings)
         display = _display()
-        node = prepare(config, plugins, launcher, Alone(), display)
+        node = prepare(config, plugins, launcher, SingleNode(), display)
         display.num_workers = node.resolved.plan.world_size
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(RunDirectory(node.resolved.plan.dp))

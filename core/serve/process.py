@@ -34,8 +34,8 @@ from core.interfaces.control import (
     EngineReady,
     LinesDropped,
     ParentControl,
-    Phase,
     Ready,
+    StartPhase,
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
@@ -207,7 +207,7 @@ class Frontend:
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
-        self._channel.send(Phase("frontend", time.monotonic() - begin))
+        self._channel.send(StartPhase("frontend", time.monotonic() - begin))
         return Guard(answer_errors(application), config.frontend, self._api_key)
 
     def _handle(self, message: ParentControl | None) -> None:

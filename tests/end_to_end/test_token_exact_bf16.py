@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.in_process import build_in_process, offline_in_process
 from tests.support.engine import app_config, folder_model, greedy
 
 TIE = 2.0**-6  # of the best logit: two steps of bfloat16
@@ -120,11 +120,11 @@ def test_tokens_are_transformers_or_tie(
         folder_model(smollm2_folder, "bfloat16", max_model_len=1024),
         engine={"device": device, "max_running_requests": together, "kv_cache_tokens": 8192},
     )
-    lone = build_alone(config)
+    lone = build_in_process(config)
     captured = lone.engine.describe().get("cuda_graphs")
     assert device == "cpu" or "decode steps" in str(captured), captured
     new_tokens = SIZES[device].new_tokens
-    answers = offline_alone(lone).generate(prompts, greedy(new_tokens))
+    answers = offline_in_process(lone).generate(prompts, greedy(new_tokens))
     num_different = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer.token_ids) == new_tokens

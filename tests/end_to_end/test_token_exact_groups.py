@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from core.devices.native_dtypes import native_dtypes
-from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.in_process import build_in_process, offline_in_process
 from tests.support import smollm2
 from tests.support.engine import app_config, greedy
 
@@ -33,17 +33,17 @@ def test_tokens_are_those_of_the_dequantised_model_or_nearly(
     from tokenizers import Tokenizer
 
     # One thread: beside other load two wait for each other at every operation.
-    monkeypatch.setattr("core.engine.local.alone.os.cpu_count", lambda: 1)
+    monkeypatch.setattr("core.engine.local.in_process.os.cpu_count", lambda: 1)
     tokenizer = Tokenizer.from_file(str(Path(smollm2.files().tokenizer_dir) / "tokenizer.json"))
     ids = tokenizer.encode(TEXT).ids
     prompts = [ids[:length] for length in (2, 7, 33)]
     model = replace(smollm2.preset(), dtype="float32", quantized_weights=choice, max_model_len=1024)
-    lone = build_alone(
+    lone = build_in_process(
         app_config(model, engine={"kv_cache_tokens": 4096, "max_running_requests": 4})
     )
     # Matrices at 0.625 bytes a number, at 2 more with a copy, beside a float32 table of tokens.
     assert lone.engine.describe()["weight_bytes"] < most_bytes * 4 * 134.5e6
-    answers = offline_alone(lone).generate(prompts, greedy(NEW_TOKENS))
+    answers = offline_in_process(lone).generate(prompts, greedy(NEW_TOKENS))
     judge = smollm2.dequantized(torch.float32).eval()
     num_different = 0
     for prompt, answer in zip(prompts, answers, strict=True):

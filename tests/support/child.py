@@ -16,14 +16,14 @@ from typing import Any
 from core.cluster.processes.channel import Channel, exit_with_parent
 from core.errors import ModelError, PlanError, WorkerDied
 from core.interfaces.control import (
-    Beat,
     Drain,
     EngineDied,
     EngineReady,
+    Heartbeat,
     LinesDropped,
-    Phase,
     Progress,
     Ready,
+    StartPhase,
 )
 
 ECHO = "rank 1 does not answer"
@@ -49,7 +49,7 @@ def main() -> None:
         match boot["mode"]:
             case "worker":
                 channel.exit_at_end()
-                channel.send(Phase("import", 0.5))
+                channel.send(StartPhase("import", 0.5))
                 channel.send(Progress("load weights", 1, 2, "tensors"))
                 if "dropped" in boot:
                     channel.send(LinesDropped(boot["dropped"]))
@@ -65,10 +65,10 @@ def main() -> None:
             case "stuck":  # serves, and its step never ends
                 channel.exit_at_end()
                 channel.send(Ready(info))
-                channel.beat(lambda: Beat(boot["launched"], boot["finished"]))
+                channel.heartbeat(lambda: Heartbeat(boot["launched"], boot["finished"]))
                 sleep_forever()
             case "hang":
-                channel.send(Phase("import", 0.5))
+                channel.send(StartPhase("import", 0.5))
                 sleep_forever()
             case "model_error":
                 raise ModelError("model.safetensors is truncated")

@@ -31,7 +31,7 @@ from core.cluster.nodes.strangers import HANDSHAKE_S
 from core.cluster.processes.group import Ended, GroupError, GroupEvent, Stopped, farewell
 from core.cluster.processes.watch_clock import WatchClock
 from core.errors import ConfigError, ResourceError
-from core.interfaces.control import Beat, ChildStatus, Failed, LinesDropped, Progress, Ready
+from core.interfaces.control import ChildStatus, Failed, Heartbeat, LinesDropped, Progress, Ready
 from core.interfaces.launcher import Site
 from core.settings.address import join_address
 
@@ -109,7 +109,7 @@ class Member:
         return found
 
     def said(self, process: str, status: ChildStatus) -> None:
-        if not isinstance(status, Beat | Failed | LinesDropped):  # these are judged here
+        if not isinstance(status, Heartbeat | Failed | LinesDropped):  # these are judged here
             self._send(Said(process, status))
 
     def workers_ready(self) -> None:

@@ -36,7 +36,7 @@ class Ports:
 
     @property
     def control(self) -> int:
-        """Where the parents of the nodes meet, agree, and beat."""
+        """Where the parents of the nodes meet, agree, and send heartbeats."""
         return self.base + CONTROL
 
     @property

@@ -6,7 +6,7 @@ from core.cluster.nodes.member import Member, reach
 from core.cluster.nodes.network import interface_of, listen, own_address
 from core.cluster.nodes.secret import load_keys
 from core.cluster.processes.display import Display
-from core.cluster.processes.group import Alone, Group
+from core.cluster.processes.group import Group, SingleNode
 from core.errors import ConfigError
 from core.interfaces.launcher import Site
 from core.settings.address import join_address, split_address
@@ -20,7 +20,7 @@ def meet(site: Site, config: AppConfig, display: Display) -> Group:
     Raises ConfigError or ResourceError for what is wrong with the address, the port or the token.
     """
     if site.nnodes == 1:
-        return Alone()
+        return SingleNode()
     if site.rendezvous is None:
         raise ConfigError(
             f"launch.nnodes={site.nnodes} needs launch.dist_init_addr=HOST:PORT of node 0"

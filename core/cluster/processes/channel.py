@@ -30,7 +30,7 @@ import msgspec
 
 from core import errors
 from core.cluster.processes.log_stream import exit_now
-from core.interfaces.control import Beat, ChildStatus, Failed, ParentControl
+from core.interfaces.control import ChildStatus, Failed, Heartbeat, ParentControl
 
 STATUS_FD_VARIABLE = "NODEWEAVE_STATUS_FD"
 PARENT_PID_VARIABLE = "NODEWEAVE_PARENT_PID"
@@ -92,16 +92,16 @@ class Channel:
             except BrokenPipeError:
                 return
 
-    def beat(self, beat: Callable[[], Beat]) -> None:
+    def heartbeat(self, heartbeat: Callable[[], Heartbeat]) -> None:
         """From now on tell the parent several times a second, from a daemon thread, that this
         process lives and how far it is."""
 
-        def beat_forever() -> None:
+        def heartbeat_forever() -> None:
             while True:
-                self.send(beat())
+                self.send(heartbeat())
                 time.sleep(BEAT_S)
 
-        threading.Thread(target=beat_forever, name="nodeweave-beat", daemon=True).start()
+        threading.Thread(target=heartbeat_forever, name="nodeweave-heartbeat", daemon=True).start()
 
     def listen(self, handler: Callable[[ParentControl | None], None]) -> None:
         """Call `handler` for every message from a daemon thread, and with None at the end.

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from core.interfaces.control import ChildStatus, Phase, Progress
+from core.interfaces.control import ChildStatus, Progress, StartPhase
 
 WAITING_LINE_S = 5.0  # between two lines about what is waited for, without a terminal
 WAITING_QUIET_S = 1.0  # before the first of them
@@ -79,7 +79,7 @@ class Display:
             case Progress():
                 if self._live:
                     self._progress(name, status)
-            case Phase(phase, seconds):
+            case StartPhase(phase, seconds):
                 ended = self._phases.setdefault(phase, {})
                 ended[name] = seconds
                 if not self._live and len(ended) == self.num_workers:

@@ -129,7 +129,7 @@ class Group(Protocol):
         ...
 
 
-class Alone:
+class SingleNode:
     """The group of one node."""
 
     fd = None

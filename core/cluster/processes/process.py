@@ -19,14 +19,14 @@ from core.cluster.processes.channel import INTERNAL, PARENT_PID_VARIABLE, STATUS
 from core.cluster.processes.motion import Motion
 from core.cluster.processes.process_stat import end_under_way
 from core.interfaces.control import (
-    Beat,
     ChildStatus,
     Failed,
+    Heartbeat,
     LinesDropped,
     ParentControl,
-    Phase,
     Progress,
     Ready,
+    StartPhase,
 )
 
 _READ_BYTES = 1 << 16
@@ -47,7 +47,7 @@ class ProcessSpec:
 
 class Child:
     """A started process. `failed`, `ready`, `motion`, `returncode` and `is_ending` are set as it
-    says and does so, `frozen` by `core.cluster.processes.vigil`."""
+    says and does so, `frozen` by `core.cluster.processes.watchdog`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         """Start it, in a session of its own: a Ctrl-C in the terminal does not reach it."""
@@ -60,7 +60,7 @@ class Child:
         self.is_ending = False  # the kernel is at it, or was: it closed its end of the status pipe
         self.ended_as: int | None = None  # `returncode`, maybe known before it was reaped
         self.wrong_s = math.inf  # when it failed or began to end
-        self.beat_s: float | None = None  # when the last beat came
+        self.heartbeat_s: float | None = None  # when the last heartbeat came
         self.motion = Motion(time.monotonic())
         self.was_heard = False
         self.last_heard = "nothing yet"
@@ -187,8 +187,8 @@ class Child:
         """The parent did not run for so long: what it heard last is that much younger."""
         now = time.monotonic()
         self.motion.forgive(paused_s, now)
-        if self.beat_s is not None:
-            self.beat_s = min(self.beat_s + paused_s, now)
+        if self.heartbeat_s is not None:
+            self.heartbeat_s = min(self.heartbeat_s + paused_s, now)
 
     def exit_text(self) -> str:
         """How it ended, for people."""
@@ -219,7 +219,7 @@ class Child:
             case Failed():
                 self.failed = self.failed or status
                 self.wrong_s = min(self.wrong_s, time.monotonic())
-            case Beat():
+            case Heartbeat():
                 self._count(status)
                 return status
             case LinesDropped(lines):
@@ -233,9 +233,9 @@ class Child:
         self.is_ending = True
         self.wrong_s = min(self.wrong_s, time.monotonic())
 
-    def _count(self, beat: Beat) -> None:
-        self.beat_s = now = time.monotonic()
-        self.motion.take(beat, now)
+    def _count(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat_s = now = time.monotonic()
+        self.motion.take(heartbeat, now)
 
     def _kill_group(self) -> None:
         try:
@@ -254,7 +254,7 @@ class Child:
 def heard_text(status: ChildStatus) -> str:
     """A status in words, for those who wait for its process."""
     match status:
-        case Phase(name, seconds):
+        case StartPhase(name, seconds):
             return f"'{name}' ended after {seconds:.1f} s"
         case Progress(task, done, total, unit):
             return f"'{task}' at {done} of {total} {unit}"
@@ -262,7 +262,7 @@ def heard_text(status: ChildStatus) -> str:
             return "ready"
         case Failed():
             return "failed"
-        case Beat(launched, finished):
+        case Heartbeat(launched, finished):
             return f"{finished} of {launched} steps done"
         case LinesDropped(lines):
             return f"{lines} lines of its log were dropped"

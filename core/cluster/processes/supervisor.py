@@ -1,7 +1,7 @@
 """Starts the processes of a node, watches them, and ends them: all or none. No torch, no HTTP.
 
 One loop over status pipes, control pipes and signals (SIGCHLD among them); polled is only what
-the kernel has no event for, whether a process moves (`core.cluster.processes.vigil`).
+the kernel has no event for, whether a process moves (`core.cluster.processes.watchdog`).
 However this process ends, its children end too: they notice by themselves
 (`core.cluster.processes.channel`).
 
@@ -22,12 +22,20 @@ from contextlib import AbstractContextManager
 
 from core.cluster.processes.blame import cause, likeliest, patience_s
 from core.cluster.processes.channel import INTERNAL, failure_exit_code
-from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
+from core.cluster.processes.group import (
+    DrainAsked,
+    Ended,
+    Group,
+    GroupEvent,
+    Heard,
+    SingleNode,
+    Stopped,
+)
 from core.cluster.processes.process import Child, ProcessSpec
 from core.cluster.processes.readiness import Readiness
 from core.cluster.processes.signals import signal_pipe
 from core.cluster.processes.stages import CLEAN_STOP_S, FAREWELL_S, KILL_S, LIVE, STOP_S, Stage
-from core.cluster.processes.vigil import Vigil
+from core.cluster.processes.watchdog import Watchdog
 from core.interfaces.control import ChildStatus, Drain, EngineDied, LinesDropped, Ready
 from core.settings.config import LaunchConfig
 
@@ -66,10 +74,10 @@ class Supervisor:
         self._on_waiting = on_waiting
         self._own_dropped_lines = dropped_lines
         self._told_dropped_lines = 0
-        self._group = group or Alone()
+        self._group = group or SingleNode()
         self._signals = signals
         self._leads = self._group.site.node_rank == 0
-        self._vigil = Vigil(launch.step_timeout_s)
+        self._watchdog = Watchdog(launch.step_timeout_s)
         self._children: list[Child] = []
         self._readiness = Readiness(self._children, self._group)
         self._selector = selectors.DefaultSelector()
@@ -109,7 +117,7 @@ class Supervisor:
 
     def _step(self, pipe: socket.socket) -> None:
         self._flush()
-        timeout = self._vigil.pause_s
+        timeout = self._watchdog.pause_s
         if self._deadline is not None:
             timeout = min(timeout, max(self._deadline - time.monotonic(), 0.0))
         numbers = b""
@@ -122,7 +130,7 @@ class Supervisor:
             # A supervisor in a thread gets no SIGCHLD; it sees the status pipe's end.
             if (signal.SIGCHLD in numbers or child.status_ended) and child.has_exited():
                 self._read(child)  # its last words, sent before its end
-        paused_s = self._vigil.look(self._children)
+        paused_s = self._watchdog.look(self._children)
         if self._deadline is not None:
             self._deadline += paused_s  # the children were paused too, or were not heard
         if self._suspected_s is not None:

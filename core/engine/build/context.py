@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from core.disk.progress import OnProgress
-from core.engine.build.trial import OnPhase
+from core.engine.build.profile_run import OnPhase
 from core.interfaces.comm import Comms
 from core.interfaces.control import ModelFiles
 from core.parallel.plan import Plan

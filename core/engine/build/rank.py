@@ -19,9 +19,9 @@ from core.engine.build.memory import (
     page_bytes,
     plan_pool,
 )
+from core.engine.build.profile_run import ProfileRun, StartPhases, keep_kernels
 from core.engine.build.runner import build_runner
 from core.engine.build.timing import mixed_tokens_of, pace_of, warm_up_plans
-from core.engine.build.trial import Phases, Trial, keep_kernels
 from core.engine.run.executor import StepExecutor, select_executor
 from core.engine.run.expert_balance import Balancer
 from core.engine.run.loop import warm_up
@@ -75,7 +75,7 @@ class RankEngine:
 
 def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
     """Load the weights, try the largest steps out, give the pool what is left, warm up."""
-    phases = Phases(context.on_phase)
+    phases = StartPhases(context.on_phase)
     executor = select_executor(context.device)
     if context.device.type == "cuda":
         keep_kernels(config.engine.kernel_cache_dir)
@@ -130,7 +130,9 @@ def _on_captured(on_progress: OnProgress) -> OnCaptured:
     return lambda done, total: on_progress(CAPTURE_TASK, done, total, "steps")
 
 
-def _try_out(config: AppConfig, context: RankContext, loaded: Loaded, phases: Phases) -> HeldMemory:
+def _try_out(
+    config: AppConfig, context: RankContext, loaded: Loaded, phases: StartPhases
+) -> HeldMemory:
     """Compile what steps need and measure the memory that the largest take, on a scratch pool."""
     device, max_model_len = context.device, loaded.max_model_len
     scratch = PoolSize(2, page_bytes(config.engine, loaded.model.kv, loaded.dtype))
@@ -139,7 +141,7 @@ def _try_out(config: AppConfig, context: RankContext, loaded: Loaded, phases: Ph
         model = loaded.model.shortened() if shortened else loaded.model
         return build_runner(config, context, replace(loaded, model=model), scratch, max_model_len)
 
-    return Trial(
+    return ProfileRun(
         engine=config.engine,
         max_model_len=max_model_len,
         device=device,

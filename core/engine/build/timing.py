@@ -9,7 +9,7 @@ from core.engine.run.executor import StepExecutor
 from core.engine.run.loop import warm_up
 from core.engine.schedule.mixed_steps import mixed_tokens
 from core.engine.schedule.pace import Pace, Timed, measure_pace
-from core.engine.step.trial_steps import most_prompt_tokens
+from core.engine.step.profile_steps import most_prompt_tokens
 from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
 from core.settings.config import AppConfig
 

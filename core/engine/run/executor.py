@@ -15,7 +15,7 @@ import torch
 
 from core.engine.run.runner import ModelRunner, PendingStep
 from core.engine.schedule.pace import Pace
-from core.interfaces.control import Beat
+from core.interfaces.control import Heartbeat
 from core.interfaces.messages import AgreedStep, StepResult
 
 T = TypeVar("T")
@@ -147,11 +147,11 @@ class StepExecutor:
             self._count()
             return self._finished
 
-    def beat(self) -> Beat:
+    def heartbeat(self) -> Heartbeat:
         """How far the steps are. From any thread."""
         with self._lock:
             self._count()
-            return Beat(
+            return Heartbeat(
                 launched=self._launched,
                 finished=self._finished,
                 pieces=self._runner.progress.pieces,

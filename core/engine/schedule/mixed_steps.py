@@ -5,7 +5,7 @@ gaps between their tokens are. Pure.
 """
 
 from core.engine.schedule.pace import Timed
-from core.engine.step.trial_steps import step
+from core.engine.step.profile_steps import step
 
 # What a step's prompts may take while few wait.
 STEP_S = 0.025

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from core.engine.step.trial_steps import GREEDY, step
+from core.engine.step.profile_steps import GREEDY, step
 from core.interfaces.messages import StepFacts, StepPlan
 
 FIRST_TOKENS = 16  # of the smallest step that is timed

@@ -12,7 +12,7 @@ from core.engine.schedule.draft import Draft
 from core.engine.schedule.prompt_budget import PromptBudget
 from core.engine.schedule.prompt_order import PromptOrder
 from core.engine.schedule.request import Request, State
-from core.engine.schedule.residents import Residents
+from core.engine.schedule.running_set import RunningSet
 from core.engine.schedule.step_size import StepSize
 from core.engine.schedule.waiting import WaitingQueue, age_key
 from core.interfaces.messages import EngineStats, SlotInit
@@ -36,7 +36,7 @@ class Prompts:
     def __init__(
         self,
         *,
-        residents: Residents,
+        running_set: RunningSet,
         decode: DecodeSet,
         size: StepSize,
         order: PromptOrder,
@@ -45,7 +45,7 @@ class Prompts:
         stats: EngineStats,
     ) -> None:
         """`table_changes`: requests and columns whose page is not announced yet; gets more."""
-        self._residents = residents
+        self._running_set = running_set
         self._decode = decode
         self._size = size
         self._order = order
@@ -64,7 +64,7 @@ class Prompts:
     def wait(self, request: Request, step: int) -> None:
         """Put a request into the queue before a step, with what it will have to compute as far as
         that is known."""
-        cached = self._residents.match(request, step).pages
+        cached = self._running_set.match(request, step).pages
         self.waiting.add(request, request.num_known - len(cached) * self._page_size)
 
     def pages_came(self) -> None:
@@ -92,13 +92,13 @@ class Prompts:
     def _may_enter(self, request: Request) -> bool:
         """Whether a waiting request is worth trying: there is a slot, pages were not found to be
         too few, and the oldest that waits for pages was not passed too often."""
-        if not self._residents.has_free_slot or request in self._blocked:
+        if not self._running_set.has_free_slot or request in self._blocked:
             return False
         oldest = self.waiting.oldest
         return (
             oldest is request
             or oldest not in self._blocked
-            or oldest.overtaken_pages < self._residents.num_usable_pages
+            or oldest.overtaken_pages < self._running_set.num_usable_pages
         )
 
     def _plan_pass(
@@ -130,15 +130,15 @@ class Prompts:
 
     def _enter(self, draft: Draft, request: Request, budget: PromptBudget) -> Entry:
         """Let a waiting request in, where there are pages and budget for it."""
-        residents = self._residents
-        match = residents.match(request, draft.step)
+        running_set = self._running_set
+        match = running_set.match(request, draft.step)
         start = len(match.pages) * self._page_size
         to_compute = request.num_known - start
         if match.num_pending * self._page_size * 2 >= to_compute:
             return Entry.DEFERRED
         if not budget.fitting(start, to_compute, request.wants_prompt_logprobs):
             return Entry.NO_BUDGET
-        if not residents.enter(request, match):
+        if not running_set.enter(request, match):
             self._blocked.add(request)
             return Entry.NO_PAGES
         oldest = self.waiting.oldest
@@ -183,7 +183,7 @@ class Prompts:
         if request.sampling.prompt_logprobs is not None:
             # As the runners do: the last prompt position predicts the first answer token.
             draft.num_logprob_rows += max(min(end, request.num_prompt - 1) - start, 0)
-        for column in self._residents.share(request, draft.step):
+        for column in self._running_set.share(request, draft.step):
             self._table_changes.append((request, column))
         if end == num_known:
             self.prefilling.remove(request)

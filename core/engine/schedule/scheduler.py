@@ -25,7 +25,7 @@ from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_order import OldestAndShortest, PromptOrder
 from core.engine.schedule.prompts import Prompts
 from core.engine.schedule.request import Request, State
-from core.engine.schedule.residents import Residents
+from core.engine.schedule.running_set import RunningSet
 from core.engine.schedule.step_size import UNKNOWN_PACE, StepSize
 from core.engine.schedule.waiting import age_key
 from core.interfaces.messages import (
@@ -73,12 +73,12 @@ class Scheduler:
         self._next_expiry_s = 0.0
         self._page_size = config.settled_page_size
         self._dp_rank = dp_rank
-        self._residents = Residents(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
+        self._running_set = RunningSet(config, num_pages=num_pages, headroom_tokens=headroom_tokens)
         self._intake = Intake(
             config,
             dp_rank=dp_rank,
             max_model_len=max_model_len,
-            pool_tokens=self._residents.num_usable_pages * self._page_size,
+            pool_tokens=self._running_set.num_usable_pages * self._page_size,
             eos_ids=eos_ids,
             clock=clock,
         )
@@ -88,9 +88,9 @@ class Scheduler:
         self._table_changes: list[tuple[Request, int]] = []
         self._in_flight: deque[Draft] = deque()
         self._planned = 0  # the last planned step
-        self._stats = EngineStats(kv_pages_total=self._residents.num_usable_pages)
+        self._stats = EngineStats(kv_pages_total=self._running_set.num_usable_pages)
         self._prompts = Prompts(
-            residents=self._residents,
+            running_set=self._running_set,
             decode=self._decode,
             size=self._size,
             order=order,
@@ -163,17 +163,17 @@ class Scheduler:
             self._decode.remove(request)
         elif request.state is State.PREFILLING:
             self._prompts.prefilling.remove(request)
-        self._residents.leave(request, self._planned)
+        self._running_set.leave(request, self._planned)
         self._prompts.pages_came()
 
     def _make_room(self) -> None:
         """Free a running request's pages: one that is ending anyway, else the latest to arrive of
         those with the highest priority number."""
-        for request in self._residents.running:
+        for request in self._running_set.running:
             if request.state is State.ENDING:
                 self._vacate(request)
                 return
-        request = max(self._residents.running, key=age_key)
+        request = max(self._running_set.running, key=age_key)
         self._vacate(request)
         request.state = State.WAITING
         self._prompts.wait(request, self._planned + 1)
@@ -234,7 +234,7 @@ class Scheduler:
         self._prompts.plan(
             draft, may_admit=not starved, beside_decodes=num_decodes > 0 or others_decode
         )
-        self._residents.end_step()
+        self._running_set.end_step()
         if not draft.requests:
             assert self._in_flight or not self._prompts.waiting, (
                 "requests wait, but nothing can run"
@@ -250,8 +250,8 @@ class Scheduler:
         needy = self._decode.pop_needing_page(step)
         if not needy:
             return False
-        residents = self._residents
-        pages = residents.take(len(needy))
+        running_set = self._running_set
+        pages = running_set.take(len(needy))
         starved = pages is None
         if pages is None:
             pages = []
@@ -259,7 +259,7 @@ class Scheduler:
             needy.sort(key=age_key)
             for request in needy:
                 while request.slot >= 0:
-                    if (page := residents.take(1)) is not None:
+                    if (page := running_set.take(1)) is not None:
                         pages += page
                         break
                     self._make_room()
@@ -334,24 +334,24 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """Gauges now and counters since the start; a copy."""
         stats: EngineStats = msgspec.structs.replace(self._stats)
-        stats.num_running = len(self._residents.running)
+        stats.num_running = len(self._running_set.running)
         stats.num_waiting = len(self._prompts.waiting)
-        stats.kv_pages_free = self._residents.num_free_pages
-        stats.kv_pages_cached = self._residents.num_cached_pages
+        stats.kv_pages_free = self._running_set.num_free_pages
+        stats.kv_pages_cached = self._running_set.num_cached_pages
         return stats
 
     def check(self) -> None:
         """Assert that pages, locks, slots, queues and calendars agree with the requests."""
-        self._residents.check()
+        self._running_set.check()
         self._decode.check(self._planned + 1)
         by_state: dict[State, list[Request]] = {state: [] for state in State}
         for request in self._live.values():
             by_state[request.state].append(request)
             assert request.ended == (request.state is State.ENDED)
-            resident = request in self._residents.running
-            assert resident == (request.slot >= 0) == bool(request.pages)
-            assert resident or request.state in (State.WAITING, State.ENDING)
-        assert set(self._residents.running) <= set(self._live.values())
+            runs = request in self._running_set.running
+            assert runs == (request.slot >= 0) == bool(request.pages)
+            assert runs or request.state in (State.WAITING, State.ENDING)
+        assert set(self._running_set.running) <= set(self._live.values())
         self._prompts.check(by_state)
         assert set(self._decode.requests) == set(by_state[State.DECODING])
         assert not by_state[State.ENDED], "an ended request is live"

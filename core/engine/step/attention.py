@@ -26,7 +26,7 @@ from core.parallel.rows import StepRows
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class PlannedRows:
     """The rows of one phase and what its backend planned for them."""
 
     rows: slice
@@ -83,7 +83,7 @@ class _PagedStep:
         self._ops, self._caches, self._slots_T = ops, caches, batch.kv_slots_T
         self._progress = progress
         self._phases = [
-            (backend, Phase(rows, backend.plan(sequences)))
+            (backend, PlannedRows(rows, backend.plan(sequences)))
             for backend, sequences, rows in _phases(batch, prefill, decode)
         ]
 

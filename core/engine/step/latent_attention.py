@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, UntypedStorage
 
-from core.engine.step.attention import Phase, output_of
+from core.engine.step.attention import PlannedRows, output_of
 from core.engine.step.batch import Batch
 from core.engine.step.progress import Progress
 from core.interfaces.attention import HeadTransform
@@ -84,14 +84,14 @@ class _LatentStep:
         self._ops, self._caches, self._slots_T = ops, caches, batch.kv_slots_T
         self._progress = progress
         self._value_dim, self._latent_dim = dims
-        self._decode_phase: tuple[LatentAttentionBackend, Phase] | None = None
-        self._prefill_phase: tuple[LatentAttentionBackend, Phase] | None = None
+        self._decode_phase: tuple[LatentAttentionBackend, PlannedRows] | None = None
+        self._prefill_phase: tuple[LatentAttentionBackend, PlannedRows] | None = None
         if batch.decode is not None:
             rows = slice(0, batch.num_decodes)
-            self._decode_phase = decode, Phase(rows, decode.plan(batch.decode))
+            self._decode_phase = decode, PlannedRows(rows, decode.plan(batch.decode))
         if batch.prefill is not None:
             rows = slice(batch.num_decodes, batch.kv_slots_T.shape[0])
-            self._prefill_phase = prefill, Phase(rows, prefill.plan(batch.prefill))
+            self._prefill_phase = prefill, PlannedRows(rows, prefill.plan(batch.prefill))
 
     def attend_latent(
         self,

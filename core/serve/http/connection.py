@@ -18,7 +18,7 @@ from core.serve.http.deadlines import InputTimer, OutputTimer, Wait
 from core.serve.http.exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
 from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal, address, request_id
 from core.serve.http.limits import SPARE_DESCRIPTORS
-from core.serve.http.parser import Address, Phase, RequestParser
+from core.serve.http.parser import Address, ParserState, RequestParser
 from core.serve.http.refusal import error_body, error_headers
 from core.serve.http.shared import Shared
 
@@ -260,7 +260,7 @@ class Connection(asyncio.Protocol):
         self.deaf = True
         current = self._current
         if current is None:
-            if self._parser.phase is Phase.HEAD or not self._parser.num_messages:
+            if self._parser.state is ParserState.HEAD or not self._parser.num_messages:
                 self._refuse(refusal)
             else:
                 self._close()  # all that was asked has been answered
@@ -301,8 +301,8 @@ class Connection(asyncio.Protocol):
         is dropped: data that nobody takes would make the kernel throw the answer away."""
         if self._closing or self._transport.is_closing():
             return
-        at_rest = self._parser.phase is Phase.BETWEEN and not self.deaf
-        in_body = self._parser.phase is Phase.BODY
+        at_rest = self._parser.state is ParserState.BETWEEN and not self.deaf
+        in_body = self._parser.state is ParserState.BODY
         self.deaf = self._closing = True
         self._shared.idle.pop(self, None)
         self._stop_timers()
@@ -343,9 +343,9 @@ class Connection(asyncio.Protocol):
     def _waits_for(self) -> Wait:
         if self._current is not None:
             return Wait.BODY if self._current is self._reading else Wait.NOTHING
-        if self._parser.phase is Phase.HEAD:
+        if self._parser.state is ParserState.HEAD:
             return Wait.HEAD
-        if self._parser.phase is Phase.BODY:
+        if self._parser.state is ParserState.BODY:
             return Wait.REST
         return Wait.NEXT if self._parser.num_messages else Wait.FIRST
 

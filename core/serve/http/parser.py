@@ -25,7 +25,7 @@ from core.serve.http.limits import HttpLimits
 Address = tuple[str, int] | None
 
 
-class Phase(enum.Enum):
+class ParserState(enum.Enum):
     """Which part of a request comes next."""
 
     BETWEEN = "between"
@@ -74,7 +74,7 @@ class RequestParser:
     def __init__(self, limits: HttpLimits, listener: Listener) -> None:
         self._limits = limits
         self._listener = listener
-        self.phase = Phase.BETWEEN
+        self.state = ParserState.BETWEEN
         self.num_messages = 0
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -101,7 +101,7 @@ class RequestParser:
     def on_message_begin(self) -> None:
         if self._in_stand_in or self._listener.deaf:
             return
-        self.phase = Phase.HEAD
+        self.state = ParserState.HEAD
         self.num_messages += 1
         self._url = b""
         self._headers = []
@@ -114,7 +114,7 @@ class RequestParser:
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_stand_in or self._listener.deaf:
             return
-        if self.phase is Phase.HEAD:
+        if self.state is ParserState.HEAD:
             self._headers.append((name.lower(), value))
             return
         self._trailer_bytes += len(name) + len(value) + 4  # of a trailer nothing is kept
@@ -132,7 +132,7 @@ class RequestParser:
             return
         head = self._read_head()
         self._framing_bytes = self._gap_bytes = 0
-        self.phase = Phase.BODY
+        self.state = ParserState.BODY
         self._listener.head_came(head, keep_alive=self._parser.should_keep_alive())
 
     def on_body(self, body: bytes) -> None:
@@ -151,7 +151,7 @@ class RequestParser:
         if self._parser.should_upgrade() and has_body(self._headers):
             return  # the body is still to come; see _after_upgrade
         self._listener.message_came()
-        self.phase = Phase.BETWEEN
+        self.state = ParserState.BETWEEN
         self._framing_bytes = self._gap_bytes = 0
 
     def _new_parser(self) -> Any:
@@ -190,15 +190,15 @@ class RequestParser:
     def _check_framing(self) -> None:
         """What belongs to no body stays within its limits, however slowly it comes."""
         most = self._limits.max_head_bytes
-        if self.phase is Phase.HEAD and self._framing_bytes > most:
+        if self.state is ParserState.HEAD and self._framing_bytes > most:
             self._listener.break_off(TOO_LARGE)
-        elif self.phase is Phase.BODY and (
+        elif self.state is ParserState.BODY and (
             self._gap_bytes > most
             or self._framing_bytes > most + self._limits.framing_factor * self._body_bytes
         ):
             message = "the body's framing is larger than the body"
             self._listener.break_off(Refusal(400, "invalid_framing", message))
-        elif self.phase is Phase.BETWEEN and self._gap_bytes > most:
+        elif self.state is ParserState.BETWEEN and self._gap_bytes > most:
             self._listener.break_off(NOT_HTTP)
 
     def _read_head(self) -> Head:

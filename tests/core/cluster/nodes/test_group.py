@@ -20,16 +20,16 @@ from core.cluster.nodes.rendezvous import meet
 from core.cluster.nodes.secret import TOKEN_VARIABLE
 from core.cluster.processes.display import Display
 from core.cluster.processes.group import (
-    Alone,
     DrainAsked,
     Ended,
     GroupError,
     GroupEvent,
     Heard,
+    SingleNode,
     Stopped,
 )
 from core.errors import ConfigError, NodeweaveError, ResourceError
-from core.interfaces.control import Beat, Failed, Phase, Ready
+from core.interfaces.control import Failed, Heartbeat, Ready, StartPhase
 from core.interfaces.launcher import Site
 from core.settings.config import AppConfig, ClusterConfig, LaunchConfig, ModelConfig
 
@@ -363,9 +363,9 @@ def test_statuses_and_readiness_reach_node_0(cluster: Callable[..., Cluster]) ->
         "node 2: no worker said anything yet",
     ]
     one.said("worker 1", Failed("internal", "x"))  # judged on its node
-    one.said("worker 1", Beat(1, 1))
-    one.said("worker 1", Phase("import", 1.5))
-    assert next_event(made.lead) == Heard("worker 1", Phase("import", 1.5))
+    one.said("worker 1", Heartbeat(1, 1))
+    one.said("worker 1", StartPhase("import", 1.5))
+    assert next_event(made.lead) == Heard("worker 1", StartPhase("import", 1.5))
     assert made.lead.waiting_for()[0] == (
         "worker 1 on node 1: last heard: 'import' ended after 1.5 s"
     )
@@ -425,7 +425,7 @@ def test_node_0_gone_is_named(cluster: Callable[..., Cluster]) -> None:
 def test_silence_names_the_link_on_both_sides(
     cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both threads live, and neither hears the other's beats."""
+    """Both threads live, and neither hears the other's heartbeats."""
     made = cluster(2, timeout_s=0.5)
     made.agreed()
 
@@ -504,7 +504,7 @@ def config_of(**launch: Any) -> AppConfig:
 
 
 def test_one_node_needs_nobody() -> None:
-    assert isinstance(meet(Site(), config_of(), Display()), Alone)
+    assert isinstance(meet(Site(), config_of(), Display()), SingleNode)
 
 
 def test_several_nodes_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

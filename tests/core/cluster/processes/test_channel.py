@@ -150,17 +150,19 @@ def test_beats_say_what_is_counted_until_the_end() -> None:
 import itertools, threading
 count = itertools.count(1)
 enough = threading.Event()
-from core.interfaces.control import Beat
-def beat():
+from core.interfaces.control import Heartbeat
+def heartbeat():
     launched = next(count)
     if launched == 3:
         enough.set()
-    return Beat(launched, launched - 1)
-channel.beat(beat)
+    return Heartbeat(launched, launched - 1)
+channel.heartbeat(heartbeat)
 enough.wait(20)
 """
     status, messages, _, err = Parent(code).end()
     assert (status, err) == (0, "")
     rest = {"pieces": 0, "cpu_s": 0.0, "expected_s": 0.0}
-    beats = [{"type": "Beat", "launched": n, "finished": n - 1, **rest} for n in (1, 2, 3)]
-    assert messages[:2] == beats[:2]  # the third may be cut off by the end
+    heartbeats = [
+        {"type": "Heartbeat", "launched": n, "finished": n - 1, **rest} for n in (1, 2, 3)
+    ]
+    assert messages[:2] == heartbeats[:2]  # the third may be cut off by the end

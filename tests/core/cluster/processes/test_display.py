@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from core.cluster.processes.display import Display, SummaryInfo, summary
-from core.interfaces.control import Failed, Phase, Progress, Ready
+from core.interfaces.control import Failed, Progress, Ready, StartPhase
 
 ROOT = Path(__file__).parents[4]
 
@@ -99,9 +99,9 @@ def test_without_a_terminal_each_phase_ends_in_one_line() -> None:
     display = Display(num_workers=2, stderr=err, stdout=out)
     for name, seconds in (("worker 0", 1.0), ("worker 1", 2.5)):
         display.status(name, Progress("load weights", 1, 2, "tensors"))
-        display.status(name, Phase("import", seconds))
+        display.status(name, StartPhase("import", seconds))
         display.status(name, Ready({}))
-    display.status("worker 0", Phase("warm up", 0.1))
+    display.status("worker 0", StartPhase("warm up", 0.1))
     display.status("worker 0", Failed("ModelError", "the supervisor reports it"))
     assert err.getvalue() == "import: 2.5 s\n"
     assert display.phases == {"import": 2.5, "warm up": 0.1}
@@ -115,7 +115,7 @@ SCRIPT = """
 import pytest
 
 from core.cluster.processes.display import Display
-from core.interfaces.control import Phase, Progress
+from core.interfaces.control import StartPhase, Progress
 display = Display()
 for done in (0, 30 << 20, 60 << 20):
     display.status("start", Progress("download smollm2", done, 60 << 20, "B"))
@@ -123,7 +123,7 @@ display.num_workers = 2
 for name in ("worker 0", "worker 1"):  # the first is done before the second begins
     for done in (1, 100, 200):
         display.status(name, Progress("load weights", done, 200, "tensors"))
-display.status("worker 0", Phase("load weights", 2.0))
+display.status("worker 0", StartPhase("load weights", 2.0))
 display.status("worker 0", Progress("warm up", 1, 4, "steps"))
 display.error("stopped")
 """

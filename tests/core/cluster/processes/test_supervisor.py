@@ -20,12 +20,20 @@ from typing import Any
 import psutil
 import pytest
 
-from core.cluster.processes.group import Alone, DrainAsked, Ended, Group, GroupEvent, Heard, Stopped
+from core.cluster.processes.group import (
+    DrainAsked,
+    Ended,
+    Group,
+    GroupEvent,
+    Heard,
+    SingleNode,
+    Stopped,
+)
 from core.cluster.processes.process import ProcessSpec
 from core.cluster.processes.process_stat import process_state
 from core.cluster.processes.signals import OwnSignals, signal_pipe
 from core.cluster.processes.supervisor import FAREWELL_S, Supervisor
-from core.interfaces.control import ChildStatus, Failed, Phase, Progress, Ready
+from core.interfaces.control import ChildStatus, Failed, Progress, Ready, StartPhase
 from core.interfaces.launcher import Site
 from core.settings.config import LaunchConfig
 
@@ -163,7 +171,7 @@ def test_statuses_arrive_in_order_and_frontends_hear_when_the_workers_are_ready(
     run = engine(children, when_ready=signal_self(signal.SIGTERM))
     assert run.exit_code == 0
     said = [status for name, status in run.statuses if name == "worker 1"]
-    assert said[:2] == [Phase("import", 0.5), Progress("load weights", 1, 2, "tensors")]
+    assert said[:2] == [StartPhase("import", 0.5), Progress("load weights", 1, 2, "tensors")]
     assert isinstance(said[2], Ready)
     assert set(run.infos) == set(HEALTHY)
     (greeting,) = run.events("engine_ready")
@@ -496,7 +504,7 @@ def test_an_exception_in_a_callback_leaves_no_process(engine: Callable[..., Run]
 # Among other nodes.
 
 
-class FakeGroup(Alone):
+class FakeGroup(SingleNode):
     """The other nodes as a script. `calls` is what they were told."""
 
     def __init__(self, node_rank: int) -> None:
@@ -579,7 +587,7 @@ def test_node_0_waits_for_the_other_nodes_and_takes_their_statuses(
         own_ready = ("workers ready",) in group.calls
         assert group.others_ready or run.events("engine_ready") == []
         if len(heard) < 20:
-            group.script = [Heard("worker 3", Phase("import", 1.0))]
+            group.script = [Heard("worker 3", StartPhase("import", 1.0))]
         elif own_ready:
             group.others_ready = True
 
@@ -681,7 +689,7 @@ def test_a_stopped_worker_ends_everything(engine: Callable[..., Run]) -> None:
 
 
 def test_a_worker_stuck_in_a_step_ends_everything(engine: Callable[..., Run]) -> None:
-    """It beats, and its step does not end."""
+    """It heartbeats, and its step does not end."""
     children = HEALTHY | {"worker 1": {"mode": "stuck", "launched": 8, "finished": 7}}
     run = engine(children, step_timeout_s=1.0)
     assert run.exit_code == 1

@@ -106,16 +106,21 @@ def test_beats_say_what_is_done_and_what_to_expect():
     runner = Runner([5, 6])
     steps = StepExecutor(ThreadExecutor(), runner)
     steps.pace = Pace(token_s=2.0)
-    assert steps.beat().expected_s == 0.0
+    assert steps.heartbeat().expected_s == 0.0
     waits = [steps.launch(STEP) for _ in range(2)]
     runner.progress.pieces = 3
-    beat = steps.beat()
-    assert (beat.launched, beat.finished, beat.pieces, beat.expected_s) == (2, 0, 3, 2.0)
+    heartbeat = steps.heartbeat()
+    assert (heartbeat.launched, heartbeat.finished, heartbeat.pieces, heartbeat.expected_s) == (
+        2,
+        0,
+        3,
+        2.0,
+    )
     for gate in runner.gates:
         gate.set()
     assert [wait().token_ids for wait in waits] == [[5], [6]]
-    beat = steps.beat()
-    assert (beat.launched, beat.finished, beat.expected_s) == (2, 2, 0.0)
+    heartbeat = steps.heartbeat()
+    assert (heartbeat.launched, heartbeat.finished, heartbeat.expected_s) == (2, 2, 0.0)
 
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of a thread")

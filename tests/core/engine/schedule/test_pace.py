@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engine.schedule.pace import LONG_ENOUGH_S, MOST_TOKENS, Pace, measure_pace
-from core.engine.step.trial_steps import step
+from core.engine.step.profile_steps import step
 from core.interfaces.messages import StepFacts, StepPlan
 
 SPEEDS = st.floats(1e-7, 1.0)

@@ -156,7 +156,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_flight) < 2)
     @rule()
     def plan(self) -> None:
-        running = list(self.scheduler._residents.running)
+        running = list(self.scheduler._running_set.running)
         # Whose last token is under way needs neither slot nor pages any more.
         staying = [request for request in running if request.state is not State.ENDING]
         first = min(staying, key=age_key, default=None)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from core.cluster.processes import process as process_module
-from core.cluster.processes import vigil as module
 from core.cluster.processes import watch_clock as watch_clock_module
+from core.cluster.processes import watchdog as module
 from core.cluster.processes.motion import ACTIVE_CPU_S, PATIENCE, Motion
 from core.cluster.processes.process import Child
 from core.cluster.processes.process_stat import process_state
-from core.cluster.processes.vigil import Vigil
-from core.interfaces.control import Beat
+from core.cluster.processes.watchdog import Watchdog
+from core.interfaces.control import Heartbeat
 
 
 class Clock:
@@ -40,71 +40,71 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def child(clock: Clock, pid: int = 0) -> Any:
-    """A child that was never started: only what the vigil looks at."""
+    """A child that was never started: only what the watchdog looks at."""
     made = object.__new__(Child)
-    made.frozen, made.returncode, made.beat_s = None, None, None
+    made.frozen, made.returncode, made.heartbeat_s = None, None, None
     made.motion = Motion(clock.now_s)
     made._process = type("Process", (), {"pid": pid})()  # type: ignore[assignment]
     return made
 
 
-def run(clock: Clock, vigil: Vigil, children: dict[Any, list[tuple[float, ...]]]) -> None:
-    """Beats four times a second; the last of each child's counts stays."""
+def run(clock: Clock, watchdog: Watchdog, children: dict[Any, list[tuple[float, ...]]]) -> None:
+    """Heartbeats four times a second; the last of each child's counts stays."""
     for turn in range(max(map(len, children.values()))):
         clock.now_s += 0.25
         for found, counts in children.items():
-            found._count(Beat(*counts[min(turn, len(counts) - 1)]))  # type: ignore[arg-type]
-        vigil.look(list(children))
+            found._count(Heartbeat(*counts[min(turn, len(counts) - 1)]))  # type: ignore[arg-type]
+        watchdog.look(list(children))
 
 
 def test_a_worker_that_goes_on_is_fine(clock: Clock) -> None:
     worker = child(clock)
-    run(clock, Vigil(2.0), {worker: [(step + 1, step) for step in range(100)]})
+    run(clock, Watchdog(2.0), {worker: [(step + 1, step) for step in range(100)]})
     assert worker.frozen is None
 
 
 def test_an_idle_worker_is_fine(clock: Clock) -> None:
     worker = child(clock)
-    run(clock, Vigil(2.0), {worker: [(7, 7)] * 100})
+    run(clock, Watchdog(2.0), {worker: [(7, 7)] * 100})
     assert worker.frozen is None
 
 
 def test_a_step_has_its_whole_time_from_its_start(clock: Clock) -> None:
     worker = child(clock)
-    vigil = Vigil(2.0)
-    run(clock, vigil, {worker: [(7, 7)] * 100})
-    run(clock, vigil, {worker: [(8, 7)] * 8})
+    watchdog = Watchdog(2.0)
+    run(clock, watchdog, {worker: [(7, 7)] * 100})
+    run(clock, watchdog, {worker: [(8, 7)] * 8})
     assert worker.frozen is None
-    run(clock, vigil, {worker: [(8, 7)]})
+    run(clock, watchdog, {worker: [(8, 7)]})
     assert worker.frozen == ("is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)")
 
 
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named(clock: Clock) -> None:
     ahead, behind = child(clock), child(clock)
-    run(clock, Vigil(2.0), {ahead: [(9, 8)] * 12, behind: [(8, 7)] * 12})
+    run(clock, Watchdog(2.0), {ahead: [(9, 8)] * 12, behind: [(8, 7)] * 12})
     assert behind.frozen is not None
     assert ahead.frozen is None
 
 
 def test_a_step_that_finishes_layers_is_fine_however_long_it_takes(clock: Clock) -> None:
     worker = child(clock)
-    run(clock, Vigil(2.0), {worker: [(8, 7, turn // 7) for turn in range(400)]})
+    run(clock, Watchdog(2.0), {worker: [(8, 7, turn // 7) for turn in range(400)]})
     assert worker.frozen is None
-    run(clock, Vigil(2.0), {worker: [(8, 7, 400)] * 9})
+    run(clock, Watchdog(2.0), {worker: [(8, 7, 400)] * 9})
     assert worker.frozen == "is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)"
 
 
 def test_a_starved_layer_is_fine_as_long_as_its_thread_computes(clock: Clock) -> None:
     """It gets a tenth of a core."""
     worker = child(clock)
-    run(clock, Vigil(3.0), {worker: [(8, 7, 5, 0.025 * turn) for turn in range(100)]})
+    run(clock, Watchdog(3.0), {worker: [(8, 7, 5, 0.025 * turn) for turn in range(100)]})
     assert worker.frozen is None
 
 
 def test_waking_now_and_then_is_no_progress(clock: Clock) -> None:
     worker = child(clock)
     little = ACTIVE_CPU_S / 100
-    run(clock, Vigil(3.0), {worker: [(8, 7, 5, little * turn) for turn in range(13)]})
+    run(clock, Watchdog(3.0), {worker: [(8, 7, 5, little * turn) for turn in range(13)]})
     assert worker.frozen == "is frozen: step 8 made no progress for 3 s (launch.step_timeout_s)"
 
 
@@ -115,31 +115,35 @@ def test_a_thread_that_spins_is_found_by_what_the_step_should_take(
     worker = child(clock)
     limit_s = max(2.0, PATIENCE * expected_s)
     spins = [(8, 7, 5, turn / 4, expected_s) for turn in range(1000)]
-    vigil = Vigil(2.0)
-    run(clock, vigil, {worker: spins[: int(4 * limit_s)]})
+    watchdog = Watchdog(2.0)
+    run(clock, watchdog, {worker: spins[: int(4 * limit_s)]})
     assert worker.frozen is None
-    run(clock, vigil, {worker: spins[int(4 * limit_s) : int(4 * limit_s) + 1]})
+    run(clock, watchdog, {worker: spins[int(4 * limit_s) : int(4 * limit_s) + 1]})
     assert worker.frozen is not None
     assert f"step 8 used {limit_s:.0f} s of CPU time without finishing a piece" in worker.frozen
 
 
 def test_who_waits_for_a_slow_rank_is_not_the_one_that_is_frozen(clock: Clock) -> None:
-    waits, slow, vigil = child(clock), child(clock), Vigil(2.0)
-    run(clock, vigil, {waits: [(8, 7, 5)] * 16, slow: [(8, 7, 4, turn / 9) for turn in range(16)]})
+    waits, slow, watchdog = child(clock), child(clock), Watchdog(2.0)
+    run(
+        clock,
+        watchdog,
+        {waits: [(8, 7, 5)] * 16, slow: [(8, 7, 4, turn / 9) for turn in range(16)]},
+    )
     assert (waits.frozen, slow.frozen) == (None, None)
-    run(clock, vigil, {waits: [(8, 7, 5)] * 9, slow: [(8, 7, 4, 15 / 9)] * 9})
+    run(clock, watchdog, {waits: [(8, 7, 5)] * 9, slow: [(8, 7, 4, 15 / 9)] * 9})
     assert waits.frozen is None
     assert slow.frozen == "is frozen: step 8 made no progress for 2 s (launch.step_timeout_s)"
 
 
 def test_silence_is_found_but_not_before_the_first_beat(clock: Clock) -> None:
     starting, silent = child(clock), child(clock)
-    vigil = Vigil(60.0)
-    silent._count(Beat(0, 0))
+    watchdog = Watchdog(60.0)
+    silent._count(Heartbeat(0, 0))
     for _ in range(int(module.SILENT_S / module.LOOK_S)):
         assert silent.frozen is None
         clock.now_s += module.LOOK_S
-        vigil.look([starting, silent])
+        watchdog.look([starting, silent])
     assert silent.frozen == "is frozen: it said nothing for 15 s"
     assert starting.frozen is None
 
@@ -163,11 +167,11 @@ def test_a_stopped_process_is_found_if_it_stays_so(
     clock: Clock, sleeper: subprocess.Popen[bytes]
 ) -> None:
     worker = child(clock, sleeper.pid)
-    vigil = Vigil(60.0)
+    watchdog = Watchdog(60.0)
 
     def look() -> str | None:
         clock.now_s += module.STOPPED_S / 2 + 0.01
-        vigil.look([worker])
+        watchdog.look([worker])
         return worker.frozen  # type: ignore[no-any-return]
 
     os.kill(sleeper.pid, signal.SIGSTOP)
@@ -190,25 +194,25 @@ def test_a_process_that_is_gone_has_no_state() -> None:
 def test_a_pause_of_the_watcher_itself_is_nobody_s_silence(clock: Clock) -> None:
     """As after `docker pause` for longer than all limits together."""
     stepping, idle = child(clock), child(clock)
-    vigil = Vigil(2.0)
-    run(clock, vigil, {stepping: [(8, 7)] * 4, idle: [(7, 7)] * 4})
+    watchdog = Watchdog(2.0)
+    run(clock, watchdog, {stepping: [(8, 7)] * 4, idle: [(7, 7)] * 4})
     clock.now_s += 100.0
-    assert vigil.look([stepping, idle]) == pytest.approx(100.0 - module.LONGEST_GAP_S)
+    assert watchdog.look([stepping, idle]) == pytest.approx(100.0 - module.LONGEST_GAP_S)
     assert (stepping.frozen, idle.frozen) == (None, None)
-    run(clock, vigil, {stepping: [(9, 8)] * 7, idle: [(7, 7)] * 7})
+    run(clock, watchdog, {stepping: [(9, 8)] * 7, idle: [(7, 7)] * 7})
     assert (stepping.frozen, idle.frozen) == (None, None)
-    run(clock, vigil, {stepping: [(9, 8)] * 2, idle: [(7, 7)] * 2})
+    run(clock, watchdog, {stepping: [(9, 8)] * 2, idle: [(7, 7)] * 2})
     assert stepping.frozen == "is frozen: step 9 made no progress for 2 s (launch.step_timeout_s)"
 
 
 def test_who_stays_silent_after_a_pause_is_found(clock: Clock) -> None:
     silent = child(clock)
-    vigil = Vigil(60.0)
-    run(clock, vigil, {silent: [(0, 0)]})
+    watchdog = Watchdog(60.0)
+    run(clock, watchdog, {silent: [(0, 0)]})
     clock.now_s += 100.0
-    vigil.look([silent])
+    watchdog.look([silent])
     assert silent.frozen is None
     for _ in range(int((module.SILENT_S - module.LONGEST_GAP_S) / module.LOOK_S)):
         clock.now_s += module.LOOK_S
-        vigil.look([silent])
+        watchdog.look([silent])
     assert silent.frozen == "is frozen: it said nothing for 15 s"

@@ -3,7 +3,7 @@
 import pytest
 
 from core.engine.run.lockstep import rank_facts
-from core.engine.step.trial_steps import (
+from core.engine.step.profile_steps import (
     COSTLIEST,
     captured_prefill,
     kernel_steps,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from core.engine.build.rank import build_rank
-from core.engine.local.alone import build_alone, offline_alone
+from core.engine.local.in_process import build_in_process, offline_in_process
 from core.errors import ConfigError
 from core.parallel.plan import AXES
 from core.plugin.plugin_manager import PluginManager
@@ -41,7 +41,7 @@ def test_alone_it_answers_as_any_engine(folder: Path) -> None:
     one = config(folder, PluginChoice())
     with offline_engine(one) as engine:
         expected = [answer.token_ids for answer in engine.generate(PROMPTS, greedy(6))]
-    lone = offline_alone(build_alone(one))
+    lone = offline_in_process(build_in_process(one))
     assert [answer.token_ids for answer in lone.generate(PROMPTS, greedy(6))] == expected
 
 
@@ -63,9 +63,9 @@ def test_one_rank_of_a_plan_runs_without_peers(
     if parallel["plan"] == "tp":
         local = PluginChoice(name="local")
         built.moe_a2a.prefill = built.moe_a2a.decode = local
-    lone = build_alone(built, rank=1)
+    lone = build_in_process(built, rank=1)
     assert lone.resolved.plan.world_size == 4
-    answers = offline_alone(lone).generate(PROMPTS, greedy(6))
+    answers = offline_in_process(lone).generate(PROMPTS, greedy(6))
     assert [len(answer.token_ids) for answer in answers] == [6, 6, 6]
     assert all(answer.error is None for answer in answers)
 
@@ -73,12 +73,12 @@ def test_one_rank_of_a_plan_runs_without_peers(
 def test_a_rank_holds_its_own_share_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        "core.engine.local.alone.build_rank",
+        "core.engine.local.in_process.build_rank",
         lambda config, context: seen.append(context) or build_rank(config, context),
     )
-    whole = build_alone(config(folder, PluginChoice())).engine.weight_bytes
+    whole = build_in_process(config(folder, PluginChoice())).engine.weight_bytes
     built = config(folder, EMULATED, plan="dp_attention", tp=4, ep=4, dp_attention=4)
-    assert build_alone(built, rank=3).engine.weight_bytes < whole
+    assert build_in_process(built, rank=3).engine.weight_bytes < whole
     axes = seen[-1].comms.axes
     assert {axis: (axes[axis].rank, axes[axis].size) for axis in AXES if axes[axis].size > 1} == {
         "dp": (3, 4),
@@ -90,7 +90,7 @@ def test_a_rank_holds_its_own_share_only(folder: Path, monkeypatch: pytest.Monke
 
 def test_plugins_that_need_peers_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"comm\.tp=gloo needs all 4 ranks .*comm=emulated"):
-        build_alone(config(folder, PluginChoice(name="gloo"), tp=4))
+        build_in_process(config(folder, PluginChoice(name="gloo"), tp=4))
 
 
 @pytest.mark.parametrize("key", ["comm.tp", "comm.ep", "moe_a2a.prefill", "moe_a2a.decode"])
@@ -110,7 +110,7 @@ def test_random_routing_is_warned_of_once(
 ) -> None:
     model = folder_model(folder, max_model_len=128, expert_routing=routing)
     with caplog.at_level(logging.WARNING):
-        build_alone(app_config(model, engine=ENGINE))
+        build_in_process(app_config(model, engine=ENGINE))
     warnings = [record for record in caplog.records if "expert_routing" in record.getMessage()]
     assert len(warnings) == times
     assert all("answers mean nothing" in record.getMessage() for record in warnings)

@@ -1,8 +1,8 @@
 """Who is in the running set: the slots, KV pages and prefix-cache locks of each request.
 
 Knows nothing of queues, budgets or plans. `Request.slot`, `.pages`, `.node` and `.num_cached` are
-written here only. A resident's first `node.depth` pages belong to the prefix cache, the others to
-the request alone; the scratch page 0 belongs to nobody.
+written here only. A running request's first `node.depth` pages belong to the prefix cache, the
+others to the request alone; the scratch page 0 belongs to nobody.
 """
 
 from core.engine.schedule.kv_pool import KVPool
@@ -11,11 +11,11 @@ from core.engine.schedule.request import Request
 from core.settings.config import EngineConfig
 
 
-class Residents:
+class RunningSet:
     """Slots and pages of the running requests, in the order in which they entered.
 
-    A request enters only where every resident can still grow by `headroom_tokens` (or to its end),
-    so that entering does not soon lead to preempting.
+    A request enters only where every running request can still grow by `headroom_tokens` (or to its
+    end), so that entering does not soon lead to preempting.
     """
 
     def __init__(self, config: EngineConfig, *, num_pages: int, headroom_tokens: int) -> None:
@@ -51,7 +51,7 @@ class Residents:
         return self._cache.num_cached
 
     def take(self, count: int) -> list[int] | None:
-        """Pages for a resident, evicting from the cache where needed; None if that's too few."""
+        """Pages for one of them, evicting from the cache where needed; None if that's too few."""
         return self._cache.take(count)
 
     def match(self, request: Request, step: int) -> Match:
@@ -136,7 +136,7 @@ class Residents:
         request.num_computed = 0
 
     def check(self) -> None:
-        """Assert that every page is free, cached, or held by exactly one resident."""
+        """Assert that every page is free, cached, or held by exactly one running request."""
         self._pool.check()
         nodes: list[Node] = []
         owned = [node.page for node in self._cache.nodes() if node.depth]

@@ -13,9 +13,9 @@ import torch
 from core.devices.native_dtypes import native_dtypes
 from core.engine.build.context import RankContext
 from core.engine.build.device import open_device
+from core.engine.build.profile_run import OnPhase
 from core.engine.build.rank import RankEngine, build_rank
 from core.engine.build.ranks import stand_in_for_peers
-from core.engine.build.trial import OnPhase
 from core.engine.local.offline import OfflineEngine
 from core.engine.run.lockstep import Agreement, rank_facts, settle
 from core.interfaces.comm import SOLO, Comms
@@ -35,7 +35,7 @@ class LoneRank:
     device: torch.device
 
 
-def build_alone(
+def build_in_process(
     config: AppConfig, rank: int = 0, on_phase: OnPhase = lambda name, seconds: None
 ) -> LoneRank:
     """Build one rank of a configuration. Raises ConfigError where the plan has several and the
@@ -69,7 +69,7 @@ def build_alone(
     return LoneRank(resolved, built, device)
 
 
-def offline_alone(lone: LoneRank) -> OfflineEngine:
+def offline_in_process(lone: LoneRank) -> OfflineEngine:
     """An engine that generates; other DP ranks are taken to hold what this one does."""
     return OfflineEngine(lone.engine, lockstep=MirrorLockstep(lone.resolved.plan.dp))
 

@@ -2,10 +2,11 @@
 
 Looks only; `core.cluster.processes.supervisor` acts. It also sees whether the kernel is at ending
 one, which may take long before the parent hears of it. A worker tells some times a second how far
-its steps are (`Channel.beat`, `core.cluster.processes.motion`); that needs Python's lock now and
-then, so that on a machine with too much to do beats come late, and silence must be long to count. A
-process that is stopped is told apart by the kernel's word, which needs no patience. Only time in
-which this watcher ran itself counts: where both were paused (`docker pause`), nobody is to blame.
+its steps are (`Channel.heartbeat`, `core.cluster.processes.motion`); that needs Python's lock now
+and then, so that on a machine with too much to do heartbeats come late, and silence must be long to
+count. A process that is stopped is told apart by the kernel's word, which needs no patience. Only
+time in which this watcher ran itself counts: where both were paused (`docker pause`), nobody is to
+blame.
 """
 
 import time
@@ -18,10 +19,10 @@ from core.cluster.processes.watch_clock import WatchClock
 LOOK_S = 0.25  # between two looks
 LONGEST_GAP_S = 1.0  # between two looks, as far as it counts against those who are watched
 STOPPED_S = 0.75  # in the stopped state, before that counts as lasting
-SILENT_S = 15.0  # without a beat, after the first
+SILENT_S = 15.0  # without a heartbeat, after the first
 
 
-class Vigil:
+class Watchdog:
     """Watches the processes of one node."""
 
     def __init__(self, step_timeout_s: float) -> None:
@@ -53,7 +54,7 @@ class Vigil:
         for child in living:
             child.look_whether_ending()
             self._look_at_state(child, now)
-            heard_s = child.beat_s
+            heard_s = child.heartbeat_s
             if heard_s is not None and now - heard_s >= SILENT_S:
                 child.frozen = f"is frozen: it said nothing for {now - heard_s:.0f} s"
         if not any(child.frozen for child in living):

@@ -19,7 +19,7 @@ from core.engine.run.executor import StepExecutor, StreamExecutor
 from core.engine.run.lockstep import rank_facts, settle
 from core.engine.run.loop import warm_up
 from core.engine.run.runner import ModelRunner
-from core.engine.step.trial_steps import (
+from core.engine.step.profile_steps import (
     COSTLIEST,
     captured_prefill,
     kernel_steps,
@@ -34,7 +34,7 @@ OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
 COMPILE_TASK = "compile kernels"
 
 
-class Phases:
+class StartPhases:
     """Seconds between the ends of phases."""
 
     def __init__(self, on_phase: OnPhase) -> None:
@@ -60,12 +60,12 @@ def keep_kernels(chosen: str | None) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class ProfileRun:
     """Steps of made-up requests on a runner whose pool is a scratch page.
 
     `rehearses`: steps may be run with kernels left out. `build_runner` makes such a runner, of the
     whole model or of one that is shortened; it is dropped at the end. Every rank runs the same
-    trial.
+    steps.
     """
 
     engine: EngineConfig
@@ -74,7 +74,7 @@ class Trial:
     num_dp: int
     rehearses: bool
     build_runner: Callable[[bool], ModelRunner]  # whether shortened
-    phases: Phases
+    phases: StartPhases
     on_progress: OnProgress
 
     def run(self) -> HeldMemory:
