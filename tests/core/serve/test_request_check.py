@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from hypothesis import HealthCheck, ParserState, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from core.engine.sample.sampler import Sampler
@@ -188,7 +188,7 @@ def test_every_field_has_a_strategy() -> None:
     max_examples=500,
     deadline=None,
     derandomize=True,
-    phases=[ParserState.generate],
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 @given(request=requests(most_wrong=2))
@@ -213,7 +213,7 @@ def test_what_is_not_refused_leaves_the_worker_alive(
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@settings(max_examples=10, deadline=None, derandomize=True, phases=[ParserState.generate])
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
 def test_the_wrong_field_is_named(name: str, data: st.DataObject) -> None:
     """Of every field something that no worker may see."""
