@@ -1,4 +1,5 @@
-"""A client of one `Connection`, without sockets: what it says and what it hears."""
+"""A client of one `Connection`, without sockets: what it says and what it hears; and applications
+that answer it."""
 
 import asyncio
 from typing import Any
@@ -9,6 +10,9 @@ from core.interfaces.http import HttpStats, RequestRecord
 from core.serve.http.connection import Connection
 from core.serve.http.limits import HttpLimits
 from core.serve.http.shared import Shared
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class Server:
@@ -152,3 +156,47 @@ def _chunks(data: bytes) -> tuple[bytes, bytes]:
         body, data = body + data[:size], data[size + 2 :]
         if size == 0:
             return body, data
+
+
+def post(body=b"hello", extra=b"", length=None, version=b"1.1"):
+    size = len(body) if length is None else length
+    head = b"POST / HTTP/%b\r\nHost: x\r\nContent-Length: %d\r\n%b\r\n" % (version, size, extra)
+    return head + body
+
+
+async def echo(scope, receive, send):
+    """Answers with the method, the path and the size of the body."""
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message["body"])
+        if not message["more_body"]:
+            break
+    answer = f"{scope['method']} {scope['path']} {size}".encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": answer})
+
+
+class Stream:
+    """An application that streams what a test gives it; one for all requests."""
+
+    def __init__(self):
+        self.pieces = asyncio.Queue()
+        self.calls = 0
+        self.gone = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        self.calls += 1
+        while (message := await receive()).get("more_body"):
+            pass
+        if message["type"] == "http.disconnect":
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        watch = asyncio.ensure_future(receive())
+        watch.add_done_callback(lambda _: self.gone.set())
+        while (piece := await self.pieces.get()) is not None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        watch.cancel()
