@@ -23,8 +23,8 @@ from core.interfaces.control import (
     Failed,
     LinesDropped,
     ModelFiles,
-    ParserState,
     Ready,
+    StartPhase,
 )
 from core.serve.process import check_exposure, read_api_key
 from core.settings.config import AppConfig, FrontendConfig, LaunchConfig, ModelConfig
@@ -155,7 +155,7 @@ def test_imports_neither_torch_nor_transformers():
 def test_a_life_from_ready_to_drained(serving):
     process, engine, http = serving
     kinds = [type(status) for status in process.statuses]
-    assert kinds == [ParserState, Ready]
+    assert kinds == [StartPhase, Ready]
     assert process.statuses[-1].info["needs_key"] is False
     response = http.post("/v1/chat/completions", json=BODY)
     assert response.json()["choices"][0]["message"]["content"] == ANSWER
