@@ -8,10 +8,14 @@ begins first, so that no worker is left alone with it at the end.
 from xdist.scheduler import LoadFileScheduling
 
 TIMED = (
-    "tests/end_to_end/test_two_nodes.py",
+    "tests/end_to_end/two_nodes/test_ends.py",
+    "tests/end_to_end/two_nodes/test_refusals.py",
     "tests/end_to_end/test_server.py",
     "tests/core/cluster/processes/test_supervisor.py",
+    "tests/core/cluster/processes/test_supervisor_failures.py",
+    "tests/core/cluster/processes/test_supervisor_nodes.py",
     "tests/core/cluster/nodes/test_group.py",
+    "tests/core/cluster/nodes/test_meeting.py",
     "tests/core/cluster/nodes/test_exchange.py",
     "tests/core/serve/test_process.py",
 )
