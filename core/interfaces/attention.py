@@ -1,7 +1,8 @@
 """Attention over a paged KV cache: what plugins fill and what models call.
 
 Shape legend: T rows (new tokens) of a step, S sequences, H query heads of this rank, G its KV
-heads, D head dimension, N KV pages, P tokens in a page, M most pages of one sequence in a step.
+heads, D head dimension, C positions, R values of a head that turn, N KV pages, P tokens in a page,
+M most pages of one sequence in a step.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ class HeadTransform:
     """What happens to a layer's projected query and key heads before they meet."""
 
     num_kv_heads: int  # G of the H + 2G heads of a row: queries, keys, values
-    cos_sin_CD: Tensor  # float32: cos in the first D/2 columns, sin in the rest
+    # float32: cos in the first R/2 columns, sin in the rest. The first R values of a head turn;
+    # what it has beyond, where R < D, stays as it is.
+    cos_sin_CR: Tensor
     # Weights of an RMS norm of each head before the rotation; both, or neither.
     q_norm_D: Tensor | None
     k_norm_D: Tensor | None

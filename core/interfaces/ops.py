@@ -2,7 +2,7 @@
 
 `core.ops.torch_ops.TorchOps` is the oracle; others must agree with it (tests/contracts).
 Shape legend: T rows, E hidden size, I intermediate size, H/G query and KV heads, D head dimension,
-N pages, P tokens in a page.
+C positions, R values of a head that turn, N pages, P tokens in a page.
 """
 
 from collections.abc import Callable, Iterable
@@ -77,10 +77,11 @@ class Ops(Protocol):
         ...
 
     def rope(
-        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
+        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rotate halves ("NeoX" style) by position. `cos_sin_CD` holds cos in its first D/2
-        columns and sin in the rest, float32. May overwrite q and k."""
+        """Rotate the halves of each head's first R values ("NeoX" style) by position: i and i + R/2
+        form a pair. What a head has beyond R passes through. `cos_sin_CR` holds cos in its first
+        R/2 columns and sin in the rest, float32. May overwrite q and k."""
         ...
 
     def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:

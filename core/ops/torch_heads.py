@@ -20,5 +20,5 @@ def transform_heads(
     if heads.q_norm_D is not None and heads.k_norm_D is not None:
         q_THD = ops.rms_norm(q_THD, heads.q_norm_D, heads.eps)
         k_TGD = ops.rms_norm(k_TGD, heads.k_norm_D, heads.eps)
-    q_THD, k_TGD = ops.rope(q_THD, k_TGD, heads.cos_sin_CD, positions_T)
+    q_THD, k_TGD = ops.rope(q_THD, k_TGD, heads.cos_sin_CR, positions_T)
     return q_THD, k_TGD, v_TGD

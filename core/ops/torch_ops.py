@@ -1,7 +1,7 @@
 """The operations of a layer in plain torch: the oracle of every other set of operations.
 
 Obviously right, on any device and dtype; computes in float32, or wider where its arguments are.
-Knows nothing of speed. Shape legend: see core.interfaces.ops; F is D/2.
+Knows nothing of speed. Shape legend: see core.interfaces.ops; F is R/2.
 """
 
 import torch
@@ -24,11 +24,13 @@ def _rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-    first_THF, second_THF = accurate(x_THD).chunk(2, dim=-1)
+    half = cos_T1F.shape[-1]
+    first_THF, second_THF, rest_THX = accurate(x_THD).tensor_split((half, 2 * half), dim=-1)
     rotated_THD = torch.cat(
         (
             first_THF * cos_T1F - second_THF * sin_T1F,
             second_THF * cos_T1F + first_THF * sin_T1F,
+            rest_THX,
         ),
         dim=-1,
     )
@@ -62,10 +64,10 @@ class TorchOps(TorchLatentOps, TorchMoeOps):
         return _rms_norm(sum_TE, weight_E, eps).to(x_TE.dtype), sum_TE
 
     def rope(
-        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
+        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rotate pairs (i, i + D/2) by the angle of their row's position."""
-        cos_T1F, sin_T1F = cos_sin_CD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+        """Rotate pairs (i, i + R/2) by the angle of their row's position."""
+        cos_T1F, sin_T1F = cos_sin_CR[positions_T].unsqueeze(1).chunk(2, dim=-1)
         return _rotate(q_THD, cos_T1F, sin_T1F), _rotate(k_TGD, cos_T1F, sin_T1F)
 
     def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:

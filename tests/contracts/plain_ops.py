@@ -26,12 +26,14 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     return x_TE / (mean_square_T1 + eps).sqrt() * weight_E.double()
 
 
-def rope(x_THD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor) -> Tensor:
-    """Pair (i, i + D/2) is a complex number turned by its row's angle (arXiv:2104.09864)."""
-    size_F = x_THD.shape[-1] // 2
+def rope(x_THD: Tensor, cos_sin_CR: Tensor, positions_T: Tensor) -> Tensor:
+    """Pair (i, i + R/2) is a complex number turned by its row's angle (arXiv:2104.09864); values
+    beyond R are in no pair."""
+    size_F = cos_sin_CR.shape[1] // 2
     turns_T1F = torch.complex(
-        cos_sin_CD[positions_T, :size_F].double(), cos_sin_CD[positions_T, size_F:].double()
+        cos_sin_CR[positions_T, :size_F].double(), cos_sin_CR[positions_T, size_F:].double()
     ).unsqueeze(1)
-    pairs_THF = torch.complex(x_THD[..., :size_F].double(), x_THD[..., size_F:].double())
+    first_THF, second_THF, rest_THX = x_THD.double().tensor_split((size_F, 2 * size_F), dim=-1)
+    pairs_THF = torch.complex(first_THF.contiguous(), second_THF.contiguous())
     turned_THF = pairs_THF * turns_T1F
-    return torch.cat((turned_THF.real, turned_THF.imag), dim=-1)
+    return torch.cat((turned_THF.real, turned_THF.imag, rest_THX), dim=-1)

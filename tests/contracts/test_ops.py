@@ -216,8 +216,19 @@ def _cos_sin(num_positions: int, head_dim: int) -> Tensor:
 @each_set
 @each_dtype
 @pytest.mark.parametrize(
-    ("rows", "num_heads", "num_kv_heads", "head_dim"),
-    [(0, 2, 1, 4), (1, 9, 3, 64), (7, 3, 3, 80), (4, 8, 1, 96), (3, 1, 1, 2)],
+    ("rows", "num_heads", "num_kv_heads", "head_dim", "turned"),
+    [
+        (0, 2, 1, 4, 4),
+        (1, 9, 3, 64, 64),
+        (7, 3, 3, 80, 80),
+        (4, 8, 1, 96, 96),
+        (3, 1, 1, 2, 2),
+        # The first values of a head alone turn.
+        (0, 2, 1, 4, 2),
+        (5, 12, 1, 128, 64),
+        (4, 3, 2, 80, 20),
+        (3, 5, 2, 10, 8),
+    ],
 )
 @pytest.mark.parametrize("joined", [True, False])
 def test_rope(
@@ -228,21 +239,24 @@ def test_rope(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    turned: int,
     joined: bool,
 ) -> None:
     split = (num_heads, num_kv_heads, num_kv_heads)
     qkv = normal(1, rows, sum(split), head_dim, dtype=dtype)
     q_THD, k_TGD, _ = qkv.split(split, dim=1)
     positions_T = torch.randperm(50, generator=torch.Generator().manual_seed(2))[:rows]
-    cos_sin_CD = _cos_sin(50, head_dim)
-    expected = [plain_ops.rope(x, cos_sin_CD, positions_T) for x in (q_THD, k_TGD)]
+    cos_sin_CR = _cos_sin(50, turned)
+    expected = [plain_ops.rope(x, cos_sin_CR, positions_T) for x in (q_THD, k_TGD)]
     on_device = qkv.clone().to(device)
     q, k, v = on_device.split(split, dim=1)
     if not joined:
         q, k = q.contiguous(), k.contiguous()
-    rotated = ops.rope(q, k, cos_sin_CD.to(device), positions_T.to(device))
+    rotated = ops.rope(q, k, cos_sin_CR.to(device), positions_T.to(device))
     for result, right in zip(rotated, expected, strict=True):
         close(result, right, dtype)
+    for result, before in zip(rotated, (q_THD, k_TGD), strict=True):
+        assert torch.equal(result[..., turned:].cpu(), before[..., turned:])
     assert torch.equal(v.cpu(), qkv.split(split, dim=1)[2])  # what lies beside is untouched
 
 

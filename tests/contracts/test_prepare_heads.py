@@ -11,14 +11,18 @@ from tests.contracts import plain_ops
 from tests.contracts.test_ops import TOLERANCE, _cos_sin, normal, params_of
 
 EPS = 1e-4
-# Rows, rows of padding after them, query heads, KV heads, head dimension, page size.
+# Rows, rows of padding after them, query heads, KV heads, head dimension, values of a head that
+# turn, page size.
 CASES = [
-    (0, 0, 2, 1, 4, 4),
-    (1, 0, 9, 3, 64, 16),
-    (7, 2, 3, 3, 80, 1),
-    (4, 0, 8, 1, 96, 64),
-    (5, 3, 32, 4, 128, 16),
-    (3, 0, 1, 1, 2, 5),
+    (0, 0, 2, 1, 4, 4, 4),
+    (1, 0, 9, 3, 64, 64, 16),
+    (7, 2, 3, 3, 80, 80, 1),
+    (4, 0, 8, 1, 96, 96, 64),
+    (5, 3, 32, 4, 128, 128, 16),
+    (3, 0, 1, 1, 2, 2, 5),
+    (5, 1, 12, 1, 128, 64, 16),
+    (4, 0, 3, 2, 80, 20, 4),
+    (3, 2, 5, 2, 10, 8, 4),
 ]
 
 
@@ -32,7 +36,7 @@ def expected_heads(
     qkv_TFD: Tensor,
     num_kv_heads: int,
     norms: tuple[Tensor, Tensor] | None,
-    cos_sin_CD: Tensor,
+    cos_sin_CR: Tensor,
     positions_T: Tensor,
 ) -> list[Tensor]:
     """q and k, normed and turned, and v as it is."""
@@ -42,7 +46,7 @@ def expected_heads(
         q_THD, k_TGD = (
             plain_ops.rms_norm(x, norm, EPS) for x, norm in zip((q_THD, k_TGD), norms, strict=True)
         )
-    return [*(plain_ops.rope(x, cos_sin_CD, positions_T) for x in (q_THD, k_TGD)), v_TGD]
+    return [*(plain_ops.rope(x, cos_sin_CR, positions_T) for x in (q_THD, k_TGD)), v_TGD]
 
 
 # Only captured steps have rows without a slot, and a CPU captures none.
@@ -67,10 +71,10 @@ def test_prepare_heads(
     case: tuple[int, ...],
     normed: bool,
 ) -> None:
-    rows, padding, num_heads, num_kv_heads, head_dim, page_size = case
+    rows, padding, num_heads, num_kv_heads, head_dim, turned, page_size = case
     qkv_TFD = normal(1, rows + padding, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
     norms = (normal(2, head_dim, dtype=dtype), normal(3, head_dim, dtype=dtype)) if normed else None
-    cos_sin_CD = _cos_sin(50, head_dim)
+    cos_sin_CR = _cos_sin(50, turned)
     positions_T = torch.randperm(50, generator=torch.Generator().manual_seed(4))[: rows + padding]
     num_pages = 40 // page_size + 1
     caches = [
@@ -80,12 +84,12 @@ def test_prepare_heads(
     slots_T = torch.randperm(num_pages * page_size, generator=generator)[:rows]
     if skips:
         slots_T[1::3] = -1
-    expected = expected_heads(qkv_TFD, num_kv_heads, norms, cos_sin_CD, positions_T)
+    expected = expected_heads(qkv_TFD, num_kv_heads, norms, cos_sin_CR, positions_T)
     q_norm, k_norm = (None, None) if norms is None else (norm.to(device) for norm in norms)
     cache = LayerKV(*(x.clone().to(device) for x in caches))
     result = ops.prepare_heads(
         qkv_TFD.clone().to(device),
-        HeadTransform(num_kv_heads, cos_sin_CD.to(device), q_norm, k_norm, EPS),
+        HeadTransform(num_kv_heads, cos_sin_CR.to(device), q_norm, k_norm, EPS),
         positions_T.to(device),
         cache,
         slots_T.to(device),

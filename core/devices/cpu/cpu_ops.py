@@ -3,7 +3,7 @@
 With few rows a torch call costs more than the work in it (3 to 6 us, since the weights that pass
 through the caches between two calls evict its code), so their number is what counts; with many
 rows it is the passes over memory. Needs no compiler at run time. The oracle is
-core.ops.torch_ops. Shape legend: see core.interfaces.ops; F is D/2.
+core.ops.torch_ops. Shape legend: see core.interfaces.ops; F is R/2.
 """
 
 from dataclasses import dataclass
@@ -42,14 +42,16 @@ def _refined_logits(multiply: LinearKernel, weight_VE: Tensor) -> LinearKernel:
     return logits
 
 
-def _rotate_in_place(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
-    if x_THD.dtype is cos_T1D.dtype:
-        swapped_THD = x_THD.roll(x_THD.shape[-1] // 2, -1).mul_(sin_T1D)
-        torch.addcmul(swapped_THD, x_THD, cos_T1D, out=x_THD)
+def _rotate_in_place(x_THD: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> None:
+    size = cos_T1R.shape[-1]
+    x_THR = x_THD if x_THD.shape[-1] == size else x_THD.narrow(-1, 0, size)
+    if x_THR.dtype is cos_T1R.dtype:
+        swapped_THR = x_THR.roll(size // 2, -1).mul_(sin_T1R)
+        torch.addcmul(swapped_THR, x_THR, cos_T1R, out=x_THR)
         return
-    wide_THD = x_THD.to(cos_T1D.dtype)
-    swapped_THD = wide_THD.roll(wide_THD.shape[-1] // 2, -1)
-    x_THD.copy_(swapped_THD.mul_(sin_T1D).addcmul_(wide_THD, cos_T1D))
+    wide_THR = x_THR.to(cos_T1R.dtype)
+    swapped_THR = wide_THR.roll(size // 2, -1)
+    x_THR.copy_(swapped_THR.mul_(sin_T1R).addcmul_(wide_THR, cos_T1R))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +69,20 @@ class _Norm:
 
 @dataclass(frozen=True, slots=True)
 class _Rotation:
-    """A RoPE table whose rows multiply whole heads."""
+    """A RoPE table whose rows multiply all values that turn."""
 
-    cos_sin_CD: Tensor  # the source; held so that its id stays its own
-    table_C12D: Tensor  # (cos, cos) and (-sin, sin)
+    cos_sin_CR: Tensor  # the source; held so that its id stays its own
+    table_C12R: Tensor  # (cos, cos) and (-sin, sin)
 
 
 @dataclass(frozen=True, slots=True)
 class _StepRotation:
     """Rows of a table for the positions of a step: one look-up for all layers."""
 
-    cos_sin_CD: Tensor
+    cos_sin_CR: Tensor
     positions_T: Tensor  # held, as above
-    cos_T1D: Tensor
-    sin_T1D: Tensor
+    cos_T1R: Tensor
+    sin_T1R: Tensor
 
 
 class CpuOps(TorchLatentOps, CpuMoeOps):
@@ -143,27 +145,27 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         return norm
 
     def rope(
-        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
+        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Overwrites q and k."""
-        rotation = self._rotation_of(cos_sin_CD, positions_T)
-        _rotate_in_place(q_THD, rotation.cos_T1D, rotation.sin_T1D)
-        _rotate_in_place(k_TGD, rotation.cos_T1D, rotation.sin_T1D)
+        rotation = self._rotation_of(cos_sin_CR, positions_T)
+        _rotate_in_place(q_THD, rotation.cos_T1R, rotation.sin_T1R)
+        _rotate_in_place(k_TGD, rotation.cos_T1R, rotation.sin_T1R)
         return q_THD, k_TGD
 
-    def _rotation_of(self, cos_sin_CD: Tensor, positions_T: Tensor) -> _StepRotation:
+    def _rotation_of(self, cos_sin_CR: Tensor, positions_T: Tensor) -> _StepRotation:
         step = self._step_rotation
-        if step is None or step.positions_T is not positions_T or step.cos_sin_CD is not cos_sin_CD:
-            rotation = self._rotations.get(id(cos_sin_CD)) or self._keep_rotation(cos_sin_CD)
-            cos_T1D, sin_T1D = rotation.table_C12D.index_select(0, positions_T).unbind(2)
-            step = self._step_rotation = _StepRotation(cos_sin_CD, positions_T, cos_T1D, sin_T1D)
+        if step is None or step.positions_T is not positions_T or step.cos_sin_CR is not cos_sin_CR:
+            rotation = self._rotations.get(id(cos_sin_CR)) or self._keep_rotation(cos_sin_CR)
+            cos_T1R, sin_T1R = rotation.table_C12R.index_select(0, positions_T).unbind(2)
+            step = self._step_rotation = _StepRotation(cos_sin_CR, positions_T, cos_T1R, sin_T1R)
         return step
 
-    def _keep_rotation(self, cos_sin_CD: Tensor) -> _Rotation:
-        cos_CF, sin_CF = cos_sin_CD.chunk(2, dim=-1)
-        cos_CD, sin_CD = torch.cat((cos_CF, cos_CF), 1), torch.cat((-sin_CF, sin_CF), 1)
-        rotation = _Rotation(cos_sin_CD, torch.stack((cos_CD, sin_CD), 1).unsqueeze(1))
-        self._rotations[id(cos_sin_CD)] = rotation
+    def _keep_rotation(self, cos_sin_CR: Tensor) -> _Rotation:
+        cos_CF, sin_CF = cos_sin_CR.chunk(2, dim=-1)
+        cos_CR, sin_CR = torch.cat((cos_CF, cos_CF), 1), torch.cat((-sin_CF, sin_CF), 1)
+        rotation = _Rotation(cos_sin_CR, torch.stack((cos_CR, sin_CR), 1).unsqueeze(1))
+        self._rotations[id(cos_sin_CR)] = rotation
         return rotation
 
     def gated_linear(self, weight_2IE: LinearWeight, bias_2I: Tensor | None) -> LinearKernel:
@@ -196,9 +198,9 @@ class CpuOps(TorchLatentOps, CpuMoeOps):
         num_kv_heads, num_rows = heads.num_kv_heads, slots_T.shape[0]
         num_heads = qkv_TFD.shape[1] - 2 * num_kv_heads
         if heads.q_norm_D is None or heads.k_norm_D is None:
-            rotation = self._rotation_of(heads.cos_sin_CD, positions_T)
+            rotation = self._rotation_of(heads.cos_sin_CR, positions_T)
             turning_TXD = qkv_TFD[:, : num_heads + num_kv_heads]
-            _rotate_in_place(turning_TXD, rotation.cos_T1D, rotation.sin_T1D)
+            _rotate_in_place(turning_TXD, rotation.cos_T1R, rotation.sin_T1R)
             sizes = (num_heads, num_kv_heads, num_kv_heads)
             q_THD, k_TGD, v_TGD = qkv_TFD.split_with_sizes(sizes, 1)
         else:

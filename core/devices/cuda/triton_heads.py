@@ -3,7 +3,7 @@
 Queries and keys are normalised where their model does, rotated by halves and written back in place;
 keys and values are stored in a paged cache. Computes in float32 and rounds once. Knows nothing of
 attention. Shape legend: see core.interfaces.ops; F heads of a row (H of queries, G of keys, G of
-values), B heads of a block, U half a head.
+values), B heads of a block, U pairs of a head's values: D / 2, of which the first R / 2 turn.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -20,9 +20,18 @@ _BLOCK_HEADS = 8  # of one program
 
 
 @triton.jit
-def _load_norm(q_norm_ptr, k_norm_ptr, is_q_B1, is_k_B1, columns_U, HALF: tl.constexpr):
+def _pairs(pairs_U, HALF: tl.constexpr, TURNED: tl.constexpr):
+    """The column of the first value of each pair, and how far behind it the second is. What does
+    not turn is paired by halves too."""
+    if TURNED == HALF:
+        return pairs_U, tl.full(pairs_U.shape, HALF, tl.int32)
+    turns_U = pairs_U < TURNED
+    return pairs_U + tl.where(turns_U, 0, TURNED), tl.where(turns_U, TURNED, HALF - TURNED)
+
+
+@triton.jit
+def _load_norm(q_norm_ptr, k_norm_ptr, is_q_B1, is_k_B1, columns_U, inside_U):
     """Weights of each head of a block; 1 for values."""
-    inside_U = columns_U < HALF
     q_U = tl.load(q_norm_ptr + columns_U, mask=inside_U, other=0.0).to(tl.float32)
     k_U = tl.load(k_norm_ptr + columns_U, mask=inside_U, other=0.0).to(tl.float32)
     return tl.where(is_q_B1, q_U[None, :], tl.where(is_k_B1, k_U[None, :], 1.0))
@@ -43,6 +52,7 @@ def prepare_heads_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     HALF: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -50,14 +60,17 @@ def prepare_heads_kernel(
     """BLOCK_B heads of one row; nothing for a row whose slot is negative."""
     row = tl.program_id(0).to(tl.int64)
     heads_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    columns_U = tl.arange(0, BLOCK_U)
+    pairs_U = tl.arange(0, BLOCK_U)
+    inside_U = pairs_U < HALF
+    columns_U, apart_U = _pairs(pairs_U, HALF, TURNED)
+    apart_1U = apart_U[None, :]
     is_q_B1 = (heads_B < H)[:, None]
     is_v_B1 = (heads_B >= H + G)[:, None]
     is_k_B1 = (is_q_B1 | is_v_B1) == 0
     if NORM:
-        first_norm_BU = _load_norm(q_norm_ptr, k_norm_ptr, is_q_B1, is_k_B1, columns_U, HALF)
+        first_norm_BU = _load_norm(q_norm_ptr, k_norm_ptr, is_q_B1, is_k_B1, columns_U, inside_U)
         second_norm_BU = _load_norm(
-            q_norm_ptr + HALF, k_norm_ptr + HALF, is_q_B1, is_k_B1, columns_U, HALF
+            q_norm_ptr, k_norm_ptr, is_q_B1, is_k_B1, columns_U + apart_U, inside_U
         )
     wait_for_predecessor(DEPENDENT)
     let_successor_start(DEPENDENT)
@@ -65,14 +78,13 @@ def prepare_heads_kernel(
     position = tl.load(positions_ptr + row)  # beside that of the slot: padding has one too
     if slot < 0:
         return
-    inside_U = columns_U < HALF
     inside_BU = (heads_B[:, None] < H + 2 * G) & inside_U[None, :]
     places_BU = qkv_ptr + (row * (H + 2 * G) + heads_B[:, None]) * (2 * HALF) + columns_U[None, :]
     first_BU = tl.load(places_BU, mask=inside_BU, other=0.0).to(tl.float32)
-    second_BU = tl.load(places_BU + HALF, mask=inside_BU, other=0.0).to(tl.float32)
-    angles_ptr = cos_sin_ptr + position * (2 * HALF) + columns_U
-    cos_U = tl.load(angles_ptr, mask=inside_U, other=0.0)
-    sin_U = tl.load(angles_ptr + HALF, mask=inside_U, other=0.0)
+    second_BU = tl.load(places_BU + apart_1U, mask=inside_BU, other=0.0).to(tl.float32)
+    angles_ptr = cos_sin_ptr + position * (2 * TURNED) + pairs_U
+    cos_U = tl.load(angles_ptr, mask=pairs_U < TURNED, other=1.0)
+    sin_U = tl.load(angles_ptr + TURNED, mask=pairs_U < TURNED, other=0.0)
     if NORM:
         squares_B = tl.sum(first_BU * first_BU + second_BU * second_BU, axis=1)
         scale_B1 = tl.rsqrt(squares_B / (2 * HALF) + EPS)[:, None]
@@ -86,13 +98,13 @@ def prepare_heads_kernel(
     new_second_BU = (second_BU * cos_BU + first_BU * sin_BU).to(dtype)
     turned_BU = inside_BU & (is_v_B1 == 0)
     tl.store(places_BU, new_first_BU, mask=turned_BU)
-    tl.store(places_BU + HALF, new_second_BU, mask=turned_BU)
+    tl.store(places_BU + apart_1U, new_second_BU, mask=turned_BU)
     k_places_BU = (slot * G + heads_B[:, None] - H) * (2 * HALF) + columns_U[None, :]
     tl.store(k_cache_ptr + k_places_BU, new_first_BU, mask=inside_BU & is_k_B1)
-    tl.store(k_cache_ptr + k_places_BU + HALF, new_second_BU, mask=inside_BU & is_k_B1)
+    tl.store(k_cache_ptr + k_places_BU + apart_1U, new_second_BU, mask=inside_BU & is_k_B1)
     v_places_BU = k_places_BU - G * 2 * HALF
     tl.store(v_cache_ptr + v_places_BU, new_first_BU, mask=inside_BU & is_v_B1)
-    tl.store(v_cache_ptr + v_places_BU + HALF, new_second_BU, mask=inside_BU & is_v_B1)
+    tl.store(v_cache_ptr + v_places_BU + apart_1U, new_second_BU, mask=inside_BU & is_v_B1)
 
 
 class TritonHeadOps:
@@ -118,9 +130,9 @@ class TritonHeadOps:
         if num_rows:
             prepare_heads_kernel[(num_rows, triton.cdiv(qkv_TFD.shape[1], _BLOCK_HEADS))](
                 qkv_TFD,
-                heads.q_norm_D if normed else heads.cos_sin_CD,
-                heads.k_norm_D if normed else heads.cos_sin_CD,
-                heads.cos_sin_CD,
+                heads.q_norm_D if normed else heads.cos_sin_CR,
+                heads.k_norm_D if normed else heads.cos_sin_CR,
+                heads.cos_sin_CR,
                 positions_T,
                 slots_T,
                 cache.k_NPGD,
@@ -130,6 +142,7 @@ class TritonHeadOps:
                 H=num_heads,
                 G=num_kv_heads,
                 HALF=half,
+                TURNED=heads.cos_sin_CR.shape[1] // 2,
                 BLOCK_B=_BLOCK_HEADS,
                 BLOCK_U=triton.next_power_of_2(half),
                 num_warps=2,

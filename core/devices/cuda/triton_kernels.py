@@ -97,7 +97,7 @@ def rope_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Rotate every query and key head of one row, in place."""
+    """Rotate the first 2 * half values of every query and key head of one row, in place."""
     row = tl.program_id(0).to(tl.int64)
     columns_F = tl.arange(0, BLOCK_F)
     angles_ptr = cos_sin_ptr + tl.load(positions_ptr + row) * (2 * half)

@@ -108,21 +108,21 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
         return out_TE
 
     def rope(
-        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CD: Tensor, positions_T: Tensor
+        self, q_THD: Tensor, k_TGD: Tensor, cos_sin_CR: Tensor, positions_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Overwrites q and k, whose heads must be contiguous."""
         assert q_THD.stride(2) == 1
         assert k_TGD.stride(2) == 1
-        num_rows, num_heads, head_dim = q_THD.shape
+        num_rows, num_heads, _ = q_THD.shape
         if num_rows == 0:
             return q_THD, k_TGD
-        num_kv_heads = k_TGD.shape[1]
+        num_kv_heads, half = k_TGD.shape[1], cos_sin_CR.shape[1] // 2
         block_H, block_G = (triton.next_power_of_2(n) for n in (num_heads, num_kv_heads))
-        block_F = triton.next_power_of_2(head_dim // 2)
+        block_F = triton.next_power_of_2(half)
         rope_kernel[(num_rows,)](
             q_THD,
             k_TGD,
-            cos_sin_CD,
+            cos_sin_CR,
             positions_T,
             q_THD.stride(0),
             q_THD.stride(1),
@@ -130,7 +130,7 @@ class TritonOps(TritonHeadOps, TritonLatentOps, TritonMoeOps):
             k_TGD.stride(1),
             num_heads,
             num_kv_heads,
-            head_dim // 2,
+            half,
             BLOCK_H=block_H,
             BLOCK_G=block_G,
             BLOCK_F=block_F,

@@ -1,7 +1,8 @@
 """Grouped-query attention with rotary positions: everything around the attention itself.
 
 The cache and the attention backends are behind `AttentionStep`. Shape legend: T rows, E hidden
-size, H and G this rank's query and KV heads, F = H + 2G, D head dimension, C positions.
+size, H and G this rank's query and KV heads, F = H + 2G, D head dimension, C positions, R values of
+a head that turn.
 """
 
 from torch import Tensor
@@ -34,7 +35,7 @@ class GroupedQueryAttention:
         weights: WeightReader,
         sizes: GroupedQuerySizes,
         layer: int,
-        cos_sin_CD: Tensor,
+        cos_sin_CR: Tensor,
     ) -> None:
         shards = Sharding.over(context.comms.axes["tp"]).heads(sizes.num_heads, sizes.num_kv_heads)
         q_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
@@ -53,7 +54,7 @@ class GroupedQueryAttention:
             for name in ("q_norm", "k_norm")
         ]
         self._transform = HeadTransform(
-            shards.num_kv_heads, cos_sin_CD, norms[0], norms[1], sizes.norm_eps
+            shards.num_kv_heads, cos_sin_CR, norms[0], norms[1], sizes.norm_eps
         )
         self._num_merged_heads = shards.num_heads + 2 * shards.num_kv_heads
         self._head_dim = sizes.head_dim

@@ -4,7 +4,8 @@ Between the blocks of a layer rows lie as `BuildContext.stream` says; each norm 
 addition before it and, where the ranks can, with the sum of what they computed of the block, so a
 layer ends with the norm that the next one starts with. Knows nothing of
 requests or of caches.
-Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V vocabulary.
+Shape legend: T rows of a step, R rows whose logits are wanted, E hidden size, V vocabulary, C
+positions, D values of a head that turn.
 """
 
 import copy
