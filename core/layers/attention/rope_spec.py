@@ -41,10 +41,11 @@ _KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """How positions turn into angles. Fields beyond `theta` matter to some `kind`s only."""
+    """How positions turn into angles. Fields beyond `fraction` matter to some `kind`s only."""
 
     kind: str = "default"
     theta: float = DEFAULT_THETA
+    fraction: float = 1.0  # of a head's values, the first ones, that turn
     factor: float = 1.0  # of context extension: linear, llama3, yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -71,16 +72,25 @@ def parse_rope(hf_config: Mapping[str, Any]) -> RopeSpec:
             raise ModelKeyError(
                 key, f".{name}={shown(value)} (by type of layer) is not supported; allowed: numbers"
             )
-    fraction = raw.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
-    if fraction not in (None, 1, 1.0):
-        raise ModelKeyError(
-            "partial_rotary_factor", f"={shown(fraction)} is not supported; allowed: 1.0"
-        )
     fields = _Fields(key, kind, raw, hf_config)
-    theta = raw.get("rope_theta")
-    if theta is None:
-        theta = hf_config.get("rope_theta")
-    theta = fields.checked("rope_theta", DEFAULT_THETA if theta is None else theta)
+    return replace(_parse_angles(fields, kind, raw), fraction=_fraction(hf_config, raw))
+
+
+def _fraction(hf_config: Mapping[str, Any], raw: Mapping[str, Any]) -> float:
+    """`partial_rotary_factor`: the one in the object counts before the one beside it."""
+    name = "partial_rotary_factor"
+    value = raw.get(name, hf_config.get(name))
+    if value is None:
+        return 1.0
+    if not is_positive(value) or value > 1:
+        raise ModelKeyError(
+            name, f"={shown(value)} is not supported; allowed: a number above 0, at most 1"
+        )
+    return float(value)
+
+
+def _parse_angles(fields: "_Fields", kind: str, raw: Mapping[str, Any]) -> RopeSpec:
+    theta = fields.theta()
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind == "linear":
@@ -198,6 +208,13 @@ class _Fields:
                 name, f"={shown(value)} is not supported; allowed: from 2 to {MAX_POSITIONS}"
             )
         return int(number)
+
+    def theta(self) -> float:
+        """Beside the object where it has none; transformers' default where neither has one."""
+        value = self._raw.get("rope_theta")
+        if value is None:
+            value = self._config.get("rope_theta")
+        return self.checked("rope_theta", DEFAULT_THETA if value is None else value)
 
     def stretch(self, original: int) -> float:
         """How much longer than `original` the context is, where no factor says it."""

@@ -90,8 +90,11 @@ IGNORED: Mapping[str, str] = {
 }  # fmt: skip
 # Keys for which null says something else than their absence.
 _NULL_SPEAKS = frozenset(
-    {"num_key_value_heads", "sliding_window", "q_lora_rank", "n_shared_experts"}
-)
+    {
+        "num_key_value_heads", "sliding_window", "q_lora_rank", "n_shared_experts",
+        "partial_rotary_factor",
+    }
+)  # fmt: skip
 _MAX_SHOWN = 10  # unknown keys in one warning
 
 

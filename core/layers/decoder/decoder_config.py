@@ -72,15 +72,18 @@ def parse_decoder(
     keys: ConfigKeys,
     attention: AttentionSizes,
     mlp_bias: bool = False,
+    partial_rotary: bool = False,
     experts: MoELayerSpec | None = None,
     expert_layers: tuple[int, ...] = (),
     ignored_tensors: tuple[str, ...] = (),
 ) -> DecoderSpec:
     """Read what every decoder family has, around its attention and experts. `experts` are those
-    of `expert_layers`; `hf_config` is complete (see ConfigKeys). Raises ModelError for what is not
-    supported."""
+    of `expert_layers`; `hf_config` is complete (see ConfigKeys). `partial_rotary`: the family knows
+    heads of which only the first values turn. Raises ModelError for what is not supported."""
     config = ConfigReader(hf_config)
     rope = parse_rope(hf_config)
+    if rope.fraction != 1 and not partial_rotary:
+        raise config.error("partial_rotary_factor", rope.fraction, "1.0")
     config.choice("hidden_act", ("silu", "swish"), "silu")
     if isinstance(attention, LatentAttentionSizes):
         num_kv_heads, head_dim = attention.num_heads, attention.qk_head_dim
@@ -253,12 +256,19 @@ def _has_whole_windows(hf_config: Mapping[str, Any]) -> bool:
 
 
 def _check_rope(spec: DecoderSpec) -> None:
-    dim = spec.rope_dim
-    if dim % 2 != 0:
-        name = "qk_rope_head_dim" if spec.latent_attention else "head_dim"
-        raise ModelKeyError(name, f"={dim} must be even (rotary embedding)")
+    dim, head_dim, fraction = spec.rope_dim, spec.head_dim, spec.rope.fraction
+    name, size = ("qk_rope_head_dim", dim) if spec.latent_attention else ("head_dim", head_dim)
+    if size % 2 != 0:
+        raise ModelKeyError(name, f"={size} must be even (rotary embedding)")
+    if dim % 2 != 0 or dim == 0:
+        raise ModelKeyError(
+            "partial_rotary_factor",
+            f"={fraction} turns {dim} of the {head_dim} values of a head; needed: an even number "
+            "above 0",
+        )
     factors = spec.rope.frequency_factors
     if factors and len(factors) != dim // 2:
         raise ModelKeyError(
-            "rope_scaling", f": {len(factors)} factors for a head_dim of {dim}; needed: {dim // 2}"
+            "rope_scaling",
+            f": {len(factors)} factors for {dim} values of a head that turn; needed: {dim // 2}",
         )

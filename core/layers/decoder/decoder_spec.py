@@ -44,7 +44,7 @@ class DecoderSpec(ModelSpec):
 
     @property
     def rope_dim(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """Values of a head that turn: the first ones, or those of the rotary part."""
         if isinstance(self.attention, LatentAttentionSizes):
             return self.attention.qk_rope_head_dim
-        return self.attention.head_dim
+        return int(self.attention.head_dim * self.rope.fraction)

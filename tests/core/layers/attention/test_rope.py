@@ -99,6 +99,26 @@ def test_both_spellings_that_differ_are_warned_of() -> None:
     assert rope_warnings({"rope_parameters": YARN_ROPE}) == []
 
 
+@pytest.mark.parametrize("case", ["default", "linear", "llama3", "yarn", "yarn_smooth"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_table_of_heads_that_turn_in_part_is_that_of_transformers(
+    case: str, beside: bool
+) -> None:
+    from transformers import Glm4MoeConfig
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
+
+    fraction = {"partial_rotary_factor": 0.75}
+    changes = {"rope_parameters": CASES[case] | ({} if beside else fraction)}
+    if beside:
+        changes |= fraction
+    config = Glm4MoeConfig(**copy.deepcopy(TINY | changes))
+    cos, sin = Glm4MoeRotaryEmbedding(config)(torch.zeros(1), torch.arange(300)[None])
+    spec = parse_rope(TINY | changes)
+    assert spec.fraction == 0.75
+    found = rope_table(spec, 12, 300, CPU)
+    assert torch.equal(found, torch.cat((cos[0, :, :6], sin[0, :, :6]), -1))
+
+
 @pytest.mark.parametrize(
     ("scaling", "positions"),
     [
@@ -157,7 +177,12 @@ def test_nothing_said_is_the_default() -> None:
         ),
         ({"rope_scaling": YARN_ROPE | {"truncate": "no"}}, ["truncate='no'", "true or false"]),
         ({"rope_scaling": YARN_ROPE | {"attention_factor": 0}}, ["attention_factor=0"]),
-        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "1.0"]),
+        ({"partial_rotary_factor": 0}, ["partial_rotary_factor=0 ", "above 0"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor=1.5", "at most 1"]),
+        (
+            {"rope_parameters": {"partial_rotary_factor": True}, "partial_rotary_factor": 0.5},
+            ["partial_rotary_factor=True"],
+        ),
         (
             {"rope_parameters": CASES["longrope"] | {"long_factor": [2.0] * 8}},
             ["longrope", "short_factor equals"],
