@@ -30,6 +30,7 @@ BUILTIN_PLUGINS = (
     "plugins.models.qwen3_moe",
     "plugins.models.mixtral",
     "plugins.models.deepseek",
+    "plugins.models.glm4_moe",
     "plugins.logits_processors",
     "plugins.checkpoints",
     "plugins.frontends.openai",

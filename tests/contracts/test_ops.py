@@ -267,10 +267,10 @@ def test_rope_of_heads_that_do_not_follow_each_other(
 ) -> None:
     qkv = normal(1, 3, 6, 8, dtype=torch.float32)
     parts = dict(zip(order, qkv.split(2, dim=1), strict=True))
-    positions_T, cos_sin_CD = torch.tensor([4, 0, 9]), _cos_sin(10, 8)
-    expected = [plain_ops.rope(parts[name], cos_sin_CD, positions_T) for name in "qk"]
+    positions_T, cos_sin_CR = torch.tensor([4, 0, 9]), _cos_sin(10, 8)
+    expected = [plain_ops.rope(parts[name], cos_sin_CR, positions_T) for name in "qk"]
     moved = dict(zip(order, qkv.clone().to(device).split(2, dim=1), strict=True))
-    rotated = ops.rope(moved["q"], moved["k"], cos_sin_CD.to(device), positions_T.to(device))
+    rotated = ops.rope(moved["q"], moved["k"], cos_sin_CR.to(device), positions_T.to(device))
     for result, right in zip(rotated, expected, strict=True):
         close(result, right, torch.float32)
     assert torch.equal(moved["v"].cpu(), parts["v"])

@@ -20,8 +20,8 @@ from core.settings.config import AppConfig, PluginChoice
 from tests.support.models import TINY, family_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# Parameters as model cards, transformers and safetensors indices count them; DeepSeek's without
-# the layer that drafts tokens.
+# Parameters as model cards, transformers and safetensors indices count them; DeepSeek's and
+# GLM's without the layer that drafts tokens.
 PARAMETERS = {
     "llama31_8b": 8_030_261_248,
     "llama31_405b": 405_853_388_800,
@@ -32,6 +32,8 @@ PARAMETERS = {
     "deepseek_v2_lite": 15_706_484_224,
     "deepseek_v3": 671_026_419_200,
     "deepseek_r1": 671_026_419_200,
+    "glm4_5": 352_797_829_024,
+    "glm4_5_air": 106_852_251_264,
 }
 
 
@@ -72,7 +74,7 @@ def test_presets_have_the_published_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["deepseek_v3", "deepseek_v2_lite", "qwen3_30b_a3b", "mixtral_8x7b"]
+    "name", ["deepseek_v3", "deepseek_v2_lite", "qwen3_30b_a3b", "mixtral_8x7b", "glm4_5_air"]
 )
 def test_parameters_are_those_that_transformers_makes(name: str) -> None:
     import transformers

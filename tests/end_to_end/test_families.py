@@ -31,6 +31,8 @@ CASES = [
     ("deepseek_v2_lite", 2),
     ("deepseek_v2", 1),
     ("deepseek_v3_halves", 2),
+    ("glm4_moe", 1),
+    ("glm4_moe_air", 2),
 ]
 
 

@@ -30,6 +30,8 @@ PLANS = [
     (4, 4, 4),
     (4, 2, 2),
 ]
+CASES = [(name, plan) for name in MODELS for plan in PLANS]
+CASES += [("glm4_moe", plan) for plan in [(1, 1, 1), (2, 1, 1), (2, 2, 2), (4, 2, 2)]]
 # DeepEP carries bfloat16 rows, and symm_mem those of GPUs: see tests/contracts.
 BACKENDS = {
     "local": PluginChoice(name="local"),
@@ -89,8 +91,7 @@ def generate(
     return [answer.token_ids for answer in first]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "plan"), CASES, ids=str)
 def test_plans_give_the_tokens_of_transformers(
     name: str, plan: tuple[int, int, int], tiny_folder: Folder, expected: Expected
 ) -> None:

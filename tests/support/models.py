@@ -94,6 +94,11 @@ LATENT: dict[str, Any] = EXPERTS | {
     "first_k_dense_replace": 1,
     "rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.8},
 }
+GLM: dict[str, Any] = EXPERTS | {
+    "attention_bias": True,
+    "n_routed_experts": 16,
+    "first_k_dense_replace": 1,
+}
 # Name of a tiny checkpoint -> (transformers' prefix of the family's classes, config changes).
 # "odd" is like SmolLM2: 9 heads over 3 KV heads, so that tp 3 and 9 are what it allows.
 TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -140,6 +145,21 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 2,
             "n_shared_experts": 2,
             "routed_scaling_factor": 2.0,
+        },
+    ),
+    # Half of each head turns.
+    "glm4_moe": (
+        "Glm4Moe",
+        GLM | {"use_qk_norm": True, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    # Like Air: heads are not normalised, the best experts of all. A quarter turns, as YaRN says.
+    "glm4_moe_air": (
+        "Glm4Moe",
+        GLM
+        | {
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "rope_parameters": YARN_ROPE | {"partial_rotary_factor": 0.25},
         },
     ),
     # Halves instead of neighbouring pairs turn, biases, scores that are not normalised.

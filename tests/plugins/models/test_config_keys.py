@@ -12,7 +12,7 @@ from core.errors import ModelError
 from core.interfaces.model import ModelSpec
 from core.layers.basic.config_keys import IGNORED, NEUTRAL, READ, ConfigKeys
 from core.layers.decoder.decoder_config import _QUANTIZATION, QUANTIZATION_IGNORED
-from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
+from plugins.models import deepseek, glm4_moe, llama, mixtral, qwen3, qwen3_moe
 from tests.support.models import TINY, TINY_MODELS, family_of
 
 # Name of a tiny checkpoint (tests.support.models) -> the keys of its family.
@@ -25,6 +25,7 @@ FAMILIES: dict[str, ConfigKeys] = {
     "mixtral": mixtral.KEYS,
     "deepseek_v3": deepseek.V3_KEYS,
     "deepseek_v2": deepseek.V2_KEYS,
+    "glm4_moe": glm4_moe.KEYS,
 }
 # Keys that transformers takes out of config.json beside the fields of a config class.
 POPPED = (
@@ -35,7 +36,7 @@ POPPED = (
 )  # fmt: skip
 # What other values of the keys that are read look like: each changes the spec, or is refused.
 OTHER: dict[str, Any] = {
-    "attention_bias": True,
+    "attention_bias": None,  # the other one of the base, see `other_value`
     "decoder_sparse_step": 2,
     "dtype": "bfloat16",
     "first_k_dense_replace": 2,
@@ -55,7 +56,7 @@ OTHER: dict[str, Any] = {
     "n_group": 8,
     "n_routed_experts": 32,
     "n_shared_experts": 3,
-    "norm_topk_prob": None,  # the other one of the base, see `other_value`
+    "norm_topk_prob": None,
     "num_attention_heads": 4,
     "num_experts": 32,
     "num_experts_per_tok": 1,
@@ -64,7 +65,7 @@ OTHER: dict[str, Any] = {
     "num_local_experts": 4,
     "num_nextn_predict_layers": 3,
     "original_max_position_embeddings": 64,
-    "partial_rotary_factor": 0.5,
+    "partial_rotary_factor": 0.25,
     "per_layer_config": {"0": {"num_key_value_heads": 2}},
     "q_lora_rank": 16,
     "qk_nope_head_dim": 8,
@@ -83,6 +84,7 @@ OTHER: dict[str, Any] = {
     "topk_group": 1,
     "topk_method": "other",
     "torch_dtype": "bfloat16",
+    "use_qk_norm": None,
     "use_sliding_window": None,
     "v_head_dim": 8,
     "vocab_size": 300,
@@ -139,9 +141,9 @@ def test_every_key_is_in_one_table(name: str) -> None:
 def other_value(name: str, key: str) -> dict[str, Any]:
     """Changes that make a key say something else than the base, where it can."""
     windows = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
-    if key in ("norm_topk_prob", "rope_interleave"):
-        given = base(name).get(key, name == "deepseek_v3")
-        return {key: not given}
+    if OTHER[key] is None and key != "use_sliding_window":
+        default = getattr(config_class(name)(), key, False)
+        return {key: not base(name).get(key, default)}
     if key == "use_sliding_window":
         return {"sliding_window": 64, "max_window_layers": 0, key: True}
     if key == "max_window_layers":

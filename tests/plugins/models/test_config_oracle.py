@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.models import LINEAR_ROPE, YARN_ROPE, build_model, folder_files, run_model
+from core.errors import ModelError
+from tests.support.models import (
+    LINEAR_ROPE,
+    YARN_ROPE,
+    build_model,
+    edit_config,
+    folder_files,
+    run_model,
+)
 from tests.support.oracle import TransformersOracle
 
 FACTORS = [1.0 + 0.1 * index for index in range(8)]
@@ -50,6 +59,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         WINDOWS | {"max_window_layers": 0, "layer_types": ["full_attention"] * 3},
     ),
+    "GLM's own half of a head": ("glm4_moe", {"rope_parameters": None}),
+    "a quarter of a head": ("glm4_moe", {"rope_parameters": None, "partial_rotary_factor": 0.25}),
+    "the whole head": ("glm4_moe", {"rope_parameters": None, "partial_rotary_factor": 1.0}),
     "a window that nobody uses": ("qwen3_moe", {"sliding_window": 16}),
 }
 
@@ -72,3 +84,29 @@ def test_a_config_means_what_it_means_to_transformers(
         config["rms_norm_eps"] = 1e-2
         (folder / "config.json").write_text(json.dumps(config))
         assert not torch.equal(run_model(build_model(folder_files(folder)), PROMPT), found)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_layers_that_draft_tokens_are_not_read(
+    name: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder(name), folder)
+    weights = load_file(folder / "model.safetensors")
+    last = "model.layers.2."
+    drafts = {
+        key.replace(last, "model.layers.3."): value.clone()
+        for key, value in weights.items()
+        if key.startswith(last)
+    }
+    drafts |= {
+        f"model.layers.3.{name}.weight": torch.full((96, 4), torch.nan)
+        for name in ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.head")
+    }
+    save_file(weights | drafts, folder / "model.safetensors")
+    edit_config(folder, num_nextn_predict_layers=1)
+    found = run_model(build_model(folder_files(folder)), PROMPT)
+    assert torch.equal(found, run_model(build_model(folder_files(tiny_folder(name))), PROMPT))
+    edit_config(folder, num_nextn_predict_layers=0, num_mtp_layers=None)
+    with pytest.raises(ModelError, match=r"not part of the model.*model\.layers\.3\."):
+        build_model(folder_files(folder))

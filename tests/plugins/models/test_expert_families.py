@@ -53,6 +53,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 2,
         "topk_method": "greedy",
     },
+    "glm": SIZES
+    | {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 2,
+        "routed_scaling_factor": 2.5,
+    },
     "qwen": SIZES
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -144,6 +158,56 @@ def test_no_shared_experts() -> None:
     assert experts.shared_intermediate_size is None
 
 
+def test_glm4_moe_is_read() -> None:
+    spec = parse("glm")
+    assert isinstance(spec.attention, GroupedQuerySizes)
+    assert (spec.attention.qkv_bias, spec.attention.output_bias) == (True, False)
+    assert spec.attention.qk_norm
+    assert (spec.head_dim, spec.rope_dim) == (16, 8)  # half of a head turns where nothing is said
+    assert spec.moe is not None
+    assert spec.moe.layers == (2, 3, 4, 5)
+    assert spec.experts is not None
+    assert spec.experts.has_bias
+    assert spec.experts.shared_intermediate_size == 128
+    assert spec.experts.routing == Routing(
+        top_k=4,
+        scoring="sigmoid",
+        normalise=True,
+        scale=2.5,
+        num_groups=4,
+        num_chosen_groups=2,
+        group_top=2,
+    )
+    assert spec.ignored_tensors == ("model.layers.6.",)
+    assert parse("glm", num_mtp_layers=0).ignored_tensors == ()
+    bare = parse("glm", attention_bias=None, use_qk_norm=None).attention
+    assert isinstance(bare, GroupedQuerySizes)
+    assert not bare.qkv_bias
+    assert not bare.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("changes", "turned"),
+    [
+        ({"partial_rotary_factor": 0.25}, 4),
+        ({"partial_rotary_factor": 1}, 16),
+        ({"partial_rotary_factor": None}, 16),  # as transformers takes null, unlike a missing key
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.75}}, 12),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 8),
+        ({"partial_rotary_factor": 0.3}, 4),  # 4.8, cut off
+    ],
+)
+def test_values_of_a_head_that_turn_are_as_many_as_transformers_turns(
+    changes: dict[str, Any], turned: int
+) -> None:
+    from transformers import Glm4MoeConfig
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
+
+    rotary = Glm4MoeRotaryEmbedding(Glm4MoeConfig(**(CONFIGS["glm"] | changes)))
+    assert 2 * rotary.inv_freq.shape[0] == turned
+    assert parse("glm", **changes).rope_dim == turned
+
+
 def test_qwen3_moe_is_read() -> None:
     spec = parse("qwen", mlp_only_layers=[3], decoder_sparse_step=2)
     assert spec.moe is not None
@@ -185,6 +249,16 @@ def test_mixtral_is_read() -> None:
         ("v3", {"n_shared_experts": -1}, ["n_shared_experts=-1", "0 or more"]),
         ("v3", {"first_k_dense_replace": "3"}, ["first_k_dense_replace='3'"]),
         ("v3", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers=-1"]),
+        ("v3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "1.0"]),
+        ("glm", {"partial_rotary_factor": 0.45}, ["partial_rotary_factor=0.45", "turns 7", "even"]),
+        ("glm", {"partial_rotary_factor": 0.05}, ["partial_rotary_factor=0.05", "turns 0", "even"]),
+        ("glm", {"head_dim": 15}, ["head_dim=15", "even"]),
+        ("glm", {"scoring_func": "softmax"}, ["scoring_func='softmax'", "sigmoid"]),
+        ("glm", {"topk_method": "greedy"}, ["topk_method='greedy'", "noaux_tc"]),
+        ("glm", {"n_group": 3}, ["n_group=3", "16 experts"]),
+        ("glm", {"use_qk_norm": 1}, ["use_qk_norm=1", "true or false"]),
+        ("glm", {"n_routed_experts": None}, ["n_routed_experts=None"]),
+        ("qwen", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "1.0"]),
         ("v2", {"scoring_func": "sigmoid"}, ["scoring_func='sigmoid'", "softmax"]),
         ("v2", {"topk_method": "noaux_tc"}, ["topk_method='noaux_tc'", "group_limited_greedy"]),
         ("v2", {"norm_topk_prob": True}, ["norm_topk_prob=True", "false"]),
