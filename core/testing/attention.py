@@ -12,7 +12,7 @@ result fails. Shape legend: see core.interfaces.attention.
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -209,6 +209,44 @@ def attend(q_QHD: Tensor, k_CGD: Tensor, v_CGD: Tensor) -> Tensor:
     return out_QHD
 
 
+def another_layer(step: Step) -> Step:
+    """The same pages with other contents: keys and queries have the other sign and values are
+    doubled, so that the scores are the same and the answers doubled, exactly."""
+    return replace(
+        step,
+        kv=LayerKV(-step.kv.k_NPGD, 2 * step.kv.v_NPGD),
+        new=NewKV(-step.new.k_TGD, 2 * step.new.v_TGD),
+        q_THD=-step.q_THD,
+        expected_THD=2 * step.expected_THD,
+    )
+
+
+def next_step(step: Step) -> Step:
+    """The sequences in the opposite order, over pages with other contents: nothing that a backend
+    remembers of the step before is right in it."""
+    batch, other = step.batch, another_layer(step)
+    order = list(reversed(range(len(batch.query_lens))))
+    query_lens = [batch.query_lens[s] for s in order]
+    starts = list(accumulate(batch.query_lens, initial=0))
+    rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in order])
+    device = step.spec.device
+    reversed_batch = SequenceBatch(
+        query_lens,
+        [batch.context_lens[s] for s in order],
+        torch.tensor(list(accumulate(query_lens, initial=0)), dtype=torch.int32, device=device),
+        batch.context_lens_S.flip(0),
+        batch.page_table_SM.flip(0),
+    )
+    here = rows.to(device)
+    return replace(
+        other,
+        batch=reversed_batch,
+        new=NewKV(other.new.k_TGD[here], other.new.v_TGD[here]),
+        q_THD=other.q_THD[here],
+        expected_THD=other.expected_THD[rows],
+    )
+
+
 def check_backend(
     make: MakeBackend,
     case: Case,
@@ -216,17 +254,25 @@ def check_backend(
     device: torch.device = CPU,
     tolerance: float | None = None,
 ) -> None:
-    """Build a backend for a case's step, and compare two layers of one plan with float64 attention.
-    `tolerance`: None: `TOLERANCE` of the dtype. Raises AssertionError."""
+    """Build a backend for a case's step, and compare it with float64 attention: two layers of one
+    plan, then one of the next step. `tolerance`: None: `TOLERANCE` of the dtype. Raises
+    AssertionError."""
     step = make_step(case, dtype, device)
-    check_step(make, step, TOLERANCE[dtype] if tolerance is None else tolerance)
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    backend = make(step.spec)
+    check_layers(backend, [step, another_layer(step)], tolerance)
+    check_layers(backend, [next_step(step)], tolerance)
 
 
 def check_step(make: MakeBackend, step: Step, tolerance: float) -> None:
-    """The same of any step: two layers of one plan, by the norm of each row."""
-    backend = make(step.spec)
-    plan = backend.plan(step.batch)
-    for _ in range(2):
+    """Two layers of one step, by the norm of each row."""
+    check_layers(make(step.spec), [step, another_layer(step)], tolerance)
+
+
+def check_layers(backend: AttentionBackend, layers: list[Step], tolerance: float) -> None:
+    """Layers of one step, which have a batch in common, by one plan."""
+    plan = backend.plan(layers[0].batch)
+    for step in layers:
         out_THD = torch.full_like(step.q_THD, torch.nan)
         backend.forward(plan, step.kv, step.q_THD.clone(), out_THD, step.new)
         assert_close(out_THD, step.expected_THD, tolerance)

@@ -27,6 +27,7 @@ from core.testing.attention import (
     Step,
     as_captured,
     assert_close,
+    check_backend,
     check_step,
     make_step,
     random_cases,
@@ -56,7 +57,7 @@ DTYPES = list(TOLERANCE)
 @pytest.mark.parametrize("case", [*PREFILL, *DECODE, *LARGE, *random_cases(24)], ids=str)
 @pytest.mark.parametrize("name", ["torch_ref", "cpu"])
 def test_torch_backends_equal_float64(name: str, case: Case, dtype: torch.dtype) -> None:
-    check(name, make_step(case, dtype, torch.device("cpu")), TOLERANCE[dtype])
+    check_backend(partial(build, name), case, dtype)
 
 
 # Empty lists make pytest skip a test once: Triton is either interpreted or compiled.

@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from core.interfaces.attention import SequenceBatch
+from core.testing.latent_attention import V3, Case, Step, assert_close, check_captured, make_step
 from plugins.attention._triton_latent.backend import TritonLatentBackend
 from plugins.attention._triton_latent.portable import PortableKernel
-from tests.contracts.latent_attention_cases import Case, Step, make_step
-from tests.contracts.test_latent_attention import check_padded, compare
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-V3 = (128, 64, 128, 512)
 TOLERANCE = 1e-2
 
 
@@ -58,12 +56,12 @@ def test_equals_float64(cached: tuple[int, ...], num_heads: int, page_size: int)
     for _ in range(2):
         out_THC = step.q_THZ.new_full(step.expected_THC.shape, torch.nan)
         backend.absorbed(plan, step.cache_BPZ, *step.queries, out_THC)
-        compare(out_THC, step.expected_THC, TOLERANCE)
+        assert_close(out_THC, step.expected_THC, TOLERANCE)
 
 
 @pytest.mark.parametrize("padding", [1, 200])
 def test_padding_becomes_zero(padding: int) -> None:
-    check_padded("triton", make(lengths(4, 300), 64), TOLERANCE, padding)
+    check_captured(TritonLatentBackend, make(lengths(4, 300), 64), TOLERANCE, padding)
 
 
 def test_replays_follow_the_lengths_on_the_device() -> None:
@@ -95,7 +93,7 @@ def test_replays_follow_the_lengths_on_the_device() -> None:
     lens_S.copy_(real_lens_S)
     out_THC.fill_(torch.nan)
     graph.replay()
-    compare(out_THC, step.expected_THC, TOLERANCE)
+    assert_close(out_THC, step.expected_THC, TOLERANCE)
 
 
 @pytest.mark.parametrize(("num_heads", "page_size"), [(16, 64), (96, 64), (128, 16)], ids=str)

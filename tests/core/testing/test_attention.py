@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from core.interfaces.attention import LayerKV
 from core.plugin.hookspecs import NoOptions
 from core.testing.attention import CASES, DECODE, PREFILL, check_backend
 from plugins.attention._torch_ref.heads import build
@@ -55,6 +56,45 @@ class ShortContext(Broken):
 class ReadsTheScratchPage(Broken):
     def plan(self, batch):
         return super().plan(replace(batch, page_table_SM=torch.zeros_like(batch.page_table_SM)))
+
+
+class KeepsTheFirstLayersRows(Broken):
+    """A copy of the cache, made once: stale in every other layer."""
+
+    _copy = None
+
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        self._copy = self._copy or LayerKV(kv.k_NPGD.clone(), kv.v_NPGD.clone())
+        super().forward(plan, self._copy, q_THD, out_THD, new)
+
+
+class KeepsTheStepsRows(Broken):
+    """A copy of each layer's cache, though pages hold other rows in the next step."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self._kept = []
+
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        if len(self._kept) < 2:
+            self._kept.append(LayerKV(kv.k_NPGD.clone(), kv.v_NPGD.clone()))
+        else:  # the third is the first layer of the second step
+            kv = self._kept[0]
+        super().forward(plan, kv, q_THD, out_THD, new)
+
+
+class KeepsTheFirstPlan(Broken):
+    _plan = None
+
+    def plan(self, batch):
+        self._plan = self._plan or super().plan(batch)
+        return self._plan
+
+
+class WritesIntoTheCache(Broken):
+    def forward(self, plan, kv, q_THD, out_THD, new):
+        super().forward(plan, kv, q_THD, out_THD, new)
+        kv.v_NPGD.mul_(2)
 
 
 def test_a_right_one_passes():

@@ -21,8 +21,7 @@ from core.gpu_tools.compile_ahead import rehearsal
 from plugins.attention._triton_heads import prompt_gluon, prompt_gluon_kernels
 from plugins.attention._triton_latent import gluon, gluon_kernels
 from plugins.attention._triton_latent.stretches import Stretches
-from core.testing import attention
-from tests.contracts import latent_attention_cases
+from core.testing import attention, latent_attention
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
@@ -43,10 +42,10 @@ def prompts(H, G, cached, page_size):
     prompts.attend(plan, step.kv, step.q_THD, step.new, torch.empty_like(step.q_THD))
 
 def latents(H):
-    case = latent_attention_cases.Case(
+    case = latent_attention.Case(
         rows=(1, 1), cached=(99, 0), page_size=64, num_heads=H, dims=(128, 64, 128, 512)
     )
-    step = latent_attention_cases.make_step(case, torch.bfloat16, CPU)
+    step = latent_attention.make_step(case, torch.bfloat16, CPU)
     assert gluon.fits(step.spec)
     schedule, workspace = torch.zeros((9, 9), dtype=torch.int32), torch.zeros(9 * H * 513)
     q_THC, q_THR = zeros(2, H, 512), zeros(2, H, 64)
