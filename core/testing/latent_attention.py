@@ -115,7 +115,7 @@ class Step:
 
 def split_queries(spec: LatentAttentionSpec, q_THZ: Tensor) -> tuple[Tensor, Tensor]:
     """Both parts, new tensors: latents contiguous, rotary parts behind as many others."""
-    q_THC, q_THR = q_THZ.split((spec.latent_dim, spec.rope_dim), dim=2)
+    q_THC, q_THR = torch.split(q_THZ, [spec.latent_dim, spec.rope_dim], dim=2)
     wide_THX = torch.cat((q_THZ.new_full((*q_THZ.shape[:2], spec.nope_dim), torch.nan), q_THR), 2)
     return q_THC.contiguous(), wide_THX[..., spec.nope_dim :]
 
@@ -124,7 +124,7 @@ def expand(cached_XZ: Tensor, key_HNC: Tensor, value_HVC: Tensor) -> tuple[Tenso
     """Non-rotary keys (X, H, N) and values (X, H, V)."""
     num_heads, nope_dim, rank = key_HNC.shape
     weight_OC = torch.cat((key_HNC, value_HVC), dim=1).flatten(0, 1)
-    kv_XHY = (cached_XZ[:, :rank] @ weight_OC.T).unflatten(1, (num_heads, -1))
+    kv_XHY = (cached_XZ[:, :rank] @ weight_OC.T).view(len(cached_XZ), num_heads, -1)
     return kv_XHY[..., :nope_dim], kv_XHY[..., nope_dim:]
 
 
@@ -144,9 +144,8 @@ def make_step(case: Case, dtype: torch.dtype, device: torch.device) -> Step:
     key_HNC = normal(case.num_heads, nope_dim, latent_dim) * latent_dim**-0.5
     value_HVC = normal(case.num_heads, value_dim, latent_dim) * latent_dim**-0.5
     # Heads lie in wider rows, as after a merged projection.
-    q_THD = normal(num_rows, case.num_heads * (nope_dim + rope_dim) + 8)[:, 8:].unflatten(
-        1, (case.num_heads, -1)
-    )
+    wide_TX = normal(num_rows, case.num_heads * (nope_dim + rope_dim) + 8)
+    q_THD = wide_TX[:, 8:].view(num_rows, case.num_heads, -1)
     q_THZ = normal(num_rows, case.num_heads, latent_dim + rope_dim)
     cache_shape = (num_pages, case.page_size, latent_dim + rope_dim)
     cache_BPZ = torch.full(cache_shape, torch.nan, dtype=dtype)
