@@ -8,7 +8,6 @@ an arbitrary order within an expert, as they do over RDMA. Knows nothing of the 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from plugins.comm.gloo import GlooCommunicator
+from tests.support.fake_deep_ep_config import NVL_PEERS, Config
 
 LOW_LATENCY_HIDDEN = (2048, 2560, 4096, 5120, 6144, 7168, 8192)
-NVL_PEERS = 8
 MAX_TOP_K = 11
 FINISHED_SUM_TAG = 1024
 FP8 = torch.float8_e4m3fn
@@ -35,30 +34,6 @@ class FakeGroup:
 
     def size(self) -> int:
         return self.comm.size
-
-
-@dataclass
-class Config:
-    """Sizes of normal mode's chunks; hints as csrc/config.hpp computes them."""
-
-    num_sms: int
-    num_max_nvl_chunked_send_tokens: int
-    num_max_nvl_chunked_recv_tokens: int
-    num_max_rdma_chunked_send_tokens: int
-    num_max_rdma_chunked_recv_tokens: int
-
-    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        nvl_ranks, rdma_ranks = min(num_ranks, NVL_PEERS), max(num_ranks // NVL_PEERS, 1)
-        slots = self.num_sms // 2 * nvl_ranks
-        row = hidden_bytes + 8 + 128 * (8 + 4 + 4)
-        return slots * ((2 * rdma_ranks + 3) * 4 + self.num_max_nvl_chunked_recv_tokens * row)
-
-    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        if num_ranks <= NVL_PEERS:
-            return 0
-        slots = self.num_sms // 2 * (num_ranks // NVL_PEERS) * 2
-        row = hidden_bytes + 8 + 128 * (8 + 4 + 4) + 16
-        return slots * (72 + self.num_max_rdma_chunked_recv_tokens * row) + 2**20
 
 
 class EventOverlap:
