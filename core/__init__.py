@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from core.frontend.completion import Completion
     from core.interfaces.messages import SamplingParams
     from core.llm.model import LLM
-    from core.serve.completion import Completion
 
 __all__ = ["LLM", "Completion", "SamplingParams"]
 
 _HOMES = {
     "LLM": "core.llm.model",
-    "Completion": "core.serve.completion",
+    "Completion": "core.frontend.completion",
     "SamplingParams": "core.interfaces.messages",
 }
 

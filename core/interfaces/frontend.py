@@ -2,11 +2,11 @@
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.interfaces.http import HttpStats
 from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
+from core.interfaces.metrics import FrontendMetrics, RequestMeter
 from core.interfaces.text import TextService
 from core.settings.config import FrontendConfig
 
@@ -25,8 +25,12 @@ class OutputStream(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """End the iteration. Aborts the request unless it finished. May be called again."""
+    def close(self, finish_reason: str | None = None) -> None:
+        """End the iteration. Aborts the request unless it finished. May be called again.
+
+        `finish_reason`, one of few words, is what metrics count where the reader knows better than
+        the engine: "stop" for a stop string. None: the engine's, or "abort" where it has none yet.
+        """
         ...
 
 
@@ -82,9 +86,11 @@ class Engine(Protocol):
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        meter: RequestMeter | None = None,
     ) -> OutputStream:
         """Submit a request, at once and without blocking. Of those that wait the ones with the
-        lowest `priority` are computed first.
+        lowest `priority` are computed first. Its tokens, times and end are counted as it is read;
+        `meter` is given where it is one of several answers to one request.
 
         Raises RequestError: status 503 unless the state is SERVING; status 400 for anything that
         could hurt a worker, with `param` naming the argument or the field of `sampling`
@@ -184,9 +190,8 @@ class FrontendContext:
     model: ServedModel
     config: FrontendConfig
     max_running_requests: int
-    # Lines of this node's logs that could not be written so far (a full disk); for metrics.
-    dropped_log_lines: Callable[[], int] = lambda: 0
-    http: HttpStats = field(default_factory=HttpStats)  # counted by the server; for metrics
+    metrics: FrontendMetrics
+    pages: Sequence[str] = ()  # paths that are answered before any frontend: probes, metrics
 
 
 FrontendFactory = Callable[[FrontendContext], Any]  # returns an ASGI application

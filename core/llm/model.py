@@ -21,6 +21,7 @@ from core.cluster.nodes.endpoints import RunDirectory
 from core.cluster.processes.display import Display
 from core.cluster.processes.group import SingleNode
 from core.errors import RequestError
+from core.frontend.completion import Completion
 from core.interfaces.control import ChildStatus
 from core.interfaces.frontend import Tokenizer
 from core.interfaces.messages import SamplingParams
@@ -37,7 +38,6 @@ from core.llm.prompts import (
     named,
 )
 from core.llm.settings import configure
-from core.serve.completion import Completion
 from core.serve.embedded import EmbeddedEngine
 from core.settings.config import AppConfig
 from core.settings.schema import did_you_mean

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from core.plugin import hookspecs
 from core.plugin.hookspecs import HOOK_PREFIX, Registration
@@ -32,17 +33,28 @@ def families_of(added: Iterable[str], sections: Mapping[str, type]) -> dict[str,
     }
 
 
-def choices(
-    config: AppConfig, sections: Mapping[str, type]
-) -> list[tuple[tuple[str, ...], str, PluginChoice]]:
-    """(families, config key, choice) of everything a configuration chooses; those of a phase or an
-    axis first."""
-    found = [(each.families, each.key, each.of(config)) for each in _OURS]
+class Chosen(NamedTuple):
+    """One choice of a configuration, of any of these families; `key` and `options_key` are where
+    its name and its options stand."""
+
+    families: tuple[str, ...]
+    key: str
+    choice: PluginChoice
+    options_key: str
+
+
+def choices(config: AppConfig, sections: Mapping[str, type]) -> list[Chosen]:
+    """Everything a configuration chooses; what belongs to a phase or an axis first."""
+    found = [each for field in _OURS for each in _chosen(field, config)]
     for name, cls in sections.items():
         own: object = section(config, name, cls)
         whole = SimpleNamespace(**{name: own})  # what the paths of its fields begin at
-        found += [(each.families, each.key, each.of(whole)) for each in _fields(name, cls)]
+        found += [each for field in _fields(name, cls) for each in _chosen(field, whole)]
     return found
+
+
+def _chosen(field: ChoiceField, config: object) -> list[Chosen]:
+    return [Chosen(field.families, field.key, *each) for each in field.all_of(config)]
 
 
 def _fields(name: str, cls: type) -> list[ChoiceField]:

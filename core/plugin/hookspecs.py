@@ -120,6 +120,13 @@ def register_frontend() -> Sequence[Registration]:
 
 
 @hookspec
+def register_metrics_exporter() -> Sequence[Registration]:
+    """Exporters of metrics. Factory: (options, ExporterContext) ->
+    core.interfaces.metrics.MetricsPage, or MetricsPush, or what is both."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_launcher() -> Sequence[Registration]:
     """Launchers: how the processes of a node are started. Factory: (options, AppConfig) ->
     core.interfaces.launcher.Launcher, or RemoteLauncher."""

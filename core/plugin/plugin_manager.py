@@ -15,7 +15,7 @@ import pluggy
 from core.errors import ConfigError, PlanError, PluginError
 from core.plugin import hookspecs
 from core.plugin.commands import COMMANDS, Command
-from core.plugin.families import Family, choices, families_of
+from core.plugin.families import Chosen, Family, choices, families_of
 from core.plugin.hookspecs import PROJECT, Registration
 from core.plugin.sources import (
     BUILTIN_PLUGINS,
@@ -68,14 +68,23 @@ class PluginTable:
         """The plugin that registered `name`."""
         return self._entry(name).plugin
 
-    def options(self, choice: PluginChoice, key: str | None = None) -> Any:
-        """The typed options of a choice; `key` is the config key of the choice, for messages."""
-        key = key or self._key
-        return build(self.get(choice.name).config, choice.options, f"{key}.options")
+    def options(
+        self, choice: PluginChoice, key: str | None = None, *, options_key: str | None = None
+    ) -> Any:
+        """The typed options of a choice; `key` is the config key of the choice, for messages, and
+        `options_key` that of its options, where that is not `<key>.options`."""
+        options_key = options_key or f"{key or self._key}.options"
+        return build(self.get(choice.name).config, choice.options, options_key)
 
-    def create(self, choice: PluginChoice, *arguments: Any, key: str | None = None) -> Any:
+    def create(
+        self,
+        choice: PluginChoice,
+        *arguments: Any,
+        key: str | None = None,
+        options_key: str | None = None,
+    ) -> Any:
         """Call the chosen factory with its typed options and `arguments` (see the hook)."""
-        options = self.options(choice, key)
+        options = self.options(choice, key, options_key=options_key)
         return self._factory(choice.name)(options, *arguments)
 
     def create_all(self, *arguments: Any) -> dict[str, Any]:
@@ -172,20 +181,21 @@ class PluginManager:
 
     def check_choices(self, config: AppConfig) -> None:
         """Raise unless every plugin the config names is there and takes the options given."""
-        for families, key, choice in choices(config, self.sections):
+        for chosen in choices(config, self.sections):
+            families, key, choice, options_key = chosen
             tables = [self.table(family) for family in families]
             if choice.name != AUTO:
-                _check_options(tables, choice, key)
+                _check_options(tables, chosen)
             elif choice.options:
                 names = sorted({name for table in tables for name in table})
                 raise ConfigError(
-                    f"{key}.options are given but {key}.name is auto; options belong to one "
+                    f"{options_key} are given but {key}.name is auto; options belong to one "
                     f"{families[0]} plugin, so choose it: {', '.join(names)}"
                 )
 
     def require_serving(self, config: AppConfig) -> None:
         """Raise ConfigError where the config names a plugin whose results mean nothing."""
-        for families, key, choice in choices(config, self.sections):
+        for families, key, choice, _ in choices(config, self.sections):
             for family in families:
                 table = self.table(family)
                 if choice.name in table and not table.get(choice.name).for_serving:
@@ -336,8 +346,9 @@ def _require_distinct(what: str, found: Sequence[tuple[str, str]], taken: Iterab
         owners[name] = plugin
 
 
-def _check_options(tables: Sequence[PluginTable], choice: PluginChoice, key: str) -> None:
+def _check_options(tables: Sequence[PluginTable], chosen: Chosen) -> None:
     """Raise unless one of the tables has the chosen plugin and it takes the options."""
+    _, key, choice, options_key = chosen
     having = [table for table in tables if choice.name in table]
     if not having:
         names = sorted({name for table in tables for name in table})
@@ -345,7 +356,7 @@ def _check_options(tables: Sequence[PluginTable], choice: PluginChoice, key: str
     refusals = []
     for table in having:
         try:
-            table.options(choice, key)
+            table.options(choice, options_key=options_key)
         except ConfigError as error:
             refusals.append(error)
     if len(refusals) == len(having):

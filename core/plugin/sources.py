@@ -34,6 +34,7 @@ BUILTIN_PLUGINS = (
     "plugins.logits_processors",
     "plugins.checkpoints",
     "plugins.frontends.openai",
+    "plugins.exporters",
     "plugins.launchers",
 )
 

@@ -7,11 +7,9 @@ connection, so that the client sees that something is missing.
 import logging
 
 from core.errors import RequestError, WorkerDied
+from core.frontend.asgi import App, ClientGone, Receive, Scope, Send, send_error
+from core.frontend.errors import code_of
 from core.interfaces.http import record_of
-from core.serve.guard import App, Receive, Scope, Send
-from core.serve.http.refusal import send_refusal
-
-MAX_MESSAGE_CHARACTERS = 800
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +28,14 @@ def answer_errors(app: App) -> App:
 
         try:
             await app(scope, receive, noting_start)
+        except ClientGone:
+            return  # there is nobody to answer
         except (RequestError, WorkerDied) as error:
             if isinstance(error, WorkerDied):
                 log.error("the engine ended before an answer did: %s", error)
-                told = RequestError("the engine has stopped", code="engine_dead", status=500)
-            else:
-                told = error
             if started or scope["type"] != "http":
                 raise
-            message = str(told)[:MAX_MESSAGE_CHARACTERS]
-            code = told.code or "invalid_request"
-            await send_refusal(send, record_of(scope), told.status, code, message)
+            record_of(scope).code = code_of(error)
+            await send_error(send, error)
 
     return answering

@@ -29,13 +29,13 @@ from core.errors import (
     ResourceError,
     WorkerDied,
 )
+from core.frontend.completion import Completion, read_completion
 from core.interfaces.control import ChildStatus, Failed, Ready
 from core.interfaces.frontend import Tokenizer
 from core.interfaces.messages import SamplingParams
 from core.interfaces.text import TextService
 from core.plugin.plugin_manager import PluginManager
 from core.serve.balancer import make_balancer
-from core.serve.completion import Completion, read_completion
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool

@@ -8,6 +8,7 @@ bare future. No tasks, no queues; outputs that wait unread are merged.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ from core.interfaces.messages import (
     SamplingParams,
     StepOutput,
 )
+from core.interfaces.metrics import RequestMeter
 from core.serve.balancer import Balancer
+from core.serve.counts import Counts
 from core.serve.request_check import RequestLimits
 from core.wire import Wire, receive_from, send
 
@@ -50,6 +53,7 @@ class ZmqEngine:
     socket starts first does not matter.
     `limits` keep whatever could hurt a worker from being sent, whoever asks. A request that is not
     begun within `queue_timeout_s` ends with an error whose code is "queue_timeout"; 0: none does.
+    Every answer is counted in `counts` as it is handed out.
     """
 
     def __init__(
@@ -61,8 +65,10 @@ class ZmqEngine:
         *,
         queue_timeout_s: float = 0.0,
         on_serving: Callable[[], None] = lambda: None,
+        counts: Counts | None = None,
     ) -> None:
         self._loop = loop
+        self._counts = counts or Counts()
         self._balancer = balancer
         self._limits = limits
         self._queue_timeout_s = queue_timeout_s
@@ -121,6 +127,7 @@ class ZmqEngine:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        meter: RequestMeter | None = None,
     ) -> "ZmqStream":
         if self._state is not EngineState.SERVING:
             raise self._refusal()
@@ -132,7 +139,9 @@ class ZmqEngine:
                 code="duplicate_request_id",
             )
         dp_rank = self._balancer.add(request_id, prompt_ids, sampling)
-        stream = ZmqStream(self, request_id, dp_rank)
+        stream = ZmqStream(self, request_id, dp_rank, meter or self._counts.begin())
+        if meter is None:
+            stream._meter.release()  # the answer is the whole request
         self._streams[request_id] = stream
         message = Generate(request_id, prompt_ids, sampling, priority, self._queue_timeout_s)
         self._send(dp_rank, message)
@@ -279,9 +288,14 @@ def total_stats(by_dp: Sequence[EngineStats]) -> EngineStats:
 class ZmqStream:
     """Implements core.interfaces.frontend.OutputStream: one slot and at most one waiting reader."""
 
-    __slots__ = ("_done", "_engine", "_error", "_pending", "_request_id", "_waiter", "dp_rank")
+    __slots__ = (
+        "_done", "_engine", "_error", "_finish_reason", "_last_s", "_meter", "_pending",
+        "_request_id", "_waiter", "dp_rank",
+    )  # fmt: skip
 
-    def __init__(self, engine: ZmqEngine, request_id: str, dp_rank: int) -> None:
+    def __init__(
+        self, engine: ZmqEngine, request_id: str, dp_rank: int, meter: RequestMeter
+    ) -> None:
         self.dp_rank = dp_rank  # where the request runs
         self._engine = engine
         self._request_id = request_id
@@ -289,6 +303,10 @@ class ZmqStream:
         self._waiter: asyncio.Future[None] | None = None
         self._error: NodeweaveError | None = None
         self._done = False
+        self._finish_reason: str | None = None  # "" once it was counted
+        self._last_s = 0.0  # when an output was read last; 0: none was yet
+        self._meter = meter
+        meter.hold()
 
     def __aiter__(self) -> "ZmqStream":
         return self
@@ -298,21 +316,42 @@ class ZmqStream:
             output = self._pending
             if output is not None:
                 self._pending = None
+                self._measure(output)
                 if output.finish_reason is not None:
                     self._done = True
+                    self._finish_reason = output.finish_reason
                 return output
             if self._error is not None:
+                self._count("error")
                 raise self._error
             if self._done:
+                self._count(None)
                 raise StopAsyncIteration
             self._waiter = self._engine._loop.create_future()
             await self._waiter
 
-    def close(self) -> None:
+    def close(self, finish_reason: str | None = None) -> None:
         self._done = True
         self._pending = None
+        self._count(finish_reason)
         self._wake()
         self._engine._forget(self._request_id)
+
+    def _measure(self, output: RequestOutput) -> None:
+        now_s = time.perf_counter()
+        if self._last_s:
+            num_tokens = len(output.token_ids) or 1
+            observe = self._engine._counts.next_token_s.observe
+            observe((now_s - self._last_s) / num_tokens, num_tokens)
+        else:
+            self._meter.first_token(now_s)
+        self._last_s = now_s
+
+    def _count(self, reason: str | None) -> None:
+        """How the answer ended: as its reader says, else the engine, else it was not read on."""
+        if self._finish_reason != "":
+            self._meter.finish(reason or self._finish_reason or "abort")
+            self._finish_reason = ""
 
     def _put(self, output: RequestOutput) -> None:
         if self._pending is None:

@@ -13,11 +13,10 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
+from core.errors import RequestError
+from core.frontend.asgi import App, Receive, Scope, Send, header_values, send_error
 from core.interfaces.http import record_of
-from core.serve.http.refusal import send_refusal
 from core.serve.http.server import is_loopback
 from core.settings.config import ANY_ORIGIN, FrontendConfig
 
@@ -26,11 +25,6 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PREFLIGHT_MAX_AGE_S = 600
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{0,1024}")
 _METHOD = re.compile(rb"[A-Za-z]{1,32}")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
@@ -55,7 +49,7 @@ class Guard:
             return
         if not self._is_own_host(scope):
             message = "the Host header does not name this server; see frontend.allowed_hosts"
-            await send_refusal(send, record_of(scope), 403, "invalid_host", message)
+            await _refuse(scope, send, message, "invalid_host")
             return
         origins = header_values(scope, b"origin")
         is_listed = len(origins) == 1 and self._is_listed(origins[0])
@@ -93,7 +87,7 @@ class Guard:
 
     async def _refuse_key(self, scope: Scope, send: Send) -> None:
         message = "missing or wrong API key; send it as Authorization: Bearer KEY"
-        await send_refusal(send, record_of(scope), 401, "invalid_api_key", message)
+        await _refuse(scope, send, message, "invalid_api_key", 401)
 
     def _has_key(self, scope: Scope) -> bool:
         """Compares hashes, so that neither time nor encoding tells anything of the key."""
@@ -137,7 +131,7 @@ class Guard:
             "a web page of another origin may not call this server; list its origin in "
             "frontend.cors_origins to allow it"
         )
-        await send_refusal(send, record_of(scope), 403, "cross_origin", message)
+        await _refuse(scope, send, message, "cross_origin")
 
     def _allow_origin(self, scope: Scope, origin: bytes) -> None:
         headers = record_of(scope).headers
@@ -161,9 +155,9 @@ class Guard:
         await send({"type": "http.response.body", "body": b""})
 
 
-def header_values(scope: Scope, name: bytes) -> list[bytes]:
-    """Every value of a header; names are lower case."""
-    return [value for key, value in scope["headers"] if key == name]
+async def _refuse(scope: Scope, send: Send, message: str, code: str, status: int = 403) -> None:
+    record_of(scope).code = code
+    await send_error(send, RequestError(message, code=code, status=status))
 
 
 def _digest(key: bytes) -> bytes:

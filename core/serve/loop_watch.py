@@ -1,4 +1,4 @@
-"""How long the event loop was kept from its other work, for /metrics.
+"""How long the event loop was kept from its other work, for metrics.
 
 Knows nothing of what kept it. A timer that is due every 10 ms comes late by as long as something
 else ran. On a busy machine it also comes late because the process did not run at all, so lateness
@@ -8,7 +8,7 @@ is counted as what the loop's thread computed meanwhile: that is the same whatev
 import asyncio
 import time
 
-from core.serve.metrics import Buckets
+from core.serve.counts import Buckets
 
 INTERVAL_S = 0.01
 

@@ -39,15 +39,20 @@ from core.interfaces.control import (
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
 from core.interfaces.http import HttpStats
+from core.interfaces.metrics import ExporterContext
 from core.plugin.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
-from core.serve.answer_errors import answer_errors
+from core.serve.around import around
 from core.serve.balancer import make_balancer
+from core.serve.counts import Counts
 from core.serve.engine_client import ZmqEngine
-from core.serve.guard import Guard
+from core.serve.exporters import make_exporters
 from core.serve.http.limits import HttpLimits, settle_connections
 from core.serve.http.server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
+from core.serve.loop_watch import LoopWatch
+from core.serve.metrics import ServerMetrics
+from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits, size_problem
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
@@ -114,6 +119,7 @@ class Frontend:
         self._limits = limits
         self._access_log = access_log
         self._http = HttpStats()
+        self._counts = Counts()
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -136,6 +142,7 @@ class Frontend:
             limits,
             queue_timeout_s=config.frontend.queue_timeout_s,
             on_serving=self._tell_ready,
+            counts=self._counts,
         )
         application = await self._application(plugins)
         self._url = url_of(listener)
@@ -163,7 +170,10 @@ class Frontend:
         gc.collect()
         gc.freeze()  # nothing made until here is garbage: keep it out of every collection
         gc.set_threshold(20_000, 20, 50)
+        LoopWatch(self._counts.loop_blocked_s).start()
+        self._exporters.start()
         await self._server.serve(sockets=[listener])
+        await self._exporters.close()
         self._text.close()
         self._engine.close()
         return self._exit_status if self._engine.alive else 1
@@ -184,6 +194,19 @@ class Frontend:
         tokenizer = HfTokenizer.from_folder(files.tokenizer_dir, files.eos_ids)
         if (problem := size_problem(tokenizer, served.vocab_size)) is not None:
             log.warning("%s", problem)
+        metrics = ServerMetrics(
+            served.name,
+            self._engine,
+            self._counts,
+            self._http,
+            lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
+        )
+        self._exporters = make_exporters(
+            plugins.table("metrics_exporter"),
+            config.metrics,
+            ExporterContext(model_name=served.name),
+            metrics.collect,
+        )
         context = FrontendContext(
             engine=self._engine,
             tokenizer=tokenizer,
@@ -202,13 +225,13 @@ class Frontend:
             config=config.frontend,
             # Every DP rank has a batch of its own.
             max_running_requests=config.engine.running_limit * len(self._boot.endpoints.plans),
-            http=self._http,
-            dropped_log_lines=lambda: self._own_dropped_lines() + self._dropped_lines_elsewhere,
+            metrics=self._counts,
+            pages=(*PROBES, *self._exporters.pages),
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
         self._channel.send(StartPhase("frontend", time.monotonic() - begin))
-        return Guard(answer_errors(application), config.frontend, self._api_key)
+        return around(application, context, self._exporters.pages, self._api_key)
 
     def _handle(self, message: ParentControl | None) -> None:
         if isinstance(message, EngineReady):

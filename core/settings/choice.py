@@ -22,7 +22,8 @@ class PluginChoice:
 @dataclass(frozen=True, slots=True)
 class Chooses:
     """Marks a field that names a plugin: `Annotated[PluginChoice, Chooses("comm")]`, or text, whose
-    options are what the field `options` beside it holds, where there is one.
+    options are what the field `options` beside it holds, where there is one, or a list of texts,
+    where that field holds the options of each by name.
 
     Of several families the one that counts is known once the model is; until then any will do.
     """
@@ -44,6 +45,7 @@ class ChoiceField:
     path: tuple[str, ...]  # of attributes, from the whole configuration
     is_text: bool  # the field holds the name alone
     has_options: bool  # of text: a field beside it holds the plugin's
+    is_list: bool = False  # it holds several names, and `options` beside it those of each by name
 
     @property
     def key(self) -> str:
@@ -52,15 +54,33 @@ class ChoiceField:
         return ".".join(self.path[:-1] if is_group else self.path)
 
     def of(self, config: Any) -> PluginChoice:
-        """What a configuration chooses."""
+        """What a configuration chooses by a field of one choice."""
+        section, value = self._held(config)
+        if isinstance(value, PluginChoice):
+            return value
+        return PluginChoice(name=value, options=getattr(section, "options", {}))
+
+    def all_of(self, config: Any) -> list[tuple[PluginChoice, str]]:
+        """(choice, key of its options) of everything that a configuration chooses by it."""
+        if not self.is_list:
+            return [(self.of(config), f"{self.key}.options")]
+        section, names = self._held(config)
+        options, group = section.options, ".".join(self.path[:-1])
+        return [
+            (
+                PluginChoice(name=name, options=options.get(name, {})),
+                f"{group}.options.{name}",
+            )
+            for name in names
+        ]
+
+    def _held(self, config: Any) -> tuple[Any, Any]:
+        """The section that the field stands in, and its value."""
         *sections, last = self.path
         section = config
         for name in sections:
             section = getattr(section, name)
-        value = getattr(section, last)
-        if isinstance(value, PluginChoice):
-            return value
-        return PluginChoice(name=value, options=getattr(section, "options", {}))
+        return section, getattr(section, last)
 
 
 def choice_fields(cls: type, path: tuple[str, ...] = ()) -> list[ChoiceField]:
@@ -72,8 +92,12 @@ def choice_fields(cls: type, path: tuple[str, ...] = ()) -> list[ChoiceField]:
         hint, here = hints[each.name], (*path, each.name)
         marks = [mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Chooses)]
         if marks:
-            is_text = typing.get_args(hint)[0] is str
-            found.append(ChoiceField(marks[0].families, here[0], here, is_text, has_options))
+            kind = typing.get_args(hint)[0]
+            is_list = typing.get_origin(kind) is list
+            is_text = kind is str
+            found.append(
+                ChoiceField(marks[0].families, here[0], here, is_text, has_options, is_list)
+            )
         elif dataclasses.is_dataclass(hint):
             found += choice_fields(typing.cast(type, hint), here)
     return found
@@ -84,7 +108,7 @@ def spread_groups(cls: type) -> dict[str, list[str]]:
     command line means all of them."""
     groups: dict[str, list[str]] = {}
     for found in choice_fields(cls):
-        if not found.is_text:
+        if not (found.is_text or found.is_list):
             groups.setdefault(found.group, []).append(".".join(found.path[1:]))
     return groups
 

@@ -6,11 +6,13 @@ Classes are mutable only because OmegaConf can't build frozen nested ones; nobod
 after `core.settings.compose` returned. Workers receive them as JSON (see `core.cluster`).
 """
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from core.errors import ConfigError
+from core.settings.checks import ANY_ORIGIN as ANY_ORIGIN
+from core.settings.checks import require_choice as require_choice
+from core.settings.checks import require_members, require_origin
+from core.settings.checks import require_range as require_range
 from core.settings.choice import Chooses
 from core.settings.choice import PluginChoice as PluginChoice
 from core.settings.schema import build
@@ -27,36 +29,11 @@ CUDA_GRAPHS = ("auto", "off")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
 ACCESS_LOGS = ("off", "text", "json")
-ANY_ORIGIN = "*"
 TOKEN_VARIABLE = "NODEWEAVE_CLUSTER_TOKEN"  # instead of cluster.token_file
 MAKE_A_TOKEN = (
     "make one with `(umask 077; openssl rand -hex 32 > FILE)`, copy it to every node, and set "
     f"cluster.token_file=FILE (or the environment variable {TOKEN_VARIABLE} to its contents)"
 )
-
-
-def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{key}={value!r} is not known; allowed: {', '.join(allowed)}")
-
-
-def require_range(key: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Raise ConfigError unless `least <= value <= most`; None (not set) passes."""
-    if value is None:
-        return
-    if value != value or value < least or (most is not None and value > most):
-        allowed = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ConfigError(f"{key}={value} is out of range; allowed: {allowed}")
-
-
-def require_origin(key: str, value: str) -> None:
-    """Raise ConfigError unless `value` has the form of an Origin header, or is "*"."""
-    if value != ANY_ORIGIN and not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+", value):
-        raise ConfigError(
-            f"{key} holds {value!r}, which is no origin; allowed: scheme://host or "
-            f"scheme://host:port without a path, as http://localhost:3000, or {ANY_ORIGIN!r}"
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -311,6 +288,19 @@ class FrontendConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class MetricsConfig:
+    """Where what the server counts can be had, or is sent."""
+
+    exporters: Annotated[list[str], Chooses("metrics_exporter")] = field(
+        default_factory=lambda: ["prometheus"]
+    )
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each exporter, by name
+
+    def __post_init__(self) -> None:
+        require_members("metrics.options", self.options, "metrics.exporters", self.exporters)
+
+
+@dataclass(slots=True, kw_only=True)
 class LaunchConfig:
     """How processes are started and ended on each node."""
 
@@ -370,6 +360,7 @@ class AppConfig:
     moe_a2a: MoEAllToAllConfig = field(default_factory=MoEAllToAllConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plugins: PluginsConfig = field(default_factory=PluginsConfig)

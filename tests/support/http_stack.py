@@ -14,18 +14,24 @@ import uvloop
 from core.interfaces.frontend import EngineState, FrontendContext, FrontendFactory, ServedModel
 from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
+from core.interfaces.metrics import ExporterContext
 from core.plugin.hookspecs import NoOptions
-from core.serve.answer_errors import answer_errors
+from core.serve.around import around
 from core.serve.balancer import make_balancer
+from core.serve.counts import Counts
 from core.serve.engine_client import ZmqEngine
-from core.serve.guard import Guard
+from core.serve.exporters import Exporters
 from core.serve.http.limits import HttpLimits
 from core.serve.http.server import Server, bind, url_of
+from core.serve.loop_watch import LoopWatch
+from core.serve.metrics import ServerMetrics
+from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
 from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig
+from plugins.exporters.prometheus import Prometheus
 from plugins.frontends._openai.app import create_app
 from plugins.logits_processors.allowed import AllowedTokenIds
 from tests.support.fake_engine import FakeEngine, endpoints_in
@@ -53,6 +59,7 @@ class Stack:
         template: str = SMOLLM2_TEMPLATE,
         text_limits: dict[str, float] | None = None,
         factory: FrontendFactory = OPENAI,
+        exporters: dict[str, Any] | None = None,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -73,6 +80,8 @@ class Stack:
         self._config = FrontendConfig(port=0, **frontend)
         self._api_key = api_key
         self._factory = factory
+        prometheus = Prometheus(NoOptions(), ExporterContext(model_name=MODEL))
+        self._exporters = {"prometheus": prometheus} if exporters is None else exporters
         self._max_running_requests = max_running_requests
         self._default_sampling = default_sampling or {}
         self._started = threading.Event()
@@ -85,6 +94,7 @@ class Stack:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         balancer = make_balancer("round_robin", len(self.engines))
+        self.counts = Counts()
         self.client = ZmqEngine(
             self.endpoints,
             self._loop,
@@ -94,11 +104,13 @@ class Stack:
                 max_model_len=MAX_MODEL_LEN,
                 processors={"allowed_token_ids": AllowedTokenIds()},
             ),
+            counts=self.counts,
         )
         self.text = await TextPool.start(self.text_boot, self._config.text_processes)
         self.http = http = HttpStats()
+        metrics = ServerMetrics(MODEL, self.client, self.counts, http, lambda: 0)
+        exporters = Exporters(self._exporters, metrics.collect)
         context = FrontendContext(
-            http=http,
             engine=self.client,
             tokenizer=self.tokenizer,
             text=self.text,
@@ -112,10 +124,11 @@ class Stack:
             ),
             config=self._config,
             max_running_requests=self._max_running_requests,
+            metrics=self.counts,
+            pages=(*PROBES, *exporters.pages),
         )
         self.records: list[RequestRecord] = []
-        application = answer_errors(self._factory(context))
-        app = Guard(application, self._config, self._api_key)
+        app = around(self._factory(context), context, exporters.pages, self._api_key)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
         self._server = Server(
@@ -125,7 +138,10 @@ class Stack:
             on_end=self.records.append,
             on_started=self._started.set,
         )
+        LoopWatch(self.counts.loop_blocked_s).start()
+        exporters.start()
         await self._server.serve(sockets=[listener])
+        await exporters.close()
         self.text.close()
         self.client.close()
 

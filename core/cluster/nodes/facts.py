@@ -28,6 +28,7 @@ FREE_KEYS = (
     "launch.node_rank",
     "launch.options",
     "launch.threads_per_worker",
+    "metrics",
     "model.name",  # of +model=custom it is the folder's; what it means is in "model config.json"
     "model.package",
     "model.path",

@@ -13,13 +13,14 @@ from typing import Any
 
 from uvicorn.server import ServerState
 
+from core.errors import RequestError
+from core.frontend.errors import error_body, error_headers
 from core.interfaces.http import RequestRecord
 from core.serve.http.deadlines import InputTimer, OutputTimer, Wait
 from core.serve.http.exchange import HIGH_WATER_BYTES, STATUS_LINES, Exchange
 from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal, address, request_id
 from core.serve.http.limits import SPARE_DESCRIPTORS
 from core.serve.http.parser import Address, ParserState, RequestParser
-from core.serve.http.refusal import error_body, error_headers
 from core.serve.http.shared import Shared
 
 MOST_FAREWELLS = SPARE_DESCRIPTORS // 2  # connections that are told why they are refused
@@ -282,10 +283,11 @@ class Connection(asyncio.Protocol):
         record = RequestRecord(
             request_id=request_id([]), status=status, code=code, client=address(self.client)
         )
-        body = error_body(status, code, message)
+        error = RequestError(message, code=code, status=status)
+        body = error_body(error)
         headers = [
             *self.default_headers,
-            *error_headers(status, body),
+            *error_headers(error, body),
             (REQUEST_ID_HEADER, record.request_id.encode()),
             (b"connection", b"close"),
         ]

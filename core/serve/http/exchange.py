@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
+from core.errors import RequestError
+from core.frontend.errors import error_body, error_headers
 from core.interfaces.http import CLIENT_CLOSED
 from core.serve.http.body import BodyError, GzipDecoder
 from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal
 from core.serve.http.limits import HttpLimits
-from core.serve.http.refusal import error_body, error_headers
 
 HIGH_WATER_BYTES = 64 * 1024  # of a body that waits for the application
 _NOT_IN_NAMES = re.compile(rb'[\x00-\x1f\x7f()<>@,;:\[\]={} \t\\"]')
@@ -139,8 +140,9 @@ class Exchange:
             self._connection.abort()
             return
         self.record.code = code
-        body = error_body(status, code, message)
-        self._begin(status, error_headers(status, body))
+        error = RequestError(message, code=code, status=status)
+        body = error_body(error)
+        self._begin(status, error_headers(error, body))
         self._write(b"" if self.scope["method"] == "HEAD" else body)
         self.disconnect()
         self._end()

@@ -16,17 +16,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from core.errors import RequestError
-from core.interfaces.frontend import EngineState, FrontendContext
+from core.frontend.asgi import App, Call, Receive, Scope, Send, send_json
+from core.frontend.errors import as_request_error, code_of, error_body, error_headers
+from core.interfaces.frontend import FrontendContext
 from core.interfaces.http import record_of
 from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
 from core.plugin.hookspecs import NoOptions
-from core.serve import metrics
-from core.serve.loop_watch import LoopWatch
-from plugins.frontends._openai.asgi import App, Call, Receive, Scope, Send, send_json
 from plugins.frontends._openai.chat import ChatCompletions, chat_text
 from plugins.frontends._openai.completions import Completions
 from plugins.frontends._openai.endpoint import Endpoint
-from plugins.frontends._openai.errors import as_request_error, code_of, error_body, response_headers
 from plugins.frontends._openai.limits import check_model
 from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
 from plugins.frontends._openai.service import Service
@@ -35,14 +33,10 @@ from plugins.frontends._openai.service import Service
 def create_app(options: NoOptions, context: FrontendContext) -> App:
     """An ASGI application that serves OpenAI's API."""
     service = Service(context)
-    LoopWatch(service.metrics.loop_blocked_s).start()
     small = _SmallRoutes(service)
     post = ["POST"]
     app = Starlette(
         routes=[
-            _named_route("/health", small.health),
-            _named_route("/ready", small.ready),
-            _named_route("/metrics", small.metrics),
             _named_route("/server_info", small.server_info),
             _named_route("/expert_load", small.expert_load),
             _named_route("/v1/models", small.models),
@@ -54,6 +48,7 @@ def create_app(options: NoOptions, context: FrontendContext) -> App:
         ],
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_exception},
     )
+    app.state.pages = context.pages
     app.router.redirect_slashes = False
     return _forgiving_slashes(app)
 
@@ -85,27 +80,6 @@ class _SmallRoutes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-
-    async def health(self, request: Request) -> Response:
-        """Whether this process and the engine behind it live."""
-        if self._service.engine.alive:
-            return _json({"status": "ok"})
-        return _error(
-            request, RequestError("the engine has stopped", code="engine_dead", status=503)
-        )
-
-    async def ready(self, request: Request) -> Response:
-        """Whether a request sent now would be answered."""
-        state = self._service.engine.state
-        if state is EngineState.SERVING:
-            return _json({"status": "ready"})
-        return _error(
-            request, RequestError(f"not ready: {state.value}", code=state.value, status=503)
-        )
-
-    async def metrics(self, _: Request) -> Response:
-        page = self._service.metrics.render()
-        return Response(page, headers={"content-type": metrics.CONTENT_TYPE.decode()})
 
     async def server_info(self, _: Request) -> Response:
         """What is served and within which limits; nothing secret, no paths."""
@@ -228,7 +202,7 @@ def _error(request: Request, error: Exception) -> Response:
     record_of(request.scope).code = code_of(error)
     status, body = as_request_error(error).status, error_body(error)
     response = Response(body, status_code=status)
-    response.raw_headers = response_headers(status, body)
+    response.raw_headers = error_headers(error, body)
     return response
 
 
@@ -236,7 +210,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or the wrong method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message = _no_route(request.url.path, request.app.routes)
+        app = request.app
+        message = _no_route(request.url.path, [*app.state.pages, *_paths(app.routes)])
         return _error(request, RequestError(message, code="not_found", status=404))
     allowed = (error.headers or {}).get("Allow", "")
     if request.method == "OPTIONS":
@@ -254,9 +229,12 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-def _no_route(path: str, routes: Sequence[Any]) -> str:
+def _paths(routes: Sequence[Any]) -> list[str]:
+    return [route.path for route in routes if "{" not in route.path]
+
+
+def _no_route(path: str, known: Sequence[str]) -> str:
     """What is not there, the closest that is, and all of them."""
-    known = [route.path for route in routes if "{" not in route.path]
     for other in NOT_SERVED:
         if path == other or path.startswith(f"{other}/"):
             return f"{other} is not served here; there are {', '.join(known)}"

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 
 from core.errors import RequestError
+from core.frontend.answer import Answer, Piece
+from core.frontend.asgi import Call
+from core.frontend.limits import answer_tokens, check_range
 from core.interfaces.text import ChatText
-from core.serve.answer import Answer, Piece
-from core.serve.limits import answer_tokens, check_range
-from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
 from plugins.frontends._openai.large_json import send_large_json

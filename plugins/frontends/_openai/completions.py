@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 from core.errors import RequestError
+from core.frontend.answer import Answer, Piece
+from core.frontend.asgi import Call
+from core.frontend.limits import answer_tokens, check_range
 from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
-from core.serve.answer import Answer, Piece
-from core.serve.limits import answer_tokens, check_range
-from plugins.frontends._openai.asgi import Call
 from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
 from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
 from plugins.frontends._openai.large_json import large_raw, send_large_json

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 import msgspec
 
 from core.errors import RequestError
-from plugins.frontends._openai.errors import MAX_NAME_CHARACTERS, shorten
+from core.frontend.errors import MAX_NAME_CHARACTERS, shorten
 from plugins.frontends._openai.fields import REFUSED, UNNAMED, check_refused
 from plugins.frontends._openai.protocol import (
     IGNORED,

@@ -13,10 +13,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from core.errors import RequestError, WorkerDied
-from core.interfaces.http import record_of
-from core.interfaces.text import SplitBody
-from core.serve.answer import Piece
-from plugins.frontends._openai.asgi import (
+from core.frontend.answer import Piece
+from core.frontend.asgi import (
     Call,
     ClientGone,
     Receive,
@@ -27,13 +25,15 @@ from plugins.frontends._openai.asgi import (
     send_error,
     watch_disconnect,
 )
+from core.frontend.errors import code_of
+from core.interfaces.http import record_of
+from core.interfaces.text import SplitBody
 from plugins.frontends._openai.decoding import (
     MAX_FIELD_BYTES,
     MAX_NAMED_BYTES,
     Decoded,
     decode,
 )
-from plugins.frontends._openai.errors import code_of
 from plugins.frontends._openai.fields import HEADER, REFUSED, UNNAMED, header_value
 from plugins.frontends._openai.generation import Choice, Generation, OnPieces
 from plugins.frontends._openai.protocol import WITHOUT_EFFECT

@@ -5,18 +5,17 @@ whatever happens, each of them has finished or is aborted when `Generation` is l
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import TracebackType
 
 import msgspec
 
 from core.errors import RequestError
+from core.frontend.answer import Answer, Piece
+from core.frontend.limits import seed_of_choice
 from core.interfaces.frontend import OutputStream
 from core.interfaces.http import RequestRecord
 from core.interfaces.messages import RequestOutput, SamplingParams
-from core.serve.answer import Answer, Piece
-from core.serve.limits import seed_of_choice
 from plugins.frontends._openai.service import Service
 
 SUBMIT_PAUSE_TOKENS = 32 * 1024
@@ -105,8 +104,7 @@ class Generation:
         self._service = service
         self._request_id = request_id
         self._choices = choices
-        self._begin = time.perf_counter()
-        self._first_token_s: float | None = None  # of the first answer that has one
+        self._meter = service.metrics.begin()
         self.disconnected = False
 
     def __enter__(self) -> "Generation":
@@ -125,7 +123,11 @@ class Generation:
                     return
                 request_id = f"{self._request_id}-{choice.index}"
                 choice.stream = engine.generate(
-                    request_id, choice.prompt_ids, choice.sampling, priority=choice.priority
+                    request_id,
+                    choice.prompt_ids,
+                    choice.sampling,
+                    priority=choice.priority,
+                    meter=self._meter,
                 )
                 submitted()
                 num_tokens += len(choice.prompt_ids)
@@ -139,13 +141,8 @@ class Generation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close()
-        metrics = self._service.metrics
-        if self._choices[0].stream is None:
-            return  # refused: there are no answers to count
-        for choice in self._choices:
-            metrics.finished[choice.answer.finish_reason or ("error" if error else "abort")] += 1
-        metrics.request_s.observe(time.perf_counter() - self._begin)
+        self._close("error" if error else None)
+        self._meter.release()
 
     def disconnect(self) -> None:
         """The client is gone: abort now; `run` returns soon after."""
@@ -161,7 +158,7 @@ class Generation:
         record.prompt_tokens = sum(len(choice.prompt_ids) for choice in prompts)
         record.cached_tokens = sum(choice.answer.num_cached_tokens for choice in prompts)
         record.completion_tokens = sum(choice.answer.num_tokens for choice in choices)
-        record.first_token_s = self._first_token_s
+        record.first_token_s = self._meter.first_token_s
         record.finish_reason = ",".join(dict.fromkeys(reasons))
 
     async def run(self, on_pieces: OnPieces) -> None:
@@ -184,33 +181,22 @@ class Generation:
             raise errors.exceptions[0] from None
 
     async def _read(self, choice: Choice, on_pieces: OnPieces) -> None:
-        metrics, answer, stream = self._service.metrics, choice.answer, choice.stream
+        answer, stream = choice.answer, choice.stream
         assert stream is not None
-        clock = time.perf_counter
-        last = 0.0
         async for output in stream:
-            now = clock()
-            if last:
-                num_tokens = len(output.token_ids) or 1
-                metrics.next_token_s.observe((now - last) / num_tokens, num_tokens)
-            else:
-                metrics.first_token_s.observe(now - self._begin)
-                if self._first_token_s is None:
-                    self._first_token_s = now - self._begin
-            last = now
             for part in sliced(output):
                 pieces = answer.feed(part)
                 if pieces or answer.finish_reason is not None or part.num_cached_tokens is not None:
                     await on_pieces(choice, pieces)
                 if answer.finish_reason is not None:
-                    stream.close()  # aborts where a stop string ended it
+                    stream.close(answer.finish_reason)  # aborts where a stop string ended it
                     return
                 if part is not output:
                     await asyncio.sleep(0)
         if not self.disconnected:
             raise RequestError("the answer ended early", code="internal_error", status=500)
 
-    def _close(self) -> None:
+    def _close(self, finish_reason: str | None = None) -> None:
         for choice in self._choices:
             if choice.stream is not None:
-                choice.stream.close()
+                choice.stream.close(finish_reason)

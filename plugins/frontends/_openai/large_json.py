@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from plugins.frontends._openai.asgi import Send, send_json
-from plugins.frontends._openai.errors import response_headers
+from core.frontend.asgi import Send, send_json
+from core.frontend.errors import json_headers
 
 SLICE = 64  # items of a list that are encoded at once
 LARGE_VALUES = 2048  # an answer of fewer is made in the event loop
@@ -35,9 +35,7 @@ async def send_large_json(send: Send, num_values: int, build: Callable[[], Any])
         await send_json(send, build())
         return
     parts = await asyncio.to_thread(lambda: _grouped(json_parts(build())))
-    headers = response_headers(200, b"")
-    length = str(sum(map(len, parts))).encode()
-    headers = [(n, length if n == b"content-length" else value) for n, value in headers]
+    headers = json_headers(sum(map(len, parts)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     for part in parts:
         await send({"type": "http.response.body", "body": part, "more_body": True})

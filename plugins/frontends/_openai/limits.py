@@ -7,9 +7,9 @@ value only where it is a number of ordinary size.
 from typing import Any
 
 from core.errors import RequestError
+from core.frontend.limits import SEED_MASK, check_range, check_token_ids
 from core.interfaces.frontend import ServedModel
 from core.interfaces.messages import SamplingParams
-from core.serve.limits import SEED_MASK, check_range, check_token_ids
 from core.settings.config import FrontendConfig
 from plugins.frontends._openai.protocol import Generation
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.errors import RequestError
+from core.frontend.limits import check_prompt_length, context_too_long
 from core.interfaces.frontend import EngineState, FrontendContext
 from core.interfaces.text import ChatText, Prompt, PromptTexts
-from core.serve.limits import check_prompt_length, context_too_long
-from core.serve.metrics import Metrics
 
 
 class Service:
@@ -22,9 +21,7 @@ class Service:
         self.tokenizer = context.tokenizer
         self.model = context.model
         self.config = context.config
-        self.metrics = Metrics(
-            context.engine, context.model.name, context.dropped_log_lines, context.http
-        )
+        self.metrics = context.metrics
         self._num_coming = 0  # requests that the engine is yet to hear of
         self.max_live = context.max_running_requests + context.config.max_queued_requests
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from plugins.frontends._openai.asgi import Send
-from plugins.frontends._openai.errors import error_body
+from core.frontend.asgi import Send
+from core.frontend.errors import error_body
 from plugins.frontends._openai.protocol import StreamOptions
 
 HEADERS_S = 4.5  # from a request to the headers of its stream, unless its prompt takes longer

@@ -7,10 +7,10 @@ import httpx
 import pytest
 
 from core.errors import RequestError, WorkerDied
+from core.frontend.completion import read_completion
 from core.interfaces.http import record_of
 from core.interfaces.messages import SamplingParams
 from core.serve.answer_errors import answer_errors
-from core.serve.completion import read_completion
 from tests.support.http_stack import ANSWER, Stack
 
 KEY = "a-key"

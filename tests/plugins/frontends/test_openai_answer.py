@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import RequestError
+from core.frontend.answer import Answer, StopMatcher
 from core.interfaces.messages import RequestOutput, TokenLogprobs
-from core.serve.answer import Answer, StopMatcher
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.generation import SLICE_TOKENS, sliced
 from tests.support.small_tokenizer import write_folder

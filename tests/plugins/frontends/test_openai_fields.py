@@ -10,7 +10,7 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat
 
 from core.errors import RequestError
-from core.serve.metrics import MAX_FIELD_NAMES, Metrics
+from core.serve.counts import MAX_FIELD_NAMES, Counts
 from plugins.frontends._openai.decoding import MAX_FIELD_BYTES, decode
 from plugins.frontends._openai.fields import HEADER, MAX_NAMED, REFUSED, UNNAMED, header_value
 from plugins.frontends._openai.protocol import (
@@ -115,7 +115,7 @@ def test_names_in_the_header_and_in_metrics_are_bounded():
     assert len(value) < 70 * MAX_NAMED
     assert value.startswith(b"a??set-cookie??x, ???")
     assert value.endswith(b", ...")
-    metrics = Metrics(None, "m")
+    metrics = Counts()
     metrics.ignore(hostile)
     metrics.ignore(["f1"])
     assert len(metrics.ignored_fields) == MAX_FIELD_NAMES + 1

@@ -300,7 +300,7 @@ def test_server_info_holds_no_paths(http, stack):
 
 
 def test_worker_died_is_an_internal_error_for_those_it_hit():
-    from plugins.frontends._openai.errors import as_request_error
+    from core.frontend.errors import as_request_error
 
     assert as_request_error(WorkerDied("x")).status == 500
     assert "secret" not in str(as_request_error(ValueError("secret")))

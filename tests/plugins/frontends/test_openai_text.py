@@ -7,9 +7,9 @@ from array import array
 import openai
 import pytest
 
+from core.frontend.answer import Answer, StopMatcher
 from core.interfaces.messages import RequestOutput, TokenLogprobs
 from core.interfaces.text import PromptTexts
-from core.serve.answer import Answer, StopMatcher
 from core.serve.text.jobs import NoLimits, TextJobs
 from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.logprobs import completion_logprobs, prompt_offsets

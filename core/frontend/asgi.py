@@ -1,6 +1,6 @@
-"""Raw ASGI helpers: read a body, send JSON, notice a client that is gone.
+"""Raw ASGI helpers: read a body, send JSON or an error, notice a client that is gone.
 
-Knows nothing of OpenAI's schema. Raw ASGI instead of request and response objects because a
+Knows nothing of any API. Raw ASGI instead of request and response objects because a
 streamed token passes here.
 """
 
@@ -13,8 +13,14 @@ from typing import Any
 import msgspec
 
 from core.errors import RequestError
+from core.frontend.errors import (
+    Headers,
+    as_request_error,
+    error_body,
+    error_headers,
+    json_headers,
+)
 from core.interfaces.http import RequestRecord
-from plugins.frontends._openai.errors import Headers, as_request_error, error_body, response_headers
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -74,13 +80,14 @@ async def send_bytes(send: Send, status: int, headers: Headers, body: bytes) -> 
 
 async def send_json(send: Send, value: Any, status: int = 200) -> None:
     body = msgspec.json.encode(value)
-    await send_bytes(send, status, response_headers(status, body), body)
+    await send_bytes(send, status, json_headers(len(body)), body)
 
 
-async def send_error(send: Send, error: Exception) -> None:
+async def send_error(send: Send, error: Exception, headers: Headers | None = None) -> None:
+    """`headers` go out beside those that every error has."""
     body = error_body(error)
-    status = as_request_error(error).status
-    await send_bytes(send, status, response_headers(status, body), body)
+    own = [*error_headers(error, body), *(headers or ())]
+    await send_bytes(send, as_request_error(error).status, own, body)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Errors as OpenAI's schema has them: small, and never echoing what was sent at length.
+"""Errors as HTTP answers: small, and never echoing what was sent at length.
 
-Knows nothing of routes. `RequestError` becomes its own status; a dead engine is 500 for those it
-hit and 503 for those who come later.
+The body has the form of OpenAI's, as clients of every server know it. `RequestError` becomes its
+own status; a dead engine is 500 for those it hit and 503 for those who come later. Knows nothing of
+routes or of connections.
 """
 
 from typing import Any
@@ -12,7 +13,10 @@ from core.errors import RequestError, WorkerDied
 
 MAX_MESSAGE_CHARACTERS = 800  # at most four bytes each, so that a body stays under 4 KiB
 MAX_NAME_CHARACTERS = 64
+# Until a client should try again. A queue, connections and bodies have room once another request
+# ends; a server that starts, drains or is dead takes longer to change.
 RETRY_AFTER_S = {429: 1, 503: 5}
+SOONER_S = {"too_many_connections": 1, "too_many_bodies": 1}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _encoder = msgspec.json.Encoder()
 
@@ -56,15 +60,23 @@ def shorten(text: str | None, limit: int) -> Any:
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 
-def response_headers(status: int, body: bytes) -> Headers:
-    headers = [
+def json_headers(num_bytes: int) -> Headers:
+    return [
         (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
+        (b"content-length", b"%d" % num_bytes),
     ]
-    if status in RETRY_AFTER_S:
-        headers.append((b"retry-after", str(RETRY_AFTER_S[status]).encode()))
-    if status == 401:
+
+
+def error_headers(error: Exception, body: bytes) -> Headers:
+    told = as_request_error(error)
+    headers = json_headers(len(body))
+    if told.status in RETRY_AFTER_S:
+        seconds = SOONER_S.get(told.code or "", RETRY_AFTER_S[told.status])
+        headers.append((b"retry-after", b"%d" % seconds))
+    if told.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if told.code == "unsupported_encoding":
+        headers.append((b"accept-encoding", b"gzip"))  # of requests, as RFC 7694 has it
     return headers
 
 

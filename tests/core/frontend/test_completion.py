@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from core.errors import RequestError
+from core.frontend.completion import read_completion
 from core.interfaces.messages import RequestOutput, SamplingParams, TokenLogprobs
-from core.serve.completion import read_completion
 from core.serve.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import write_folder
 
@@ -38,12 +38,30 @@ class Bytes:
         return text
 
 
-def read(outputs, stops=(), sampling=PARAMS):
-    async def stream():
-        for output in outputs:
-            yield output
+class Stream:
+    """Outputs that are there already, and what its reader said that ended it."""
 
-    return asyncio.run(read_completion(stream(), Bytes(), PROMPT, sampling, stops))
+    def __init__(self, outputs):
+        self._outputs = iter(outputs)
+        self.closed = []
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        for output in self._outputs:
+            return output
+        raise StopAsyncIteration
+
+    def close(self, finish_reason=None):
+        self.closed.append(finish_reason)
+
+
+def read(outputs, stops=(), sampling=PARAMS):
+    stream = Stream(outputs)
+    answer = asyncio.run(read_completion(stream, Bytes(), PROMPT, sampling, stops))
+    assert stream.closed == [answer.finish_reason], "metrics count what the reader found"
+    return answer
 
 
 def cut(ids, size, **last):
@@ -120,9 +138,6 @@ def test_with_a_real_tokenizer(tmp_path):
     """The answer's text is what prompt and answer have beyond the prompt's."""
     tokenizer = HfTokenizer.from_folder(write_folder(tmp_path / "tokenizer"))
     ids = tokenizer.encode("One sentence, and then another one.", add_special_tokens=False)
-
-    async def stream():
-        yield RequestOutput("r", ids[4:], "length")
-
-    answer = asyncio.run(read_completion(stream(), tokenizer, ids[:4], PARAMS, ()))
+    stream = Stream([RequestOutput("r", ids[4:], "length")])
+    answer = asyncio.run(read_completion(stream, tokenizer, ids[:4], PARAMS, ()))
     assert tokenizer.decode(ids[:4]) + answer.text == tokenizer.decode(ids)

@@ -1,15 +1,15 @@
 """One answer read to its end: tokens, text, why it ended. Knows nothing of HTTP or of processes.
 
-Nothing is given out before the end. Stop strings are found as in a stream (`core.serve.answer`).
+Nothing is given out before the end. Stop strings are found as in a stream (`core.frontend.answer`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.errors import RequestError
+from core.frontend.answer import StopMatcher
 from core.interfaces.frontend import OutputStream, Tokenizer
 from core.interfaces.messages import RequestOutput, SamplingParams, TokenLogprobs
-from core.serve.answer import StopMatcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +33,16 @@ async def read_completion(
     sampling: SamplingParams,
     stops: Sequence[str],
 ) -> Completion:
-    """Read a stream until it ends or a string of `stops` is complete; the caller closes it.
+    """Read a stream until it ends or a string of `stops` is complete, and close it.
 
-    Raises WorkerDied where the engine ended before, RequestError where it gave the request up.
+    Raises WorkerDied where the engine ended before, RequestError where it gave the request up; the
+    caller closes it then.
     """
     reader = _Reader(tokenizer, prompt_ids, sampling, stops)
     async for output in stream:
         reader.add(output)
         if reader.finish_reason is not None:
+            stream.close(reader.finish_reason)
             return reader.completion()
     raise RequestError("the answer ended early", code="internal_error", status=500)
 
