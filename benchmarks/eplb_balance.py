@@ -119,7 +119,7 @@ def trace_halves() -> list[list[list[int]]]:
     found: list[ExpertLoads] = []
     while engine.has_work:
         engine.step()
-        loads = rank.balancer.take_loads()
+        loads = rank.expert_balancer.take_loads()
         if loads is not None:
             found.append(loads)
     first, both = (loads.rows for loads in found[:2])

@@ -123,7 +123,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     startup_s = round(time.perf_counter() - begin, 1)
     put(common | {"startup_s": startup_s, "cuda_graphs": built.cuda_graphs})
     if isinstance(links, FollowerLinks):
-        links.serve(built.scheduler, built.executor, built.balancer)
+        links.serve(built.scheduler, built.executor, built.expert_balancer)
     leader = OfflineLeader(built, links.followers, links.lockstep)
     if arguments.profile:
         for batch in cells.batches_of(arguments):

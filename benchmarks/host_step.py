@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.devices.select import select_staging
 from core.engine.run.executor import StepExecutor, StreamExecutor
-from core.engine.run.expert_balance import NoBalancer
+from core.engine.run.expert_balance import NoExpertBalancer
 from core.engine.run.lockstep import SoloLockstep
 from core.engine.run.loop import EngineLoop, NoFollowers, RunningStep
 from core.engine.run.runner import ModelRunner
@@ -182,7 +182,7 @@ def build(batch: int, device: torch.device) -> tuple[Scheduler, ModelRunner]:
         chooser=make_chooser(sampler, state, tp, NullHead(), shares_head=False),
         state=state,
         comm=tp,
-        balancer=NoBalancer(),
+        expert_balancer=NoExpertBalancer(),
         progress=Progress(),
     )
     scheduler = Scheduler(

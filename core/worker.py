@@ -95,7 +95,7 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     channel.send(Ready(rank.describe()))
     channel.heartbeat(rank.executor.heartbeat)
     rank.commit_pool()
-    links.serve(rank.scheduler, rank.executor, rank.balancer)
+    links.serve(rank.scheduler, rank.executor, rank.expert_balancer)
 
 
 if __name__ == "__main__":

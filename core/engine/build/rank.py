@@ -23,7 +23,7 @@ from core.engine.build.profile_run import ProfileRun, StartPhases, keep_kernels
 from core.engine.build.runner import build_runner
 from core.engine.build.timing import mixed_tokens_of, pace_of, warm_up_plans
 from core.engine.run.executor import StepExecutor, select_executor
-from core.engine.run.expert_balance import Balancer
+from core.engine.run.expert_balance import ExpertBalancer
 from core.engine.run.loop import warm_up
 from core.engine.run.runner import ModelRunner
 from core.engine.schedule.scheduler import Scheduler
@@ -39,7 +39,7 @@ class RankEngine:
 
     scheduler: Scheduler
     executor: StepExecutor
-    balancer: Balancer
+    expert_balancer: ExpertBalancer
     pool: PoolSize
     pool_memory: torch.UntypedStorage | None  # that is not taken yet; None: on a GPU
     held: HeldMemory  # on a GPU, beside the pool
@@ -112,7 +112,7 @@ def build_rank(config: AppConfig, context: RankContext) -> RankEngine:
             mixed_tokens=mixed_tokens,
         ),
         executor=steps,
-        balancer=runner.balancer,
+        expert_balancer=runner.expert_balancer,
         pool=pool,
         pool_memory=runner.pool if context.device.type == "cpu" else None,
         held=replace(held, graphs=runner.steps.graph_bytes),

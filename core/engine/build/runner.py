@@ -16,7 +16,7 @@ from core.engine.build.memory import (
 from core.engine.build.model import (
     stream_of,
 )
-from core.engine.run.expert_balance import make_balancer
+from core.engine.run.expert_balance import make_expert_balancer
 from core.engine.run.runner import ModelRunner
 from core.engine.sample.choosing import make_chooser
 from core.engine.sample.processors import ProcessorChain
@@ -77,7 +77,7 @@ def build_runner(
         chooser=make_chooser(sampler, state, tp, loaded.model.head, shares_head=parts.shares_head),
         state=state,
         comm=tp,
-        balancer=make_balancer(
+        expert_balancer=make_expert_balancer(
             loaded.model.expert_layers,
             context.comms.axes["world"],
             config.parallel.eplb,

@@ -34,7 +34,7 @@ READ_DELAY_STEPS = 4
 Rows = list[list[int]]  # of each layer and logical expert
 
 
-class Balancer(Protocol):
+class ExpertBalancer(Protocol):
     """What a rank's runner calls; both methods are for one thread each."""
 
     def after_step(self) -> None:
@@ -47,8 +47,8 @@ class Balancer(Protocol):
         ...
 
 
-class NoBalancer:
-    """The balancer of a model without experts."""
+class NoExpertBalancer:
+    """The expert balancer of a model without experts."""
 
     def after_step(self) -> None:
         pass
@@ -67,8 +67,8 @@ class _Gathered:
     rebalances: bool
 
 
-class ExpertBalancer:
-    """The balancer of one rank. Counts from when it is made."""
+class EplbBalancer:
+    """The expert balancer of one rank. Counts from when it is made."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class ExpertBalancer:
                 layer.move(placement)
 
 
-def make_balancer(
+def make_expert_balancer(
     layers: Sequence[ExpertLayer],
     world: Communicator,
     config: ExpertBalanceConfig,
@@ -168,12 +168,12 @@ def make_balancer(
     *,
     num_nodes: int,
     rows_are_cut: bool,
-) -> Balancer:
-    """The balancer of a rank's model. `num_nodes`: of one stage. `rows_are_cut`: each rank routes
-    rows of its own (the stream's layout is ROWS); otherwise all route the same."""
+) -> ExpertBalancer:
+    """The expert balancer of a rank's model. `num_nodes`: of one stage. `rows_are_cut`: each rank
+    routes rows of its own (the stream's layout is ROWS); otherwise all route the same."""
     if not layers or spec.moe is None:
-        return NoBalancer()
-    return ExpertBalancer(
+        return NoExpertBalancer()
+    return EplbBalancer(
         layers,
         world,
         config,

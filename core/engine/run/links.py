@@ -7,7 +7,7 @@ who uses them, nothing of what is said.
     links = open_links(Wire(endpoints.key), endpoints, plan, rank, step_timeout_s=60)
     ...                         # the long work: weights
     links.await_peers(600)
-    links.serve(scheduler, executor, balancer)
+    links.serve(scheduler, executor, expert_balancer)
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 import zmq
 
 from core.engine.run.executor import StepExecutor
-from core.engine.run.expert_balance import Balancer
+from core.engine.run.expert_balance import ExpertBalancer
 from core.engine.run.lockstep import HubLockstep, Lockstep, PeerLockstep, SoloLockstep
 from core.engine.run.loop import EngineLoop, NoFollowers, PlanSender, follow
 from core.engine.run.mailbox import (
@@ -41,7 +41,9 @@ class RankLinks(Protocol):
         Raises ResourceError naming those who are not."""
         ...
 
-    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
+    def serve(
+        self, scheduler: Scheduler, executor: StepExecutor, expert_balancer: ExpertBalancer
+    ) -> NoReturn:
         """Run the engine's loop, or follow the one who does, until the process ends."""
         ...
 
@@ -64,7 +66,9 @@ class LeaderLinks:
         for link in self.awaited:
             link.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
+    def serve(
+        self, scheduler: Scheduler, executor: StepExecutor, expert_balancer: ExpertBalancer
+    ) -> NoReturn:
         EngineLoop(
             scheduler=scheduler,
             executor=executor,
@@ -73,7 +77,7 @@ class LeaderLinks:
             followers=self.followers,
             lockstep=self.lockstep,
             wait_for_work=self.wait_for_work,
-            report=lambda: self.mailbox.send_expert_loads(balancer.take_loads()),
+            report=lambda: self.mailbox.send_expert_loads(expert_balancer.take_loads()),
         ).run()
 
 
@@ -86,7 +90,9 @@ class FollowerLinks:
     def await_peers(self, timeout_s: float) -> None:
         self.plans.await_peers(timeout_s)
 
-    def serve(self, scheduler: Scheduler, executor: StepExecutor, balancer: Balancer) -> NoReturn:
+    def serve(
+        self, scheduler: Scheduler, executor: StepExecutor, expert_balancer: ExpertBalancer
+    ) -> NoReturn:
         follow(executor, self.plans)
 
 

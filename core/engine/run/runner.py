@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
 
-from core.engine.run.expert_balance import Balancer
+from core.engine.run.expert_balance import ExpertBalancer
 from core.engine.sample.choosing import Chooser
 from core.engine.sample.logprobs import DeviceLogprobs, prompt_logprobs
 from core.engine.sample.sampler import Sampler
@@ -79,7 +79,7 @@ class ModelRunner:
         chooser: Chooser,
         state: SlotState,
         comm: Communicator,
-        balancer: Balancer,
+        expert_balancer: ExpertBalancer,
         progress: Progress,
         pool: UntypedStorage | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class ModelRunner:
         self.chooser = chooser
         self.state = state
         self.comm = comm
-        self.balancer = balancer
+        self.expert_balancer = expert_balancer
         self.progress = progress
         self.pool = pool
         self.slots: dict[int, SlotInit] = {}  # the request in each slot
@@ -109,7 +109,7 @@ class ModelRunner:
         computed = self.steps.compute(plan, facts)
         pending = self._chosen(computed)
         self._prompt_logprobs(plan, facts, computed, pending)
-        self.balancer.after_step()
+        self.expert_balancer.after_step()
         return pending
 
     def _chosen(self, computed: ComputedStep) -> PendingStep:

@@ -13,10 +13,10 @@ from torch import Tensor
 from core.engine.run.expert_balance import (
     GATHER_STEPS,
     READ_DELAY_STEPS,
-    ExpertBalancer,
-    NoBalancer,
+    EplbBalancer,
+    NoExpertBalancer,
     initial_placements,
-    make_balancer,
+    make_expert_balancer,
 )
 from core.errors import ConfigError, PlanError
 from core.interfaces.comm import Comms
@@ -91,25 +91,25 @@ def popularity(layer: int) -> list[float]:
 def run(
     num_steps: int,
     config: ExpertBalanceConfig,
-    then: Callable[[ExpertBalancer, list[FakeLayer]], None] = lambda balancer, layers: None,
-) -> list[tuple[ExpertBalancer, list[FakeLayer]]]:
-    """Balancer and layers of every rank after some steps, `then` called after each step."""
+    then: Callable[[EplbBalancer, list[FakeLayer]], None] = lambda expert_balancer, layers: None,
+) -> list[tuple[EplbBalancer, list[FakeLayer]]]:
+    """Expert balancer and layers of every rank after some steps; `then` is called after each."""
 
-    def of_rank(comms: Comms) -> tuple[ExpertBalancer, list[FakeLayer]]:
+    def of_rank(comms: Comms) -> tuple[EplbBalancer, list[FakeLayer]]:
         world = comms.axes["world"]
         layers = [FakeLayer(comms, layer) for layer in LAYERS]
-        balancer = make_balancer(
+        expert_balancer = make_expert_balancer(
             layers, world, config, spec_of(), PLAN, num_nodes=1, rows_are_cut=True
         )
-        assert isinstance(balancer, ExpertBalancer)
+        assert isinstance(expert_balancer, EplbBalancer)
         generator = random.Random(world.rank)  # every rank has rows of its own
         for _ in range(num_steps):
             for layer in layers:
                 chosen = generator.choices(range(NUM_EXPERTS), popularity(layer.layer), k=20)
                 layer.route(torch.tensor(chosen))
-            balancer.after_step()
-            then(balancer, layers)
-        return balancer, layers
+            expert_balancer.after_step()
+            then(expert_balancer, layers)
+        return expert_balancer, layers
 
     return run_ranks(plan_comms(PLAN), of_rank)
 
@@ -117,8 +117,8 @@ def run(
 def test_experts_move_to_where_ranks_are_even() -> None:
     loads = {}
 
-    def remember(balancer: ExpertBalancer, layers: list[FakeLayer]) -> None:
-        found = balancer.take_loads()
+    def remember(expert_balancer: EplbBalancer, layers: list[FakeLayer]) -> None:
+        found = expert_balancer.take_loads()
         if found is not None:
             loads[layers[0].step] = found
 
@@ -149,8 +149,8 @@ def test_layers_move_one_after_the_other_between_agreed_steps() -> None:
 def test_off_by_default_but_rows_are_counted() -> None:
     seen = []
 
-    def remember(balancer: ExpertBalancer, layers: list[FakeLayer]) -> None:
-        found = balancer.take_loads()
+    def remember(expert_balancer: EplbBalancer, layers: list[FakeLayer]) -> None:
+        found = expert_balancer.take_loads()
         if found is not None and layers[0]._comm.rank == 0:
             seen.append((layers[0].step, found))
 
@@ -180,10 +180,10 @@ def test_even_experts_stay() -> None:
         layer = FakeLayer(comms, 1)
         layer.placement = LayerPlacement(NUM_EXPERTS, EP, tuple(range(NUM_EXPERTS)))
         config = ExpertBalanceConfig(interval_steps=5)
-        balancer = ExpertBalancer([layer], comms.axes["world"], config)
+        expert_balancer = EplbBalancer([layer], comms.axes["world"], config)
         for _ in range(30):
             layer.route(torch.arange(NUM_EXPERTS))
-            balancer.after_step()
+            expert_balancer.after_step()
         return layer.moved_at
 
     assert run_ranks(plan_comms(PLAN), of_rank) == [[]] * EP
@@ -196,7 +196,7 @@ def test_replicated_rows_are_counted_once() -> None:
     def of_rank(comms: Comms) -> list[list[int]]:
         layer = FakeLayer(comms, 1)
         layer.placement = default_placement(NUM_EXPERTS, 1, 0)
-        balancer = make_balancer(
+        expert_balancer = make_expert_balancer(
             [layer],
             comms.axes["world"],
             ExpertBalanceConfig(),
@@ -207,8 +207,8 @@ def test_replicated_rows_are_counted_once() -> None:
         )
         for _ in range(GATHER_STEPS + READ_DELAY_STEPS):
             layer.route(torch.arange(3))
-            balancer.after_step()
-        loads = balancer.take_loads()
+            expert_balancer.after_step()
+        loads = expert_balancer.take_loads()
         assert loads is not None
         return loads.rows
 
@@ -222,7 +222,7 @@ def test_what_was_counted_before_does_not_count() -> None:
     def of_rank(comms: Comms) -> None:
         layer = FakeLayer(comms, 1)
         layer.route(torch.zeros(1000, dtype=torch.int64))  # warming up
-        ExpertBalancer([layer], comms.axes["world"], ExpertBalanceConfig())
+        EplbBalancer([layer], comms.axes["world"], ExpertBalanceConfig())
         assert layer.take_counts().sum() == 0
 
     run_ranks(plan_comms(PLAN), of_rank)
@@ -231,7 +231,7 @@ def test_what_was_counted_before_does_not_count() -> None:
 def test_models_without_experts_have_nothing_to_balance() -> None:
     comms = plan_comms(Plan())[0]
     spec = replace(spec_of(), moe=None)
-    balancer = make_balancer(
+    expert_balancer = make_expert_balancer(
         [],
         comms.axes["world"],
         ExpertBalanceConfig(interval_steps=1),
@@ -240,9 +240,9 @@ def test_models_without_experts_have_nothing_to_balance() -> None:
         num_nodes=1,
         rows_are_cut=False,
     )
-    assert isinstance(balancer, NoBalancer)
-    balancer.after_step()
-    assert balancer.take_loads() is None
+    assert isinstance(expert_balancer, NoExpertBalancer)
+    expert_balancer.after_step()
+    assert expert_balancer.take_loads() is None
     assert initial_placements(spec, Plan(), ExpertBalanceConfig()) == {}
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from core.engine.run.expert_balance import NoBalancer
+from core.engine.run.expert_balance import NoExpertBalancer
 from core.engine.run.links import LeaderLinks, open_links
 from core.engine.run.mailbox import ZmqMailbox
 from core.engine.schedule.pace import Pace
@@ -102,7 +102,7 @@ class Rank(threading.Thread):
             links = open_links(self._wire, self._endpoints, plan, rank, step_timeout_s=TIMEOUT_S)
             links.await_peers(TIMEOUT_S)
             executor = FakeExecutor(self._collectives, rank, dp_rank)
-            links.serve(scheduler, executor, NoBalancer())  # type: ignore[arg-type]
+            links.serve(scheduler, executor, NoExpertBalancer())  # type: ignore[arg-type]
         except zmq.ContextTerminated:
             return
         except BaseException as error:
