@@ -1,5 +1,6 @@
 """A checkpoint against what a model needs, by headers alone: every kind of mismatch is named."""
 
+import difflib
 import time
 from pathlib import Path
 
@@ -163,3 +164,19 @@ def test_ninety_thousand_tensors_are_compared_quickly() -> None:
     message = problems(stored, shapes)
     assert "closest there is: model.layers.57.mlp.experts.255.up_proj" in message
     assert time.process_time() - start < 5
+
+
+def test_a_missing_name_is_compared_with_some_names_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all names of a large checkpoint begin as it does."""
+    compared = []
+
+    def compare(name: str, others: list[str], most: int) -> list[str]:
+        compared.append(len(others))
+        return []
+
+    monkeypatch.setattr(difflib, "get_close_matches", compare)
+    shapes = ShapeReader(torch.float32)
+    shapes.take("model.norm.weight", (8,))
+    stored = {f"model.layers.{n}.w": TensorInfo((8,), torch.float32, "f") for n in range(5000)}
+    assert "model.norm.weight of shape 8 is missing" in problems(stored, shapes)
+    assert compared == [1000]

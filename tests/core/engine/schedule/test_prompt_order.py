@@ -164,6 +164,21 @@ def test_a_request_that_waits_too_long_is_told_before_it_runs() -> None:
     scheduler.check()
 
 
+def test_a_request_that_was_begun_is_not_told_that_it_waited_too_long() -> None:
+    """Pages are too few for both: the later one waits again, and past the time it had."""
+    scheduler = new_scheduler(num_pages=20, disable_prefix_cache=True)
+    clock = scheduler._clock
+    assert isinstance(clock, Clock)
+    scheduler.admit([prompt(name, 4, max_tokens=100, queue_timeout_s=5.0) for name in "AB"])
+    for _ in range(60):
+        turn(scheduler)
+    stats = scheduler.stats()
+    assert (stats.num_preemptions, stats.num_waiting) == (1, 1)
+    clock.now_s = 10.0
+    assert scheduler.admit([]) == []
+    assert set(scheduler._live) == {"A", "B"}
+
+
 # Steps that are cut to a time.
 
 PACE = Pace(token_s=0.001, pair_s=1e-6, logprob_s=0.01)

@@ -210,3 +210,54 @@ def test_what_follows_an_early_answer_is_dropped_for_a_while():
         assert [status for status, _ in answers(broken.heard)] in ([400], [401])
 
     clock_loop.run(main())
+
+
+def test_a_client_that_still_sends_its_body_gets_time_to_read_why_it_is_refused():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def main():
+        server = Server(app, discard_s=10, linger_s=2)
+        peer = server.connect()
+        await peer.say(post(b"x" * 10, extra=b"Connection: close\r\n", length=1000))
+        assert answers(peer.heard) == [(401, b"no")]
+        assert peer.shut
+        await asyncio.sleep(9.9)
+        await peer.say(b"x" * 100)
+        assert not peer.closed
+        await asyncio.sleep(0.2)
+        assert peer.closed
+
+    clock_loop.run(main())
+
+
+def test_what_comes_after_the_end_of_a_connection_has_a_limit():
+    async def main():
+        server = Server(echo, linger_s=2, max_discarded_bytes=1000)
+        peer = server.connect()
+        await peer.say(b"no HTTP\r\n\r\n")
+        assert [status for status, _ in answers(peer.heard)] == [400]
+        await peer.say(b"x" * 1000)
+        assert not peer.closed
+        await peer.say(b"x")
+        assert peer.closed
+
+    clock_loop.run(main())
+
+
+def test_the_limit_on_what_is_dropped_is_that_of_one_request():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def main():
+        server = Server(app, max_discarded_bytes=1000)
+        peer = server.connect()
+        for number in range(1, 4):
+            await peer.say(post(b"x", length=900))
+            await peer.say(b"x" * 899)
+            assert len(answers(peer.heard)) == number
+        assert not peer.is_ending()
+
+    clock_loop.run(main())
