@@ -173,10 +173,12 @@ def config_searchpath() -> Sequence[str]:
 
 
 @hookspec
-def check_plan(config: "AppConfig") -> Sequence[str]:
+def check_plan(config: "AppConfig", plugins: Any) -> Sequence[str]:
     """Problems of a configuration, one sentence each, naming the key to change. All plugins'
     problems are reported together, before anything starts. Called with the composed configuration,
-    where names may be "auto" and `engine.page_size` None, then with what these mean here."""
+    where names may be "auto" and `engine.page_size` None, then with what these mean here. `plugins`
+    is the core.plugin.plugin_manager.PluginManager, whose `table(family)` has the members of a
+    family that a plugin made; one that needs none leaves it out."""
     raise AssertionError("a specification is never called")
 
 

@@ -207,7 +207,7 @@ class PluginManager:
 
     def check_plan(self, config: AppConfig) -> list[str]:
         """What every plugin finds wrong with a configuration, settled or not, in one list."""
-        found = self._call_each("check_plan", config=config)
+        found = self._call_each("check_plan", config=config, plugins=self)
         return [problem for _, problems in found for problem in problems]
 
     def plan_problems(self, config: AppConfig) -> list[str]:

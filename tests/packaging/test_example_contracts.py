@@ -1,32 +1,41 @@
-"""The examples pass the contract suites that we ship, run as their authors would."""
+"""The examples pass the tests that they come with, run as their authors would."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from core.testing import attention, moe_a2a
+from core.testing import attention, comm, latent_attention, moe_a2a
+from tests.support.third_party import install_example
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_tests"),
     [
-        ("acme_dispatch", 3 * len(moe_a2a.CASES)),
-        ("acme_attention", len(attention.CASES)),
-        ("acme_sampling", 12),
+        pytest.param("acme_dispatch", 3 * len(moe_a2a.CASES), marks=pytest.mark.slow),
+        pytest.param("acme_attention", len(attention.CASES), marks=pytest.mark.slow),
+        pytest.param("acme_sampling", 12, marks=pytest.mark.slow),
+        pytest.param("acme_comm", 2 * (len(comm.CASES) + 2), marks=pytest.mark.slow),
+        pytest.param(
+            "acme_latent",
+            len(latent_attention.CASES) + 3 * len(latent_attention.SMALL),
+            marks=pytest.mark.slow,
+        ),
+        ("acme_model", 2),
+        ("acme_launcher", 6),
+        ("acme_policy", 3),
     ],
 )
-def test_it_passes_the_contract_by_its_own_tests(name, num_tests, tmp_path):
-    example = ROOT / "examples" / name
+def test_it_passes_the_contract_by_its_own_tests(name, num_tests, tmp_path, monkeypatch):
+    install_example(name, tmp_path / "site", monkeypatch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tests = ROOT / "examples" / name / "tests"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", example / "tests"],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", tests],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{example}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,

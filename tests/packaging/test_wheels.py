@@ -72,6 +72,11 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "plan": examples / "acme_plan",
         "dispatch": examples / "acme_dispatch",
         "sampling": examples / "acme_sampling",
+        "comm": examples / "acme_comm",
+        "latent": examples / "acme_latent",
+        "model": examples / "acme_model",
+        "launcher": examples / "acme_launcher",
+        "policy": examples / "acme_policy",
     }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
@@ -173,6 +178,35 @@ def test_the_third_party_plan_is_selected_by_name(installed):
     done = installed.compose("parallel=acme", "parallel.tp=8", "parallel.options.attention_ranks=3")
     assert done.returncode == 2
     assert "parallel.options.attention_ranks=3 does not divide parallel.tp=8" in done.stderr
+
+
+def test_every_example_registers_what_its_page_says(installed):
+    done = installed.run("nodeweave", "plugins", "--json")
+    registered = {
+        (plugin["name"], each["family"], each["name"])
+        for plugin in json.loads(done.stdout)["plugins"]
+        for each in plugin["registrations"]
+    }
+    assert {
+        ("acme_comm", "comm", "acme"),
+        ("acme_latent", "latent_attention", "acme_latent"),
+        ("acme_launcher", "launcher", "acme"),
+        ("acme_model", "model", "SeedOssForCausalLM"),
+        ("acme_policy", "acme_rule", "small"),
+    } <= registered
+
+
+def test_their_groups_sections_and_commands_are_there(installed):
+    words = ["comm=acme", "launch=acme", "acme.rule.name=small", "acme.rule.options.most_ranks=2"]
+    done = installed.compose(*words)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert [config["comm"]["tp"]["name"], config["launch"]["name"]] == ["acme", "acme"]
+    assert config["acme"]["rule"] == {"name": "small", "options": {"most_ranks": 2}}
+    done = installed.compose(*words, "parallel.tp=3")
+    assert (done.returncode, "parallel.tp=3 is more than 2 ranks" in done.stderr) == (2, True)
+    done = installed.run("nodeweave", "rules")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "anything")
 
 
 def test_the_installed_server_computes_with_it(installed, tiny_llama_folder):

@@ -93,6 +93,18 @@ def test_a_family_a_section_and_a_choice_of_it(order):
     assert [each.family for each in loaded["b"].registered] == ["acme_stemmer"] * 2
 
 
+def test_the_owner_of_a_family_asks_its_members_in_check_plan():
+    class Owner(Acme):
+        @hookimpl
+        def check_plan(self, config, plugins):
+            stem = plugins.table("acme_stemmer").create(section(config, "acme", AcmeConfig).stemmer)
+            return [stem("plans")]
+
+    manager = load(a=Owner(), b=Stemmers())
+    assert manager.check_plan(composed(manager, "acme.stemmer.name=suffix")) == ["plan"]
+    assert manager.check_plan(composed(manager)) == ["plans"]
+
+
 def test_a_section_reaches_workers_other_nodes_and_the_shown_yaml():
     manager = load(a=Acme(), b=Stemmers())
     config = composed(manager, "acme.limit=5")

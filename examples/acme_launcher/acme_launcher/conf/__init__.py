@@ -1,0 +1,1 @@
+"""Hydra configs of this plugin; a package, so that the wheel carries them."""
