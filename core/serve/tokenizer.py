@@ -15,12 +15,12 @@ from core.disk.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import IncrementalDetokenizer
 from core.model_files.tokenizer_settings import SPECIAL_TOKENS, check_settings
-from core.serve.byte_table import REPLACEMENT, byte_of_piece, byte_table
-from core.serve.chat_template import ChatTemplate
-from core.serve.detokenizer import ByteDetokenizer, WindowDetokenizer
-from core.serve.messages import check_messages, text_size
 from core.serve.panics import building, without_panics
 from core.serve.special_tokens import apply_settings
+from core.tokenizers.byte_table import REPLACEMENT, byte_of_piece, byte_table
+from core.tokenizers.chat_template import ChatTemplate
+from core.tokenizers.detokenizer import ByteDetokenizer, WindowDetokenizer
+from core.tokenizers.messages import check_messages, text_size
 
 
 class HfTokenizer:

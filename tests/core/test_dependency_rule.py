@@ -25,6 +25,7 @@ LAYERS = (
     "layers",
     "weights",
     "model_files",
+    "tokenizers",
     "checkpoints",
     "sources",
     "engine",
@@ -44,6 +45,7 @@ PLUGINS_MAY_IMPORT = {"errors", "settings", "parallel", "interfaces", "plugin", 
 PLUGIN_EXTRAS = {
     "checkpoints": {"disk", "model_files", "weights"},
     "models": {"layers"},
+    "tokenizers": {"disk", "model_files", "tokenizers"},
     "frontends": {"frontend"},
 }
 # Packages that may be imported in these modules only.

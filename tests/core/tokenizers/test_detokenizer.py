@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ModelError
-from core.serve.byte_table import MAX_TOKEN_ID, REPLACEMENT, byte_table
-from core.serve.detokenizer import MAX_HELD_TOKENS, WindowDetokenizer
 from core.serve.tokenizer import HfTokenizer
+from core.tokenizers.byte_table import MAX_TOKEN_ID, REPLACEMENT, byte_table
+from core.tokenizers.detokenizer import MAX_HELD_TOKENS, WindowDetokenizer
 from tests.support.small_tokenizer import byte_fallback, byte_level
 
 

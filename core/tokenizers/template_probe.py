@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from core.serve.messages import Message, MessageForm, shape_messages
+from core.tokenizers.messages import Message, MessageForm, shape_messages
 
 # Renders messages, which are in form already, with descriptions of tools or None.
 Render = Callable[[list[Message], list[dict[str, Any]] | None], str]

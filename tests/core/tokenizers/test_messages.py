@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 from core.errors import RequestError
-from core.serve.chat_template import ChatTemplate
-from core.serve.messages import MAX_MESSAGES, MessageForm, check_messages, shape_messages, short_id
+from core.tokenizers.chat_template import ChatTemplate
+from core.tokenizers.messages import (
+    MAX_MESSAGES,
+    MessageForm,
+    check_messages,
+    shape_messages,
+    short_id,
+)
 from tests.support.template_manners import MANNERS
 
 CASES = json.loads((Path(__file__).parent / "message_cases.json").read_text("utf-8"))

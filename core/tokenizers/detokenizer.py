@@ -3,15 +3,15 @@
 An answer goes on where its prompt ended: its text is that of prompt and answer together, without
 that of the prompt. So the space of a first token is kept, which decoders drop where a text begins.
 
-Knows nothing of requests. Two ways: where every token has bytes of its own (see
-`core.serve.byte_table`) they go through Python's incremental UTF-8 decoder; any other decoder is
-given a short window of ids twice (with and without the new token), and the difference is given out.
+Knows nothing of requests. Two ways: where every token has bytes of its own (see the module
+`byte_table`) they go through Python's incremental UTF-8 decoder; any other decoder is given a short
+window of ids twice (with and without the new token), and the difference is given out.
 """
 
 import codecs
 from collections.abc import Callable, Sequence
 
-from core.serve.byte_table import EACH_BYTE, REPLACEMENT, ByteTable
+from core.tokenizers.byte_table import EACH_BYTE, REPLACEMENT, ByteTable
 
 MAX_HELD_TOKENS = 64  # of one broken byte sequence; bounds the work per token
 CONTEXT_TOKENS = (4, 16, 64)  # of a prompt's end, tried one after the other

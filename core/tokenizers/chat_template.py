@@ -14,9 +14,9 @@ import jinja2
 import jinja2.meta
 
 from core.errors import ModelError, RequestError
-from core.serve.messages import MessageForm, shape_messages
-from core.serve.template_probe import probe
-from core.serve.template_sandbox import TemplateEnvironment, TemplateLimit
+from core.tokenizers.messages import MessageForm, shape_messages
+from core.tokenizers.template_probe import probe
+from core.tokenizers.template_sandbox import TemplateEnvironment, TemplateLimit
 
 DEADLINE_S = 2.0
 MAX_CHARACTERS = 64 * 1024 * 1024

@@ -3,7 +3,7 @@
 Clients write the same conversation in many ways: content that is null, absent or a list of parts,
 tool arguments as JSON text or as an object, an empty list of calls, a role that is newer than the
 model. What a template does with each differs, so `MessageForm` says what one template reads (see
-core.serve.template_probe) and `shape_messages` writes every conversation in that form. Knows
+core.tokenizers.template_probe) and `shape_messages` writes every conversation in that form. Knows
 nothing of jinja2 or of tokens.
 """
 

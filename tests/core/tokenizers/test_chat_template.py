@@ -5,7 +5,7 @@ import time
 import pytest
 
 from core.errors import ModelError, RequestError
-from core.serve.chat_template import ChatTemplate
+from core.tokenizers.chat_template import ChatTemplate
 from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, byte_level
 
 SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
