@@ -93,7 +93,7 @@ def trace_halves() -> list[list[list[int]]]:
         engine={"max_prefill_tokens": TOKENS_PER_STEP, "kv_cache_tokens": 16384},
     )
     plugins = PluginManager.load([])
-    files = resolve_files(config.model, plugins.table("checkpoint_format"), lambda *_: None)
+    files = resolve_files(config.model, plugins, lambda *_: None)
     resolved = resolve(config, plugins, files, "cpu", native_dtypes())
     rank = build_rank(
         resolved.config,

@@ -92,7 +92,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     cuda = arguments.device == "cuda"
     device = open_device(f"cuda:{rank}" if cuda else "cpu", 4 if cuda else 1)
     plugins = PluginManager.load(config.plugins.blocklist)
-    files = resolve_files(config.model, plugins.table("checkpoint_format"), lambda *_: None)
+    files = resolve_files(config.model, plugins, lambda *_: None)
     resolved = resolve(config, plugins, files, arguments.device, native_dtypes())
     config, plan = resolved.config, resolved.plan
     endpoints = endpoints_in(arguments.folder, plan.dp)

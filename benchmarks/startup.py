@@ -53,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     end("device")
     config = configuration(arguments)
     plugins = PluginManager.load([])
-    files = resolve_files(config.model, plugins.table("checkpoint_format"), lambda *_: None)
+    files = resolve_files(config.model, plugins, lambda *_: None)
     resolved = resolve(config, plugins, files, arguments.device, native_dtypes())
     end("resolve")
     rank = build_rank(

@@ -172,9 +172,7 @@ def _files(model: "ModelConfig", plugins: "PluginManager") -> "ModelFiles":
 
     is_here = model.package is not None and is_fetched(model.package)
     if model.shape is None or model.random_checkpoint is not None or is_here:
-        return resolve_files(
-            model, plugins.table("checkpoint_format"), lambda task, done, total, unit: None
-        )
+        return resolve_files(model, plugins, lambda task, done, total, unit: None)
     return ModelFiles(
         hf_config=dict(model.shape),
         weight_files=[],

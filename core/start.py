@@ -75,9 +75,7 @@ def prepare(
     the configuration does not fit the model or this machine."""
     group.enter("find the model's files")
     machine = find_machine(config.engine.device)
-    files = resolve_files(
-        config.model, plugins.table("checkpoint_format"), _progress(display, group)
-    )
+    files = resolve_files(config.model, plugins, _progress(display, group))
     resolved = resolve(config, plugins, files, machine.device, machine.dtypes, machine.device_bytes)
     if group.site.node_rank == 0:
         for warning in (*files.warnings, *resolved.spec.warnings):

@@ -26,7 +26,7 @@ def generators(formats: PluginTable) -> list[str]:
     return [name for name in formats if makes_weights_up(formats, name)]
 
 
-def hub_files(formats: PluginTable, wanted: str) -> list[str]:
+def hub_weight_files(formats: PluginTable, wanted: str) -> list[str]:
     """Patterns of the weight files that `model.load_format=wanted` takes from the Hub."""
     if wanted == AUTO:
         every = _all_formats(formats).values()

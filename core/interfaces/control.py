@@ -87,17 +87,21 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 ParentControl = EngineReady | EngineDied | Drain | LinesDropped
 
 
+HF_TOKENIZER = "plugins.tokenizers._hf.tokenizer:load"  # of folders with tokenizer.json
+
+
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """A model's files, found (and fetched where needed) before any process is started.
 
     Weights are files of one format (core.interfaces.checkpoint), or none (dummy). `tokenizer_dir`
-    holds tokenizer.json and tokenizer_config.json in Hugging Face form.
+    holds the files of a tokenizer and, in Hugging Face form, its chat templates.
     """
 
     hf_config: dict[str, Any]  # contents of config.json, also where the checkpoint is GGUF
     weight_files: list[str]
     weight_format: str  # name of a format, or "dummy"
     tokenizer_dir: str
+    tokenizer: str = HF_TOKENIZER  # its `TokenizerKind.loader`
     eos_ids: list[int]  # every id that ends an answer
     default_sampling: dict[str, float]
     warnings: list[str] = []  # what a user should know of the files; shown once at start

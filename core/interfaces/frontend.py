@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from core.interfaces.messages import EngineStats, ExpertLoads, RequestOutput, SamplingParams
 from core.interfaces.metrics import FrontendMetrics, RequestMeter
 from core.interfaces.text import TextService
+from core.interfaces.tokenizer import IncrementalDetokenizer as IncrementalDetokenizer
+from core.interfaces.tokenizer import Tokenizer as Tokenizer  # part of this contract
 from core.settings.config import FrontendConfig
 
 
@@ -96,75 +98,6 @@ class Engine(Protocol):
         could hurt a worker, with `param` naming the argument or the field of `sampling`
         (core.serve.request_check has every range). Frontends need no checks of their own.
         """
-        ...
-
-
-class IncrementalDetokenizer(Protocol):
-    """Text of one answer, token by token: that of prompt and answer without the prompt's."""
-
-    @property
-    def holding(self) -> bool:
-        """Whether a part of a character is held back."""
-        ...
-
-    def add(self, token_ids: Sequence[int]) -> str:
-        """The text these tokens complete; a partial UTF-8 character is held back."""
-        ...
-
-    def finish(self) -> str:
-        """What was held back, with U+FFFD for broken bytes."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back, for one model."""
-
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-    max_token_characters: int  # of the longest token: bounds a text's token count from below
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-
-    def token_text(self, token_id: int) -> str:
-        """The token alone as text, as logprobs report it."""
-        ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **variables: Any,
-    ) -> str:
-        """The prompt text of a conversation; encode it without adding special tokens.
-
-        `continue_final_message` leaves the last message open, for the model to go on with.
-        Raises RequestError where the template refuses the messages or there is no template.
-        """
-        ...
-
-    def check_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
-    ) -> int:
-        """The characters of a conversation. Raises RequestError where a message is not in order or
-        the template would drop a part of it, tools for example."""
-        ...
-
-    def detokenizer(
-        self,
-        *,
-        skip_special_tokens: bool = True,
-        prompt_ids: Sequence[int] = (),
-        takes_over: bool = False,
-    ) -> IncrementalDetokenizer:
-        """For an answer that follows these tokens; () where it begins a text. `takes_over`: broken
-        bytes that end the prompt are the answer's (core.interfaces.text.Prompt.is_open)."""
         ...
 
 

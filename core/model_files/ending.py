@@ -47,13 +47,15 @@ class Ending:
 
 
 def read_ending(folder: Path, config: Mapping[str, Any]) -> Ending:
-    """Read generation_config.json and the tokenizer's files, all but tokenizer.json optional.
+    """Read generation_config.json and the tokenizer's files, which are all optional.
     `config` is the contents of config.json. Raises ModelError that names file and key."""
     generation_path = folder / "generation_config.json"
     generation = _optional(generation_path)
     named = token_ids(generation_path, generation.get("eos_token_id"))
     named = named or token_ids(folder / "config.json", config.get("eos_token_id"))
-    vocabulary = read_vocabulary(folder / "tokenizer.json")
+    tokenizer_path = folder / "tokenizer.json"
+    has_vocabulary = tokenizer_path.exists()  # else a plugin's tokenizer knows the tokens
+    vocabulary = read_vocabulary(tokenizer_path) if has_vocabulary else Vocabulary({}, frozenset())
     settings_path = folder / "tokenizer_config.json"
     map_path = folder / "special_tokens_map.json"
     settings, tokens_map = _optional(settings_path), _optional(map_path)
@@ -64,7 +66,8 @@ def read_ending(folder: Path, config: Mapping[str, Any]) -> Ending:
     turns = _turn_ends(folder, settings, vocabulary)
     eos_ids = list(dict.fromkeys([*named, *_ids(vocabulary.ids, eos), *turns]))
     warnings = generation_warnings(generation_path, generation)
-    warnings += setting_warnings(settings_path, settings, vocabulary)
+    if has_vocabulary:
+        warnings += setting_warnings(settings_path, settings, vocabulary)
     if not eos_ids:
         warnings.append(NO_END.format(where="eos_token_id in generation_config.json"))
     return Ending(eos_ids, default_sampling(generation_path, generation), warnings)

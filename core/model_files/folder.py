@@ -3,7 +3,7 @@
 For every format whose weights lie in such a folder.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,9 @@ def folder_config(folder: Path, weights: str) -> dict[str, Any]:
     return read_config(folder / "config.json")
 
 
-def folder_files(folder: Path, config: dict[str, Any], *, with_weights: bool) -> ModelFiles:
+def folder_files(folder: Path, config: dict[str, Any]) -> ModelFiles:
     """A folder's files as a format gives them, to which it adds its weight files. `config` is the
-    contents of config.json. Where weights are made up a tokenizer may be too. Raises ModelError."""
-    if not (folder / "tokenizer.json").exists():
-        if not with_weights:
-            return dummy_from_shape(config)
-        raise _missing_tokenizer(folder)
+    contents of config.json. Raises ModelError."""
     ending = read_ending(folder, config)
     return ModelFiles(
         hf_config=config,
@@ -60,14 +56,17 @@ def dummy_from_shape(shape: Mapping[str, Any]) -> ModelFiles:
     )
 
 
-def _missing_tokenizer(folder: Path) -> ModelError:
+def missing_tokenizer(folder: Path, needs: Sequence[str]) -> ModelError:
+    """What to say of a folder without tokenizer.json. `needs`: what kinds of tokenizers besides
+    would be found by."""
+    others = f"; other kinds of tokenizers need: {', '.join(needs)}" if needs else ""
     if (folder / "tokenizer.model").exists():
         return ModelError(
             f"{folder} has a tokenizer.model but no tokenizer.json; convert it once: "
             f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) of "
-            "transformers"
+            f"transformers{others}"
         )
     return ModelError(
         f"missing tokenizer: {folder} has no tokenizer.json; copy tokenizer.json and "
-        "tokenizer_config.json of the model there"
+        f"tokenizer_config.json of the model there{others}"
     )

@@ -1,7 +1,7 @@
 """What a tokenizer_config.json says: each key is applied, harmless or warned of.
 
-`core.serve.tokenizer` applies them; this says which, reads what ends an answer, and knows nothing
-of the library that tokenizes.
+The plugin of tokenizers in that form applies them; this says which, reads what ends an answer, and
+knows nothing of the library that tokenizes.
 """
 
 from collections.abc import Mapping

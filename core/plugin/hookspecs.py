@@ -149,6 +149,13 @@ def register_checkpoint_format() -> Sequence[Registration]:
 
 
 @hookspec
+def register_tokenizer() -> Sequence[Registration]:
+    """Kinds of tokenizers: what turns text into token ids and back. Factory: (options) ->
+    core.interfaces.tokenizer.TokenizerKind."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_family() -> Sequence[PluginFamily]:
     """Families of plugins beside the ones above."""
     raise AssertionError("a specification is never called")

@@ -33,6 +33,7 @@ BUILTIN_PLUGINS = (
     "plugins.models.glm4_moe",
     "plugins.logits_processors",
     "plugins.checkpoints",
+    "plugins.tokenizers",
     "plugins.frontends.openai",
     "plugins.exporters",
     "plugins.launchers",

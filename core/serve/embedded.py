@@ -40,7 +40,7 @@ from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
-from core.serve.tokenizer import HfTokenizer
+from core.tokenizers.load import load_tokenizer
 
 CLOSED = "the engine was closed"
 # What a worker's own error is raised as again, where it ended the start.
@@ -211,11 +211,11 @@ class EmbeddedEngine:
             files = boot.files
             # Built in another process first: what could take all memory ends that one only.
             text = await TextPool.start(
-                TextBoot(folder=files.tokenizer_dir, eos_ids=files.eos_ids),
+                TextBoot.of(files),
                 boot.config.frontend.text_processes,
             )
             self.text = text
-            self.tokenizer = HfTokenizer.from_folder(files.tokenizer_dir, files.eos_ids)
+            self.tokenizer = load_tokenizer(files.tokenizer, files.tokenizer_dir, files.eos_ids)
             await serving
             self.limits = self.limits.at_most(engine.info.get("max_model_len"))
             self._opened.set_result(None)

@@ -56,8 +56,8 @@ from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits, size_problem
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig, PluginChoice
+from core.tokenizers.load import load_tokenizer
 
 API_KEY_VARIABLE = "NODEWEAVE_API_KEY"
 FAREWELL_S = 0.25  # of answering with the cause after the engine died; the parent kills after 1.5 s
@@ -189,9 +189,9 @@ class Frontend:
         begin = time.monotonic()
         files = self._boot.files
         # Built there first: what could take for ever, or all memory, ends that process only.
-        boot = TextBoot(folder=files.tokenizer_dir, eos_ids=files.eos_ids)
+        boot = TextBoot.of(files)
         self._text = await TextPool.start(boot, config.frontend.text_processes)
-        tokenizer = HfTokenizer.from_folder(files.tokenizer_dir, files.eos_ids)
+        tokenizer = load_tokenizer(files.tokenizer, files.tokenizer_dir, files.eos_ids)
         if (problem := size_problem(tokenizer, served.vocab_size)) is not None:
             log.warning("%s", problem)
         metrics = ServerMetrics(

@@ -13,8 +13,8 @@ from typing import Any
 from core.errors import RequestError
 from core.interfaces.messages import SamplingParams
 from core.interfaces.sampling import LogitsProcessorKind
+from core.interfaces.tokenizer import Tokenizer
 from core.serve.processor_check import check_processors
-from core.serve.tokenizer import HfTokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 4096
@@ -129,7 +129,7 @@ class RequestLimits:
             )
 
 
-def size_problem(tokenizer: HfTokenizer, vocab_size: int) -> str | None:
+def size_problem(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     """What follows where a tokenizer has ids that the model's embedding of so many rows has not;
     None where it has none. More rows than tokens are common, and harmless."""
     beyond = tokenizer.max_token_id - vocab_size + 1

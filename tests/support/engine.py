@@ -82,8 +82,7 @@ class _Ranks:
 
     def __init__(self, config: AppConfig, plugins: Mapping[str, object] | None = None) -> None:
         self._plugins = PluginManager.load([], objects=plugins)
-        formats = self._plugins.table("checkpoint_format")
-        self._files = resolve_files(config.model, formats, lambda *_: None)
+        self._files = resolve_files(config.model, self._plugins, lambda *_: None)
         resolved = resolve(config, self._plugins, self._files, "cpu", native_dtypes())
         self.config, self.plan = resolved.config, resolved.plan
         self._comms = plan_comms(self.plan)

@@ -1,5 +1,6 @@
-"""The built-in formats of checkpoints, as whoever finds or opens a model's files is given them."""
+"""The built-in plugins that find and open a model's files, as whoever does that is given them."""
 
 from core.plugin.plugin_manager import PluginManager
 
-FORMATS = PluginManager.load(builtins=["plugins.checkpoints"]).table("checkpoint_format")
+FILE_PLUGINS = PluginManager.load(builtins=["plugins.checkpoints", "plugins.tokenizers"])
+FORMATS = FILE_PLUGINS.table("checkpoint_format")

@@ -29,11 +29,11 @@ from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import FrontendConfig
 from plugins.exporters.prometheus import Prometheus
 from plugins.frontends._openai.app import create_app
 from plugins.logits_processors.allowed import AllowedTokenIds
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.fake_engine import FakeEngine, endpoints_in
 from tests.support.small_tokenizer import SMOLLM2_TEMPLATE, write_folder
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from core.interfaces.control import ModelFiles
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import TINY, ignore_progress
 
 Folder = Callable[[str], Path]
@@ -19,7 +19,8 @@ SHAPE = TINY | {"architectures": ["LlamaForCausalLM"]}
 
 def resolve(path: Path | str | None = None, **fields: Any) -> ModelFiles:
     where = None if path is None else str(path)
-    return resolve_files(ModelConfig(name="tiny", path=where, **fields), FORMATS, ignore_progress)
+    model = ModelConfig(name="tiny", path=where, **fields)
+    return resolve_files(model, FILE_PLUGINS, ignore_progress)
 
 
 def shard_weights(folder: Path) -> dict[str, str]:

@@ -45,7 +45,7 @@ from core.settings.config import (
 )
 from core.sources.files import resolve_files
 from core.testing.ranks import plan_comms, run_ranks
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS, FORMATS
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 263  # a prime: no tp divides it
@@ -223,7 +223,7 @@ def ignore_progress(task: str, done: int, total: int, unit: str) -> None:
 
 def folder_files(folder: Path | str) -> ModelFiles:
     """A model's files."""
-    return resolve_files(ModelConfig(name="tiny", path=str(folder)), FORMATS, ignore_progress)
+    return resolve_files(ModelConfig(name="tiny", path=str(folder)), FILE_PLUGINS, ignore_progress)
 
 
 def build_model(

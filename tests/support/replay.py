@@ -25,7 +25,7 @@ from core.sources.files import resolve_files
 from plugins.attention._torch_ref.heads import TorchRefBackend
 from plugins.attention._torch_ref.latent import TorchRefLatentBackend
 from tests.support.engine import app_config, folder_model, greedy
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import VOCAB_SIZE
 
 CUDA = torch.cuda.is_available()
@@ -116,7 +116,7 @@ def engine_of(folder, dtype="float32", **changes):
         attention=attention,
     )
     plugins = PluginManager.load([], objects=PLUGINS)
-    files = resolve_files(config.model, FORMATS, lambda *_: None)
+    files = resolve_files(config.model, FILE_PLUGINS, lambda *_: None)
     resolved = resolve(config, plugins, files, DEVICE.type, native_dtypes())
     rank = build_rank(
         resolved.config,

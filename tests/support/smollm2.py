@@ -7,7 +7,7 @@ from core.interfaces.control import ModelFiles
 from core.settings.compose import compose, parse_overrides
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ def preset() -> ModelConfig:
 
 def files() -> ModelFiles:
     """The GGUF and its tokenizer, fetched into the cache where they are not there yet."""
-    return resolve_files(preset(), FORMATS, lambda *_: None)
+    return resolve_files(preset(), FILE_PLUGINS, lambda *_: None)
 
 
 def write_folder(folder: Path) -> Path:

@@ -48,7 +48,7 @@ def build_in_process(
     plugins.check_choices(config)
     files = resolve_files(
         config.model,
-        plugins.table("checkpoint_format"),
+        plugins,
         lambda task, done, total, unit: None,
     )
     resolved = resolve(config, plugins, files, name, native_dtypes())

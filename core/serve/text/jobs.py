@@ -23,7 +23,7 @@ from core.interfaces.text import (
     TokenList,
     TokensJson,
 )
-from core.serve.tokenizer import HfTokenizer
+from core.interfaces.tokenizer import Tokenizer
 
 _OWN_VARIABLES = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}
 _encode_json = msgspec.json.Encoder().encode
@@ -61,7 +61,7 @@ class NoLimits:
 class TextJobs:
     """Does jobs with one tokenizer, one after the other. All raise RequestError."""
 
-    def __init__(self, tokenizer: HfTokenizer, limits: TextLimits) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: TextLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
 

@@ -26,9 +26,11 @@ import msgspec
 
 from core.cluster.processes.channel import PARENT_PID_VARIABLE, exit_with_parent, failure_kind
 from core.errors import ModelError, NodeweaveError, RequestError
+from core.interfaces.control import HF_TOKENIZER, ModelFiles
 from core.interfaces.text import TextJob
+from core.interfaces.tokenizer import Tokenizer
 from core.serve.text.jobs import TextJobs
-from core.serve.tokenizer import HfTokenizer
+from core.tokenizers.load import load_tokenizer
 
 MIB = 1024 * 1024
 FORK, KILL = b"F", b"K"
@@ -47,6 +49,7 @@ class TextBoot(msgspec.Struct, kw_only=True):
 
     folder: str
     eos_ids: list[int]
+    tokenizer: str = HF_TOKENIZER  # what loads it (core.interfaces.tokenizer)
     building_s: float = 60.0
     building_bytes: int = 8192 * MIB
     rendering_s: float = 2.5  # the template's own counted limit, of 2 s, says more
@@ -55,6 +58,11 @@ class TextBoot(msgspec.Struct, kw_only=True):
     job_bytes: int = 512 * MIB
     job_bytes_per_byte: int = 192  # of the job's frame, besides
     keep_bytes: int = 256 * MIB  # a worker that has grown by more is replaced after its job
+
+    @classmethod
+    def of(cls, files: ModelFiles) -> "TextBoot":
+        """For the tokenizer of a model."""
+        return cls(folder=files.tokenizer_dir, eos_ids=files.eos_ids, tokenizer=files.tokenizer)
 
 
 class Up(msgspec.Struct, tag=True):
@@ -140,7 +148,7 @@ class KernelLimits:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def run_worker(connection: socket.socket, tokenizer: HfTokenizer, boot: TextBoot) -> None:
+def run_worker(connection: socket.socket, tokenizer: Tokenizer, boot: TextBoot) -> None:
     """Do jobs until the other end is gone, or this process has grown too large to be kept."""
     limits = KernelLimits(boot)
     jobs = TextJobs(tokenizer, limits)
@@ -170,7 +178,7 @@ def run_worker(connection: socket.socket, tokenizer: HfTokenizer, boot: TextBoot
 class _Template:
     """Forks workers, kills them when told, and tells of their ends."""
 
-    def __init__(self, control: socket.socket, tokenizer: HfTokenizer, boot: TextBoot) -> None:
+    def __init__(self, control: socket.socket, tokenizer: Tokenizer, boot: TextBoot) -> None:
         self._control = control
         self._tokenizer = tokenizer
         self._boot = boot
@@ -250,12 +258,12 @@ class _Template:
                 send_frame(self._control, msgspec.msgpack.encode(died))
 
 
-def build(boot: TextBoot) -> HfTokenizer:
+def build(boot: TextBoot) -> Tokenizer:
     """The tokenizer with its templates, within limits. Raises the errors of core.errors."""
     _limit(resource.RLIMIT_CPU, int(boot.building_s))
     _limit(resource.RLIMIT_AS, _statm(0) + boot.building_bytes)
     try:
-        tokenizer = HfTokenizer.from_folder(boot.folder, boot.eos_ids)
+        tokenizer = load_tokenizer(boot.tokenizer, boot.folder, boot.eos_ids)
         tokenizer.compile_templates()
     except MemoryError as error:
         raise ModelError(

@@ -33,7 +33,7 @@ class NpyFormat:
 
     def read(self, location: Path, *, with_weights: bool) -> ModelFiles:
         config = folder_config(location, "weights/*.npy")
-        files = folder_files(location, config, with_weights=with_weights)
+        files = folder_files(location, config)
         paths = sorted((location / "weights").glob("*.npy")) if with_weights else []
         if with_weights and config.get("dtype") is None and config.get("torch_dtype") is None:
             raise ModelError(f"{location / 'config.json'} has no dtype; add the weights' one")

@@ -31,15 +31,15 @@ from core.model_files.tokenizer_settings import READ as TOKENIZER_READ
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import find_family
-from core.serve.panics import LibraryError
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
 from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
+from plugins.tokenizers._hf.panics import LibraryError
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support import small_tokenizer
 from tests.support.damage import damaged_bytes, damaged_json, damaged_template
 from tests.support.engine import app_config
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.gguf_files import write_gguf
 from tests.support.models import build_model, ignore_progress, run_model
 from tests.support.template_manners import MANNERS
@@ -94,7 +94,7 @@ def serve(path: Path) -> str | None:
     error where there is one."""
     begin, held_mib = time.process_time(), most_held_mib()
     try:
-        files = resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
+        files = resolve_files(ModelConfig(name="m", path=str(path)), FILE_PLUGINS, ignore_progress)
         line = msgspec.json.encode(files)  # what the other processes are told
         assert msgspec.json.decode(line, type=ModelFiles) == files
         find_family(app_config(ModelConfig(name="m")), PLUGINS, files)
@@ -182,7 +182,7 @@ def use(tokenizer: HfTokenizer) -> None:
 
 def load(path: Path) -> bool:
     """Whether the weights load and the model computes; the only other end is a ModelError."""
-    files = resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
+    files = resolve_files(ModelConfig(name="m", path=str(path)), FILE_PLUGINS, ignore_progress)
     family, spec = find_family(app_config(ModelConfig(name="m")), PLUGINS, files)
     if spec.max_position_embeddings > MOST_POSITIONS or family.plan_problems(spec, Plan()):
         return False

@@ -25,17 +25,23 @@ from core.run import main
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
 from core.weights.reader import ShapeReader
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import CPU, ignore_progress, write_tiny_model
 from tests.support.oracle import TransformersOracle
 from tests.support.third_party import install_example
 
 
 @pytest.fixture
-def with_npy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PluginTable:
-    """The table of formats where the example's package is installed."""
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PluginManager:
+    """Where the example's package is installed."""
     install_example("acme_checkpoint", tmp_path / "site", monkeypatch)
-    return PluginManager.load().table("checkpoint_format")
+    return PluginManager.load()
+
+
+@pytest.fixture
+def with_npy(plugins: PluginManager) -> PluginTable:
+    """Its formats, the package's among them."""
+    return plugins.table("checkpoint_format")
 
 
 @pytest.fixture
@@ -57,13 +63,18 @@ def as_npy(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return npy, tensors
 
 
-def test_a_format_from_elsewhere_is_loaded(folder: Path, with_npy: PluginTable) -> None:
+def test_a_format_from_elsewhere_is_loaded(folder: Path, plugins: PluginManager) -> None:
     npy, tensors = as_npy(folder)
     model = ModelConfig(name="m", path=str(npy))
-    files = resolve_files(model, with_npy, ignore_progress)
+    files = resolve_files(model, plugins, ignore_progress)
     assert (files.weight_format, files.num_tensors) == ("npy", len(tensors))
     reader = open_weights(
-        model, files, with_npy, dtype=torch.float32, device=CPU, on_progress=ignore_progress
+        model,
+        files,
+        plugins.table("checkpoint_format"),
+        dtype=torch.float32,
+        device=CPU,
+        on_progress=ignore_progress,
     )
     for name, expected in tensors.items():
         assert torch.equal(reader.take(name, tuple(expected.shape)), expected.float()), name
@@ -71,7 +82,7 @@ def test_a_format_from_elsewhere_is_loaded(folder: Path, with_npy: PluginTable) 
 
 
 def test_a_format_from_elsewhere_is_served(
-    folder: Path, with_npy: PluginTable, capsys: pytest.CaptureFixture[str]
+    folder: Path, plugins: PluginManager, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By processes of their own, which find the package as they find ours."""
     npy, _ = as_npy(folder)
@@ -105,12 +116,14 @@ def test_what_no_format_takes_names_what_all_need(tmp_path: Path, with_npy: Plug
         find_format(tmp_path / "notes.txt", "auto", with_npy)
 
 
-def test_a_format_that_the_files_are_not_in_is_refused(folder: Path, with_npy: PluginTable) -> None:
+def test_a_format_that_the_files_are_not_in_is_refused(
+    folder: Path, plugins: PluginManager
+) -> None:
     model = ModelConfig(name="m", path=str(folder), load_format="npy")
     with pytest.raises(
         ConfigError, match="holds safetensors weights; allowed: auto, safetensors, dummy"
     ):
-        resolve_files(model, with_npy, ignore_progress)
+        resolve_files(model, plugins, ignore_progress)
 
 
 def test_an_unknown_format_is_answered_with_those_there_are(with_npy: PluginTable) -> None:
@@ -129,11 +142,14 @@ def test_a_format_that_does_not_import_names_its_package() -> None:
         def register_checkpoint_format(self) -> list[Registration]:
             return [Registration(name="broken", factory="nowhere.at_all:Format")]
 
-    plugins = PluginManager.load(builtins=["plugins.checkpoints"], objects={"acme": Broken()})
+    plugins = PluginManager.load(builtins=BUILTINS, objects={"acme": Broken()})
     table = plugins.table("checkpoint_format")
     with pytest.raises(PluginError, match=r"'broken' \(from acme\) can't be used here: nowhere"):
         find_format(Path("/"), "auto", table)
     assert find_format(Path("x.gguf"), "gguf", table)[0] == "gguf"  # the others are not asked
+
+
+BUILTINS = ["plugins.checkpoints", "plugins.tokenizers"]
 
 
 class Ones:
@@ -149,14 +165,14 @@ def test_weights_may_be_made_up_by_a_plugin(folder: Path) -> None:
         def register_checkpoint_format(self) -> list[Registration]:
             return [Registration(name="ones", factory=lambda options: Ones())]
 
-    plugins = PluginManager.load(builtins=["plugins.checkpoints"], objects={"acme": Plugin()})
+    plugins = PluginManager.load(builtins=BUILTINS, objects={"acme": Plugin()})
     table = plugins.table("checkpoint_format")
     (folder / "model.safetensors").write_bytes(b"damaged, and not looked at")
     for model in (
         ModelConfig(name="m", path=str(folder), load_format="ones"),
         ModelConfig(name="m", shape={"vocab_size": 300} | ARCHITECTURE, load_format="ones"),
     ):
-        files = resolve_files(model, table, ignore_progress)
+        files = resolve_files(model, plugins, ignore_progress)
         assert (files.weight_format, files.weight_files) == ("ones", [])
         reader = open_weights(
             model, files, table, dtype=torch.float32, device=CPU, on_progress=ignore_progress
@@ -177,7 +193,11 @@ ARCHITECTURE = {"architectures": ["LlamaForCausalLM"]}
     ],
 )
 def test_the_hub_is_asked_for_the_files_of_the_format(
-    folder: Path, with_npy: PluginTable, monkeypatch: pytest.MonkeyPatch, wanted: str, patterns: Any
+    folder: Path,
+    plugins: PluginManager,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    patterns: Any,
 ) -> None:
     place = as_npy(folder)[0] if wanted == "npy" else folder
     asked: list[list[str]] = []
@@ -188,14 +208,14 @@ def test_the_hub_is_asked_for_the_files_of_the_format(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model = ModelConfig(name="m", path="owner/name", load_format=wanted)
-    resolve_files(model, with_npy, ignore_progress)
+    resolve_files(model, plugins, ignore_progress)
     assert asked == [["*.json", "*.jinja", "tokenizer.model", *patterns]]
 
 
 def test_a_format_that_takes_nothing_from_the_hub_says_so() -> None:
     model = ModelConfig(name="m", path="owner/name", load_format="gguf")
     with pytest.raises(ModelError, match=r"takes no files of a repository .*needed: a \.gguf file"):
-        resolve_files(model, FORMATS, ignore_progress)
+        resolve_files(model, FILE_PLUGINS, ignore_progress)
 
 
 def test_a_folder_named_like_a_gguf_file_is_told_to_be_a_folder(tmp_path: Path) -> None:
@@ -203,13 +223,13 @@ def test_a_folder_named_like_a_gguf_file_is_told_to_be_a_folder(tmp_path: Path) 
     folder.mkdir()
     (folder / "a.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"it is a folder; needed: a regular file"):
-        resolve_files(ModelConfig(name="m", path=str(folder)), FORMATS, ignore_progress)
+        resolve_files(ModelConfig(name="m", path=str(folder)), FILE_PLUGINS, ignore_progress)
 
 
 def test_finding_a_format_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core.checkpoints.formats import find_format\n"
-        "from tests.support.formats import FORMATS\n"
+        "from tests.support.formats import FORMATS, FILE_PLUGINS\n"
         "find_format(Path(sys.argv[1]), 'auto', FORMATS)\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )

@@ -7,7 +7,7 @@ import pytest
 from core.errors import RequestError
 from core.frontend.completion import read_completion
 from core.interfaces.messages import RequestOutput, SamplingParams, TokenLogprobs
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import write_folder
 
 PROMPT = [5]

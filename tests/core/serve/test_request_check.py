@@ -32,8 +32,8 @@ from core.interfaces.messages import (
 from core.serve.balancer import LeastTokens
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import MAX_LOGPROBS, RequestLimits, size_problem
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import EngineConfig
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import write_folder
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from core.errors import ConfigError, ModelError, ResourceError
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import PackageSource
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.gguf_files import write_gguf
 from tests.support.model_folders import SHAPE, Folder, edit_json, resolve, shard_weights
 from tests.support.models import build_model, edit_config, run_model
@@ -261,11 +261,12 @@ def test_the_launcher_needs_no_torch(own_cache: Path, tiny_folder: Folder, tmp_p
 import sys
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 for path in sys.argv[1:]:
-    resolve_files(ModelConfig(name="m", path=path), FORMATS, lambda *_: None)
+    resolve_files(ModelConfig(name="m", path=path), FILE_PLUGINS, lambda *_: None)
 shape = {"architectures": ["X"], "vocab_size": 300}
-resolve_files(ModelConfig(name="m", shape=shape, load_format="dummy"), FORMATS, lambda *_: None)
+model = ModelConfig(name="m", shape=shape, load_format="dummy")
+resolve_files(model, FILE_PLUGINS, lambda *_: None)
 loaded = sorted({"torch", "transformers", "tokenizers"} & sys.modules.keys())
 assert not loaded, loaded
 """

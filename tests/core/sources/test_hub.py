@@ -14,7 +14,7 @@ from core.errors import ModelError, ResourceError
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
 from core.sources.hub import is_repo_id
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import ignore_progress, write_tiny_model
 
 
@@ -29,7 +29,7 @@ def test_a_fetched_folder_is_used_like_a_local_one(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    files = resolve_files(ModelConfig(name="m", path="owner/name"), FORMATS, ignore_progress)
+    files = resolve_files(ModelConfig(name="m", path="owner/name"), FILE_PLUGINS, ignore_progress)
     assert files.weight_files == [str(folder / "model.safetensors")]
     assert asked == [("owner/name", ["*.json", "*.jinja", "tokenizer.model", "*.safetensors"])]
 
@@ -57,7 +57,7 @@ def test_refusals_say_what_to_do(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ModelError) as error:
-        resolve_files(ModelConfig(name="m", path="owner/name"), FORMATS, ignore_progress)
+        resolve_files(ModelConfig(name="m", path="owner/name"), FILE_PLUGINS, ignore_progress)
     assert "owner/name" in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
 
@@ -76,7 +76,7 @@ def test_a_full_cache_is_told_with_what_is_needed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ResourceError, match=r"for model.path='owner/name' in .*: 3.0 GiB needed"):
-        resolve_files(ModelConfig(name="m", path="owner/name"), FORMATS, ignore_progress)
+        resolve_files(ModelConfig(name="m", path="owner/name"), FILE_PLUGINS, ignore_progress)
 
 
 def test_what_reads_like_a_hub_id() -> None:

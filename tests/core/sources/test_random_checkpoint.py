@@ -16,7 +16,7 @@ from core.settings.config import ModelConfig, RandomCheckpoint
 from core.sources import random_checkpoint
 from core.sources.files import resolve_files
 from core.sources.random_checkpoint import random_checkpoint_dir
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import build_model, ignore_progress, run_model
 from tests.support.oracle import TransformersOracle
 
@@ -52,7 +52,9 @@ def test_transformers_finds_every_tensor_and_no_other(folders: dict[str, Path], 
 @pytest.mark.parametrize("name", PRESETS)
 def test_logits_are_those_of_transformers_and_no_ties(folders: dict[str, Path], name: str) -> None:
     expected = TransformersOracle(folders[name]).logits(PROMPT)
-    files = resolve_files(ModelConfig(name=name, path=str(folders[name])), FORMATS, ignore_progress)
+    files = resolve_files(
+        ModelConfig(name=name, path=str(folders[name])), FILE_PLUGINS, ignore_progress
+    )
     found = run_model(build_model(files), PROMPT)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     first, second = expected.topk(2, dim=-1).values.unbind(-1)
@@ -108,8 +110,9 @@ def test_finding_a_written_checkpoint_imports_no_torch(folders: dict[str, Path])
 import sys
 from core.settings.compose import compose, parse_overrides
 from core.sources.files import resolve_files
-from tests.support.formats import FORMATS
-files = resolve_files(compose(parse_overrides(["+model=qwen3_moe_tiny"])).model, FORMATS, print)
+from tests.support.formats import FILE_PLUGINS
+model = compose(parse_overrides(["+model=qwen3_moe_tiny"])).model
+files = resolve_files(model, FILE_PLUGINS, print)
 assert files.weight_format == "safetensors"
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
@@ -150,11 +153,11 @@ def test_settings_that_contradict_are_named() -> None:
     model = preset("qwen3_moe_tiny")
     model.shape = None
     with pytest.raises(ConfigError, match=r"model\.shape"):
-        resolve_files(model, FORMATS, ignore_progress)
+        resolve_files(model, FILE_PLUGINS, ignore_progress)
     with pytest.raises(ConfigError, match=r"architectures=None"):
-        resolve_files(changed(architectures=None), FORMATS, ignore_progress)
+        resolve_files(changed(architectures=None), FILE_PLUGINS, ignore_progress)
     model.path = "/somewhere"
     with pytest.raises(ConfigError, match=r"model\.path=.* and model\.random_checkpoint=.* both"):
-        resolve_files(model, FORMATS, ignore_progress)
+        resolve_files(model, FILE_PLUGINS, ignore_progress)
     with pytest.raises(ConfigError, match=r"model\.random_checkpoint\.seed=-1"):
         RandomCheckpoint(seed=-1)

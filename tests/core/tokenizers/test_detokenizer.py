@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ModelError
-from core.serve.tokenizer import HfTokenizer
-from core.tokenizers.byte_table import MAX_TOKEN_ID, REPLACEMENT, byte_table
+from core.tokenizers.byte_table import REPLACEMENT
 from core.tokenizers.detokenizer import MAX_HELD_TOKENS, WindowDetokenizer
+from plugins.tokenizers._hf.byte_table import MAX_TOKEN_ID, byte_table
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_fallback, byte_level
 
 

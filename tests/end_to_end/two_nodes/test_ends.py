@@ -12,7 +12,7 @@ import pytest
 from core.cluster.processes.process_stat import process_state
 from core.settings.compose import compose, parse_overrides
 from core.sources.files import resolve_files
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import ignore_progress
 from tests.support.two_nodes import Network, Nodes, running_nodes, why_not
 from tests.support.two_nodes_client import ENDED_S, SLACK_S, answer, report, stream_until_end
@@ -59,7 +59,7 @@ def test_the_same_command_on_both_nodes_answers_as_transformers_does(
     assert "interface veth0" in nodes[1].text
     assert "error" not in nodes[0].text + nodes[1].text
     model = compose(parse_overrides(words)).model
-    files = resolve_files(model, FORMATS, ignore_progress)
+    files = resolve_files(model, FILE_PLUGINS, ignore_progress)
     oracle = TransformersOracle(Path(files.weight_files[0]).parent)
     for prompt, tokens in answers:
         assert len(tokens) == 12

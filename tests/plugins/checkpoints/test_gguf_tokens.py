@@ -13,15 +13,15 @@ from core.interfaces.control import ModelFiles
 from core.model_files.tokenizer_json import byte_alphabet
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import find_family
-from core.serve.tokenizer import HfTokenizer
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
 from plugins.checkpoints._gguf.config import hf_config, metadata_warnings
 from plugins.checkpoints._gguf.header import GGUFFile, read_gguf
 from plugins.checkpoints._gguf.tokenizer import splitting_warnings
 from plugins.checkpoints._gguf.tokens import read_tokens
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.engine import app_config
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.gguf_files import write_gguf
 from tests.support.models import ignore_progress
 
@@ -116,7 +116,7 @@ def test_a_missing_pre_is_guessed_with_a_warning(
 
 
 def resolved(path: Path) -> ModelFiles:
-    return resolve_files(ModelConfig(name="m", path=str(path)), FORMATS, ignore_progress)
+    return resolve_files(ModelConfig(name="m", path=str(path)), FILE_PLUGINS, ignore_progress)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from core.frontend.answer import Answer, StopMatcher
 from core.interfaces.messages import RequestOutput, TokenLogprobs
 from core.interfaces.text import PromptTexts
 from core.serve.text.jobs import NoLimits, TextJobs
-from core.serve.tokenizer import HfTokenizer
 from plugins.frontends._openai.logprobs import completion_logprobs, prompt_offsets
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.http_stack import ANSWER, MODEL
 from tests.support.small_tokenizer import byte_fallback, byte_level, word_pieces
 

@@ -19,7 +19,7 @@ from core.resolve import resolve
 from core.settings.config import AppConfig
 from core.sources.files import resolve_files
 from tests.support.engine import app_config, folder_model
-from tests.support.formats import FORMATS
+from tests.support.formats import FILE_PLUGINS
 from tests.support.models import VOCAB_SIZE, write_tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,7 +34,7 @@ def kernels_of_no_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def build(config: AppConfig) -> RankEngine:
     plugins = PluginManager.load([])
-    files = resolve_files(config.model, FORMATS, lambda *_: None)
+    files = resolve_files(config.model, FILE_PLUGINS, lambda *_: None)
     resolved = resolve(config, plugins, files, "cuda", native_dtypes())
     return build_rank(
         resolved.config,

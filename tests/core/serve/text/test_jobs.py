@@ -15,7 +15,7 @@ from core.interfaces.text import (
     TokenList,
 )
 from core.serve.text.jobs import NoLimits, TextJobs
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_level, write_folder
 from tests.support.template_manners import MANNERS
 

@@ -18,7 +18,7 @@ from core.errors import ModelError, RequestError
 from core.interfaces.text import ChatText, IdsToText, PromptTexts, TokenList
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support import clock_loop
 from tests.support.small_tokenizer import byte_level, write_folder
 

@@ -29,7 +29,7 @@ def apply_settings(
     backend: Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> None:
     """Change `backend` to what the config says. `special_tokens`: texts by name, as "bos_token".
-    May raise whatever the library does (core.serve.panics)."""
+    May raise whatever the library does (plugins.tokenizers._hf.panics)."""
     _mark_special(backend, [*special_tokens.values(), *_extra_tokens(config)])
     if config.get("split_special_tokens"):
         backend.encode_special_tokens = True

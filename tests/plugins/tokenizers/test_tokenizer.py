@@ -7,7 +7,7 @@ import pytest
 
 from core.errors import ModelError, RequestError
 from core.interfaces.frontend import Tokenizer as TokenizerProtocol
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_fallback, byte_level, write_folder
 
 TEXTS = (

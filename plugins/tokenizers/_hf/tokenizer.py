@@ -1,8 +1,8 @@
 """A model's tokenizer from a folder in Hugging Face form. Knows nothing of requests or sockets.
 
-Reads tokenizer.json, tokenizer_config.json and, where present, chat_template.jinja (or .json),
-special_tokens_map.json and generation_config.json. Uses the `tokenizers` library directly:
-transformers takes seconds to import.
+Reads tokenizer.json, tokenizer_config.json and, where present, special_tokens_map.json and
+generation_config.json. Uses the `tokenizers` library directly: transformers takes seconds to
+import.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,20 +11,24 @@ from typing import Any
 
 import tokenizers
 
-from core.disk.plain_files import MAX_TEMPLATE_BYTES, read_json, read_plain
-from core.errors import ModelError, RequestError
-from core.interfaces.frontend import IncrementalDetokenizer
-from core.model_files.tokenizer_settings import SPECIAL_TOKENS, check_settings
-from core.serve.panics import building, without_panics
-from core.serve.special_tokens import apply_settings
-from core.tokenizers.byte_table import REPLACEMENT, byte_of_piece, byte_table
-from core.tokenizers.chat_template import ChatTemplate
+from core.errors import ModelError
+from core.interfaces.tokenizer import IncrementalDetokenizer, Tokenizer
+from core.model_files.tokenizer_settings import check_settings
+from core.tokenizers.byte_table import REPLACEMENT
+from core.tokenizers.chat_templates import (
+    ChatTemplates,
+    read_chat_templates,
+    read_optional,
+    special_tokens_of,
+)
 from core.tokenizers.detokenizer import ByteDetokenizer, WindowDetokenizer
-from core.tokenizers.messages import check_messages, text_size
+from plugins.tokenizers._hf.byte_table import byte_of_piece, byte_table
+from plugins.tokenizers._hf.panics import building, without_panics
+from plugins.tokenizers._hf.special_tokens import apply_settings
 
 
 class HfTokenizer:
-    """Implements core.interfaces.frontend.Tokenizer."""
+    """Implements core.interfaces.tokenizer.Tokenizer."""
 
     def __init__(
         self,
@@ -40,9 +44,7 @@ class HfTokenizer:
         self._backend.no_padding()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.eos_ids = _eos_ids(backend, special_tokens, eos_ids)
-        self._special_tokens = dict(special_tokens)
-        self._sources = dict(chat_templates)
-        self._templates: dict[str, ChatTemplate] = {}  # by name, once they are asked for
+        self._templates = ChatTemplates(chat_templates, special_tokens)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         table = byte_table(backend)
@@ -69,12 +71,13 @@ class HfTokenizer:
             )
         with building(path):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_optional(folder / "tokenizer_config.json")
         check_settings(folder / "tokenizer_config.json", config)
-        generation = _read_json(folder / "generation_config.json")
+        generation = read_optional(folder / "generation_config.json")
         found = list(eos_ids) or _as_list(generation.get("eos_token_id"))
-        special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
-        chat_templates = _chat_templates(folder, config)
+        tokens_map = read_optional(folder / "special_tokens_map.json")
+        special_tokens = special_tokens_of(config, tokens_map)
+        chat_templates = read_chat_templates(folder, config)
         with building(path):
             apply_settings(backend, config, special_tokens)
             return cls(
@@ -149,7 +152,7 @@ class HfTokenizer:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        return self._template(tools).render(
+        return self._templates.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -160,30 +163,10 @@ class HfTokenizer:
     def check_chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
     ) -> int:
-        """The characters of a conversation. Raises RequestError where a message is not in order or
-        the template would drop a part of it."""
-        size = check_messages(messages)
-        self._template(tools).check_reads(messages, tools)
-        return size + text_size(tools)
-
-    def _template(self, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
-        name = "tool_use" if tools and "tool_use" in self._sources else "default"
-        if name not in self._sources:
-            raise RequestError(
-                "this model has no chat template; send the prompt to /v1/completions instead",
-                code="no_chat_template",
-            )
-        if name not in self._templates:
-            self._templates[name] = ChatTemplate(self._sources[name], self._special_tokens)
-        return self._templates[name]
+        return self._templates.check(messages, tools)
 
     def compile_templates(self) -> None:
-        """Compile and probe all chat templates now. Raises ModelError where one is broken.
-
-        They are a checkpoint's programs: call it, and render, where a program that doesn't end
-        can be stopped (core.serve.text.process)."""
-        for name, source in self._sources.items():
-            self._templates[name] = ChatTemplate(source, self._special_tokens)
+        self._templates.compile()
 
     def detokenizer(
         self,
@@ -204,53 +187,15 @@ class HfTokenizer:
         return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file that may be absent."""
-    return read_json(path) if path.exists() else {}
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return read_plain(path, MAX_TEMPLATE_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not UTF-8: {error.reason}") from error
+def load(folder: Path, eos_ids: Sequence[int]) -> Tokenizer:
+    """core.interfaces.tokenizer.LoadTokenizer."""
+    return HfTokenizer.from_folder(folder, eos_ids)
 
 
 def _as_list(value: Any) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def _special_tokens(config: dict[str, Any], tokens_map: dict[str, Any]) -> dict[str, str]:
-    """Name -> text. A value is a string or an AddedToken's object."""
-    found = {}
-    for name in SPECIAL_TOKENS:
-        value = config.get(name, tokens_map.get(name))
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Templates by name, in transformers' order of precedence: files before the config's."""
-    templates: dict[str, str] = {}
-    value = config.get("chat_template")
-    legacy = _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(value, str):
-        templates["default"] = value
-    elif isinstance(value, list):
-        templates.update({entry["name"]: entry["template"] for entry in value})
-    if isinstance(legacy, str):
-        templates["default"] = legacy
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        templates["default"] = _read_template(file)
-    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[extra.stem] = _read_template(extra)
-    return templates
 
 
 def _eos_ids(

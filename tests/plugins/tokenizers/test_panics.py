@@ -7,8 +7,8 @@ import pytest
 import tokenizers
 
 from core.errors import ModelError
-from core.serve.panics import LibraryError, without_panics
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.panics import LibraryError, without_panics
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_level, write_folder
 
 

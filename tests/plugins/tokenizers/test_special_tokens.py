@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from core.serve.tokenizer import HfTokenizer
+from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import byte_fallback, byte_level, write_folder
 
 TEXTS = ("Hello", "", "<|im_start|>Paris<|im_end|> is", "<s>Paris</s>", "a <unk> b")
