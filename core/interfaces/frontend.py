@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,10 +95,33 @@ class Engine(Protocol):
         lowest `priority` are computed first. Its tokens, times and end are counted as it is read;
         `meter` is given where it is one of several answers to one request.
 
-        Raises RequestError: status 503 unless the state is SERVING; status 400 for anything that
+        Raises RequestError: status 503 unless the state is SERVING; 429 where the queue is full;
+        status 400 for anything that
         could hurt a worker, with `param` naming the argument or the field of `sampling`
         (core.serve.request_check has every range). Frontends need no checks of their own.
         """
+        ...
+
+
+class Admission(Protocol):
+    """How many requests the server takes at once: those that run and those that wait.
+
+    `Engine.generate` refuses what is too much by itself, with 429. A frontend that asks here before
+    it tokenizes saves that work, and counts what it tokenizes.
+    """
+
+    max_live: int
+
+    def admit(self, num_requests: int) -> None:
+        """Raise RequestError where that many more don't fit: 429, or 400 where they never could."""
+        ...
+
+    def submitting(self, num_requests: int) -> AbstractContextManager[Callable[[], None]]:
+        """Counts admitted requests until each is submitted: the value is called after each."""
+        ...
+
+    def tokenizing(self, num_requests: int) -> AbstractContextManager[None]:
+        """Around the work that comes before so many requests: refuses as `admit` does."""
         ...
 
 
@@ -124,6 +148,7 @@ class FrontendContext:
     config: FrontendConfig
     max_running_requests: int
     metrics: FrontendMetrics
+    admission: Admission
     pages: Sequence[str] = ()  # paths that are answered before any frontend: probes, metrics
 
 

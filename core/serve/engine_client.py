@@ -17,6 +17,7 @@ import zmq
 from msgspec.structs import astuple
 
 from core.errors import NodeweaveError, RequestError, WorkerDied
+from core.frontend.admission import queue_full
 from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
@@ -53,7 +54,8 @@ class ZmqEngine:
     socket starts first does not matter.
     `limits` keep whatever could hurt a worker from being sent, whoever asks. A request that is not
     begun within `queue_timeout_s` ends with an error whose code is "queue_timeout"; 0: none does.
-    Every answer is counted in `counts` as it is handed out.
+    Every answer is counted in `counts` as it is handed out. A request beyond `max_live` live ones
+    is refused; None: the caller bounds them.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class ZmqEngine:
         queue_timeout_s: float = 0.0,
         on_serving: Callable[[], None] = lambda: None,
         counts: Counts | None = None,
+        max_live: int | None = None,
     ) -> None:
         self._loop = loop
         self._counts = counts or Counts()
+        self._max_live = max_live
         self._balancer = balancer
         self._limits = limits
         self._queue_timeout_s = queue_timeout_s
@@ -132,6 +136,8 @@ class ZmqEngine:
         if self._state is not EngineState.SERVING:
             raise self._refusal()
         self._limits.check(request_id, prompt_ids, sampling, priority)
+        if self._max_live is not None and len(self._streams) >= self._max_live:
+            raise queue_full(len(self._streams), self._max_live)
         if request_id in self._streams:
             raise RequestError(
                 f"a request with the id {request_id!r} is live; ids are unique among those",

@@ -28,6 +28,7 @@ from core.cluster.processes.machine import raise_descriptor_limit
 from core.cluster.processes.signals import leave_signals_to_parent
 from core.devices.cpu.host_memory import give_back_freed_memory
 from core.errors import ConfigError, RequestError
+from core.frontend.admission import Admission
 from core.interfaces.control import (
     Drain,
     EngineDied,
@@ -120,6 +121,9 @@ class Frontend:
         self._access_log = access_log
         self._http = HttpStats()
         self._counts = Counts()
+        # Every DP rank has a batch of its own.
+        self._max_running = boot.config.engine.running_limit * len(boot.endpoints.plans)
+        self._max_live = self._max_running + boot.config.frontend.max_queued_requests
         self._drain_task: asyncio.Task[None] | None = None
 
     async def run(self, listener: socket.socket) -> int:
@@ -143,6 +147,7 @@ class Frontend:
             queue_timeout_s=config.frontend.queue_timeout_s,
             on_serving=self._tell_ready,
             counts=self._counts,
+            max_live=self._max_live,
         )
         application = await self._application(plugins)
         self._url = url_of(listener)
@@ -223,9 +228,9 @@ class Frontend:
                 },
             ),
             config=config.frontend,
-            # Every DP rank has a batch of its own.
-            max_running_requests=config.engine.running_limit * len(self._boot.endpoints.plans),
+            max_running_requests=self._max_running,
             metrics=self._counts,
+            admission=Admission(self._engine, self._max_live),
             pages=(*PROBES, *self._exporters.pages),
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)

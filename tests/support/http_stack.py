@@ -11,6 +11,7 @@ from typing import Any
 
 import uvloop
 
+from core.frontend.admission import Admission
 from core.interfaces.frontend import EngineState, FrontendContext, FrontendFactory, ServedModel
 from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
@@ -95,6 +96,7 @@ class Stack:
         self._loop = asyncio.get_running_loop()
         balancer = make_balancer("round_robin", len(self.engines))
         self.counts = Counts()
+        max_live = self._max_running_requests + self._config.max_queued_requests
         self.client = ZmqEngine(
             self.endpoints,
             self._loop,
@@ -105,6 +107,7 @@ class Stack:
                 processors={"allowed_token_ids": AllowedTokenIds()},
             ),
             counts=self.counts,
+            max_live=max_live,
         )
         self.text = await TextPool.start(self.text_boot, self._config.text_processes)
         self.http = http = HttpStats()
@@ -125,6 +128,7 @@ class Stack:
             config=self._config,
             max_running_requests=self._max_running_requests,
             metrics=self.counts,
+            admission=Admission(self.client, max_live),
             pages=(*PROBES, *exporters.pages),
         )
         self.records: list[RequestRecord] = []

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
-from core.errors import RequestError
-from core.frontend.errors import error_body, error_headers
+from core.errors import NodeweaveError, RequestError
+from core.frontend.errors import code_of, error_body, error_headers
 from core.interfaces.http import CLIENT_CLOSED
 from core.serve.http.body import BodyError, GzipDecoder
 from core.serve.http.head import REQUEST_ID_HEADER, Head, Refusal
@@ -120,6 +120,9 @@ class Exchange:
         """Let the application answer; whatever it does, the request ends here."""
         try:
             await app(self.scope, self.receive, self.send)
+        except NodeweaveError as error:  # nothing broke here: an answer under way lost its engine
+            log.error("an answer that had begun is cut: %s", error)
+            self._give_up(code_of(error))
         except Exception as error:
             log.error("the application failed", exc_info=error)
             self._give_up()
@@ -323,11 +326,11 @@ class Exchange:
         self._changed.set()
         self._connection.on_response_complete(self)
 
-    def _give_up(self) -> None:
+    def _give_up(self, code: str = "internal_error") -> None:
         """The application did not finish its answer."""
         if self.disconnected or self.response_complete:
             return
-        self.record.code = "internal_error"
+        self.record.code = code
         if self.response_started:
             self._connection.abort()  # so that the client sees that something is missing
         else:

@@ -17,17 +17,18 @@ from starlette.routing import Route
 
 from core.errors import RequestError
 from core.frontend.asgi import App, Call, Receive, Scope, Send, send_json
+from core.frontend.endpoint import Endpoint
 from core.frontend.errors import as_request_error, code_of, error_body, error_headers
+from core.frontend.service import Service
 from core.interfaces.frontend import FrontendContext
 from core.interfaces.http import record_of
 from core.interfaces.text import MAX_TOKENIZED, ChatText, IdsToText, PromptTexts, TokenList
 from core.plugin.hookspecs import NoOptions
 from plugins.frontends._openai.chat import ChatCompletions, chat_text
 from plugins.frontends._openai.completions import Completions
-from plugins.frontends._openai.endpoint import Endpoint
+from plugins.frontends._openai.fields import ALL
 from plugins.frontends._openai.limits import check_model
 from plugins.frontends._openai.protocol import NULL, DetokenizeRequest, TokenizeRequest
-from plugins.frontends._openai.service import Service
 
 
 def create_app(options: NoOptions, context: FrontendContext) -> App:
@@ -141,6 +142,8 @@ class Tokenize(Endpoint[TokenizeRequest]):
 
     route = "/tokenize"
     body_type = TokenizeRequest
+    rules = ALL
+    text_fields = frozenset({"messages", "tools", "prompt"})
 
     async def handle(self, body: TokenizeRequest, call: Call) -> None:
         service = self.service
@@ -175,6 +178,8 @@ class Detokenize(Endpoint[DetokenizeRequest]):
 
     route = "/detokenize"
     body_type = DetokenizeRequest
+    rules = ALL
+    text_fields = frozenset({"tokens"})
 
     async def handle(self, body: DetokenizeRequest, call: Call) -> None:
         service = self.service

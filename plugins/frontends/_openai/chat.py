@@ -8,18 +8,20 @@ import msgspec
 from core.errors import RequestError
 from core.frontend.answer import Answer, Piece
 from core.frontend.asgi import Call
+from core.frontend.endpoint import new_id
+from core.frontend.generation import Choice, make_choices, num_logprobs
 from core.frontend.limits import answer_tokens, check_range
+from core.frontend.sampling import sampling_params, stop_strings
 from core.interfaces.text import ChatText
-from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
-from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
+from plugins.frontends._openai.endpoint import GenerationEndpoint, usage
 from plugins.frontends._openai.large_json import send_large_json
-from plugins.frontends._openai.limits import check_generation, sampling_params, stop_strings
+from plugins.frontends._openai.limits import check_generation
 from plugins.frontends._openai.logprobs import chat_logprobs, prompt_logprobs
 from plugins.frontends._openai.protocol import NULL, ChatRequest, TokenizeRequest
 from plugins.frontends._openai.streaming import EventStream, TextShape
 
 
-class ChatCompletions(Endpoint[ChatRequest]):
+class ChatCompletions(GenerationEndpoint[ChatRequest]):
     """A conversation in, the assistant's next message out."""
 
     route = "/v1/chat/completions"
@@ -61,7 +63,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     async def _choices(self, body: ChatRequest) -> list[Choice]:
         service = self.service
-        with service.tokenizing(body.n or 1):
+        with service.admission.tokenizing(body.n or 1):
             prompt_ids = await service.chat_ids(
                 chat_text(
                     body,

@@ -7,13 +7,15 @@ from typing import Any
 from core.errors import RequestError
 from core.frontend.answer import Answer, Piece
 from core.frontend.asgi import Call
+from core.frontend.endpoint import new_id
+from core.frontend.generation import Choice, make_choices, num_logprobs
 from core.frontend.limits import answer_tokens, check_range
+from core.frontend.sampling import sampling_params, stop_strings
 from core.interfaces.messages import TokenLogprobs
 from core.interfaces.text import Prompt, PromptTexts
-from plugins.frontends._openai.endpoint import Endpoint, new_id, usage
-from plugins.frontends._openai.generation import Choice, make_choices, num_logprobs
+from plugins.frontends._openai.endpoint import GenerationEndpoint, usage
 from plugins.frontends._openai.large_json import large_raw, send_large_json
-from plugins.frontends._openai.limits import check_generation, sampling_params, stop_strings
+from plugins.frontends._openai.limits import check_generation
 from plugins.frontends._openai.logprobs import (
     completion_logprobs,
     echoed_logprobs,
@@ -26,7 +28,7 @@ from plugins.frontends._openai.streaming import EventStream, TextShape
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
-class Completions(Endpoint[CompletionRequest]):
+class Completions(GenerationEndpoint[CompletionRequest]):
     """Prompts in, their continuations out."""
 
     route = "/v1/completions"
@@ -34,7 +36,7 @@ class Completions(Endpoint[CompletionRequest]):
 
     async def handle(self, body: CompletionRequest, call: Call) -> None:
         self._check(body)
-        with self.service.tokenizing(body.n or 1):
+        with self.service.admission.tokenizing(body.n or 1):
             prompts = await self._prompts(body)
         choices = self._choices(body, prompts)
         job = _Job(body, self.service.tokenizer, choices, prompts)

@@ -1,22 +1,11 @@
-"""Fields of a body that this server does not have: which are ignored, and which refused.
+"""Fields of OpenAI's API and of other servers that this server does not have, or does not follow.
 
-Clients of many servers send fields of all of them. A field that is unknown is ignored and named in
-a response header, as long as the answer is still one that the client can use; where it would not
-be (a format it parses, a filter it relies on, a prompt it sent elsewhere), it is refused by name.
-
-Knows nothing of what the known fields mean.
+Clients of many servers send fields of all of them; `core.frontend.fields` says what becomes of
+those.
 """
 
-from collections.abc import Iterable, Mapping
-
-import msgspec
-
-from core.errors import RequestError
-
-HEADER = b"x-nodeweave-ignored-fields"
-MAX_NAMED = 16  # fields in the header; more are a "..." at its end
-MAX_NAME_CHARACTERS = 64
-UNNAMED = "..."  # fields whose names are not told
+from core.frontend.fields import FieldRules
+from plugins.frontends._openai.protocol import IGNORED, WITHOUT_EFFECT, StreamOptions
 
 _FORMAT = "the answer would not be in the form that is asked for"
 _PROMPT = "write what it says into the messages or the prompt"
@@ -41,24 +30,11 @@ REFUSED = {  # field -> why, and what to do instead
     "lora_path": "this server has no adapters", "lora": "this server has no adapters",
     "cache_salt": "the prefix cache is shared; engine.disable_prefix_cache=true turns it off",
 }  # fmt: skip
-_ASKS_NOTHING = (b"null", b"false", b"[]", b'""')
 
-
-def check_refused(unknown: Mapping[str, msgspec.Raw]) -> None:
-    """Raise RequestError for a field without which the answer would be of no use."""
-    for name, value in unknown.items():
-        reason = REFUSED.get(name)
-        if reason is not None and bytes(value) not in _ASKS_NOTHING:
-            raise RequestError(f"{name} is not supported: {reason}", param=name, code="unsupported")
-
-
-def header_value(names: Iterable[str]) -> bytes:
-    """Names with commas between them, of a bounded length, with nothing that ends a header."""
-    names = list(names)
-    shown = [_printable(name) for name in names[:MAX_NAMED]]
-    return ", ".join([*shown, UNNAMED] if len(names) > MAX_NAMED else shown).encode()
-
-
-def _printable(name: str) -> str:
-    clean = "".join(c if c.isascii() and (c.isalnum() or c in "_-.") else "?" for c in name)
-    return clean[:MAX_NAME_CHARACTERS] or "?"
+ALL = FieldRules(refused=REFUSED)  # of every route
+OF_GENERATION = FieldRules(
+    without_effect=WITHOUT_EFFECT,
+    reported=IGNORED,
+    refused=REFUSED,
+    objects={"stream_options": StreamOptions},
+)

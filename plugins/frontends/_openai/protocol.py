@@ -1,12 +1,14 @@
 """Request bodies as typed structs.
 
-Knows nothing of limits (see limits.py) or of how bodies are read (decoding.py). Every field of
-OpenAI's is taken, and every optional one may be null, as OpenAI's clients send it.
+Knows nothing of limits (see limits.py) or of how bodies are read (core.frontend.decoding). Every
+field of OpenAI's is taken, and every optional one may be null, as OpenAI's clients send it.
 """
 
 from typing import Any
 
 import msgspec
+
+from core.frontend.fields import SamplingFields
 
 # Fields of type Raw hold what may be long: they stay as they came, for the text service to read.
 NULL = msgspec.Raw(b"null")
@@ -18,34 +20,14 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None  # accepted and ignored: no padding is ever added
 
 
-class Generation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Generation(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     """What chat and completions have in common."""
 
     model: str | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    logits_processors: dict[str, dict[str, Any]] | None = None  # by name: its parameters
-    # Beyond OpenAI, named as in other engines.
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
-    priority: int | None = None  # the lower, the sooner a waiting request is begun
     add_special_tokens: bool | None = None
     # OpenAI's own that change no answer: accepted and ignored (see WITHOUT_EFFECT).
     user: msgspec.Raw = NULL

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -82,6 +83,24 @@ def test_a_value_out_of_range_is_named_logged_and_counted(stack, http):
     assert http.post("/generate", json={}, headers=RIGHT).text == ANSWER
     assert stack.http.refusals["out_of_range"] == before + 1
     assert [r.code for r in stack.records if r.status == 400] == ["out_of_range"]
+
+
+def test_a_full_queue_is_known_without_asking():
+    """A frontend that only calls `Engine.generate` is refused there."""
+    with (
+        Stack(factory=small_frontend, max_running_requests=1, max_queued_requests=0) as stack,
+        ThreadPoolExecutor() as others,
+        httpx.Client(base_url=stack.url, timeout=20) as http,
+    ):
+        stack.engine.stepping.clear()
+        waiting = others.submit(httpx.post, f"{stack.url}/generate", json={}, timeout=20)
+        stack.engine.wait_for(lambda: len(stack.engine.live) == 1)
+        refused = http.post("/generate", json={})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "queue_full"
+        stack.engine.stepping.set()
+        assert waiting.result().text == ANSWER
+        assert http.post("/generate", json={}).text == ANSWER
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from core.errors import RequestError
 from core.frontend.answer import Answer, StopMatcher
+from core.frontend.generation import SLICE_TOKENS, sliced
 from core.interfaces.messages import RequestOutput, TokenLogprobs
-from plugins.frontends._openai.generation import SLICE_TOKENS, sliced
 from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.small_tokenizer import write_folder
 

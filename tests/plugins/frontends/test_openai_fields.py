@@ -10,9 +10,10 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat
 
 from core.errors import RequestError
+from core.frontend.decoding import MAX_FIELD_BYTES, decode
+from core.frontend.fields import HEADER, MAX_NAMED, UNNAMED, header_value
 from core.serve.counts import MAX_FIELD_NAMES, Counts
-from plugins.frontends._openai.decoding import MAX_FIELD_BYTES, decode
-from plugins.frontends._openai.fields import HEADER, MAX_NAMED, REFUSED, UNNAMED, header_value
+from plugins.frontends._openai.fields import OF_GENERATION, REFUSED
 from plugins.frontends._openai.protocol import (
     IGNORED,
     ChatRequest,
@@ -135,35 +136,47 @@ def test_a_body_of_unknown_fields_alone_is_answered(http):
 def test_fields_without_which_the_answer_is_of_no_use_are_refused(name):
     asking = {**BASE[CHAT], name: {"a": 1}, "dry": 1}
     with pytest.raises(RequestError, match=f"{name} is not supported") as caught:
-        decode(json.dumps(asking).encode(), ChatRequest)
+        decode(json.dumps(asking).encode(), ChatRequest, OF_GENERATION)
     assert (caught.value.param, caught.value.code) == (name, "unsupported")
     for value in (None, False, [], ""):
-        decoded = decode(json.dumps({**BASE[CHAT], name: value}).encode(), ChatRequest)
+        decoded = decode(
+            json.dumps({**BASE[CHAT], name: value}).encode(), ChatRequest, OF_GENERATION
+        )
         assert decoded.ignored == [name]
 
 
 def test_what_is_asked_of_known_fields_is_not_lost_beside_unknown_ones():
     fields = {"foo": [1, {"a": None}], "temperature": 0.25, "stop": ["é\n"], "bar": "x" * 10**5}
     body = json.dumps({**BASE[CHAT], **fields, "logit_bias": {"7": -1}}).encode()
-    decoded, ignored = decode(body, ChatRequest)
+    decoded, ignored = decode(body, ChatRequest, OF_GENERATION)
     assert ignored == ["foo", "bar"]
     assert (decoded.temperature, decoded.stop, decoded.logit_bias) == (0.25, ["é\n"], {7: -1.0})
     with pytest.raises(RequestError, match="temperature: expected float"):
-        decode(json.dumps({**BASE[CHAT], "foo": 1, "temperature": "x"}).encode(), ChatRequest)
+        decode(
+            json.dumps({**BASE[CHAT], "foo": 1, "temperature": "x"}).encode(),
+            ChatRequest,
+            OF_GENERATION,
+        )
     with pytest.raises(RequestError, match=r"^messages is required$"):
-        decode(b'{"foo": 1}', ChatRequest)
+        decode(b'{"foo": 1}', ChatRequest, OF_GENERATION)
     with pytest.raises(RequestError, match=r"^messages is required; mesages is no field$"):
-        decode(b'{"mesages": []}', ChatRequest)
+        decode(b'{"mesages": []}', ChatRequest, OF_GENERATION)
     with pytest.raises(RequestError, match="stream_options: expected object"):
-        decode(json.dumps({**BASE[CHAT], "foo": 1, "stream_options": [1]}).encode(), ChatRequest)
+        decode(
+            json.dumps({**BASE[CHAT], "foo": 1, "stream_options": [1]}).encode(),
+            ChatRequest,
+            OF_GENERATION,
+        )
 
 
 def test_functions_are_tools_under_their_older_name():
     body = {**BASE[CHAT], "functions": [TOOL], "function_call": {"name": "f"}}
-    decoded = decode(json.dumps(body).encode(), ChatRequest).body
+    decoded = decode(json.dumps(body).encode(), ChatRequest, OF_GENERATION).body
     assert json.loads(bytes(decoded.functions)) == [TOOL]  # read as tools by the text service
     assert decoded.tool_choice == {"type": "function", "function": {"name": "f"}}
-    none = decode(json.dumps({**body, "function_call": "none"}).encode(), ChatRequest).body
+    none = decode(
+        json.dumps({**body, "function_call": "none"}).encode(), ChatRequest, OF_GENERATION
+    ).body
     assert none.tool_choice == "none"
 
 
@@ -172,7 +185,7 @@ def test_a_null_prompt_is_the_beginning_of_a_text(http, stack):
     assert response.status_code == 400, "this tokenizer puts nothing before a text"
     assert response.json()["error"]["code"] == "empty_prompt"
     with pytest.raises(RequestError, match="prompt is required"):
-        decode(b"{}", CompletionRequest)
+        decode(b"{}", CompletionRequest, OF_GENERATION)
 
 
 @pytest.mark.parametrize("asked", [MAX_MODEL_LEN, 10**9, 10**30])
@@ -216,9 +229,9 @@ def test_large_bodies_are_read_as_small_ones_are():
     fields = {"n": 2, "stop": ["a"], "user": "u", "verbosity": "low", "logit_bias": {"1": 2}}
     for extra in ({}, {"foo": 1, "stream_options": {"bar": 1, "include_usage": True}}):
         small, small_ignored = decode(
-            json.dumps({**BASE[CHAT], **fields, **extra}).encode(), ChatRequest
+            json.dumps({**BASE[CHAT], **fields, **extra}).encode(), ChatRequest, OF_GENERATION
         )
-        large, large_ignored = decode(padded(**fields, **extra), ChatRequest)
+        large, large_ignored = decode(padded(**fields, **extra), ChatRequest, OF_GENERATION)
         assert small_ignored == large_ignored
         assert json.loads(bytes(large.messages))[0]["content"] == "é" * 10**5
         for name in set(ChatRequest.__struct_fields__) - {"messages"}:
@@ -240,21 +253,23 @@ def test_large_bodies_are_read_as_small_ones_are():
 )
 def test_large_bodies_are_refused_as_small_ones_are(fields, words):
     with pytest.raises(RequestError, match=words):
-        decode(padded(**fields), ChatRequest)
+        decode(padded(**fields), ChatRequest, OF_GENERATION)
     with pytest.raises(RequestError, match="foo"):
-        decode(padded(foo=1), ChatRequest, strict=True)
+        decode(padded(foo=1), ChatRequest, OF_GENERATION, strict=True)
     with pytest.raises(RequestError, match="messages is required"):
-        decode(json.dumps({"user": "x" * 10**5}).encode(), ChatRequest)
+        decode(json.dumps({"user": "x" * 10**5}).encode(), ChatRequest, OF_GENERATION)
     with pytest.raises(RequestError, match="not valid JSON"):
-        decode(padded()[:-1], ChatRequest)
+        decode(padded()[:-1], ChatRequest, OF_GENERATION)
 
 
 def test_what_has_no_effect_is_never_built_and_too_many_names_are_not_told():
     body = b'{"prompt": "a", "metadata": [' + b"[]," * 10**6 + b"0]}"
-    found = decode(body, CompletionRequest)
+    found = decode(body, CompletionRequest, OF_GENERATION)
     assert type(found.body.metadata) is msgspec.Raw
     assert found.ignored == []
     for count, told in ((5_000, 5_000), (50_000, 1)):
         fields = {f"field_{i}": i for i in range(count)}
-        names = decode(json.dumps({"prompt": "a", **fields}).encode(), CompletionRequest).ignored
+        names = decode(
+            json.dumps({"prompt": "a", **fields}).encode(), CompletionRequest, OF_GENERATION
+        ).ignored
         assert names == (list(fields) if told > 1 else [UNNAMED])

@@ -15,20 +15,15 @@ import msgspec
 
 from core.errors import RequestError
 from core.frontend.errors import MAX_NAME_CHARACTERS, shorten
-from plugins.frontends._openai.fields import REFUSED, UNNAMED, check_refused
-from plugins.frontends._openai.protocol import (
-    IGNORED,
-    NULL,
-    WITHOUT_EFFECT,
-    Generation,
-    StreamOptions,
-)
+from core.frontend.fields import UNNAMED, FieldRules
 
 T = TypeVar("T", bound=msgspec.Struct)
 Fields = dict[str, msgspec.Raw]
 SMALL_BODY_BYTES = 64 * 1024  # up to this a body may be taken apart field by field
 MAX_FIELD_BYTES = 256 * 1024  # of a field that is not Raw: 16 stop strings fit, escaped
 MAX_NAMED_BYTES = 256 * 1024  # of all unknown fields whose names are told
+NULL = msgspec.Raw(b"null")
+NO_RULES = FieldRules()
 _UNKNOWN_FIELD = "Object contains unknown field"
 _ABSENT = msgspec.Raw(b"null")  # known by its identity
 
@@ -40,28 +35,29 @@ class Decoded(NamedTuple, Generic[T]):
     ignored: list[str]
 
 
-def decode(body: bytes, kind: type[T], *, strict: bool = False) -> Decoded[T]:
+def decode(
+    body: bytes, kind: type[T], rules: FieldRules = NO_RULES, *, strict: bool = False
+) -> Decoded[T]:
     """A request body as `kind`. Raises RequestError naming the field and what is expected.
 
     Unknown fields are left out; with `strict` they are errors.
     """
     try:
-        decoded, ignored = _decode(body, kind, strict)
+        decoded, ignored = _decode(body, kind, rules, strict)
     except msgspec.ValidationError as error:
-        raise _explain(str(error), kind) from error
+        raise _explain(str(error), kind, rules) from error
     except msgspec.DecodeError as error:
         raise _explain_malformed(str(error), body) from error
     except UnicodeDecodeError as error:
         raise RequestError("the body is not valid UTF-8", code="invalid_json") from error
     except RecursionError as error:
         raise RequestError("the body is nested too deeply", code="invalid_json") from error
-    if isinstance(decoded, Generation):
-        for name in WITHOUT_EFFECT:
-            raw = getattr(decoded, name)
-            if raw is not NULL:
-                _check_text(raw)
-                if bytes(raw) not in (b"null", IGNORED.get(name, bytes(raw))):
-                    ignored.append(name)
+    for name in rules.without_effect:
+        raw = getattr(decoded, name)
+        if raw is not NULL:
+            _check_text(raw)
+            if bytes(raw) not in (b"null", rules.reported.get(name, bytes(raw))):
+                ignored.append(name)
     return Decoded(decoded, ignored)
 
 
@@ -73,27 +69,27 @@ def _check_text(raw: msgspec.Raw) -> None:
         raise RequestError("the body is not valid UTF-8", code="invalid_json") from error
 
 
-def _decode(body: bytes, kind: type[T], strict: bool) -> tuple[T, list[str]]:
+def _decode(body: bytes, kind: type[T], rules: FieldRules, strict: bool) -> tuple[T, list[str]]:
     is_small = len(body) <= SMALL_BODY_BYTES
     try:
         if is_small:
             return msgspec.json.decode(body, type=kind), []
-        return _build(_cut(body, _raw_twin(kind, True)), kind, [])
+        return _build(_cut(body, _raw_twin(kind, None)), kind, rules, [])
     except msgspec.ValidationError as error:
         if strict or not str(error).startswith(_UNKNOWN_FIELD):
             raise
     known = set(kind.__struct_fields__)
-    fields = _fields(body) if is_small else _cut(body, _raw_twin(kind, False))
-    check_refused({name: fields[name] for name in fields.keys() - known})
+    fields = _fields(body) if is_small else _cut(body, _raw_twin(kind, tuple(rules.refused)))
+    rules.check_refused({name: fields[name] for name in fields.keys() - known})
     if not is_small and _num_bytes_left(body, fields) > MAX_NAMED_BYTES:
         names = [UNNAMED]  # there may be a million
     else:
         names = [name for name in _fields(body) if name not in known]
     try:
-        return _build({name: fields[name] for name in fields if name in known}, kind, names)
+        return _build({name: fields[name] for name in fields if name in known}, kind, rules, names)
     except msgspec.ValidationError as error:
         # What is missing may be there under a name that is misspelt.
-        raise _explain(str(error), kind, names) from error
+        raise _explain(str(error), kind, rules, names) from error
 
 
 def _num_bytes_left(body: bytes, fields: Fields) -> int:
@@ -112,14 +108,14 @@ def _cut(body: bytes, twin: type[msgspec.Struct]) -> Fields:
 
 
 @functools.cache
-def _raw_twin(kind: type[msgspec.Struct], strict: bool) -> type[msgspec.Struct]:
-    """A struct with the fields of `kind`, each of them Raw; where unknown ones are allowed, with
-    those that are refused besides."""
-    names = kind.__struct_fields__ if strict else (*kind.__struct_fields__, *REFUSED)
+def _raw_twin(kind: type[msgspec.Struct], refused: tuple[str, ...] | None) -> type[msgspec.Struct]:
+    """A struct with the fields of `kind`, each of them Raw; where unknown ones are allowed (not
+    None), with those that are refused besides."""
+    names = (*kind.__struct_fields__, *(refused or ()))
     return msgspec.defstruct(
         kind.__name__,
         [(name, msgspec.Raw, _ABSENT) for name in names],
-        forbid_unknown_fields=strict,
+        forbid_unknown_fields=refused is None,
     )
 
 
@@ -129,7 +125,9 @@ def _raw_fields(kind: type[msgspec.Struct]) -> frozenset[str]:
     return frozenset(name for name in kind.__struct_fields__ if hints[name] is msgspec.Raw)
 
 
-def _build(fields: Fields, kind: type[T], names: list[str]) -> tuple[T, list[str]]:
+def _build(
+    fields: Fields, kind: type[T], rules: FieldRules, names: list[str]
+) -> tuple[T, list[str]]:
     """The struct of these fields. `names` of what has no effect grow by those of inner fields."""
     long = {name: fields[name] for name in fields if name in _raw_fields(kind)}
     short = {name: fields[name] for name in fields if name not in long}
@@ -141,25 +139,29 @@ def _build(fields: Fields, kind: type[T], names: list[str]) -> tuple[T, list[str
                 code="out_of_range",
             )
     if names:
-        names = names + _drop_unknown_options(short)
+        names = names + _drop_unknown_inner(short, rules)
     decoded = msgspec.json.decode(msgspec.json.encode(short | dict.fromkeys(long, NULL)), type=kind)
     for name, raw in long.items():
         setattr(decoded, name, raw)
     return decoded, names
 
 
-def _drop_unknown_options(fields: Fields) -> list[str]:
-    """Leave out what stream_options does not have; returns the names."""
-    options = fields.get("stream_options", NULL)
-    if not bytes(options).startswith(b"{"):
-        return []
-    inner = _fields(options)
-    known = {name: raw for name, raw in inner.items() if name in StreamOptions.__struct_fields__}
-    fields["stream_options"] = msgspec.Raw(msgspec.json.encode(known))
-    return [f"stream_options.{name}" for name in inner if name not in known]
+def _drop_unknown_inner(fields: Fields, rules: FieldRules) -> list[str]:
+    """Leave out what objects inside don't have; returns the names."""
+    dropped: list[str] = []
+    for outer, kind in rules.objects.items():
+        if not bytes(fields.get(outer, NULL)).startswith(b"{"):
+            continue
+        inner = _fields(fields[outer])
+        known = {name: raw for name, raw in inner.items() if name in kind.__struct_fields__}
+        fields[outer] = msgspec.Raw(msgspec.json.encode(known))
+        dropped += [f"{outer}.{name}" for name in inner if name not in known]
+    return dropped
 
 
-def _explain(text: str, kind: type[msgspec.Struct], left_out: Sequence[str] = ()) -> RequestError:
+def _explain(
+    text: str, kind: type[msgspec.Struct], rules: FieldRules, left_out: Sequence[str] = ()
+) -> RequestError:
     """A msgspec sentence, "Expected `int`, got `str` - at `$.n`", in our words. `left_out`:
     fields that are not known."""
     message, _, path = text.partition(" - at ")
@@ -168,7 +170,7 @@ def _explain(text: str, kind: type[msgspec.Struct], left_out: Sequence[str] = ()
     unknown = re.match(_UNKNOWN_FIELD + r" `(.*)`", message, re.DOTALL)
     if unknown:
         name = str(shorten(unknown.group(1), MAX_NAME_CHARACTERS))
-        known = StreamOptions.__struct_fields__ if param else kind.__struct_fields__
+        known = rules.objects.get(param or "", kind).__struct_fields__
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         full = f"{param}.{name}" if param else name

@@ -13,10 +13,10 @@ import msgspec
 from core.errors import RequestError
 from core.frontend.answer import Answer, Piece
 from core.frontend.limits import seed_of_choice
+from core.frontend.service import Service
 from core.interfaces.frontend import OutputStream
 from core.interfaces.http import RequestRecord
 from core.interfaces.messages import RequestOutput, SamplingParams
-from plugins.frontends._openai.service import Service
 
 SUBMIT_PAUSE_TOKENS = 32 * 1024
 SLICE_TOKENS = 256  # of an output, between two pauses
@@ -109,7 +109,7 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         """Raises RequestError 429 where the queue is full."""
-        self._service.admit(len(self._choices))
+        self._service.admission.admit(len(self._choices))
         return self
 
     async def _submit(self) -> None:
@@ -117,7 +117,7 @@ class Generation:
         request is checked and packed."""
         engine = self._service.engine
         num_tokens = 0
-        with self._service.submitting(len(self._choices)) as submitted:
+        with self._service.admission.submitting(len(self._choices)) as submitted:
             for choice in self._choices:
                 if self.disconnected:
                     return
