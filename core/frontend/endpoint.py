@@ -128,7 +128,7 @@ class Endpoint(ABC, Generic[Body]):
         self, request_id: str, choices: Sequence[Choice], call: Call, on_pieces: OnPieces
     ) -> None:
         """Run the choices to their ends, giving out what becomes visible (`Generation.run`)."""
-        generation = Generation(self.service, request_id, choices)
+        generation = Generation(self.service.context, request_id, choices)
         try:
             with generation, watch_disconnect(call.receive, generation.disconnect):
                 await generation.run(on_pieces)

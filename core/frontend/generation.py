@@ -13,8 +13,7 @@ import msgspec
 from core.errors import RequestError
 from core.frontend.answer import Answer, Piece
 from core.frontend.limits import seed_of_choice
-from core.frontend.service import Service
-from core.interfaces.frontend import OutputStream
+from core.interfaces.frontend import FrontendContext, OutputStream
 from core.interfaces.http import RequestRecord
 from core.interfaces.messages import RequestOutput, SamplingParams
 
@@ -100,24 +99,26 @@ def sliced(output: RequestOutput) -> Iterator[RequestOutput]:
 class Generation:
     """A context manager: `run` submits and reads, leaving it aborts what has not finished."""
 
-    def __init__(self, service: Service, request_id: str, choices: Sequence[Choice]) -> None:
-        self._service = service
+    def __init__(
+        self, context: FrontendContext, request_id: str, choices: Sequence[Choice]
+    ) -> None:
+        self._context = context
         self._request_id = request_id
         self._choices = choices
-        self._meter = service.metrics.begin()
+        self._meter = context.metrics.begin()
         self.disconnected = False
 
     def __enter__(self) -> "Generation":
         """Raises RequestError 429 where the queue is full."""
-        self._service.admission.admit(len(self._choices))
+        self._context.admission.admit(len(self._choices))
         return self
 
     async def _submit(self) -> None:
         """Raises RequestError 503 where nothing is accepted. Pauses after so many tokens: each
         request is checked and packed."""
-        engine = self._service.engine
+        engine = self._context.engine
         num_tokens = 0
-        with self._service.admission.submitting(len(self._choices)) as submitted:
+        with self._context.admission.submitting(len(self._choices)) as submitted:
             for choice in self._choices:
                 if self.disconnected:
                     return

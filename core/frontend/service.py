@@ -1,10 +1,17 @@
-"""What every route needs: the context, and prompts to tokens of a length that the model takes.
+"""What every route needs: the context, and what leads from prompts to answers that can be run.
 
 Knows nothing of HTTP.
 """
 
-from core.frontend.limits import check_prompt_length, context_too_long
+from functools import partial
+
+from core.frontend.answer import Answer
+from core.frontend.fields import SamplingFields
+from core.frontend.generation import Choice, make_choices
+from core.frontend.limits import answer_tokens, check_prompt_length, check_range, context_too_long
+from core.frontend.sampling import check_sampling, sampling_params, stop_strings
 from core.interfaces.frontend import FrontendContext
+from core.interfaces.messages import SamplingParams
 from core.interfaces.text import ChatText, Prompt, PromptTexts
 
 
@@ -28,6 +35,64 @@ class Service:
         """The prompts of a body, each of a length that the model takes."""
         found = await self.context.text.prompts(job)
         return [self._checked(prompt, "prompt") for prompt in found]
+
+    async def choices(
+        self,
+        body: SamplingFields,
+        prompt: bytes,
+        *,
+        default_max_tokens: int,
+        max_prompts: int = 1,
+        n: int = 1,
+    ) -> list[Choice]:
+        """`n` answers of text to each prompt of a body, checked and ready to be run. `prompt` is
+        JSON: a text, token ids, or several of either, up to `max_prompts`.
+
+        Raises RequestError: 400 for what is out of range, 429 where the queue is full.
+        """
+        config, model = self.config, self.model
+        check_sampling(body, model)
+        check_range("max_tokens", body.max_tokens, 1, float("inf"))
+        check_range("n", n, 1, config.max_n)
+        stops = stop_strings(body, config)
+        with self.admission.tokenizing(n):
+            prompts = await self.prompts(
+                PromptTexts(
+                    prompt=prompt,
+                    vocab_size=model.vocab_size,
+                    max_prompts=max_prompts,
+                    max_tokens=model.max_model_len - 1,
+                )
+            )
+
+        def sampling_of(num_prompt: int) -> SamplingParams:
+            most = answer_tokens(
+                body.max_tokens,
+                default_max_tokens,
+                num_prompt,
+                model,
+                "max_tokens",
+                strict=config.strict_fields,
+            )
+            return sampling_params(body, max_tokens=most, model=model)
+
+        def make_answer(prompt: Prompt) -> Answer:
+            return Answer(
+                self.tokenizer,
+                prompt.ids,
+                stops=stops,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                min_tokens=body.min_tokens or 0,
+                wants_logprobs=False,
+                takes_over=prompt.is_open,
+            )
+
+        return make_choices(
+            [(p.ids, sampling_of(len(p.ids)), partial(make_answer, p)) for p in prompts],
+            n,
+            priority=body.priority,
+        )
 
     def _checked(self, prompt: Prompt, param: str) -> Prompt:
         if prompt.at_least:

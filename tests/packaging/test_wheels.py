@@ -71,6 +71,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "attention": examples / "acme_attention",
         "plan": examples / "acme_plan",
         "dispatch": examples / "acme_dispatch",
+        "frontend": examples / "acme_frontend",
         "sampling": examples / "acme_sampling",
         "comm": examples / "acme_comm",
         "latent": examples / "acme_latent",
@@ -167,6 +168,14 @@ def test_the_third_party_dispatcher_is_selected_by_name(installed):
     done = installed.compose("moe_a2a=acme")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["moe_a2a"]["decode"] == {"name": "acme", "options": {}}
+
+
+def test_the_third_party_frontend_is_selected_by_name(installed):
+    done = installed.compose("frontend=acme", "frontend.options.default_max_tokens=8")
+    assert done.returncode == 0, done.stderr
+    frontend = yaml.safe_load(done.stdout)["frontend"]
+    assert (frontend["name"], frontend["port"]) == ("acme", 30000)
+    assert frontend["options"] == {"default_max_tokens": 8}
 
 
 def test_the_third_party_plan_is_selected_by_name(installed):

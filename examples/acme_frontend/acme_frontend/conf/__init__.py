@@ -1,0 +1,1 @@
+"""Hydra configs of this plugin, found through its config_searchpath hook."""
