@@ -12,6 +12,7 @@ from core.errors import ModelError
 from core.interfaces.model import ModelSpec
 from core.layers.basic.config_keys import IGNORED, NEUTRAL, READ, ConfigKeys
 from core.layers.decoder.decoder_config import _QUANTIZATION, QUANTIZATION_IGNORED
+from core.plugin.plugin_manager import PluginManager
 from plugins.models import deepseek, glm4_moe, llama, mixtral, qwen3, qwen3_moe
 from tests.support.models import TINY, TINY_MODELS, family_of
 
@@ -48,7 +49,7 @@ OTHER: dict[str, Any] = {
     "layer_types": ["sliding_attention"] * 3,
     "max_position_embeddings": 1024,
     "max_window_layers": 0,
-    "mlp_bias": True,
+    "mlp_bias": None,
     "mlp_only_layers": [0],
     "model_type": "other",
     "moe_intermediate_size": 32,
@@ -80,7 +81,7 @@ OTHER: dict[str, Any] = {
     "routed_scaling_factor": 7.0,
     "scoring_func": "other",
     "sliding_window": 64,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": None,
     "topk_group": 1,
     "topk_method": "other",
     "torch_dtype": "bfloat16",
@@ -122,6 +123,12 @@ def keys_of_class(name: str) -> set[str]:
     fields = {field.name for field in dataclasses.fields(cls)}
     mapped = set(cls.attribute_map) | set(cls.attribute_map.values())
     return fields | mapped | {*POPPED, *generation}
+
+
+def test_every_family_is_held_to_its_keys() -> None:
+    table = PluginManager.load([]).table("model")
+    built_in = {name for name in table if table.plugin_of(name).startswith("plugins.")}
+    assert {f"{TINY_MODELS[name][0]}ForCausalLM" for name in FAMILIES} == built_in
 
 
 @pytest.mark.parametrize("name", FAMILIES)
