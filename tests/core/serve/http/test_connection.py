@@ -216,6 +216,26 @@ def test_applications_that_misbehave_end_their_own_request_only():
     clock_loop.run(main())
 
 
+def test_a_server_that_ends_finishes_what_is_being_answered():
+    async def main():
+        stream = Stream()
+        server = Server(stream)
+        peer, resting = server.connect(), server.connect()
+        await peer.say(GET)
+        for connection in (peer.connection, resting.connection):
+            connection.shutdown()
+        await settle()
+        assert resting.closed
+        assert not peer.is_ending()
+        for piece in (b"all", None):
+            stream.pieces.put_nowait(piece)
+        await settle()
+        assert answers(peer.heard) == [(200, b"all")]
+        assert peer.is_ending()
+
+    clock_loop.run(main())
+
+
 def test_request_ids():
     async def main():
         server = Server(echo)

@@ -261,3 +261,20 @@ def test_the_limit_on_what_is_dropped_is_that_of_one_request():
         assert not peer.is_ending()
 
     clock_loop.run(main())
+
+
+def test_a_body_that_the_application_does_not_take_is_not_late():
+    async def app(scope, receive, send):
+        await asyncio.sleep(200)
+        await echo(scope, receive, send)
+
+    async def main():
+        peer = Server(app, body_s=60).connect()
+        await peer.say(post(b"x" * 100_000, length=100_010))
+        assert peer.reading_paused
+        await asyncio.sleep(201)
+        assert not peer.reading_paused
+        await peer.say(b"x" * 10)
+        assert answers(peer.heard) == [(200, b"POST / 100010")]
+
+    clock_loop.run(main())
