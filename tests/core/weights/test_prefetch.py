@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -129,4 +130,21 @@ def test_parts_of_one_tensor_are_told_apart() -> None:
     for part in (parts[1], parts[0], parts[0]):
         reader.get(part)
     assert len(load.names) == 3
+    reader.close()
+
+
+@pytest.mark.parametrize(("max_ahead", "num_ahead"), [(120, 3), (1, 1)])
+def test_as_much_as_may_be_ahead_is_ahead_until_the_end(max_ahead: int, num_ahead: int) -> None:
+    """Of 40 bytes each; one at least, however large."""
+    begun: SimpleQueue[str] = SimpleQueue()
+    load = Recorder(lambda take: begun.put(take.name))
+    takes = [take(str(i)) for i in range(9)]
+    reader = Prefetcher(takes, load, num_threads=1, max_ahead_bytes=max_ahead)
+    names: list[str] = []
+    for index, each in enumerate(takes):
+        assert value(reader.get(each)) == index
+        while len(names) < min(index + 1 + num_ahead, len(takes)):
+            names.append(begun.get(timeout=20))
+    assert names == [each.name for each in takes]
+    assert threading.get_ident() not in load.threads
     reader.close()

@@ -133,16 +133,34 @@ def test_a_lower_priority_comes_first_and_is_preempted_last() -> None:
 def test_who_waits_for_pages_is_passed_for_a_while_only() -> None:
     """A long prompt finds no pages as long as short ones take what is freed."""
     scheduler = new_scheduler(num_pages=41, max_running_requests=16)
-    scheduler.admit([prompt(f"run {i}", 12, max_tokens=40) for i in range(3)])
+    scheduler.admit([prompt(f"run {i}", 12, max_tokens=20) for i in range(2)])
     turn(scheduler)
     scheduler.admit([prompt("large", 140, max_tokens=1)])
-    turns = 0
+    turns, passed = 0, 0
     while not scheduler._live["large"].num_computed:
-        scheduler.admit([prompt(f"s{turns}", 9, max_tokens=20)])
-        turn(scheduler)
+        scheduler.admit([prompt(f"s{turns}", 9, max_tokens=8)])
+        passed += sum(name.startswith("s") for name in turn(scheduler))
         turns += 1
         assert turns < 600, "it starves"
+    assert passed == 14, "3 pages each: as many as there are, 40, and no more"
     assert scheduler._live["large"].overtaken_pages == 0
+
+
+@pytest.mark.parametrize(("num_sharing", "is_reached"), [(4, True), (5, False)])
+def test_a_few_that_wait_for_a_prefix_are_looked_past(num_sharing: int, is_reached: bool) -> None:
+    """Whose prompt another computes in this step waits a step; a long queue is not searched."""
+    scheduler = new_scheduler(max_prefill_tokens=1000)
+    shared = list(range(40))
+    sharing = [
+        Generate(f"s{n}", [*shared, 500 + n], SamplingParams(max_tokens=4))
+        for n in range(num_sharing)
+    ]
+    first = Generate("first", [*shared, 499], SamplingParams(max_tokens=4))
+    scheduler.admit([first, *sharing, prompt("other", 60)])
+    assert turn(scheduler) == {"first": 41} | ({"other": 60} if is_reached else {})
+    assert turn(scheduler) == dict.fromkeys((each.request_id for each in sharing), 1) | (
+        {} if is_reached else {"other": 60}
+    )
 
 
 def test_a_request_that_waits_too_long_is_told_before_it_runs() -> None:
