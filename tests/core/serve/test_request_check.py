@@ -16,6 +16,7 @@ import zmq
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from core.engine.sample.processors import ProcessorChain
 from core.engine.sample.sampler import Sampler
 from core.engine.schedule.scheduler import Scheduler
 from core.errors import RequestError
@@ -29,16 +30,19 @@ from core.interfaces.messages import (
     StepOutput,
     StepResult,
 )
+from core.interfaces.sampling import ProcessorSpec
 from core.serve.balancer import LeastTokens
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import MAX_LOGPROBS, RequestLimits, size_problem
 from core.settings.config import EngineConfig
+from plugins.logits_processors.allowed import AllowedTokenIds
 from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support.fake_engine import endpoints_in
 from tests.support.small_tokenizer import write_folder
 
 VOCAB_SIZE, MAX_MODEL_LEN = 263, 40
-LIMITS = RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+KINDS = {"allowed_token_ids": AllowedTokenIds()}
+LIMITS = RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, processors=KINDS)
 FIELDS = ("request_id", "prompt_ids", "priority", *SamplingParams.__struct_fields__)
 
 
@@ -67,8 +71,14 @@ class Worker:
         scheduler = Scheduler(
             config, num_pages=40, max_model_len=MAX_MODEL_LEN, eos_ids=[VOCAB_SIZE + 7]
         )
+        cpu = torch.device("cpu")
+        spec = ProcessorSpec(max_slots=2, vocab_size=VOCAB_SIZE, device=cpu)
         sampler = Sampler(
-            max_slots=2, vocab_size=VOCAB_SIZE, device=torch.device("cpu"), eos_ids=[2]
+            max_slots=2,
+            vocab_size=VOCAB_SIZE,
+            device=cpu,
+            eos_ids=[2],
+            processors=ProcessorChain(KINDS, spec),
         )
         tokens_SL = torch.zeros((2, MAX_MODEL_LEN + 1), dtype=torch.int32)
         assert scheduler.admit([request]) == []
@@ -138,6 +148,9 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "frequency_penalty": st.floats(-1000, 1000),
     "repetition_penalty": st.floats(0.001, 1000),
     "logit_bias": st.dictionaries(st.integers(0, VOCAB_SIZE - 1), st.floats(-1e6, 1e6), max_size=4),
+    "logits_processors": st.dictionaries(
+        st.just("allowed_token_ids"), st.fixed_dictionaries({"ids": ids(1)}), max_size=1
+    ),
     "seed": st.none() | st.integers(-(2**63), 2**64 - 1),
     "stop_token_ids": ids(),
     "ignore_eos": st.booleans(),
