@@ -73,7 +73,7 @@ class CutCell(Cell):
         logits_RV = self.comm.all_gather(self.part_RL, -1)[:, : self.over.vocab_size]
         ids_R = torch.empty(len(self.slots), dtype=torch.int64, device=self.device)
         if self.comm.rank == 0:
-            plan = self.sampler.plan(self.slots, self.positions)
+            plan = self.sampler.prepare(self.slots, self.positions)
             ids_R = self.sampler.sample(plan, logits_RV, self.tokens_SL)
         ids_R = self.comm.broadcast(ids_R, 0)
         if self.comm.rank == 0 and self.asks_logprobs:
@@ -82,7 +82,7 @@ class CutCell(Cell):
 
     def cut(self) -> Tensor:
         """All ranks together."""
-        plan = self.sampler.plan(self.slots, self.positions, self.over)
+        plan = self.sampler.prepare(self.slots, self.positions, self.over)
         ids_R = self.sampler.sample(plan, self.part_RL, self.tokens_SL)
         if self.asks_logprobs:
             sampled_logprobs(self.part_RL, ids_R, self.num_top, self.over)

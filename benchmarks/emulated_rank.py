@@ -120,12 +120,12 @@ def pages_of(context: int) -> int:
 
 def first_plan(batch: int, context: int) -> Any:
     """A decode step whose requests have `context` tokens, on pages of their own."""
-    from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+    from core.interfaces.messages import SamplingParams, ScheduledStep, SlotInit
 
     params = SamplingParams(max_tokens=NUM_STEPS + 1, temperature=0.0, ignore_eos=True)
     count = pages_of(context)
     slots = list(range(batch))
-    return StepPlan(
+    return ScheduledStep(
         step=0,
         inits=[SlotInit(slot, [0], context, params, 0) for slot in slots],
         num_decodes=batch,

@@ -18,13 +18,13 @@ import time
 
 from core.engine.run.links import LeaderLinks, open_links
 from core.interfaces.control import Endpoints
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 from core.parallel.plan import Plan
 from core.wire import Wire
 
 WARM_UP_ROUNDS = 200
 # 64 decodes.
-PLAN = StepPlan(
+PLAN = ScheduledStep(
     1, [], 64, list(range(64)), [500] * 64, [1] * 64, [True] * 64, [], [], []
 )  # fmt: skip
 

@@ -28,8 +28,8 @@ from core.engine.schedule.waiting import WaitingQueue
 from core.interfaces.messages import (
     Generate,
     SamplingParams,
+    ScheduledStep,
     StepFacts,
-    StepPlan,
     StepResult,
 )
 from core.settings.config import EngineConfig
@@ -134,7 +134,7 @@ class Machine:
             clock=lambda: self.now_s,
         )
         coming = sorted(load.requests)
-        running: StepPlan | None = None  # launched, ends at `ends_s`
+        running: ScheduledStep | None = None  # launched, ends at `ends_s`
         ends_s = 0.0
         while coming or scheduler.has_work:
             if running is not None and (
@@ -158,7 +158,9 @@ class Machine:
                 self.now_s = max(self.now_s, coming[0][0])
             running = plan
 
-    def _end(self, scheduler: Scheduler, plan: StepPlan, at_s: float, rng: random.Random) -> None:
+    def _end(
+        self, scheduler: Scheduler, plan: ScheduledStep, at_s: float, rng: random.Random
+    ) -> None:
         self.now_s = max(self.now_s, at_s)
         ids = [rng.randrange(3, 40_000) for _ in range(sum(plan.samples))]
         for output in scheduler.commit(plan, StepResult(ids, {}, {})):
@@ -167,7 +169,7 @@ class Machine:
                 self.ended_s[output.request_id] = self.now_s
 
     @staticmethod
-    def _seconds(plan: StepPlan) -> float:
+    def _seconds(plan: ScheduledStep) -> float:
         facts = StepFacts([sum(plan.lengths)], [sum(plan.samples)], [0], True)
         return PACE.step_s(plan, facts)
 

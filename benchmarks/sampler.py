@@ -66,7 +66,7 @@ class Cell:
     def step(self) -> tuple[float, float]:
         """Seconds of planning, seconds of everything."""
         start = time.perf_counter()
-        plan = self.sampler.plan(self.slots, self.positions)
+        plan = self.sampler.prepare(self.slots, self.positions)
         planned = time.perf_counter()
         ids_R = self.sampler.sample(plan, self.logits_RV, self.tokens_SL)
         if self.asks_logprobs:

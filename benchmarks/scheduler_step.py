@@ -16,7 +16,7 @@ import statistics
 import time
 
 from core.engine.schedule.scheduler import Scheduler
-from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.interfaces.messages import Generate, SamplingParams, ScheduledStep, StepResult
 from core.settings.config import EngineConfig
 
 BOUND_MS = {256: 0.2, 1024: 0.8}
@@ -67,7 +67,7 @@ class Load:
         self.num_ended += num_ended
         self.send(num_ended)
 
-    def result(self, plan: StepPlan) -> StepResult:
+    def result(self, plan: ScheduledStep) -> StepResult:
         """A model that takes no time: an unlikely token for each row that samples."""
         return StepResult(
             [self.rng.randrange(3, 100_000) for _ in range(sum(plan.samples))], {}, {}

@@ -21,7 +21,7 @@ from benchmarks.serving import report
 from benchmarks.serving.arrivals import Lengths, Load, Turn
 from benchmarks.serving.client import Answer, Outcome
 from core.engine.schedule.scheduler import Scheduler
-from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.interfaces.messages import Generate, SamplingParams, ScheduledStep, StepResult
 from core.settings.config import EngineConfig
 
 VOCAB, MAX_MODEL_LEN = 128_256, 8192
@@ -53,7 +53,7 @@ class Machine:
     most_captured_sequences: int = 32
     beside_s: float = 5e-3  # HTTP and text, of every token
 
-    def launch_s(self, plan: StepPlan) -> float:
+    def launch_s(self, plan: ScheduledStep) -> float:
         """Of the host: steps with prompts are captured up to a size."""
         is_captured = len(plan.slots) == plan.num_decodes or (
             sum(plan.lengths) <= self.most_captured_tokens
@@ -61,7 +61,7 @@ class Machine:
         )
         return self.replay_s if is_captured else self.kernels_s
 
-    def step_s(self, plan: StepPlan) -> float:
+    def step_s(self, plan: ScheduledStep) -> float:
         decodes = plan.num_decodes
         rows = sum(plan.lengths)
         context = sum(plan.starts[:decodes]) + decodes
@@ -132,7 +132,7 @@ class Simulation:
             sampling = SamplingParams(max_tokens=each.new_tokens, ignore_eos=True)
             self._scheduler.admit([Generate(name, each.prompt, sampling)])
 
-    def _finish(self, plan: StepPlan) -> None:
+    def _finish(self, plan: ScheduledStep) -> None:
         self._now = max(self._now, self._ends_s)
         ids = [self._rng.randrange(3, 40_000) for _ in range(sum(plan.samples))]
         for output in self._scheduler.commit(plan, StepResult(ids, {}, {})):

@@ -121,6 +121,6 @@ class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: str  # the frontend binds (ROUTER), every leader connects (DEALER, named by DP rank)
     lockstep: str  # the leader of DP rank 0 binds (ROUTER), the other leaders connect
-    plans: list[str]  # by DP rank: its leader binds (ROUTER), the other ranks of its group connect
+    steps: list[str]  # by DP rank: its leader binds (ROUTER), the other ranks of its group connect
     store: str  # a path (core.parallel.mesh), or where rank 0 binds (core.engine.build.rank_store)
     key: str = ""  # hex of 32 secret bytes that secure tcp:// sockets; empty: ipc only

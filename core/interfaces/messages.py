@@ -1,7 +1,7 @@
 """Messages between processes: msgspec structs, never pickle. Knows nothing of sockets.
 
 Frontend -> engine: `Generate`, `Abort`. Engine -> frontend: `StepOutput`. Scheduler -> ranks of
-its group: `StepPlan`. Each union below is what one socket carries.
+its group: `ScheduledStep`. Each union below is what one socket carries.
 """
 
 from typing import Any
@@ -132,7 +132,7 @@ class SlotInit(msgspec.Struct, frozen=True, array_like=True):
     seed: int  # of this request's random numbers, 64 bits unsigned
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class ScheduledStep(msgspec.Struct, frozen=True, array_like=True):
     """One step, decided by the scheduler and run by every rank of its group.
 
     Rows are sequences: first `num_decodes` with one token each, then prefill chunks. A row
@@ -163,25 +163,25 @@ class StepFacts(msgspec.Struct, frozen=True, array_like=True):
     samples: list[int]  # rows that choose a token
     logprob_rows: list[int]  # prompt positions whose logprobs are wanted
     has_prefill: bool  # some DP rank computes a prompt
-    best_only: bool = False  # `StepPlan.best_only` of every DP rank
-    most_sequences: int = 0  # rows of the plan that has most: decodes and prompts
+    best_only: bool = False  # `ScheduledStep.best_only` of every DP rank
+    most_sequences: int = 0  # rows of the DP rank that has most: decodes and prompts
 
 
 class AgreedStep(msgspec.Struct, frozen=True, array_like=True):
-    """What every rank of an attention group runs: its scheduler's plan (without rows where that has
+    """What every rank of an attention group runs: its scheduler's step (without rows where that has
     none) and what all groups agreed on."""
 
-    plan: StepPlan
+    scheduled: ScheduledStep
     facts: StepFacts
 
 
 class StepResult(msgspec.Struct):
     """What a step's runner hands back to the scheduler, on the host.
 
-    One entry per row of the plan with `samples` set, in row order; logprobs only where asked.
+    One entry per row of the step with `samples` set, in row order; logprobs only where asked.
     `prompt_logprobs` maps a row to the entries of its chunk (the token after each position).
     """
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]  # by index into token_ids
-    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row of the plan
+    prompt_logprobs: dict[int, list[TokenLogprobs]]  # by row of the step

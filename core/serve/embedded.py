@@ -81,7 +81,7 @@ class EmbeddedEngine:
             max_model_len=served.max_model_len,
             processors=plugins.table("logits_processor").create_all(config),
         )
-        num_schedulers = len(boot.endpoints.plans)
+        num_schedulers = len(boot.endpoints.steps)
         # As many as a server takes; the others wait here, where they cost the scheduler nothing.
         self._room = asyncio.Semaphore(
             config.engine.running_limit * num_schedulers + config.frontend.max_queued_requests
@@ -201,7 +201,7 @@ class EmbeddedEngine:
         self._engine = engine = ZmqEngine(
             boot.endpoints,
             loop,
-            make_balancer(boot.config.parallel.dp_balancer, len(boot.endpoints.plans)),
+            make_balancer(boot.config.parallel.dp_balancer, len(boot.endpoints.steps)),
             self.limits,
             on_serving=lambda: serving.set_result(None),
         )

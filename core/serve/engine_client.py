@@ -82,10 +82,10 @@ class ZmqEngine:
         self._decoder = msgspec.msgpack.Decoder(StepOutput)
         self._streams: dict[str, ZmqStream] = {}
         self._on_serving = on_serving
-        self._ranks = {str(rank): rank for rank in range(len(endpoints.plans))}
+        self._ranks = {str(rank): rank for rank in range(len(endpoints.steps))}
         self._unheard = set(self._ranks.values())  # DP ranks whose scheduler said nothing yet
         self._workers_ready = False
-        self._stats_by_dp = [EngineStats() for _ in endpoints.plans]
+        self._stats_by_dp = [EngineStats() for _ in endpoints.steps]
         self._expert_loads: ExpertLoads | None = None
         self._info: dict[str, Any] = {}
         self._state = EngineState.STARTING

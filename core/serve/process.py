@@ -122,7 +122,7 @@ class Frontend:
         self._http = HttpStats()
         self._counts = Counts()
         # Every DP rank has a batch of its own.
-        self._max_running = boot.config.engine.running_limit * len(boot.endpoints.plans)
+        self._max_running = boot.config.engine.running_limit * len(boot.endpoints.steps)
         self._max_live = self._max_running + boot.config.frontend.max_queued_requests
         self._drain_task: asyncio.Task[None] | None = None
 
@@ -131,7 +131,7 @@ class Frontend:
         config = self._boot.config
         loop = asyncio.get_running_loop()
         endpoints = self._boot.endpoints
-        balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.plans))
+        balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.steps))
         served = self._boot.served
         plugins = PluginManager.load(config.plugins.blocklist)
         limits = RequestLimits(

@@ -34,7 +34,7 @@ def endpoints_in(folder: Path | str, num_dp: int = 1) -> Endpoints:
     return Endpoints(
         engine=f"ipc://{folder}/engine",
         lockstep=f"ipc://{folder}/lockstep",
-        plans=[f"ipc://{folder}/plans-{dp_rank}" for dp_rank in range(num_dp)],
+        steps=[f"ipc://{folder}/steps-{dp_rank}" for dp_rank in range(num_dp)],
         store=f"{folder}/store",
     )
 
@@ -198,7 +198,7 @@ def main() -> None:
     arguments = parser.parse_args()
     draw = random.Random(0)
     tokens = draw.choices([int(i) for i in arguments.token_ids.split(",")], k=4096)
-    endpoints = Endpoints(engine=arguments.endpoint, lockstep="", plans=[], store="")
+    endpoints = Endpoints(engine=arguments.endpoint, lockstep="", steps=[], store="")
     engine = FakeEngine(endpoints, lambda _: tokens)
     engine.steps_per_second = arguments.steps_per_second
     engine.run()

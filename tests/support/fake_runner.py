@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from core.interfaces.messages import (
     AgreedStep,
     SamplingParams,
+    ScheduledStep,
     SlotInit,
-    StepPlan,
     StepResult,
     TokenLogprobs,
 )
@@ -77,7 +77,7 @@ class FakeRunner:
         self.table: dict[tuple[int, int], int] = {}
         self.kv: dict[tuple[int, int], int] = {}
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: ScheduledStep) -> StepResult:
         self._update(plan)
         rows = range(len(plan.slots))
         assert len(plan.starts) == len(plan.lengths) == len(plan.samples) == len(rows)
@@ -98,7 +98,7 @@ class FakeRunner:
 
     def run_agreed(self, step: AgreedStep, dp_rank: int) -> StepResult:
         """Run this DP rank's part of a step all agreed on; it has no rows in an idle plan."""
-        plan, facts = step.plan, step.facts
+        plan, facts = step.scheduled, step.facts
         assert any(facts.rows), "a step nobody needs"
         assert facts.rows[dp_rank] == sum(plan.lengths)
         assert facts.samples[dp_rank] == sum(plan.samples)
@@ -106,7 +106,7 @@ class FakeRunner:
         assert facts.has_prefill or plan.num_decodes == len(plan.slots)
         return self.run(plan)
 
-    def _update(self, plan: StepPlan) -> None:
+    def _update(self, plan: ScheduledStep) -> None:
         for init in plan.inits:
             self.inits[init.slot] = init
             self.tokens[init.slot] = list(init.token_ids)
@@ -120,7 +120,7 @@ class FakeRunner:
         return self.table[slot, column], offset
 
     def _write(
-        self, plan: StepPlan, row: int, written: set[tuple[int, int]]
+        self, plan: ScheduledStep, row: int, written: set[tuple[int, int]]
     ) -> set[tuple[int, int]]:
         slot, start = plan.slots[row], plan.starts[row]
         end = start + plan.lengths[row]
@@ -136,7 +136,7 @@ class FakeRunner:
             found = self.kv.get(self._place(slot, position))
             assert found == history, f"slot {slot} reads wrong KV at position {position}"
 
-    def _sample(self, plan: StepPlan, row: int, result: StepResult) -> None:
+    def _sample(self, plan: ScheduledStep, row: int, result: StepResult) -> None:
         slot, start = plan.slots[row], plan.starts[row]
         end = start + plan.lengths[row]
         tokens, init = self.tokens[slot], self.inits[slot]

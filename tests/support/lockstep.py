@@ -3,7 +3,7 @@
 import threading
 
 from core.engine.run.lockstep import Agreement, RankFacts, rank_facts, settle
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 
 TIMEOUT_S = 60.0  # of waiting for the other leaders, one of which may have failed
 
@@ -22,7 +22,7 @@ class ThreadLockstep:
         self._table = table
         self._round = 0
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, plan: ScheduledStep | None, *, busy: bool) -> Agreement:
         self._round += 1
         self._table.facts[self._dp_rank] = rank_facts(self._round, plan, busy=busy)
         self._table.barrier.wait(TIMEOUT_S)

@@ -50,7 +50,7 @@ class Pool:
         self.tokens_SL[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
 
     def sample(self, logits_RV, slots, positions) -> torch.Tensor:
-        plan = self.sampler.plan(slots, positions)
+        plan = self.sampler.prepare(slots, positions)
         return self.sampler.sample(plan, logits_RV, self.tokens_SL)
 
     def one(self, logits_V, sampling, *, seed=0, tokens=(1,), num_prompt=None) -> int:

@@ -7,7 +7,7 @@ from core.interfaces.messages import (
     Generate,
     RequestOutput,
     SamplingParams,
-    StepPlan,
+    ScheduledStep,
     StepResult,
 )
 from core.settings.config import EngineConfig
@@ -36,24 +36,24 @@ def new_scheduler(
     )
 
 
-def plan(scheduler: Scheduler) -> StepPlan:
+def plan(scheduler: Scheduler) -> ScheduledStep:
     planned = scheduler.next_batch()
     assert planned is not None
     scheduler.check()
     return planned
 
 
-def commit(scheduler: Scheduler, planned: StepPlan, *token_ids: int) -> list[RequestOutput]:
+def commit(scheduler: Scheduler, planned: ScheduledStep, *token_ids: int) -> list[RequestOutput]:
     outputs = scheduler.commit(planned, StepResult(list(token_ids), {}, {}))
     scheduler.check()
     return outputs
 
 
-def rows(planned: StepPlan) -> list[tuple[int, int, int, bool]]:
+def rows(planned: ScheduledStep) -> list[tuple[int, int, int, bool]]:
     """(slot, start, length, samples) of each row."""
     return list(zip(planned.slots, planned.starts, planned.lengths, planned.samples, strict=True))
 
 
-def table(planned: StepPlan) -> dict[tuple[int, int], int]:
+def table(planned: ScheduledStep) -> dict[tuple[int, int], int]:
     entries = zip(planned.table_slots, planned.table_columns, strict=True)
     return dict(zip(entries, planned.table_pages, strict=True))

@@ -68,16 +68,16 @@ class RunDirectory:
 
     def endpoints(self) -> Endpoints:
         """The addresses of this run's sockets."""
-        engine, lockstep, *plans = (f"ipc://{path}" for path in self._socket_paths())
-        return Endpoints(engine=engine, lockstep=lockstep, plans=plans, store=str(self.rendezvous))
+        engine, lockstep, *steps = (f"ipc://{path}" for path in self._socket_paths())
+        return Endpoints(engine=engine, lockstep=lockstep, steps=steps, store=str(self.rendezvous))
 
     def remove(self) -> None:
         """Delete it with all it holds; again is no error."""
         self._dir.remove()
 
     def _socket_paths(self) -> list[Path]:
-        plans = [f"plans-{dp_rank}" for dp_rank in range(self._num_dp)]
-        return [self.path / name for name in ("engine", "lockstep", *plans)]
+        steps = [f"steps-{dp_rank}" for dp_rank in range(self._num_dp)]
+        return [self.path / name for name in ("engine", "lockstep", *steps)]
 
 
 def node_endpoints(plan: Plan, ports: Ports, addresses: Sequence[str], key: str) -> Endpoints:
@@ -91,7 +91,7 @@ def node_endpoints(plan: Plan, ports: Ports, addresses: Sequence[str], key: str)
     return Endpoints(
         engine=f"tcp://{at(0, ports.engine)}",
         lockstep=f"tcp://{at(0, ports.lockstep)}",
-        plans=[
+        steps=[
             f"tcp://{at(node_of(leader, plan, nnodes), ports.plan(dp_rank))}"
             for dp_rank, leader in enumerate(leaders)
         ],

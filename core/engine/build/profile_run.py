@@ -27,7 +27,7 @@ from core.engine.step.profile_steps import (
     largest_prefills,
 )
 from core.errors import ResourceError
-from core.interfaces.messages import AgreedStep, StepPlan
+from core.interfaces.messages import AgreedStep, ScheduledStep
 from core.settings.config import EngineConfig
 
 OnPhase = Callable[[str, float], None]  # name of a phase that ended, seconds
@@ -111,10 +111,10 @@ class ProfileRun:
         with rehearsal(self.device, on_compiled):
             runner = self.build_runner(True)
             steps = runner.steps
-            plans = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
+            made_up = kernel_steps(self.engine, self.max_model_len, decodes=steps.num_captures == 0)
             steps.rehearse()
-            for plan in plans:
-                runner.launch(self._agreed(plan))
+            for scheduled in made_up:
+                runner.launch(self._agreed(scheduled))
         torch.cuda.synchronize(self.device)
 
     def _decode(self, runner: ModelRunner) -> int:
@@ -122,10 +122,10 @@ class ProfileRun:
         share the memory of the largest."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        plans = [largest_decode(self.engine, self.max_model_len)]
+        steps = [largest_decode(self.engine, self.max_model_len)]
         if most_rows := runner.steps.most_prompt_rows:
-            plans.append(captured_prefill(self.engine, self.max_model_len, most_rows))
-        self._launch(runner, plans)
+            steps.append(captured_prefill(self.engine, self.max_model_len, most_rows))
+        self._launch(runner, steps)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         num_captures = runner.steps.num_captures
         return peak + num_captures * GRAPH_BYTES if num_captures else 0
@@ -135,8 +135,10 @@ class ProfileRun:
         self._launch(runner, largest_prefills(engine, longest, COSTLIEST))
         self._launch(runner, [largest_decode(engine, longest, COSTLIEST)])
 
-    def _launch(self, runner: ModelRunner, plans: Sequence[StepPlan]) -> None:
-        warm_up(StepExecutor(StreamExecutor(), runner), plans, self.num_dp)
+    def _launch(self, runner: ModelRunner, steps: Sequence[ScheduledStep]) -> None:
+        warm_up(StepExecutor(StreamExecutor(), runner), steps, self.num_dp)
 
-    def _agreed(self, plan: StepPlan) -> AgreedStep:
-        return AgreedStep(plan, settle([rank_facts(0, plan, busy=True)] * self.num_dp).facts)
+    def _agreed(self, scheduled: ScheduledStep) -> AgreedStep:
+        return AgreedStep(
+            scheduled, settle([rank_facts(0, scheduled, busy=True)] * self.num_dp).facts
+        )

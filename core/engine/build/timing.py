@@ -10,7 +10,7 @@ from core.engine.run.loop import warm_up
 from core.engine.schedule.mixed_steps import mixed_tokens
 from core.engine.schedule.pace import Pace, Timed, measure_pace
 from core.engine.step.profile_steps import most_prompt_tokens
-from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+from core.interfaces.messages import SamplingParams, ScheduledStep, SlotInit
 from core.settings.config import AppConfig
 
 
@@ -42,9 +42,9 @@ def _timed(context: RankContext, steps: StepExecutor) -> Timed:
     """Runs a step of made-up requests; the seconds that the slowest rank took."""
     world, num_dp = context.comms.axes["world"], context.plan.axis_size("dp")
 
-    def timed(plan: StepPlan) -> float:
+    def timed(scheduled: ScheduledStep) -> float:
         begin = time.perf_counter()
-        warm_up(steps, [plan], num_dp)
+        warm_up(steps, [scheduled], num_dp)
         seconds = time.perf_counter() - begin
         mine = torch.tensor([seconds], dtype=torch.float64, device=context.device)
         return float(world.all_gather(mine, 0).max())
@@ -52,10 +52,10 @@ def _timed(context: RankContext, steps: StepExecutor) -> Timed:
     return timed
 
 
-def warm_up_plans(num_tokens: int) -> list[StepPlan]:
+def warm_up_plans(num_tokens: int) -> list[ScheduledStep]:
     """A prefill and a decode step of one made-up request, on the scratch page."""
     greedy = SamplingParams(max_tokens=2, temperature=0.0)
     init = SlotInit(0, [0] * num_tokens, num_tokens, greedy, 0)
-    prefill = StepPlan(0, [init], 0, [0], [0], [num_tokens], [True], [0], [0], [0])
-    decode = StepPlan(0, [], 1, [0], [num_tokens - 1], [1], [True], [], [], [])
+    prefill = ScheduledStep(0, [init], 0, [0], [0], [num_tokens], [True], [0], [0], [0])
+    decode = ScheduledStep(0, [], 1, [0], [num_tokens - 1], [1], [True], [], [], [])
     return [prefill, decode]

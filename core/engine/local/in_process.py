@@ -19,7 +19,7 @@ from core.engine.build.ranks import stand_in_for_peers
 from core.engine.local.offline import OfflineEngine
 from core.engine.run.lockstep import Agreement, rank_facts, settle
 from core.interfaces.comm import SOLO, Comms
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
 from core.settings.config import AppConfig
@@ -81,9 +81,9 @@ class MirrorLockstep:
         self._num_dp = num_dp
         self._round = 0
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, scheduled: ScheduledStep | None, *, busy: bool) -> Agreement:
         self._round += 1
-        return settle([rank_facts(self._round, plan, busy=busy)] * self._num_dp)
+        return settle([rank_facts(self._round, scheduled, busy=busy)] * self._num_dp)
 
 
 def _comms(resolved: Resolved, rank: int, plugins: PluginManager) -> Comms:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from core.engine.build.rank import RankEngine
 from core.engine.run.lockstep import Lockstep, SoloLockstep
-from core.engine.run.loop import EngineLoop, NoFollowers, PlanSender, RunningStep
+from core.engine.run.loop import EngineLoop, NoFollowers, RunningStep, StepSender
 from core.interfaces.messages import (
     EngineInput,
     EngineStats,
@@ -65,7 +65,7 @@ class _ListOutbox:
 class OfflineLeader:
     """The scheduler and the loop of one DP rank, turned by hand."""
 
-    def __init__(self, rank: RankEngine, followers: PlanSender, lockstep: Lockstep) -> None:
+    def __init__(self, rank: RankEngine, followers: StepSender, lockstep: Lockstep) -> None:
         self.scheduler = rank.scheduler
         self._inbox = _ListInbox()
         self._outbox = _ListOutbox()
@@ -113,7 +113,7 @@ class OfflineEngine:
     def __init__(
         self,
         rank: RankEngine,
-        followers: PlanSender | None = None,
+        followers: StepSender | None = None,
         lockstep: Lockstep | None = None,
     ) -> None:
         """`lockstep`: of the only DP rank there is, unless given."""

@@ -160,7 +160,7 @@ class StepExecutor:
             )
 
     def launch(self, step: AgreedStep) -> Wait:
-        expected_s = self.pace.step_s(step.plan, step.facts)
+        expected_s = self.pace.step_s(step.scheduled, step.facts)
         with self._lock:
             self._launched += 1  # before the launch, which may be what hangs
             self._expected_s.append(expected_s)

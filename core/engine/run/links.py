@@ -19,13 +19,13 @@ import zmq
 from core.engine.run.executor import StepExecutor
 from core.engine.run.expert_balance import ExpertBalancer
 from core.engine.run.lockstep import HubLockstep, Lockstep, PeerLockstep, SoloLockstep
-from core.engine.run.loop import EngineLoop, NoFollowers, PlanSender, follow
+from core.engine.run.loop import EngineLoop, NoFollowers, StepSender, follow
 from core.engine.run.mailbox import (
     ZmqHubLink,
     ZmqHubLinks,
     ZmqMailbox,
-    ZmqPlanReceiver,
-    ZmqPlanSender,
+    ZmqStepReceiver,
+    ZmqStepSender,
 )
 from core.engine.schedule.scheduler import Scheduler
 from core.interfaces.control import Endpoints
@@ -57,7 +57,7 @@ class LeaderLinks:
     """Of a rank that schedules."""
 
     mailbox: ZmqMailbox
-    followers: PlanSender
+    followers: StepSender
     lockstep: Lockstep
     wait_for_work: Callable[[], None]
     awaited: tuple[_Awaited, ...]
@@ -85,15 +85,15 @@ class LeaderLinks:
 class FollowerLinks:
     """Of a rank that runs what its leader decides."""
 
-    plans: ZmqPlanReceiver
+    steps: ZmqStepReceiver
 
     def await_peers(self, timeout_s: float) -> None:
-        self.plans.await_peers(timeout_s)
+        self.steps.await_peers(timeout_s)
 
     def serve(
         self, scheduler: Scheduler, executor: StepExecutor, expert_balancer: ExpertBalancer
     ) -> NoReturn:
-        follow(executor, self.plans)
+        follow(executor, self.steps)
 
 
 def open_links(
@@ -106,11 +106,11 @@ def open_links(
     dp_rank, num_dp = plan.axis_index("dp", rank), plan.axis_size("dp")
     leader, *others = plan.group("tp", rank)
     if rank != leader:
-        return FollowerLinks(ZmqPlanReceiver(wire, endpoints.plans[dp_rank], rank))
+        return FollowerLinks(ZmqStepReceiver(wire, endpoints.steps[dp_rank], rank))
     awaited: list[_Awaited] = []
-    followers: PlanSender = NoFollowers()
+    followers: StepSender = NoFollowers()
     if others:
-        followers = sender = ZmqPlanSender(wire, endpoints.plans[dp_rank], others)
+        followers = sender = ZmqStepSender(wire, endpoints.steps[dp_rank], others)
         awaited.append(sender)
     mailbox = ZmqMailbox(wire, endpoints.engine, dp_rank)
     sockets = [mailbox.socket]

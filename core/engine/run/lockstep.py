@@ -2,12 +2,12 @@
 
 Ranks of one engine meet in collectives (experts, output head), so all of them must run the same
 steps in the same order, also those whose scheduler has nothing to run. The leaders therefore hold
-one *round* a turn: each says what its plan holds (`RankFacts`), all get the same `Agreement`. The
+one *round* a turn: each says what its step holds (`RankFacts`), all get the same `Agreement`. The
 leader of DP rank 0 is the *hub*: it collects and answers. Knows nothing of sockets or schedulers.
 
-A turn of a leader: take in messages, plan step n+1, agree, launch n+1, then wait for step n and
+A turn of a leader: take in messages, schedule step n+1, agree, launch n+1, then wait for step n and
 commit it. The round's messages travel while step n computes. A leader may also wait for step n
-before it plans n+1, where that is worth it.
+before it schedules n+1, where that is worth it.
 
 - `runs`: some rank has rows. Everyone launches the step, those without rows an idle one.
 - Nobody has rows, somebody is *busy*: its requests wait for a commit. Everyone goes on to the
@@ -33,11 +33,12 @@ Why nothing hangs:
 4. A busy leader without rows has a step in flight (the scheduler asserts that), which this turn
    commits. So a round in which nobody runs is followed by one with rows or by parking.
 
-Who plans a step learns what the others' plans hold only afterwards. What it needs to know before,
+Who schedules a step learns what the others' hold only afterwards. What it needs to know before,
 whether any of them has requests that wait for its prompts, each therefore says a round earlier
 (`decodes_follow`). That is never too little: a request decodes in step n+1 only if it did in step n
-and goes on, or if its prompt ended in step n, which the plan of step n knows. It may be too much,
-as requests end meanwhile. It makes plans smaller, never empty, so that nothing above depends on it.
+and goes on, or if its prompt ended in step n, which is known when step n is scheduled. It may be
+too much, as requests end meanwhile. It makes steps smaller, never empty, so that nothing above
+depends on it.
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ from typing import Protocol
 import msgspec
 
 from core.errors import WorkerDied
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 
 
 class RankFacts(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -59,8 +60,8 @@ class RankFacts(msgspec.Struct, frozen=True, array_like=True, tag=True):
     has_prefill: bool
     busy: bool  # requests are live or a step is not committed: don't park
     best_only: bool = True  # its requests want the best tokens alone
-    decodes_follow: bool = False  # `StepPlan.decodes_follow`; without a plan there are none
-    sequences: int = 0  # rows of the plan: decodes and prompts
+    decodes_follow: bool = False  # `ScheduledStep.decodes_follow`; without a step there are none
+    sequences: int = 0  # rows of the step: decodes and prompts
 
 
 class Wake(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -89,7 +90,7 @@ HubMessage = Wake | Agreement
 class Lockstep(Protocol):
     """One DP rank's side of the agreement. Nobody has work before the first round."""
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, scheduled: ScheduledStep | None, *, busy: bool) -> Agreement:
         """Hold a round; blocks until every DP rank has called this as often.
 
         Raises WorkerDied naming those who did not within the time a step may take.
@@ -123,9 +124,9 @@ class SoloLockstep:
     def __init__(self) -> None:
         self._round = 0
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, scheduled: ScheduledStep | None, *, busy: bool) -> Agreement:
         self._round += 1
-        return settle([rank_facts(self._round, plan, busy=busy)])
+        return settle([rank_facts(self._round, scheduled, busy=busy)])
 
 
 class HubLockstep:
@@ -139,12 +140,12 @@ class HubLockstep:
         self._round = 0
         self._parked = True
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, scheduled: ScheduledStep | None, *, busy: bool) -> Agreement:
         self._round += 1
         if self._parked:
             for dp_rank in self._others:
                 self._links.send(dp_rank, Wake(self._round))
-        told = {0: rank_facts(self._round, plan, busy=busy)}
+        told = {0: rank_facts(self._round, scheduled, busy=busy)}
         while len(told) <= len(self._others):
             try:
                 dp_rank, facts = self._links.receive()
@@ -174,9 +175,9 @@ class PeerLockstep:
         self._hub_rank = hub_rank
         self._round = 0
 
-    def agree(self, plan: StepPlan | None, *, busy: bool) -> Agreement:
+    def agree(self, scheduled: ScheduledStep | None, *, busy: bool) -> Agreement:
         self._round += 1
-        self._link.send(rank_facts(self._round, plan, busy=busy))
+        self._link.send(rank_facts(self._round, scheduled, busy=busy))
         while True:
             try:
                 message = self._link.receive()
@@ -190,20 +191,20 @@ class PeerLockstep:
                 return message
 
 
-def rank_facts(round_number: int, plan: StepPlan | None, *, busy: bool) -> RankFacts:
+def rank_facts(round_number: int, scheduled: ScheduledStep | None, *, busy: bool) -> RankFacts:
     """What one DP rank says in a round; None: it has no rows."""
-    if plan is None:
+    if scheduled is None:
         return RankFacts(round_number, 0, 0, 0, False, busy)
     return RankFacts(
         round=round_number,
-        rows=sum(plan.lengths),
-        samples=sum(plan.samples),
-        logprob_rows=plan.num_logprob_rows,
-        has_prefill=plan.num_decodes < len(plan.slots),
+        rows=sum(scheduled.lengths),
+        samples=sum(scheduled.samples),
+        logprob_rows=scheduled.num_logprob_rows,
+        has_prefill=scheduled.num_decodes < len(scheduled.slots),
         busy=busy,
-        best_only=plan.best_only,
-        decodes_follow=plan.decodes_follow,
-        sequences=len(plan.slots),
+        best_only=scheduled.best_only,
+        decodes_follow=scheduled.decodes_follow,
+        sequences=len(scheduled.slots),
     )
 
 

@@ -14,14 +14,20 @@ from typing import NoReturn, Protocol
 from core.engine.run.executor import StepExecutor, Wait
 from core.engine.run.lockstep import Lockstep, rank_facts, settle
 from core.engine.schedule.scheduler import Scheduler
-from core.interfaces.messages import AgreedStep, EngineInput, EngineStats, RequestOutput, StepPlan
+from core.interfaces.messages import (
+    AgreedStep,
+    EngineInput,
+    EngineStats,
+    RequestOutput,
+    ScheduledStep,
+)
 
 # Where prompts that take longer are computed or wait, a step is awaited before the next one is
 # planned: the device then idles for the millisecond that planning takes, and a request that comes
 # meanwhile waits for the rest of one step, not for another one that was planned without it.
 LONG_STEP_S = 0.1
-# The plan of a DP rank without rows in a step; schedulers number theirs from 1.
-IDLE_PLAN = StepPlan(0, [], 0, [], [], [], [], [], [], [], best_only=True)
+# The step of a DP rank without rows in a step; schedulers number theirs from 1.
+IDLE_STEP = ScheduledStep(0, [], 0, [], [], [], [], [], [], [], best_only=True)
 
 
 class Inbox(Protocol):
@@ -38,14 +44,14 @@ class Outbox(Protocol):
     def send(self, outputs: list[RequestOutput], stats: EngineStats) -> None: ...
 
 
-class PlanSender(Protocol):
+class StepSender(Protocol):
     """Hands each step to the other ranks of the leader's group."""
 
     def send(self, step: AgreedStep) -> None: ...
 
 
 class NoFollowers:
-    """The plan sender of a group of one rank."""
+    """The step sender of a group of one rank."""
 
     def send(self, step: AgreedStep) -> None:
         pass
@@ -55,7 +61,7 @@ class NoFollowers:
 class RunningStep:
     """A step that was launched and whose tokens were not read yet."""
 
-    plan: StepPlan | None  # None: this DP rank has no rows in it
+    scheduled: ScheduledStep | None  # None: this DP rank has no rows in it
     wait: Wait
     expected_s: float = 0.0  # 0: not known
     begun_s: float | None = None  # when it was launched; None: others had to end before
@@ -75,7 +81,7 @@ class EngineLoop:
         executor: StepExecutor,
         inbox: Inbox,
         outbox: Outbox,
-        followers: PlanSender,
+        followers: StepSender,
         lockstep: Lockstep,
         wait_for_work: Callable[[], None],
         report: Callable[[], None] = lambda: None,
@@ -121,25 +127,25 @@ class EngineLoop:
         result = running.wait()
         if running.begun_s is not None and running.expected_s >= LONG_STEP_S:
             self.scheduler.observe(running.expected_s, time.monotonic() - running.begun_s)
-        if running.plan is None:
+        if running.scheduled is None:
             return []
-        return self.scheduler.commit(running.plan, result)
+        return self.scheduler.commit(running.scheduled, result)
 
     def _launch(self, *, alone: bool) -> RunningStep | None:
-        plan = self.scheduler.next_batch(self._decodes_follow)
-        agreement = self.lockstep.agree(plan, busy=self.scheduler.has_work)
+        scheduled = self.scheduler.next_batch(self._decodes_follow)
+        agreement = self.lockstep.agree(scheduled, busy=self.scheduler.has_work)
         self.parked, self._decodes_follow = agreement.parks, agreement.decodes_follow
         if not agreement.runs:
             return None
-        step = AgreedStep(IDLE_PLAN if plan is None else plan, agreement.facts)
+        step = AgreedStep(IDLE_STEP if scheduled is None else scheduled, agreement.facts)
         self.followers.send(step)
         has_prefill = step.facts.has_prefill
-        expected_s = self.executor.pace.step_s(step.plan, step.facts) if has_prefill else 0.0
+        expected_s = self.executor.pace.step_s(step.scheduled, step.facts) if has_prefill else 0.0
         begun_s = time.monotonic() if alone else None
-        return RunningStep(plan, self.executor.launch(step), expected_s, begun_s)
+        return RunningStep(scheduled, self.executor.launch(step), expected_s, begun_s)
 
 
-class PlanReceiver(Protocol):
+class StepReceiver(Protocol):
     """Where a follower's steps come from."""
 
     def receive(self) -> AgreedStep:
@@ -147,20 +153,20 @@ class PlanReceiver(Protocol):
         ...
 
 
-def follow(executor: StepExecutor, plans: PlanReceiver) -> NoReturn:
+def follow(executor: StepExecutor, steps: StepReceiver) -> NoReturn:
     """Run what the group's leader decides, until the process ends."""
     waits: list[Wait] = []
     while True:
-        waits.append(executor.launch(plans.receive()))
+        waits.append(executor.launch(steps.receive()))
         if len(waits) > 1:  # surfaces a failed step; never more than one step behind
             waits.pop(0)()
 
 
-def warm_up(executor: StepExecutor, plans: Sequence[StepPlan], num_dp: int = 1) -> None:
+def warm_up(executor: StepExecutor, steps: Sequence[ScheduledStep], num_dp: int = 1) -> None:
     """Run steps whose results nobody reads, so that the first request meets warm kernels.
 
-    Every rank calls this with the same plans, which all DP ranks then run at once.
+    Every rank calls this with the same steps, which all DP ranks then run at once.
     """
-    for plan in plans:
-        everyone = settle([rank_facts(0, plan, busy=True)] * num_dp)
-        executor.launch(AgreedStep(plan, everyone.facts))()
+    for scheduled in steps:
+        everyone = settle([rank_facts(0, scheduled, busy=True)] * num_dp)
+        executor.launch(AgreedStep(scheduled, everyone.facts))()

@@ -1,4 +1,4 @@
-"""What a rank says and hears over ZeroMQ: requests and outputs, plans, the lockstep.
+"""What a rank says and hears over ZeroMQ: requests and outputs, scheduled steps, the lockstep.
 
 Knows nothing of what is done with them. Sockets belong to the loop's thread; either side of a link
 may start first.
@@ -85,7 +85,7 @@ class ZmqMailbox:
             send(self.socket, self._encoder.encode(StepOutput([], None, loads)))
 
 
-class ZmqPlanSender:
+class ZmqStepSender:
     """Hands each step to the other ranks of the leader's group, who connect here."""
 
     def __init__(self, wire: Wire, endpoint: str, followers: Sequence[int]) -> None:
@@ -107,7 +107,7 @@ class ZmqPlanSender:
                 send(self._socket, data, to=name)
 
 
-class ZmqPlanReceiver:
+class ZmqStepReceiver:
     """A follower's steps."""
 
     def __init__(self, wire: Wire, endpoint: str, rank: int) -> None:

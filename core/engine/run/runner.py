@@ -24,9 +24,9 @@ from core.engine.step.progress import Progress
 from core.interfaces.comm import Communicator
 from core.interfaces.messages import (
     AgreedStep,
+    ScheduledStep,
     SlotInit,
     StepFacts,
-    StepPlan,
     StepResult,
     TokenLogprobs,
 )
@@ -100,15 +100,15 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: AgreedStep) -> PendingStep:
         """Start a step. On a GPU this returns before the device is done."""
-        plan, facts = step.plan, step.facts
-        for init in plan.inits:
+        scheduled, facts = step.scheduled, step.facts
+        for init in scheduled.inits:
             wanted = init.sampling.logprobs
             self.slots[init.slot] = init
             self._num_logprobs[init.slot] = -1 if wanted is None else wanted
-        self.sampler.init_slots(plan.inits)
-        computed = self.steps.compute(plan, facts)
+        self.sampler.init_slots(scheduled.inits)
+        computed = self.steps.compute(scheduled, facts)
         pending = self._chosen(computed)
-        self._prompt_logprobs(plan, facts, computed, pending)
+        self._prompt_logprobs(scheduled, facts, computed, pending)
         self.expert_balancer.after_step()
         return pending
 
@@ -131,7 +131,7 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self,
-        plan: StepPlan,
+        scheduled: ScheduledStep,
         facts: StepFacts,
         computed: ComputedStep,
         pending: PendingStep,
@@ -146,8 +146,8 @@ class ModelRunner:
             return
         hidden_TE = computed.hidden_TE
         assert hidden_TE is not None, "rows whose logprobs are wanted were left out"
-        wanted = self._prompt_positions(plan)
-        assert len(wanted) == plan.num_logprob_rows, (len(wanted), plan.num_logprob_rows)
+        wanted = self._prompt_positions(scheduled)
+        assert len(wanted) == scheduled.num_logprob_rows, (len(wanted), scheduled.num_logprob_rows)
         for first in range(0, most, PROMPT_LOGPROB_ROWS):
             counts = [min(max(n - first, 0), PROMPT_LOGPROB_ROWS) for n in facts.logprob_rows]
             piece = wanted[first : first + PROMPT_LOGPROB_ROWS]
@@ -156,18 +156,18 @@ class ModelRunner:
             logits_RV = self.steps.logits(hidden_TE[at_R], counts)
             if self.comm.rank == 0 and piece:
                 next_ids = self.state.tokens_SL[slots_R, next_R].long()
-                self._keep_prompt_logprobs(plan, piece, logits_RV, next_ids, pending)
+                self._keep_prompt_logprobs(scheduled, piece, logits_RV, next_ids, pending)
             self.progress.pieces += 1
 
-    def _prompt_positions(self, plan: StepPlan) -> list[tuple[int, int, int, int]]:
-        """(row of the plan, row of the hidden states, slot, position of the token predicted)."""
+    def _prompt_positions(self, scheduled: ScheduledStep) -> list[tuple[int, int, int, int]]:
+        """(row of the step, row of the hidden states, slot, position of the token predicted)."""
         wanted = []
-        first_tokens = row_starts(plan)
-        for row in range(plan.num_decodes, len(plan.slots)):
-            init = self.slots[plan.slots[row]]
+        first_tokens = row_starts(scheduled)
+        for row in range(scheduled.num_decodes, len(scheduled.slots)):
+            init = self.slots[scheduled.slots[row]]
             if init.sampling.prompt_logprobs is None:
                 continue
-            start, length = plan.starts[row], plan.lengths[row]
+            start, length = scheduled.starts[row], scheduled.lengths[row]
             # The last prompt position predicts the first answer token, which is not a prompt's.
             count = min(length, init.num_prompt - 1 - start)
             wanted += [(row, first_tokens[row] + i, init.slot, start + i + 1) for i in range(count)]
@@ -175,7 +175,7 @@ class ModelRunner:
 
     def _keep_prompt_logprobs(
         self,
-        plan: StepPlan,
+        scheduled: ScheduledStep,
         piece: Sequence[tuple[int, int, int, int]],
         logits_RV: Tensor,
         next_ids: Tensor,
@@ -184,7 +184,7 @@ class ModelRunner:
         start = 0
         for row, members in itertools.groupby(piece, key=lambda w: w[0]):
             stop = start + len(list(members))
-            top = self.slots[plan.slots[row]].sampling.prompt_logprobs
+            top = self.slots[scheduled.slots[row]].sampling.prompt_logprobs
             assert top is not None
             pending.prompt_logprobs.setdefault(row, []).append(
                 prompt_logprobs(logits_RV[start:stop], next_ids[start:stop], top)

@@ -79,8 +79,8 @@ class OneForAll:
 
     def _sampled(self, computed: ComputedStep, logits_RV: Tensor) -> Tensor:
         if self._comm.rank == 0:
-            plan = self._sampler.plan(computed.slots, computed.positions)
-            ids_R = self._sampler.sample(plan, logits_RV, self._state.tokens_SL)
+            batch = self._sampler.prepare(computed.slots, computed.positions)
+            ids_R = self._sampler.sample(batch, logits_RV, self._state.tokens_SL)
         else:
             ids_R = torch.empty(len(computed.slots), dtype=torch.int64, device=logits_RV.device)
         ids_R = self._comm.broadcast(ids_R, 0)
@@ -107,8 +107,8 @@ class RanksTogether:
         logits_RL = computed.columns()
         ids_R = best_R
         if ids_R is None:
-            plan = self._sampler.plan(computed.slots, computed.positions, self._over)
-            ids_R = self._sampler.sample(plan, logits_RL, self._state.tokens_SL)
+            batch = self._sampler.prepare(computed.slots, computed.positions, self._over)
+            ids_R = self._sampler.sample(batch, logits_RL, self._state.tokens_SL)
             computed.store(ids_R)
         if not _any_wanted(num_top):
             return ids_R, None

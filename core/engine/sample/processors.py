@@ -92,7 +92,7 @@ class ProcessorChain:
         assert len(named) == len(asked), f"processors that nobody checked: {sorted(asked)}"
         return bool(named), any(link.kind.needs_whole_rows for link in named)
 
-    def plan(self, slots_R: Ints, positions_R: Ints) -> tuple[Applied, ...]:
+    def prepare(self, slots_R: Ints, positions_R: Ints) -> tuple[Applied, ...]:
         """Who does what in a step some of whose rows asked for something."""
         found = []
         for link in self._links:

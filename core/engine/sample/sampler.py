@@ -1,8 +1,8 @@
 """Chooses the next token of each sampling row. Knows nothing of models, requests or scheduling.
 
-`Sampler` keeps the sampling parameters of every slot on the host, in numpy arrays. `plan` decides
-once a step which stages the batch needs and sends their small tensors to the device in one copy;
-`sample` then only queues device work. A batch of greedy rows costs one argmax.
+`Sampler` keeps the sampling parameters of every slot on the host, in numpy arrays. `prepare`
+decides once a step which stages the batch needs and sends their small tensors to the device in one
+copy; `sample` then only queues device work. A batch of greedy rows costs one argmax.
 
 Order: logit_bias, min_tokens, repetition, frequency and presence penalties, logits processors
 (those that mask last); greedy rows take the best token of that; else temperature, top_k, top_p,
@@ -75,7 +75,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplePlan:
+class SamplingBatch:
     """What `Sampler.sample` does in one step; tensors are on the device."""
 
     num_rows: int
@@ -120,7 +120,7 @@ class Sampler:
         self._forbidden: dict[int, Ints] = {}  # by slot: ids not to choose before min_tokens
 
     def init_slots(self, inits: Sequence[SlotInit]) -> None:
-        """Take over the parameters of requests that enter slots; before the step's `plan`."""
+        """Take over the parameters of requests that enter slots; before the step's `prepare`."""
         for init in inits:
             self._init_slot(init)
 
@@ -167,12 +167,12 @@ class Sampler:
         """Whether any of these slots draws a token at random."""
         return bool((self._needs[slots] & DRAWS).any())
 
-    def plan(
+    def prepare(
         self,
         slots: Sequence[int] | Ints,
         next_positions: Sequence[int] | Ints,
         over: Vocabulary | None = None,
-    ) -> SamplePlan:
+    ) -> SamplingBatch:
         """Decide what one step needs and start copying it to the device. Never waits for it.
 
         Row i of the logits belongs to `slots[i]`, whose token at `next_positions[i]` (counted
@@ -184,35 +184,35 @@ class Sampler:
         needs_R = self._needs[slots_R]
         needs = int(np.bitwise_or.reduce(needs_R, initial=0))
         if not needs:
-            return SamplePlan(len(slots), over)
+            return SamplingBatch(len(slots), over)
         positions_R = np.asarray(next_positions, dtype=np.int64)
         generated_R = positions_R - self._num_prompt[slots_R]
         early_R = (needs_R & HAS_MIN_TOKENS > 0) & (generated_R < self._min_tokens[slots_R])
-        return SamplePlan(
+        return SamplingBatch(
             num_rows=len(slots),
             over=over,
             bias=self._bias_edits(slots_R, (needs_R & BIASED).nonzero()[0], over),
             forbidden=self._forbidden_edits(slots_R, early_R.nonzero()[0], over),
             penalties=self._penalties(slots_R, positions_R, (needs_R & PENALISED).nonzero()[0]),
-            processors=self._processors.plan(slots_R, positions_R) if needs & PROCESSED else (),
+            processors=self._processors.prepare(slots_R, positions_R) if needs & PROCESSED else (),
             draw=self._draw(slots_R, positions_R, (needs_R & DRAWS).nonzero()[0]),
         )
 
-    def sample(self, plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
+    def sample(self, batch: SamplingBatch, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
         """The chosen ids, int64 (R,) on the device; returns without waiting for a GPU.
 
-        `logits_RX` is float32 and left as it is: the columns of `plan.over`. All ranks that share
+        `logits_RX` is float32 and left as it is: the columns of `batch.over`. All ranks that share
         the vocabulary call this and get the same. `tokens_SL` (int32 or int64) holds every slot's
         known tokens by the time the device gets here. Scratch: a copy of the logits for edits, one
         or two for rows that draw, and the kernels' chunk. A row with NaN gives some valid id;
         other rows don't notice.
         """
-        if plan.num_rows == 0:
+        if batch.num_rows == 0:
             return torch.empty(0, dtype=torch.int64, device=logits_RX.device)
-        over = plan.over
-        logits_RX = over.tokens_of(_edited(plan, logits_RX, tokens_SL))
+        over = batch.over
+        logits_RX = over.tokens_of(_edited(batch, logits_RX, tokens_SL))
         top_R, best_R = over.best(logits_RX)
-        draw = plan.draw
+        draw = batch.draw
         if draw is None:
             return best_R
         if draw.rows_D is None:
@@ -315,35 +315,35 @@ def _has_penalty(params: SamplingParams) -> bool:
     )
 
 
-def _edited(plan: SamplePlan, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
+def _edited(batch: SamplingBatch, logits_RX: Tensor, tokens_SL: Tensor) -> Tensor:
     """The logits as they are chosen from, before temperature; a copy if there are any."""
     if (
-        plan.bias is None
-        and plan.forbidden is None
-        and plan.penalties is None
-        and not plan.processors
+        batch.bias is None
+        and batch.forbidden is None
+        and batch.penalties is None
+        and not batch.processors
     ):
         return logits_RX
-    logits_RX = plan.over.copy(logits_RX)
+    logits_RX = batch.over.copy(logits_RX)
     flat = logits_RX.view(-1)
-    if plan.bias is not None:
-        flat.scatter_add_(0, plan.bias.indices_N, plan.bias.values_N)
-    if plan.forbidden is not None:
-        flat.scatter_(0, plan.forbidden.indices_N, plan.forbidden.values_N)
-    some = plan.penalties
+    if batch.bias is not None:
+        flat.scatter_add_(0, batch.bias.indices_N, batch.bias.values_N)
+    if batch.forbidden is not None:
+        flat.scatter_(0, batch.forbidden.indices_N, batch.forbidden.values_N)
+    some = batch.penalties
     if some is not None:
         tokens_PL = tokens_SL[:, : some.most_tokens].index_select(0, some.slots_P).long()
         sampling.apply_penalties_(
             logits_RX,
             some.rows_P,
-            plan.over.columns_of(tokens_PL),
+            batch.over.columns_of(tokens_PL),
             num_tokens_P=some.num_tokens_P,
             num_prompt_P=some.num_prompt_P,
             repetition_P=some.repetition_P,
             presence_P=some.presence_P,
             frequency_P=some.frequency_P,
         )
-    edit_all_(plan.processors, logits_RX, plan.over, tokens_SL)
+    edit_all_(batch.processors, logits_RX, batch.over, tokens_SL)
     return logits_RX
 
 

@@ -20,8 +20,8 @@ def mixed_tokens(timed: Timed, longest_prompt: int, most: int) -> int:
     """The tokens that take `STEP_S`, of at most `most` that a step may have at all. A prompt of at
     most `longest_prompt` is timed. Every rank calls it at once, and gets the same."""
     num = min(TIMED_TOKENS, longest_prompt)
-    plan = step(prompts=[(0, num)])
-    token_s = min(timed(plan) for _ in range(TIMES)) / num
+    scheduled = step(prompts=[(0, num)])
+    token_s = min(timed(scheduled) for _ in range(TIMES)) / num
     return fitting(STEP_S, token_s, most)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from core.engine.step.profile_steps import GREEDY, step
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 
 FIRST_TOKENS = 16  # of the smallest step that is timed
 MOST_TOKENS = 512  # of the largest
@@ -29,7 +29,7 @@ BASE_COSTS = 15
 SHORTEST_STEP_S, LONGEST_STEP_S = 0.1, 0.5
 
 # Runs such a step in every DP rank and returns its seconds, the same on every rank.
-Timed = Callable[[StepPlan], float]
+Timed = Callable[[ScheduledStep], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +71,13 @@ class Pace:
         """Of one token each at these positions."""
         return len(starts) * self.token_s + self.pair_s * sum(starts)
 
-    def step_s(self, plan: StepPlan, facts: StepFacts) -> float:
-        """Of a whole step; other DP ranks may have more to do than this plan says."""
+    def step_s(self, scheduled: ScheduledStep, facts: StepFacts) -> float:
+        """Of a whole step; other DP ranks may have more to do than this scheduled says."""
         if not self.known:
             return 0.0
         pairs = sum(
             length * (start + length / 2)
-            for start, length in zip(plan.starts, plan.lengths, strict=True)
+            for start, length in zip(scheduled.starts, scheduled.lengths, strict=True)
         )
         tokens, logprobs = max(facts.rows), max(facts.logprob_rows)
         rest_s = tokens * self.token_s + pairs * self.pair_s + logprobs * self.logprob_s
@@ -124,12 +124,12 @@ def _long_enough(timed: Timed, most_tokens: int) -> tuple[int, float]:
         num = min(2 * num, most_tokens)
 
 
-def _quickest(timed: Timed, plan: StepPlan, *before_s: float) -> float:
+def _quickest(timed: Timed, scheduled: ScheduledStep, *before_s: float) -> float:
     """The least of several runs, `before_s` among them: of two that agree where nothing disturbs
     them, of more where something does."""
     runs_s = sorted(before_s)
     while len(runs_s) < 2 or (
         runs_s[1] > AGREE * runs_s[0] and len(runs_s) < MOST_RUNS and sum(runs_s) < LONGEST_RUNS_S
     ):
-        runs_s = sorted([*runs_s, timed(plan)])
+        runs_s = sorted([*runs_s, timed(scheduled)])
     return runs_s[0]

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from core.engine.schedule.decode_set import DecodeSet
-from core.engine.schedule.draft import Draft
 from core.engine.schedule.prompt_budget import PromptBudget
 from core.engine.schedule.prompt_order import PromptOrder
 from core.engine.schedule.request import Request, State
 from core.engine.schedule.running_set import RunningSet
+from core.engine.schedule.step_builder import StepBuilder
 from core.engine.schedule.step_size import StepSize
 from core.engine.schedule.waiting import WaitingQueue, age_key
 from core.interfaces.messages import EngineStats, SlotInit
@@ -71,7 +71,7 @@ class Prompts:
         """Pages were released, or one that waited for them is gone."""
         self._blocked.clear()
 
-    def plan(self, draft: Draft, *, may_admit: bool, beside_decodes: bool) -> None:
+    def plan(self, builder: StepBuilder, *, may_admit: bool, beside_decodes: bool) -> None:
         """Add rows for prompts, running ones and those that enter, while the budget lasts.
         `beside_decodes`: of this DP rank or of others, who wait for the step as well."""
         if not self.prefilling and not self.waiting:
@@ -80,14 +80,14 @@ class Prompts:
         if not self.prefilling and not may_admit:
             return
         backlog = sum(request.tokens_left for request in self.prefilling) + self.waiting.tokens
-        budget = self._size.budget(backlog, draft.starts, beside_decodes=beside_decodes)
+        budget = self._size.budget(backlog, builder.starts, beside_decodes=beside_decodes)
         for candidates in self._order.passes(
             self.prefilling,
             self.waiting,
             budget,
             lambda request: may_admit and self._may_enter(request),
         ):
-            self._plan_pass(draft, candidates, budget, may_admit=may_admit)
+            self._plan_pass(builder, candidates, budget, may_admit=may_admit)
 
     def _may_enter(self, request: Request) -> bool:
         """Whether a waiting request is worth trying: there is a slot, pages were not found to be
@@ -103,7 +103,7 @@ class Prompts:
 
     def _plan_pass(
         self,
-        draft: Draft,
+        builder: StepBuilder,
         candidates: Iterable[Request],
         budget: PromptBudget,
         *,
@@ -113,25 +113,25 @@ class Prompts:
         for request in candidates:
             if budget.is_spent:
                 return
-            if request.planned_step == draft.step:
+            if request.planned_step == builder.step:
                 continue
             if request.state is State.WAITING:
                 if not may_admit or not self._may_enter(request):
                     may_admit = False  # nobody passes in this order
                     continue
-                entry = self._enter(draft, request, budget)
+                entry = self._enter(builder, request, budget)
                 if entry is Entry.DEFERRED and num_deferred < MAX_DEFERRED:
                     num_deferred += 1
                     continue
                 if entry is not Entry.ENTERED:
                     may_admit = False
                     continue
-            self._plan_chunk(draft, request, budget)
+            self._plan_chunk(builder, request, budget)
 
-    def _enter(self, draft: Draft, request: Request, budget: PromptBudget) -> Entry:
+    def _enter(self, builder: StepBuilder, request: Request, budget: PromptBudget) -> Entry:
         """Let a waiting request in, where there are pages and budget for it."""
         running_set = self._running_set
-        match = running_set.match(request, draft.step)
+        match = running_set.match(request, builder.step)
         start = len(match.pages) * self._page_size
         to_compute = request.num_known - start
         if match.num_pending * self._page_size * 2 >= to_compute:
@@ -147,10 +147,10 @@ class Prompts:
             oldest.overtaken_pages += len(request.pages)
         self.waiting.remove(request)
         request.overtaken_pages = 0
-        self._start(draft, request)
+        self._start(builder, request)
         return Entry.ENTERED
 
-    def _start(self, draft: Draft, request: Request) -> None:
+    def _start(self, builder: StepBuilder, request: Request) -> None:
         """Tell the runners of a request that has entered."""
         request.state = State.PREFILLING
         self.prefilling.append(request)
@@ -158,13 +158,13 @@ class Prompts:
         if request.prompt_logprobs is not None and not request.answered:
             request.prompt_logprobs = []  # what a preempted run had collected is computed again
         known = request.tokens.copy()
-        draft.inits.append(
+        builder.inits.append(
             SlotInit(request.slot, known, request.num_prompt, request.sampling, request.seed)
         )
         for column in range(len(request.pages)):
-            draft.set_page(request, column)
+            builder.set_page(request, column)
 
-    def _plan_chunk(self, draft: Draft, request: Request, budget: PromptBudget) -> None:
+    def _plan_chunk(self, builder: StepBuilder, request: Request, budget: PromptBudget) -> None:
         """Add a row that computes more of a request's known tokens, as far as the budget goes."""
         start, num_known = request.num_computed, request.num_known
         with_logprobs = request.wants_prompt_logprobs
@@ -172,30 +172,30 @@ class Prompts:
         if not length:
             return
         budget.spend(start, length, with_logprobs)
-        request.planned_step = draft.step
+        request.planned_step = builder.step
         request.num_computed = end = start + length
         samples = end == num_known and num_known < request.max_tokens_total
-        draft.requests.append(request)
-        draft.slots.append(request.slot)
-        draft.starts.append(start)
-        draft.lengths.append(length)
-        draft.samples.append(samples)
+        builder.requests.append(request)
+        builder.slots.append(request.slot)
+        builder.starts.append(start)
+        builder.lengths.append(length)
+        builder.samples.append(samples)
         if request.sampling.prompt_logprobs is not None:
             # As the runners do: the last prompt position predicts the first answer token.
-            draft.num_logprob_rows += max(min(end, request.num_prompt - 1) - start, 0)
-        for column in self._running_set.share(request, draft.step):
+            builder.num_logprob_rows += max(min(end, request.num_prompt - 1) - start, 0)
+        for column in self._running_set.share(request, builder.step):
             self._table_changes.append((request, column))
         if end == num_known:
             self.prefilling.remove(request)
             if num_known + 1 < request.max_tokens_total:
                 request.state = State.DECODING
-                self._decode.add(request, draft.step + 1)
+                self._decode.add(request, builder.step + 1)
             else:
                 request.state = State.ENDING
-                draft.last.append((request, len(draft.sampled) if samples else -1))
+                builder.last.append((request, len(builder.sampled) if samples else -1))
         if samples:
-            draft.sampled.append(request)
-            draft.best_only &= request.sampling.takes_best
+            builder.sampled.append(request)
+            builder.best_only &= request.sampling.takes_best
         self._stats.prompt_tokens += length
 
     def check(self, by_state: dict[State, list[Request]]) -> None:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from core.engine.schedule.decode_set import DecodeSet
-from core.engine.schedule.draft import Draft
 from core.engine.schedule.intake import Intake
 from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_order import OldestAndShortest, PromptOrder
 from core.engine.schedule.prompts import Prompts
 from core.engine.schedule.request import Request, State
 from core.engine.schedule.running_set import RunningSet
+from core.engine.schedule.step_builder import StepBuilder
 from core.engine.schedule.step_size import UNKNOWN_PACE, StepSize
 from core.engine.schedule.waiting import age_key
 from core.interfaces.messages import (
@@ -33,7 +33,7 @@ from core.interfaces.messages import (
     EngineStats,
     Generate,
     RequestOutput,
-    StepPlan,
+    ScheduledStep,
     StepResult,
 )
 from core.settings.config import EngineConfig
@@ -86,7 +86,7 @@ class Scheduler:
         self._decode = DecodeSet(self._page_size)
         # Requests and columns whose page is not announced yet; those without a slot are void.
         self._table_changes: list[tuple[Request, int]] = []
-        self._in_flight: deque[Draft] = deque()
+        self._in_flight: deque[StepBuilder] = deque()
         self._planned = 0  # the last planned step
         self._stats = EngineStats(kv_pages_total=self._running_set.num_usable_pages)
         self._prompts = Prompts(
@@ -199,16 +199,16 @@ class Scheduler:
         """Whether prompts that run or wait would take so long, as far as the pace is known."""
         return self._size.takes(self._prompts, seconds)
 
-    def next_batch(self, decodes_follow: Sequence[bool] = ()) -> StepPlan | None:
+    def next_batch(self, decodes_follow: Sequence[bool] = ()) -> ScheduledStep | None:
         """Plan the next step; None where nothing can run before the step in flight is committed,
-        or at all. The lists of a plan are never changed afterwards. `decodes_follow`: what each DP
-        rank's last plan said; this one's own doesn't count."""
+        or at all. The lists of a step are never changed afterwards. `decodes_follow`: what each DP
+        rank's last step said; this one's own doesn't count."""
         assert len(self._in_flight) < 2, "commit the oldest step first"
         step = self._planned + 1
         decode = self._decode
         starved = self._grow_decodes(step)
         num_decodes = len(decode)
-        draft = Draft(
+        builder = StepBuilder(
             step=step,
             num_decodes=num_decodes,
             requests=decode.requests.copy(),
@@ -220,11 +220,11 @@ class Scheduler:
             best_only=decode.best_only,
             last=decode.pop_last(step),
         )
-        for request, _ in draft.last:
+        for request, _ in builder.last:
             request.state = State.ENDING
         for request, column in self._table_changes:
             if request.slot >= 0:
-                draft.set_page(request, column)
+                builder.set_page(request, column)
         self._table_changes.clear()
         # Who gave way may still get a token from the step in flight, so nobody enters now; before
         # the next planned step that one is committed.
@@ -232,18 +232,18 @@ class Scheduler:
             follows for dp_rank, follows in enumerate(decodes_follow) if dp_rank != self._dp_rank
         )
         self._prompts.plan(
-            draft, may_admit=not starved, beside_decodes=num_decodes > 0 or others_decode
+            builder, may_admit=not starved, beside_decodes=num_decodes > 0 or others_decode
         )
         self._running_set.end_step()
-        if not draft.requests:
+        if not builder.requests:
             assert self._in_flight or not self._prompts.waiting, (
                 "requests wait, but nothing can run"
             )
             return None
         self._planned = step
-        self._in_flight.append(draft)
+        self._in_flight.append(builder)
         self._stats.num_steps += 1
-        return draft.plan(decodes_follow=len(decode) > 0)
+        return builder.build(decodes_follow=len(decode) > 0)
 
     def _grow_decodes(self, step: int) -> bool:
         """Give each decode that needs one a page; True where others had to give way."""
@@ -272,17 +272,19 @@ class Scheduler:
 
     # Results
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def commit(self, scheduled: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Take the results of the oldest planned step; returns what it adds to each request."""
-        draft = self._in_flight.popleft()
-        assert draft.step == plan.step, "steps are committed in the order in which they are planned"
+        builder = self._in_flight.popleft()
+        assert builder.step == scheduled.step, (
+            "steps are committed in the order in which they are planned"
+        )
         for row, entries in result.prompt_logprobs.items():
-            request = draft.requests[row]
+            request = builder.requests[row]
             if request.prompt_logprobs is not None and not request.answered:
                 request.prompt_logprobs += entries
         outputs: list[RequestOutput | None] = []  # by index into the sampled rows; None: ignored
         num_ignored = 0
-        for request, token_id in zip(draft.sampled, result.token_ids, strict=True):
+        for request, token_id in zip(builder.sampled, result.token_ids, strict=True):
             if request.ended:
                 outputs.append(None)
                 num_ignored += 1
@@ -298,10 +300,10 @@ class Scheduler:
         for index, logprobs in result.logprobs.items():
             if (logged := outputs[index]) is not None:
                 logged.logprobs = [logprobs]
-        for index in range(draft.num_decodes, len(outputs)):
+        for index in range(builder.num_decodes, len(outputs)):
             if (prefilled := outputs[index]) is not None:
-                self._complete_first(draft.sampled[index], prefilled)
-        for request, index in draft.last:
+                self._complete_first(builder.sampled[index], prefilled)
+        for request, index in builder.last:
             if not request.ended:
                 self._finish_at_limit(request, index, outputs)
         return [output for output in outputs if output is not None]
@@ -355,5 +357,5 @@ class Scheduler:
         self._prompts.check(by_state)
         assert set(self._decode.requests) == set(by_state[State.DECODING])
         assert not by_state[State.ENDED], "an ended request is live"
-        ending = {request for draft in self._in_flight for request, _ in draft.last}
+        ending = {request for builder in self._in_flight for request, _ in builder.last}
         assert set(by_state[State.ENDING]) <= ending

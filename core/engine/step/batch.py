@@ -1,6 +1,6 @@
-"""Turns a StepPlan into the tensors one eager step needs. Knows nothing of models or sampling.
+"""Turns a ScheduledStep into the tensors one eager step needs. Knows nothing of models or sampling.
 
-Shape legend: S sequences (rows of the plan), T tokens computed in the step, R rows of the plan that
+Shape legend: S sequences (rows of the scheduled step), T tokens computed in it, R rows of it that
 sample, L most tokens of a slot, M most pages of a slot, P tokens in a page.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.interfaces.attention import SequenceBatch
-from core.interfaces.messages import SlotInit, StepPlan
+from core.interfaces.messages import ScheduledStep, SlotInit
 
 TORCH_DTYPES = {
     np.dtype(np.int32).char: torch.int32,
@@ -41,19 +41,20 @@ class SlotState:
         self.tokens_SL = torch.zeros((num_slots, max_tokens + 1), dtype=torch.int32, device=device)
         self.pages_SM = torch.zeros((num_slots, num_columns), dtype=torch.int32, device=device)
 
-    def update(self, plan: StepPlan) -> None:
+    def update(self, scheduled: ScheduledStep) -> None:
         """Take over new slots and page-table entries, before the step that needs them."""
-        self.enter(plan)
-        if plan.table_slots:
+        self.enter(scheduled)
+        if scheduled.table_slots:
             entries = np.array(
-                [plan.table_slots, plan.table_columns, plan.table_pages], dtype=np.int64
+                [scheduled.table_slots, scheduled.table_columns, scheduled.table_pages],
+                dtype=np.int64,
             )
             slots, columns, pages = to_device(entries, self.device)
             self.pages_SM[slots, columns] = pages.to(torch.int32)
 
-    def enter(self, plan: StepPlan) -> None:
+    def enter(self, scheduled: ScheduledStep) -> None:
         """Take over new slots alone."""
-        for init in plan.inits:
+        for init in scheduled.inits:
             self._init_slot(init)
 
     def _init_slot(self, init: SlotInit) -> None:
@@ -111,16 +112,18 @@ def send(device: torch.device, *arrays: npt.NDArray[Any]) -> list[Tensor]:
     ]
 
 
-def stage(plan: StepPlan, state: SlotState, num_rows: int) -> tuple[Batch, SamplingRows]:
-    """Stage a step, padded to `num_rows`: `state.update(plan)` must have been called."""
+def stage(scheduled: ScheduledStep, state: SlotState, num_rows: int) -> tuple[Batch, SamplingRows]:
+    """Stage a step, padded to `num_rows`: `state.update(scheduled)` must have been called."""
     device, page_size = state.device, state.page_size
-    slots_S, starts_S, lengths_S = np.array([plan.slots, plan.starts, plan.lengths], dtype=np.int64)
+    slots_S, starts_S, lengths_S = np.array(
+        [scheduled.slots, scheduled.starts, scheduled.lengths], dtype=np.int64
+    )
     contexts_S = starts_S + lengths_S
     row_ends_S = np.cumsum(lengths_S)
     total = int(lengths_S.sum())
     offsets_T = np.arange(total) - np.repeat(row_ends_S - lengths_S, lengths_S)
-    sampling = np.array(plan.samples, dtype=bool)
-    split = plan.num_decodes
+    sampling = np.array(scheduled.samples, dtype=bool)
+    split = scheduled.num_decodes
     parts = [part for part in (slice(0, split), slice(split, None)) if len(slots_S[part])]
     token_slots_T, positions_T, last_R, slots_R, next_R, num_real, num_chosen, *sequences = send(
         device,

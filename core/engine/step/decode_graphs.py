@@ -33,7 +33,7 @@ from core.engine.step.prompt_graphs import MOST_SEQUENCES, PromptGraphs, prompt_
 from core.engine.step.recorder import Recorder, Replay
 from core.interfaces.attention import SequenceBatch
 from core.interfaces.comm import Comms
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 from core.interfaces.moe_a2a import Dispatcher
 from core.ops.stage import DecodeRows, Staging, packed_length
 from core.parallel.layout import Layout
@@ -156,16 +156,16 @@ class GraphedSteps:
         decodes = f"{len(self.sizes)} decode steps of up to {self.sizes[-1]} requests"
         return f"{decodes}; others: {self._rest.describe()}"
 
-    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
+    def compute(self, scheduled: ScheduledStep, facts: StepFacts) -> ComputedStep:
         """Any step; replayed where its size was captured, and every row decodes."""
         captured = self._captured_for(facts)
         if captured is None:
-            return self._rest.compute(plan, facts)
+            return self._rest.compute(scheduled, facts)
         rows, state = captured.rows, self._parts.state
-        state.enter(plan)
-        if len(plan.table_slots) > rows.input_ids_S.shape[0]:
-            state.update(plan)
-        slots, positions = send_decodes(self._input, plan, rows)
+        state.enter(scheduled)
+        if len(scheduled.table_slots) > rows.input_ids_S.shape[0]:
+            state.update(scheduled)
+        slots, positions = send_decodes(self._input, scheduled, rows)
         logits_AL, best_S = captured.replay()
         step_rows = self._parts.rows([best_S.shape[0]] * self._parts.plan.dp)
         whole: LogitsOf = partial(self._parts.model.head.whole, logits_AL, step_rows)

@@ -17,7 +17,7 @@ from torch import Tensor, UntypedStorage
 from core.engine.step.batch import Batch, Ints, SamplingRows, SlotState, stage
 from core.engine.step.progress import Progress
 from core.errors import PluginError
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 from core.interfaces.model import CutHead, Model, ModelStep, WantedRows
 from core.parallel.layout import Layout
 from core.parallel.plan import Plan
@@ -55,7 +55,7 @@ class ComputedStep:
     """A step whose logits are under way. Its tensors hold until the next step is computed."""
 
     hidden_TE: Tensor | None  # of all tokens; None where rows were left out or replayed
-    # Of the plan's rows that sample, float32 (R, V). May exchange parts of them: every rank of tp
+    # Of the step's rows that sample, float32 (R, V). May exchange parts of them: every rank of tp
     # calls it for the same steps, once.
     logits: LogitsOf
     # Of the same rows what this rank has, (R, L). Not where DP ranks share the output head: there
@@ -98,7 +98,7 @@ class Steps(Protocol):
         """Which steps are captured, for the start-up summary."""
         ...
 
-    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep: ...
+    def compute(self, scheduled: ScheduledStep, facts: StepFacts) -> ComputedStep: ...
 
     def logits(self, hidden_RE: Tensor, by_dp: Sequence[int]) -> Tensor:
         """Logits of any rows, of which DP ranks have `by_dp`."""
@@ -175,13 +175,13 @@ class EagerSteps:
         """The reason."""
         return f"off: {self._reason}"
 
-    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
+    def compute(self, scheduled: ScheduledStep, facts: StepFacts) -> ComputedStep:
         """Any step."""
         parts = self._parts
-        parts.state.update(plan)
+        parts.state.update(scheduled)
         rows = parts.rows(facts.rows)
         cut = parts.stream is Layout.ROWS
-        batch, sampling = stage(plan, parts.state, rows.num_padded if cut else rows.num_real)
+        batch, sampling = stage(scheduled, parts.state, rows.num_padded if cut else rows.num_real)
         wanted = self._wanted(sampling, facts)
         phase = "prefill" if facts.has_prefill else "decode"
         hidden_TE = parts.forward(batch, rows, phase, wanted)
@@ -233,7 +233,7 @@ def known(logits: Tensor) -> LogitsOf:
     return lambda: logits
 
 
-def row_starts(plan: StepPlan) -> list[int]:
-    """The first token of each row of a plan among the step's tokens."""
-    ends = np.cumsum(np.array(plan.lengths, dtype=np.int64))
-    return [end - length for end, length in zip(ends.tolist(), plan.lengths, strict=True)]
+def row_starts(scheduled: ScheduledStep) -> list[int]:
+    """The first token of each row of a step among the step's tokens."""
+    ends = np.cumsum(np.array(scheduled.lengths, dtype=np.int64))
+    return [end - length for end, length in zip(ends.tolist(), scheduled.lengths, strict=True)]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from core.engine.step.batch import Ints
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 from core.ops.stage import HEADER, DecodeRows, PromptRows, packed_length
 
 # One step runs and one waits behind it; the others are there so that nobody ever has to wait.
@@ -103,13 +103,15 @@ class StepInput:
         block.send(length)
 
 
-def send_decodes(source: StepInput, plan: StepPlan, rows: DecodeRows) -> tuple[Ints, Ints]:
-    """Copy a plan's rows, and its new page-table entries where they fit; slots and positions of
+def send_decodes(
+    source: StepInput, scheduled: ScheduledStep, rows: DecodeRows
+) -> tuple[Ints, Ints]:
+    """Copy a step's rows, and its new page-table entries where they fit; slots and positions of
     its rows. `rows` are those of the size that reads it."""
     size = rows.input_ids_S.shape[0]
-    slots = np.array(plan.slots, dtype=np.int64)
-    positions = np.array(plan.starts, dtype=np.int64)
-    num_entries = len(plan.table_slots) if len(plan.table_slots) <= size else 0
+    slots = np.array(scheduled.slots, dtype=np.int64)
+    positions = np.array(scheduled.starts, dtype=np.int64)
+    num_entries = len(scheduled.table_slots) if len(scheduled.table_slots) <= size else 0
 
     def fill(array: Numbers) -> None:
         array[:HEADER] = len(slots), num_entries
@@ -117,19 +119,21 @@ def send_decodes(source: StepInput, plan: StepPlan, rows: DecodeRows) -> tuple[I
         lists[0, : len(slots)] = slots
         lists[1, : len(slots)] = positions
         if num_entries:
-            lists[2, :num_entries] = plan.table_slots
-            lists[3, :num_entries] = plan.table_columns
-            lists[4, :num_entries] = plan.table_pages
+            lists[2, :num_entries] = scheduled.table_slots
+            lists[3, :num_entries] = scheduled.table_columns
+            lists[4, :num_entries] = scheduled.table_pages
 
     source.send(packed_length(size), fill)
     return slots, positions
 
 
-def send_prompts(source: StepInput, plan: StepPlan, rows: PromptRows) -> tuple[Ints, Ints]:
-    """Copy a plan's sequences; slots of them, and the positions after their tokens."""
-    slots = np.array(plan.slots, dtype=np.int64)
-    lengths = np.array(plan.lengths, dtype=np.int64)
-    contexts = np.array(plan.starts, dtype=np.int64) + lengths
+def send_prompts(
+    source: StepInput, scheduled: ScheduledStep, rows: PromptRows
+) -> tuple[Ints, Ints]:
+    """Copy a step's sequences; slots of them, and the positions after their tokens."""
+    slots = np.array(scheduled.slots, dtype=np.int64)
+    lengths = np.array(scheduled.lengths, dtype=np.int64)
+    contexts = np.array(scheduled.starts, dtype=np.int64) + lengths
     ends = np.cumsum(lengths)
     num_sequences, size = len(slots), rows.num_sequences
 
@@ -143,7 +147,7 @@ def send_prompts(source: StepInput, plan: StepPlan, rows: PromptRows) -> tuple[I
         lists = array[HEADER + size + 1 :].reshape(-1, size)
         lists[0, :num_sequences] = slots
         lists[1, :num_sequences] = contexts
-        lists[2, :num_sequences] = np.where(plan.samples, contexts, -1)
+        lists[2, :num_sequences] = np.where(scheduled.samples, contexts, -1)
 
     source.send(rows.packed.shape[0], fill)
     return slots, contexts

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
-from core.interfaces.messages import SamplingParams, SlotInit, StepPlan
+from core.interfaces.messages import SamplingParams, ScheduledStep, SlotInit
 from core.settings.config import EngineConfig
 
 GREEDY = SamplingParams(max_tokens=2, temperature=0.0)
@@ -36,7 +36,7 @@ def step(
     decodes: Sequence[int] = (),
     prompts: Sequence[tuple[int, int]] = (),
     sampling: SamplingParams = GREEDY,
-) -> StepPlan:
+) -> ScheduledStep:
     """One step that fills slots from 0 on: decodes by their context with the new token, prompts by
     (tokens cached before, new tokens). Where `sampling` wants logprobs, the first prompt's are
     wanted too."""
@@ -51,7 +51,7 @@ def step(
         wanted = structs.replace(sampling, prompt_logprobs=PROMPT_LOGPROBS)
         inits[len(decodes)] = structs.replace(first, sampling=wanted)
         num_logprob_rows = prompts[0][1] - 1
-    return StepPlan(
+    return ScheduledStep(
         0,
         inits,
         len(decodes),
@@ -68,7 +68,7 @@ def step(
 
 def largest_decode(
     engine: EngineConfig, max_model_len: int, sampling: SamplingParams = GREEDY
-) -> StepPlan:
+) -> ScheduledStep:
     """A decode step of as many requests as may run; one has the longest context."""
     count = engine.running_limit
     context = max(1, min(max_model_len, MOST_CONTEXT_TOKENS // count))
@@ -77,7 +77,7 @@ def largest_decode(
 
 def largest_prefills(
     engine: EngineConfig, max_model_len: int, sampling: SamplingParams = GREEDY
-) -> list[StepPlan]:
+) -> list[ScheduledStep]:
     """Steps of as many new tokens as one may have, decodes among them: of few prompts with much
     before them in the cache, and of many short ones."""
     count = engine.running_limit
@@ -97,7 +97,7 @@ def largest_prefills(
     return steps
 
 
-def captured_prefill(engine: EngineConfig, max_model_len: int, most_rows: int) -> StepPlan:
+def captured_prefill(engine: EngineConfig, max_model_len: int, most_rows: int) -> ScheduledStep:
     """A step of at most so many rows, of as few prompts as may have them."""
     length = min(longest_chunk(engine, max_model_len), most_rows)
     count = min(engine.running_limit, most_rows // length)
@@ -129,7 +129,7 @@ def row_counts(most: int) -> list[int]:
     return sorted(count for count in counts if count <= most)
 
 
-def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> list[StepPlan]:
+def kernel_steps(engine: EngineConfig, max_model_len: int, *, decodes: bool) -> list[ScheduledStep]:
     """Steps of all row counts, none that a captured step is made for unless `decodes`: decodes of
     short and long contexts beside a prompt, one prompt alone, and several: the longest ones, and
     as many as fit of each length, with and without a token in the cache."""

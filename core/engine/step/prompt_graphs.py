@@ -25,7 +25,7 @@ from core.engine.step.forward import ComputedStep, LogitsOf, OnCaptured, RankPar
 from core.engine.step.input import StepInput, send_prompts
 from core.engine.step.recorder import Recorder, Replay
 from core.interfaces.attention import SequenceBatch
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 from core.ops.stage import PromptRows, Staging, packed_prompts_length
 from core.parallel.rows import StepRows
 
@@ -116,18 +116,18 @@ class PromptGraphs:
         """For the start-up summary."""
         return f"{len(self._sizes)} steps with prompts, of up to {self._sizes[-1]} tokens"
 
-    def compute(self, plan: StepPlan, facts: StepFacts) -> ComputedStep:
+    def compute(self, scheduled: ScheduledStep, facts: StepFacts) -> ComputedStep:
         """Any step; replayed where its size was captured."""
         captured = self._captured_for(facts)
         if captured is None:
-            return self._rest.compute(plan, facts)
+            return self._rest.compute(scheduled, facts)
         rows, state = captured.rows, self._parts.state
-        state.update(plan)
-        slots, contexts = send_prompts(self._input, plan, rows)
+        state.update(scheduled)
+        slots, contexts = send_prompts(self._input, scheduled, rows)
         logits_SL, best_S = captured.replay()
         count = len(slots)
         whole = self._whole(logits_SL, best_S.shape[0], facts)
-        if all(plan.samples):
+        if all(scheduled.samples):
 
             def store(ids_R: Tensor) -> None:
                 self._staging.store(ids_R, rows.places, state.tokens_SL)
@@ -141,7 +141,7 @@ class PromptGraphs:
                 contexts,
                 store,
             )
-        chosen = np.flatnonzero(plan.samples)
+        chosen = np.flatnonzero(scheduled.samples)
         (chosen_R,) = send(state.device, chosen)
 
         def store_chosen(ids_R: Tensor) -> None:

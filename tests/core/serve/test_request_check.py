@@ -96,7 +96,7 @@ class Worker:
             sampled = [(slot, start + length) for slot, start, length, samples in rows if samples]
             slots, ends = [slot for slot, _ in sampled], [end for _, end in sampled]
             logits = torch.randn((len(slots), VOCAB_SIZE), generator=self._generator)
-            chosen = sampler.sample(sampler.plan(slots, ends), logits, tokens_SL).tolist()
+            chosen = sampler.sample(sampler.prepare(slots, ends), logits, tokens_SL).tolist()
             for slot, end, token_id in zip(slots, ends, chosen, strict=True):
                 tokens_SL[slot, end] = token_id
             scheduler.check()

@@ -33,8 +33,8 @@ def test_it_is_private_and_removed_with_its_contents(runtime_dir: Path) -> None:
 def test_every_socket_has_its_own_address_in_it(runtime_dir: Path) -> None:
     with RunDirectory(3) as run:
         endpoints = run.endpoints()
-        addresses = [endpoints.engine, endpoints.lockstep, *endpoints.plans]
-        assert len(endpoints.plans) == 3
+        addresses = [endpoints.engine, endpoints.lockstep, *endpoints.steps]
+        assert len(endpoints.steps) == 3
         assert len(set(addresses)) == 5
         assert all(address.startswith(f"ipc://{run.path}/") for address in addresses)
         assert (endpoints.store, endpoints.key) == (str(run.rendezvous), "")
@@ -73,7 +73,7 @@ def test_between_nodes_each_leader_s_socket_is_on_its_own_node() -> None:
     assert endpoints.lockstep == "tcp://10.0.0.1:20003"
     assert endpoints.store == "tcp://10.0.0.1:20001"
     assert endpoints.key == "ab"
-    assert endpoints.plans == [
+    assert endpoints.steps == [
         "tcp://10.0.0.1:20016",
         "tcp://10.0.0.1:20017",
         "tcp://[fd00::2]:20018",

@@ -46,7 +46,7 @@ rank, where, key = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = AppConfig(model=ModelConfig(name="none"))
 config.comm.tp.name = config.comm.ep.name = "gloo"
 comms = join_ranks(config, Plan(dp=2, tp_attn=2, ep=4), rank, PluginManager.load([]),
-                   Endpoints(engine="", lockstep="", plans=[], store=where, key=key),
+                   Endpoints(engine="", lockstep="", steps=[], store=where, key=key),
                    torch.device("cpu"))
 sums = [int(comms.axes[axis].all_reduce(torch.tensor([10 ** rank]))) for axis in ("tp", "dp", "ep")]
 with socket.socket() as other:

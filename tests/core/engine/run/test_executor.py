@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from core.engine.run.executor import StepExecutor, ThreadExecutor, select_executor
-from core.engine.run.loop import IDLE_PLAN
+from core.engine.run.loop import IDLE_STEP
 from core.engine.schedule.pace import Pace
 from core.engine.step.progress import Progress
 from core.interfaces.messages import AgreedStep, StepFacts, StepResult
 
-STEP = AgreedStep(IDLE_PLAN, StepFacts([1], [1], [0], False))
+STEP = AgreedStep(IDLE_STEP, StepFacts([1], [1], [0], False))
 
 
 class Pending:

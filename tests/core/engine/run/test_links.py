@@ -125,11 +125,11 @@ def tcp_endpoints(num_dp: int) -> Endpoints:
     for _ in range(2 + num_dp):
         opened = socket.create_server(("127.0.0.1", 0))
         with_ports.append(opened)
-    engine, lockstep, *plans = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in with_ports)
+    engine, lockstep, *steps = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in with_ports)
     for opened in with_ports:
         opened.close()
     key = secrets.token_hex(32)
-    return Endpoints(engine=engine, lockstep=lockstep, plans=plans, store="", key=key)
+    return Endpoints(engine=engine, lockstep=lockstep, steps=steps, store="", key=key)
 
 
 async def load(engine: ZmqEngine, seed: int, num_requests: int) -> None:

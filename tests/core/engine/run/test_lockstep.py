@@ -15,13 +15,13 @@ from core.engine.run.lockstep import (
     rank_facts,
     settle,
 )
-from core.engine.run.loop import IDLE_PLAN, warm_up
+from core.engine.run.loop import IDLE_STEP, warm_up
 from core.errors import WorkerDied
-from core.interfaces.messages import AgreedStep, StepFacts, StepPlan
+from core.interfaces.messages import AgreedStep, ScheduledStep, StepFacts
 
 # Two decodes and a chunk of five prompt tokens, four of which want logprobs.
-PLAN = StepPlan(7, [], 2, [0, 1, 2], [9, 8, 0], [1, 1, 5], [True, True, False], [], [], [], 4)
-DECODES = StepPlan(8, [], 2, [0, 1], [9, 8], [1, 1], [True, True], [], [], [])
+PLAN = ScheduledStep(7, [], 2, [0, 1, 2], [9, 8, 0], [1, 1, 5], [True, True, False], [], [], [], 4)
+DECODES = ScheduledStep(8, [], 2, [0, 1], [9, 8], [1, 1], [True, True], [], [], [])
 NOTHING = RankFacts(3, 0, 0, 0, False, False)
 
 
@@ -33,7 +33,7 @@ def test_facts_of_a_plan():
         3, 2, 2, 0, False, True, best_only=False, sequences=2
     )
     assert rank_facts(3, None, busy=False) == NOTHING
-    assert rank_facts(3, IDLE_PLAN, busy=False) == NOTHING
+    assert rank_facts(3, IDLE_STEP, busy=False) == NOTHING
 
 
 def test_what_follows_from_everybodys_facts():

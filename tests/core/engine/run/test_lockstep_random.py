@@ -110,8 +110,10 @@ class FakeExecutor:
     def launch(self, step: AgreedStep) -> Callable[[], StepResult]:
         done = self._collectives.launch(self._rank, step.facts)
         result = self._runner.run_agreed(step, self._dp_rank)
-        assert self._decodes_follow or not step.plan.num_decodes, "decodes that nobody foretold"
-        self._decodes_follow = step.plan.decodes_follow
+        assert self._decodes_follow or not step.scheduled.num_decodes, (
+            "decodes that nobody foretold"
+        )
+        self._decodes_follow = step.scheduled.decodes_follow
         self.num_running += 1
         assert self.num_running <= 2, "launched far ahead of what is done"
 

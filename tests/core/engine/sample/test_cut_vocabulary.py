@@ -112,11 +112,11 @@ def sampled(
     """Tokens of one rank, and of several."""
     sampler, tokens_SL = sampler_of(requests, logits_RV.shape[1])
     slots, positions = list(range(len(requests))), [POSITION] * len(requests)
-    alone = sampler.sample(sampler.plan(slots, positions), logits_RV, tokens_SL)
+    alone = sampler.sample(sampler.prepare(slots, positions), logits_RV, tokens_SL)
 
     def together(over: CutVocabulary, part_RL: Tensor) -> Tensor:
         before = part_RL.clone()
-        plan = sampler.plan(slots, positions, over)
+        plan = sampler.prepare(slots, positions, over)
         chosen_R = sampler.sample(plan, part_RL, tokens_SL)
         assert torch.equal(part_RL.view(torch.int32), before.view(torch.int32))
         return chosen_R
@@ -331,7 +331,7 @@ def test_what_travels(fields, num_calls, most_bytes):
         counting = Counting(comms.axes["tp"])
         over, part_RL = cut(counting, logits_RV)
         slots = list(range(num_rows))
-        sampler.sample(sampler.plan(slots, [POSITION] * num_rows, over), part_RL, tokens_SL)
+        sampler.sample(sampler.prepare(slots, [POSITION] * num_rows, over), part_RL, tokens_SL)
         return counting.num_calls, counting.num_bytes
 
     for found in run_ranks(tp_comms(2), of_rank):
@@ -351,6 +351,6 @@ def test_a_rank_without_its_peers_chooses_some_token(rank):
     requests = every_request()[::9]
     sampler, tokens_SL = sampler_of(requests, 100)
     over, part_RL = cut(EmulatedCommunicator(rank, 4), tied(len(requests), 100, seed=11))
-    plan = sampler.plan(list(range(len(requests))), [POSITION] * len(requests), over)
+    plan = sampler.prepare(list(range(len(requests))), [POSITION] * len(requests), over)
     chosen_R = sampler.sample(plan, part_RL, tokens_SL)
     assert ((chosen_R >= 0) & (chosen_R < 100)).all()

@@ -201,7 +201,7 @@ def test_greedy_rows_take_the_best_of_what_processors_leave(logits_RV, num_ranks
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_drawn_rows_are_those_of_the_edited_logits(logits_RV, num_ranks):
     plain = sampler_of({}, [{}] * ROWS, temperature=1.3, top_p=0.95)
-    plan = plain.plan(range(ROWS), [1] * ROWS)
+    plan = plain.prepare(range(ROWS), [1] * ROWS)
     tokens_SL = torch.zeros(ROWS, 8, dtype=torch.int32)
     reference = plain.sample(plan, expected(logits_RV, ASKED), tokens_SL).tolist()
     assert run(logits_RV, ASKED, num_ranks, temperature=1.3, top_p=0.95).ids == reference
@@ -220,7 +220,7 @@ def test_rows_that_ask_for_nothing_call_nothing(logits_RV):
     sampler = sampler_of({"bans": bans, "raises": Raises()}, ASKED, temperature=0.0)
     slots = np.array([0, 4])
     assert sampler.is_greedy(slots)
-    plan = sampler.plan(slots, [1, 1])
+    plan = sampler.prepare(slots, [1, 1])
     assert plan.processors == ()
     tokens_SL = torch.zeros(ROWS, 8, dtype=torch.int32)
     assert (
@@ -236,12 +236,12 @@ def test_the_next_request_of_a_slot_starts_anew(logits_RV):
     enter(sampler, [{}] * ROWS, temperature=0.0)
     assert sampler.is_greedy(np.arange(ROWS))
     enter(sampler, [{}, {"raises": {"ids": [5]}}], temperature=0.0)
-    plan = sampler.plan([1], [1])
+    plan = sampler.prepare([1], [1])
     assert [applied.name for applied in plan.processors] == ["raises"]
 
 
 def test_errors_name_the_processor(logits_RV):
     sampler = sampler_of({"fails": Fails()}, [{"fails": {"ids": []}}], temperature=0.0)
-    plan = sampler.plan([0], [1])
+    plan = sampler.prepare([0], [1])
     with pytest.raises(PluginError, match=r"'fails' failed in apply: KeyError"):
         sampler.sample(plan, logits_RV[:1], torch.zeros(1, 8, dtype=torch.int32))

@@ -148,7 +148,7 @@ class TestGreedy:
         pool = Pool(50)
         for slot in range(4):
             pool.add(slot, params(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1))
-        plan = pool.sampler.plan([0, 1, 2, 3], [1, 1, 1, 1])
+        plan = pool.sampler.prepare([0, 1, 2, 3], [1, 1, 1, 1])
         assert plan == type(plan)(num_rows=4, over=pool.sampler.whole)
 
     def test_no_rows(self):

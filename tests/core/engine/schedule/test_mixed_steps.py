@@ -9,7 +9,7 @@ from core.engine.run.lockstep import rank_facts, settle
 from core.engine.schedule.mixed_steps import LEAST_TOKENS, STEP_S, mixed_tokens
 from core.engine.schedule.scheduler import Scheduler
 from core.engine.schedule.step_size import BACKLOG_STEPS
-from core.interfaces.messages import Abort, Generate, SamplingParams, StepPlan, StepResult
+from core.interfaces.messages import Abort, Generate, SamplingParams, ScheduledStep, StepResult
 from core.settings.config import EngineConfig
 
 
@@ -26,7 +26,7 @@ from core.settings.config import EngineConfig
 def test_the_bound_is_what_takes_so_long(token_s: float, expected: int) -> None:
     runs = iter([3.0, 1.0, 1.2])  # the first run of a shape is slow
 
-    def timed(plan: StepPlan) -> float:
+    def timed(plan: ScheduledStep) -> float:
         return next(runs) * token_s * sum(plan.lengths)
 
     assert mixed_tokens(timed, 4095, 8192) == expected
@@ -111,7 +111,7 @@ class Ranks:
         self.schedulers = [scheduler(mixed, dp_rank) for dp_rank in range(num_dp)]
         self._follow: Sequence[bool] = []
 
-    def turn(self) -> list[StepPlan | None]:
+    def turn(self) -> list[ScheduledStep | None]:
         plans = [each.next_batch(self._follow) for each in self.schedulers]
         told = [rank_facts(1, plan, busy=True) for plan in plans]
         self._follow = settle(told).decodes_follow
@@ -122,7 +122,7 @@ class Ranks:
         return plans
 
 
-def prompt_tokens_of(plan: StepPlan | None) -> int:
+def prompt_tokens_of(plan: ScheduledStep | None) -> int:
     return 0 if plan is None else sum(plan.lengths[plan.num_decodes :])
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from core.engine.schedule.pace import LONG_ENOUGH_S, MOST_TOKENS, Pace, measure_pace
 from core.engine.step.profile_steps import step
-from core.interfaces.messages import StepFacts, StepPlan
+from core.interfaces.messages import ScheduledStep, StepFacts
 
 SPEEDS = st.floats(1e-7, 1.0)
 
@@ -19,7 +19,7 @@ class Machine:
         self.seconds: list[float] = []
         self.sizes: list[int] = []
 
-    def timed(self, plan: StepPlan) -> float:
+    def timed(self, plan: ScheduledStep) -> float:
         facts = StepFacts([sum(plan.lengths)], [1], [plan.num_logprob_rows], True)
         self.sizes.append(sum(plan.lengths))
         self.seconds.append(self.pace.step_s(plan, facts))
@@ -108,7 +108,7 @@ def test_a_disturbed_measurement_is_repeated() -> None:
     machine = Machine(right)
     runs = 0
 
-    def disturbed(plan: StepPlan) -> float:
+    def disturbed(plan: ScheduledStep) -> float:
         nonlocal runs
         runs += 1
         return machine.timed(plan) * (4.0 if runs % 2 else 1.0)

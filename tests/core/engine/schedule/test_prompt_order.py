@@ -8,7 +8,7 @@ from core.engine.schedule.pace import Pace
 from core.engine.schedule.prompt_budget import LEAST_BASE_COSTS, LEAST_TOKENS
 from core.engine.schedule.prompt_order import LONG_SHARE
 from core.engine.schedule.scheduler import EXPIRY_INTERVAL_S, QUEUE_TIMEOUT, Scheduler
-from core.interfaces.messages import Generate, SamplingParams, StepPlan, StepResult
+from core.interfaces.messages import Generate, SamplingParams, ScheduledStep, StepResult
 from core.settings.config import EngineConfig
 
 PAGE = 4
@@ -56,7 +56,7 @@ def turn(scheduler: Scheduler) -> dict[str, int]:
     }
 
 
-def result_of(plan: StepPlan) -> StepResult:
+def result_of(plan: ScheduledStep) -> StepResult:
     return StepResult([7] * sum(plan.samples), {}, {})
 
 
@@ -202,7 +202,7 @@ def test_a_request_that_was_begun_is_not_told_that_it_waited_too_long() -> None:
 PACE = Pace(token_s=0.001, pair_s=1e-6, logprob_s=0.01)
 
 
-def seconds_of(plan: StepPlan) -> float:
+def seconds_of(plan: ScheduledStep) -> float:
     """Of the prompts of a step."""
     rows = range(plan.num_decodes, len(plan.slots))
     prompts = sum(PACE.prompt_s(plan.starts[row], plan.lengths[row], False) for row in rows)

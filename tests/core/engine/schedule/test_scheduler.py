@@ -7,7 +7,7 @@ import pytest
 from core.interfaces.messages import (
     Abort,
     RequestOutput,
-    StepPlan,
+    ScheduledStep,
 )
 from tests.support.small_scheduler import (
     EOS,
@@ -223,7 +223,7 @@ def test_abort_frees_everything_and_answers_nothing(stage: str) -> None:
         num_pages=4, max_running_requests=2, chunked_prefill_size=3, disable_prefix_cache=True
     )
     scheduler.admit([generate("keep", [10, 11, 12])])
-    in_flight: list[StepPlan] = []
+    in_flight: list[ScheduledStep] = []
     if stage == "waiting":
         scheduler.admit([generate("drop", [20] * 3)])
     elif stage == "prefilling":

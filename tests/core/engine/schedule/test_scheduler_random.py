@@ -16,7 +16,7 @@ from core.interfaces.messages import (
     Generate,
     RequestOutput,
     SamplingParams,
-    StepPlan,
+    ScheduledStep,
     StepResult,
 )
 from core.settings.config import EngineConfig
@@ -82,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             clock=lambda: self.now_s,
         )
         self.runner = FakeRunner(page_size, num_pages)
-        self.in_flight: list[tuple[StepPlan, StepResult]] = []
+        self.in_flight: list[tuple[ScheduledStep, StepResult]] = []
         self.live: dict[str, Live] = {}
         self.num_requests = 0
 

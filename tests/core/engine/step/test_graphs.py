@@ -10,7 +10,7 @@ from core.engine.step.input import NUM_BLOCKS, StepInput, send_decodes
 from core.engine.step.prompt_graphs import padding_pays, prompt_sizes
 from core.errors import ConfigError
 from core.interfaces.comm import SOLO, Comms, SoloCommunicator
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 from core.ops.stage import DecodeRows, packed_length
 from core.settings.config import EngineConfig
 
@@ -93,7 +93,9 @@ def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
         source.packed[: packed_length(4)], empty, empty, empty, empty, torch.zeros(4, 2)
     )
     for step in range(NUM_BLOCKS + 2):
-        plan = StepPlan(step, [], 2, [step, 3], [7, step], [1, 1], [True] * 2, [step], [1], [9])
+        plan = ScheduledStep(
+            step, [], 2, [step, 3], [7, step], [1, 1], [True] * 2, [step], [1], [9]
+        )
         slots, positions = send_decodes(source, plan, rows)
         assert slots.tolist() == [step, 3]
         assert positions.tolist() == [7, step]
@@ -105,6 +107,6 @@ def test_a_step_in_flight_keeps_its_numbers(monkeypatch):
         assert waited == sent[: max(0, step + 1 - NUM_BLOCKS)]
     arrays = {block.array(1).ctypes.data for block in source._blocks}
     assert len(arrays) == NUM_BLOCKS
-    crowded = StepPlan(0, [], 1, [1], [2], [1], [True], [1] * 5, list(range(5)), [3] * 5)
+    crowded = ScheduledStep(0, [], 1, [1], [2], [1], [True], [1] * 5, list(range(5)), [3] * 5)
     send_decodes(source, crowded, rows)
     assert np.array_equal(rows.packed[:2], [1, 0])  # whoever calls has entered the pages

@@ -11,7 +11,7 @@ from core.engine.step.profile_steps import (
     largest_prefills,
     row_counts,
 )
-from core.interfaces.messages import StepPlan
+from core.interfaces.messages import ScheduledStep
 from core.settings.config import EngineConfig
 
 LIMITS = [
@@ -25,7 +25,7 @@ LIMITS = [
 ]
 
 
-def check(plan: StepPlan, engine: EngineConfig, max_model_len: int) -> None:
+def check(plan: ScheduledStep, engine: EngineConfig, max_model_len: int) -> None:
     count = len(plan.slots)
     assert 1 <= count <= engine.running_limit
     assert plan.slots == [init.slot for init in plan.inits] == list(range(count))

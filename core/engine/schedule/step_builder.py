@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 from core.engine.schedule.request import Request
-from core.interfaces.messages import SlotInit, StepPlan
+from core.interfaces.messages import ScheduledStep, SlotInit
 
 
 @dataclass(slots=True)
-class Draft:
-    """A plan in the making, and what `commit` needs of it later."""
+class StepBuilder:
+    """A step in the making, and what `commit` needs of it later."""
 
     step: int
     num_decodes: int
@@ -32,9 +32,9 @@ class Draft:
         self.table_columns.append(column)
         self.table_pages.append(request.pages[column])
 
-    def plan(self, *, decodes_follow: bool) -> StepPlan:
-        """What runners are told. Its lists are this draft's, which never change from here on."""
-        return StepPlan(
+    def build(self, *, decodes_follow: bool) -> ScheduledStep:
+        """What runners are told. Its lists are this builder's, which never change from here on."""
+        return ScheduledStep(
             step=self.step,
             inits=self.inits,
             num_decodes=self.num_decodes,
