@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
             len(latent_attention.CASES) + 3 * len(latent_attention.SMALL),
             marks=pytest.mark.slow,
         ),
-        ("acme_model", 2),
+        pytest.param("acme_model", 2, marks=pytest.mark.slow),
         ("acme_launcher", 6),
         ("acme_policy", 3),
     ],
