@@ -184,6 +184,24 @@ def test_imports_follow_the_layers():
     assert not layer_problems(all_imports())
 
 
+def test_examples_import_what_third_parties_may():
+    """What is private of core is so for packages of others as well; their tests may use contracts
+    and what composes a configuration."""
+    allowed = PLUGINS_MAY_IMPORT.union(*PLUGIN_EXTRAS.values())
+    in_tests = allowed | {"testing", "run"}
+    known = modules()
+    problems = []
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for found in imports_of(name, path, known):
+            top, _, rest = found.target.partition(".")
+            units = in_tests if "tests" in path.parts else allowed
+            is_private = top == "core" and rest and rest.partition(".")[0] not in units
+            if is_private or top == "plugins":
+                problems.append(str(found))
+    assert not problems
+
+
 def test_no_import_cycles():
     assert not cycle(all_imports())
 
