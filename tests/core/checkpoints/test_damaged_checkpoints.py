@@ -33,7 +33,7 @@ from core.plugin.plugin_manager import PluginManager
 from core.resolve import find_family
 from core.settings.config import ModelConfig
 from core.sources.files import resolve_files
-from plugins.models import deepseek, llama, mixtral, qwen3, qwen3_moe
+from plugins.models import deepseek, glm4_moe, llama, mixtral, qwen3, qwen3_moe
 from plugins.tokenizers._hf.panics import LibraryError
 from plugins.tokenizers._hf.tokenizer import HfTokenizer
 from tests.support import small_tokenizer
@@ -59,6 +59,7 @@ KEYS = {
     "mixtral": mixtral.KEYS,
     "deepseek_v3": deepseek.V3_KEYS,
     "deepseek_v2": deepseek.V2_KEYS,
+    "glm4_moe": glm4_moe.KEYS,
 }
 SETTINGS = {
     "generation_config.json": sorted({*GENERATION_READ, *GENERATION_NEUTRAL, *GENERATION_IGNORED}),
@@ -211,7 +212,8 @@ def test_a_damaged_config_is_refused_or_served(
 ) -> None:
     folder = copied(tiny_folder(name), tmp_path / "m")
     content = json.loads((folder / "config.json").read_text())
-    keys = sorted({*KEYS[name].read, *KEYS[name].aliases, "rope_scaling", "quantization_config"})
+    shared = ("rope_scaling", "partial_rotary_factor", "quantization_config")
+    keys = sorted({*KEYS[name].read, *KEYS[name].aliases, *shared})
     served = 0
     for draw in seeds(name):
         raw = damaged_json(draw, content, keys)
