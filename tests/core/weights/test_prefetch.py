@@ -120,6 +120,7 @@ def test_what_fails_ahead_is_raised_when_it_is_asked_for() -> None:
     assert value(reader.get(takes[0])) == 0
     with pytest.raises(ModelError, match="tensor 1 is broken"):
         reader.get(takes[1])
+    assert not any("load-weights" in thread.name for thread in threading.enumerate())
     reader.close()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from core.errors import ModelError
 from core.interfaces.weights import Shard, TensorInfo
 from core.weights.reader import CheckpointReader, ShapeReader
+from core.weights.takes import Take
 from tests.support.models import CPU, ignore_progress
 
 
@@ -126,9 +127,26 @@ def test_progress_ends_at_the_total() -> None:
     assert seen[-1] == ("load weights", 320, 320, "B")
 
 
+def test_progress_counts_this_ranks_part_where_it_is_known() -> None:
+    seen: list[tuple[str, int, int, str]] = []
+    expected = [Take("a", (10, 4), Shard(0, 0, 2), torch.float32)]
+    reader = CheckpointReader(
+        MemorySource({"a": MATRIX}),
+        torch.float32,
+        CPU,
+        lambda *report: seen.append(report),
+        expected=expected,
+    )
+    reader.take("a", (10, 4), Shard(0, 0, 2))
+    reader.finish()
+    assert seen[-1] == ("load weights", 80, 80, "B")
+
+
 def test_shapes_alone_count_bytes() -> None:
     reader = ShapeReader(torch.bfloat16)
     part = reader.scope("model").take("w", (10, 4), Shard(0, 1, 2))
     assert (part.device.type, part.shape, part.dtype) == ("meta", (5, 4), torch.bfloat16)
     assert (reader.num_bytes, reader.num_logical_parameters) == (40, 40)
     assert reader.pieces == {("model.w", 0, 1): 20}
+    reader.scope("model").take("w", (10, 4), Shard(0, 0, 2))
+    assert (reader.num_bytes, reader.num_logical_parameters) == (80, 40)
