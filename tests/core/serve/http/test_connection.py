@@ -236,6 +236,21 @@ def test_a_server_that_ends_finishes_what_is_being_answered():
     clock_loop.run(main())
 
 
+def test_how_an_answer_is_framed_is_not_the_applications():
+    async def app(scope, receive, send):
+        headers = [(b"Transfer-Encoding", b"chunked")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"once"})
+
+    async def main():
+        peer = Server(app).connect()
+        await peer.say(GET)
+        assert answers(peer.heard) == [(200, b"once")]
+        assert peer.heard.lower().count(b"transfer-encoding") == 1
+
+    clock_loop.run(main())
+
+
 def test_request_ids():
     async def main():
         server = Server(echo)
