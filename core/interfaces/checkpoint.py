@@ -1,6 +1,6 @@
-"""What a format of checkpoints does: recognise a place, read what is said of its model, open it.
+"""The interface of a checkpoint format: recognise a folder or file, read its config, open it.
 
-Or, in place of a format, what makes weights that no file holds.
+Also the interface of a generator, which makes weights without files.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,49 +10,54 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from core.interfaces.control import ModelFiles
 from core.settings.config import ModelConfig
 
-if TYPE_CHECKING:  # which import torch: the parent only finds and reads
+if TYPE_CHECKING:  # these import torch, which the parent does not need to find and read files
     import torch
 
     from core.interfaces.weights import OpenedWeights, WeightSource
 
 
 class CheckpointFormat(Protocol):
-    """A way in which models lie on a disk. Its module imports no torch until `open` is called."""
+    """A format of models on a disk. Its module must not import torch before `open` is called."""
 
-    needs: str  # what a place must be, for the error where no format takes it: "a .gguf file"
-    # The weight files of a repository on the Hugging Face Hub: patterns of names, "*.safetensors".
-    # What stands beside weights is fetched anyway. (): nothing is, for this format.
+    # What the format needs, such as "a .gguf file"; for the error if no format recognises a path.
+    needs: str
+    # Patterns of the weight files in a repository of the Hugging Face Hub, such as "*.safetensors".
+    # Config and tokenizer files are fetched anyway. (): nothing is fetched for this format.
     hub_files: Sequence[str]
 
     def recognises(self, location: Path) -> bool:
-        """Whether an existing folder or file holds weights of this format. Cheap; never raises."""
+        """Whether an existing folder or file has weights of this format. Cheap; never raises."""
         ...
 
     def stands_in(self, location: Path) -> bool:
-        """Whether to `read` a place that no format recognises: for a config without weights, or
-        for an error that says what is missing."""
+        """Whether this format should `read` a path that no format recognises.
+
+        That is for a config without weights, or for an error that says what is missing."""
         ...
 
     def read(self, location: Path, *, with_weights: bool) -> ModelFiles:
-        """The model's config, weight files, tokenizer, and bits of quantised matrices.
+        """Return the model's config, weight files, tokenizer, and bits of quantised matrices.
 
-        `weight_format` is ignored: it is set to the name the format is known by. Without weights
-        (they are made up) damaged or missing weight files are no error. Raises ModelError.
+        The field `weight_format` of the result is replaced by the name of the format. With
+        `with_weights=False` (dummy weights), damaged or missing weight files are not an error.
+        Raises ModelError, which names the file.
         """
         ...
 
     def open(self, files: ModelFiles, dtype: "torch.dtype") -> "WeightSource":
-        """The weights of `files`, which `read` gave; `dtype`: the model's, for formats that
-        convert as they read. Raises ModelError."""
+        """Open the weights of `files`, which `read` returned.
+
+        `dtype` is the model's dtype, for formats that convert while they read. Raises ModelError.
+        """
         ...
 
 
 @runtime_checkable
 class WeightGenerator(Protocol):
-    """Makes weights up, for a model of which there is a shape only (`model.load_format=dummy`).
+    """Makes weights for a model that has only a config (`model.load_format=dummy`).
 
-    Config and tokenizer are those of the format that the model's place is in; or, without a place,
-    `model.shape` and a tokenizer with a token for each byte.
+    If the model has a path, config and tokenizer are read by the format of that path. Otherwise the
+    config is `model.shape`, and the tokenizer has one token for each byte.
     """
 
     def generate(
@@ -64,6 +69,8 @@ class WeightGenerator(Protocol):
         on_progress: Callable[[str, int, int, str], None],
         total_bytes: int,
     ) -> "OpenedWeights":
-        """The weights of one rank, on `device`. What it takes has `total_bytes` (0: not known), of
-        which `on_progress` (task, done, total, "B") is told at most ten times a second."""
+        """Return the weights of one rank, on `device`.
+
+        They have `total_bytes` bytes (0: not known). Call `on_progress` (task, done, total, "B") at
+        most ten times a second."""
         ...

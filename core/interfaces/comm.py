@@ -1,7 +1,7 @@
-"""Communication over one mesh axis: the protocol plugins fill, and the bridges layers use.
+"""Communication over one mesh axis: the interface of plugins, and the bridges of layers.
 
-A layer never asks which backend or how many ranks there are: it declares a source and a target
-layout, and gets a function. On an axis of size 1 that function is the identity.
+A layer does not ask for the backend or the number of ranks. It names a source and a target layout,
+and gets a function. On an axis of size 1 this function is the identity.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,9 @@ Bridge = Callable[[Tensor], Tensor]
 class Communicator(Protocol):
     """Collectives over the ranks of one axis. Every rank calls the same ones in the same order.
 
-    Results may alias the argument where the docstring says so; calls may return before the
-    device finished, ordered on the current stream.
+    A result may alias the argument only if the docstring says so. A call may return before the
+    device has finished; its work is ordered on the current CUDA stream. Sizes must be the same on
+    all ranks, except in `all_to_all`.
     """
 
     @property
@@ -31,36 +32,38 @@ class Communicator(Protocol):
 
     @property
     def capturable(self) -> bool:
-        """Whether its collectives may be recorded in a CUDA graph."""
+        """Whether its collectives can be captured in a CUDA graph."""
         ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks; may be written into `x`, which is returned then."""
+        """Return the sum over ranks. It may be written into `x`, which is then returned."""
         ...
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """Equal parts of every rank, concatenated along `dim` in rank order."""
+        """Return the equal parts of all ranks, concatenated along `dim` in rank order."""
         ...
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Rank i gets the i-th equal part, along dimension 0, of the sum over ranks."""
+        """Sum over ranks, and return to rank i the i-th equal part along dimension 0."""
         ...
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """The value of axis rank `source`, written into `x` everywhere and returned."""
+        """Write the value of axis rank `source` into `x` on every rank, and return `x`."""
         ...
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> Tensor:
-        """Rows (dimension 0) of `x` in rank order, `send_counts[i]` of them for axis rank i;
-        returns what came, `receive_counts[i]` rows of rank i, in rank order. A new tensor."""
+        """Exchange rows (dimension 0). The result is a new tensor.
+
+        `x` has `send_counts[i]` rows for axis rank i, in rank order. The result has
+        `receive_counts[i]` rows from axis rank i, in rank order. Counts may be 0."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SoloCommunicator:
-    """The communicator of an axis of size 1: every collective is the identity."""
+    """The communicator of an axis of size 1. Every collective returns its argument."""
 
     rank: int = 0
     size: int = 1
@@ -90,12 +93,12 @@ def _identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Comms:
-    """The communicators of one rank by mesh axis ("tp", ...), and the bridges over them."""
+    """The communicators of one rank, by mesh axis ("tp", ...), and the bridges over them."""
 
     axes: Mapping[str, Communicator]
 
     def bridge(self, axis: str, *, src: Layout, dst: Layout) -> Bridge:
-        """A function that turns a tensor in layout `src` into layout `dst`; built once."""
+        """Return a function that converts layout `src` to `dst`. Built once, with the layer."""
         comm = self.axes[axis]
         if comm.size == 1 or src is dst:
             return _identity
@@ -114,7 +117,7 @@ SOLO = Comms({axis: SoloCommunicator() for axis in AXES})
 
 @dataclass(frozen=True, slots=True)
 class AxisPlace:
-    """A rank's place on an axis, for building (not running) a model: has no collectives."""
+    """The position of a rank on an axis, to build a model without running it. No collectives."""
 
     rank: int
     size: int
@@ -142,7 +145,7 @@ class AxisPlace:
 
 
 def places(plan: Plan, rank: int) -> Comms:
-    """Where a rank of a plan stands on every axis, to measure what it would hold."""
+    """Return the position of a rank on every axis of a plan, to measure what it would hold."""
     return Comms(
         {axis: AxisPlace(plan.axis_index(axis, rank), plan.axis_size(axis)) for axis in AXES}
     )
@@ -155,37 +158,42 @@ SumAddNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 @runtime_checkable
 class FusesNorm(Protocol):
-    """A communicator that can do an all-reduce and the norm behind it at once, for some sizes."""
+    """A communicator that can do an all-reduce and the norm after it in one, for some sizes."""
 
     def fused_add_norm(self, otherwise: SumAddNorm) -> SumAddNorm:
-        """The same as `otherwise`, one after the other, which takes all other sizes. Sums are
-        rounded to the dtype of what is summed, as `all_reduce` leaves them. Called once a layer."""
+        """Return a function with the result of `otherwise`, which is called for all other sizes.
+
+        Sums are rounded to the dtype of the summands, as in `all_reduce`. Called once per layer,
+        when the model is built."""
         ...
 
 
 class CommBackend(Protocol):
-    """What a comm plugin's factory returns: how process groups are made and wrapped."""
+    """What the factory of a comm plugin returns: how process groups are created and wrapped."""
 
     torch_backend: str  # for torch.distributed, e.g. "gloo" or "nccl"
 
     def communicator(self, group: object) -> Communicator:
-        """Wrap a torch.distributed process group that this rank belongs to."""
+        """Return the communicator of a torch.distributed process group that has this rank."""
         ...
 
 
 @runtime_checkable
 class StandInBackend(Protocol):
-    """A comm plugin whose communicators do without peers: what they return has the right shapes
-    and takes memory traffic of the right size, for timing one rank of a larger plan."""
+    """A comm plugin whose communicators work without peers, to time one rank of a larger plan.
+
+    Results have the right shapes but no meaning; the memory traffic has the right size."""
 
     def stand_in(self, rank: int, size: int) -> Communicator:
-        """Rank `rank` of an axis of `size` ranks, of which it is the only one there."""
+        """Return the communicator of rank `rank` on an axis of `size` ranks that does not exist."""
         ...
 
 
 def connect(groups: Mapping[str, object | None], backends: Mapping[str, CommBackend]) -> Comms:
-    """The communicators of one rank: `groups` as `core.parallel.mesh` made them, None where the
-    rank has no peers; `backends` holds the plugin of every axis that has a group."""
+    """Return the communicators of one rank.
+
+    `groups` are those that `core.parallel.mesh` created, by axis; None if the rank has no peers.
+    `backends` has the plugin of every axis that has a group."""
     return Comms(
         {
             axis: SoloCommunicator() if group is None else backends[axis].communicator(group)

@@ -1,20 +1,21 @@
-"""How a gate's logits become experts and weights: settings of a model, no torch."""
+"""How the logits of a router become experts and weights: settings of a model, without torch."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """How a gate's logits become experts and weights.
+    """How the logits of a router become experts and weights.
 
-    Scores are softmax or sigmoid of the logits. With groups, only the `num_chosen_groups` best
-    groups compete: a group's worth is the sum of its best `group_top` scores (1: the best score).
-    A bias, where there is one, is added for choosing only. Weights are the scores of the chosen,
-    divided by their sum if `normalise`, times `scale`. Source: transformers' modeling_deepseek_v2
-    and _v3, modeling_qwen3_moe, modeling_mixtral.
+    Scores are softmax or sigmoid of the logits. With groups, only experts of the
+    `num_chosen_groups` best groups can be chosen. The value of a group is the sum of its best
+    `group_top` scores (1: its best score). A bias, if there is one, is added only to choose. The
+    weights are the scores of the chosen experts, divided by their sum if `normalise`, then times
+    `scale`. Source: transformers' modeling_deepseek_v2 and _v3, modeling_qwen3_moe,
+    modeling_mixtral.
 
-    "uniform_random" is for benchmarks: scores are a hash of the logit's bits, the row and the
-    expert, so that made-up weights load experts evenly; biases and groups have no say.
+    "uniform_random" is for benchmarks: scores are a hash of the bits of the logit, the row and the
+    expert. So dummy weights give all experts the same load. Biases and groups are ignored.
     """
 
     top_k: int
@@ -26,7 +27,7 @@ class Routing:
     group_top: int = 1
 
     def uniform(self) -> "Routing":
-        """The same number of experts, drawn at random."""
+        """Return a routing with the same number of experts, chosen at random."""
         return replace(
             self,
             scoring="uniform_random",
