@@ -18,9 +18,9 @@ TILE = 16
 def schedule(
     lens: list[int], programs: int, heads: int, *, whole: bool = False, levels: int = 1
 ) -> list[list[int]]:
-    """Rows of the stretches, then of units where these are fewer."""
-    units, stretches = len(lens) * heads, programs * levels
-    num_rows = stretches + (units if units < stretches else 0)
+    """Rows of the splits, then of units where these are fewer."""
+    units, splits = len(lens) * heads, programs * levels
+    num_rows = splits + (units if units < splits else 0)
     schedule_RX = torch.full((num_rows, SCHEDULE_COLUMNS.value), -9, dtype=torch.int32)
     schedule_RX = schedule_RX.to(DEVICE)
     schedule_kernel[(num_rows,)](
@@ -56,7 +56,7 @@ def cases() -> Iterator[tuple[list[int], int, int]]:
 @pytest.mark.each_choice
 @pytest.mark.parametrize(("whole", "levels"), [(False, 1), (True, 1), (False, 2), (False, 5)])
 @pytest.mark.parametrize(("lens", "programs", "heads"), list(cases()))
-def test_every_tile_is_in_one_stretch(
+def test_every_tile_is_in_one_split(
     lens: list[int], programs: int, heads: int, whole: bool, levels: int
 ) -> None:
     line = [
@@ -67,26 +67,26 @@ def test_every_tile_is_in_one_stretch(
     ]
     rows = schedule(lens, programs, heads, whole=whole, levels=levels)
     at = 0
-    stretches: list[set[tuple[int, int]]] = []  # units that each has a part in
+    splits: list[set[tuple[int, int]]] = []  # units that each has a part in
     for sequence, head, tile, count, *_ in rows[: programs * levels]:
         if count:
             assert line[at] == (sequence, head, tile)
-        stretches.append({unit[:2] for unit in line[at : at + count]})
+        splits.append({unit[:2] for unit in line[at : at + count]})
         at += count
     assert at == len(line)
     for sequence, head, pieces, first in (row[4:8] for row in rows):
         if pieces:
-            parts = [i for i, units in enumerate(stretches) if (sequence, head) in units]
+            parts = [i for i, units in enumerate(splits) if (sequence, head) in units]
             assert parts == list(range(first, first + pieces))
     for row in rows[: programs * levels]:
         assert row[10] == lens.count(0)
-        assert row[11] == sum(map(bool, stretches[programs:]))
+        assert row[11] == sum(map(bool, splits[programs:]))
         if row[2]:  # goes on with a unit that another one begins
-            parts = [i for i, units in enumerate(stretches) if (row[0], row[1]) in units]
+            parts = [i for i, units in enumerate(splits) if (row[0], row[1]) in units]
             assert parts == list(range(row[9], row[9] + row[8]))
 
 
-def test_levels_leave_ever_shorter_stretches() -> None:
+def test_levels_leave_ever_shorter_splits() -> None:
     rows = schedule([64 * TILE] * 7 + [40 * TILE, 24 * TILE], 4, 1, levels=5)
     assert [row[3] for row in rows[:20]] == [n for n in (96, 16, 8, 4, 4) for _ in range(4)]
     few = schedule([6 * TILE, 8 * TILE] * 2, 4, 1, levels=5)

@@ -1,7 +1,7 @@
 """The Gluon kernel of absorbed latent attention agrees with plain float64, on a Hopper GPU.
 
 Gluon kernels run in no interpreter, so that there is nothing to test elsewhere. Contexts stand
-where tiles and programs' stretches begin and end; unused slots hold NaN.
+where tiles and programs' splits begin and end; unused slots hold NaN.
 """
 
 import random

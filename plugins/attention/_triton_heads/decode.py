@@ -35,7 +35,7 @@ class DecodeChoice:
     num_stages: int
     max_registers: int | None  # of a thread
     programs: int  # of a multiprocessor
-    levels: int  # of stretches: see plugins.attention._triton_heads.decode_schedule
+    levels: int  # of splits: see plugins.attention._triton_heads.decode_schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,11 @@ class PagedDecode:
         self._launch = options(spec.device)
         self._multiprocessors = device.num_multiprocessors
         self._choices = [choice] if choice is not None else list(self._measured(device))
-        most_stretches = max(self._num_stretches(each) for each in self._choices)
+        most_splits = max(self._num_splits(each) for each in self._choices)
         # Shared by all layers and steps, which run one after the other.
-        num_values = most_stretches * 2 * self._group * (spec.head_dim + 1)
+        num_values = most_splits * 2 * self._group * (spec.head_dim + 1)
         self._workspace = torch.empty(num_values, dtype=torch.float32, device=spec.device)
-        self._counts = torch.zeros(most_stretches + 1, dtype=torch.int32, device=spec.device)
+        self._counts = torch.zeros(most_splits + 1, dtype=torch.int32, device=spec.device)
 
     def _measured(self, device: TritonDevice) -> Iterator[DecodeChoice]:
         """By rising `max_rows`; what was measured for most sequences serves more of them."""
@@ -95,17 +95,17 @@ class PagedDecode:
     def _num_programs(self, choice: DecodeChoice) -> int:
         return choice.programs * self._multiprocessors
 
-    def _num_stretches(self, choice: DecodeChoice) -> int:
+    def _num_splits(self, choice: DecodeChoice) -> int:
         return self._num_programs(choice) * choice.levels
 
     def plan(self, batch: SequenceBatch) -> DecodePlan:
         """The schedule, made on the device; nothing waits for it."""
         num_sequences = len(batch.query_lens)
         choice = next(each for each in self._choices if num_sequences <= each.max_rows)
-        num_stretches = self._num_stretches(choice)
-        shape = (num_stretches, SCHEDULE_COLUMNS.value)
+        num_splits = self._num_splits(choice)
+        shape = (num_splits, SCHEDULE_COLUMNS.value)
         schedule_RX = torch.empty(shape, dtype=torch.int32, device=self._spec.device)
-        schedule_kernel[(num_stretches,)](
+        schedule_kernel[(num_splits,)](
             batch.context_lens_S,
             schedule_RX,
             num_sequences,

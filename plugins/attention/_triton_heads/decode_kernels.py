@@ -1,6 +1,6 @@
 """Triton kernel of paged decode: attention by pieces, and the pieces' sum.
 
-plugins.attention._triton_heads.decode_schedule explains line, stretches, units and pieces. Whoever
+plugins.attention._triton_heads.decode_schedule explains line, splits, units and pieces. Whoever
 stores the last piece of a unit sums them, in their order. Any page size: each token of a tile looks
 its page up.
 
@@ -71,7 +71,7 @@ def _sum_pieces(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Store the result of a unit, all whose pieces were; the first is of stretch `first`. TOGETHER
+    """Store the result of a unit, all whose pieces were; the first is of split `first`. TOGETHER
     of them are waited for at once."""
     rows_R = tl.arange(0, BLOCK_R)
     columns_D = tl.arange(0, BLOCK_D)
@@ -140,17 +140,17 @@ def decode_kernel(
     TOGETHER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One stretch of the line, and others as long as there are any; zeros for sequences without
+    """One split of the line, and others as long as there are any; zeros for sequences without
     tokens, which are padding. The workspace holds, float32, the normalised results of pieces
-    (stretches, 2, GROUP, D), then the log2 of their sums (stretches, 2, GROUP). Counts are zero
-    before and after: stored pieces of the unit that each stretch begins, then stretches taken
+    (splits, 2, GROUP, D), then the log2 of their sums (splits, 2, GROUP). Counts are zero
+    before and after: stored pieces of the unit that each split begins, then splits taken
     beyond the first level."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    num_stretches = num_programs * LEVELS
-    stretch = program
+    num_splits = num_programs * LEVELS
+    split = program
     # What a step's plan wrote was complete before the kernel before this one let this one start.
-    row_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS
+    row_ptr = schedule_ptr + split * SCHEDULE_COLUMNS
     sequence = tl.load(row_ptr, cache_modifier=".cg")
     kv_head = tl.load(row_ptr + 1, cache_modifier=".cg")
     tile = tl.load(row_ptr + 2, cache_modifier=".cg")
@@ -169,7 +169,7 @@ def decode_kernel(
     columns_D = tl.arange(0, BLOCK_D)
     valid_M = rows_M < GROUP
     valid_MD = valid_M[:, None] & (columns_D[None, :] < HEAD_DIM)
-    log_sums_ptr = workspace_ptr + num_stretches * (2 * GROUP * HEAD_DIM)
+    log_sums_ptr = workspace_ptr + num_splits * (2 * GROUP * HEAD_DIM)
     while num_left > 0:
         num_cached = tl.load(context_lens_ptr + sequence)
         num_tiles = tl.cdiv(num_cached, BLOCK_N)
@@ -183,7 +183,7 @@ def decode_kernel(
             if WIDE:
                 q_MD = q_MD.to(tl.float32)
             begins = (tile == 0).to(tl.int32)
-            unit_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS + 8 - 2 * begins
+            unit_ptr = schedule_ptr + split * SCHEDULE_COLUMNS + 8 - 2 * begins
             num_pieces = tl.load(unit_ptr, cache_modifier=".cg")
             first = tl.load(unit_ptr + 1, cache_modifier=".cg")
             positions_M = tl.zeros((BLOCK_M,), dtype=tl.int32) + num_cached
@@ -208,7 +208,7 @@ def decode_kernel(
                     mask=valid_MD,
                 )
             else:
-                places_M = (stretch * 2 + begins) * GROUP + rows_M
+                places_M = (split * 2 + begins) * GROUP + rows_M
                 tl.store(
                     workspace_ptr + places_M[:, None] * HEAD_DIM + columns_D[None, :],
                     result_MD,
@@ -229,16 +229,16 @@ def decode_kernel(
             kv_head = 0
             sequence += 1
         if (num_left == 0) & (num_later > 0):
-            taken = tl.atomic_add(counts_ptr + num_stretches, 1, sem="relaxed")
+            taken = tl.atomic_add(counts_ptr + num_splits, 1, sem="relaxed")
             if taken < num_later:
-                stretch = num_programs + taken
-                row_ptr = schedule_ptr + stretch * SCHEDULE_COLUMNS
+                split = num_programs + taken
+                row_ptr = schedule_ptr + split * SCHEDULE_COLUMNS
                 sequence = tl.load(row_ptr, cache_modifier=".cg")
                 kv_head = tl.load(row_ptr + 1, cache_modifier=".cg")
                 tile = tl.load(row_ptr + 2, cache_modifier=".cg")
                 num_left = tl.load(row_ptr + 3, cache_modifier=".cg")
             elif taken == num_later + num_programs - 1:  # the last program found nothing left
-                tl.store(counts_ptr + num_stretches, 0)
+                tl.store(counts_ptr + num_splits, 0)
     if num_padding > 0:
         for padding in range(program, num_sequences, num_programs):
             if tl.load(context_lens_ptr + padding) == 0:

@@ -1,18 +1,18 @@
 """The schedule of paged decode on a GPU: who attends which tiles, made on the device.
 
 The work of a step is a line of tiles: sequence after sequence, in each KV head after KV head, in
-each the tiles of the context; one head of one sequence is a *unit*. The line is cut into stretches
+each the tiles of the context; one head of one sequence is a *unit*. The line is cut into splits
 of equal length, one for each program, so that all end at once whatever the lengths are (where these
-are equal, a stretch may be rounded up to whole units, and some programs are left without).
+are equal, a split may be rounded up to whole units, and some programs are left without).
 
 Programs are not equally fast: the first of a multiprocessor gets more of the memory's time. With
 several *levels* a program's equal part is three quarters of it; the rest of the line is cut into
-ever shorter stretches, P of them in each level, which programs take as they end. Where the cuts are
+ever shorter splits, P of them in each level, which programs take as they end. Where the cuts are
 doesn't depend on who takes what: the same input gives the same bits. Equally long sequences are not
 cut further, as their programs end close together.
 
-What a stretch covers of a unit is a *piece*: a whole unit's result goes to `out`, others' to the
-workspace, where a stretch has place 0 for the unit that it goes on with and place 1 for the one it
+What a split covers of a unit is a *piece*: a whole unit's result goes to `out`, others' to the
+workspace, where a split has place 0 for the unit that it goes on with and place 1 for the one it
 begins. Lengths are read on the device alone. Knows nothing of what is done with a tile.
 
 Shape legend: P programs, S sequences, N tokens of a tile, G KV heads.
@@ -88,7 +88,7 @@ def _share(
 
 @triton.jit
 def _level(share, later, level: tl.constexpr, LEVELS: tl.constexpr):
-    """Tiles of a level's stretches: what isn't for later, then half of what is left each time, then
+    """Tiles of a level's splits: what isn't for later, then half of what is left each time, then
     the rest."""
     if LEVELS == 1:
         size = share
@@ -102,32 +102,32 @@ def _level(share, later, level: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _bounds(stretch, share, later, P: tl.constexpr, LEVELS: tl.constexpr):
-    """(first tile, number of tiles) of a stretch, as far as the line goes."""
+def _bounds(split, share, later, P: tl.constexpr, LEVELS: tl.constexpr):
+    """(first tile, number of tiles) of a split, as far as the line goes."""
     begin = 0
     size = 0
     level_begin = 0
     for level in tl.static_range(LEVELS):
         level_size = _level(share, later, level, LEVELS)
-        inside = stretch // P == level
-        begin = tl.where(inside, level_begin + stretch % P * level_size, begin)
+        inside = split // P == level
+        begin = tl.where(inside, level_begin + split % P * level_size, begin)
         size = tl.where(inside, level_size, size)
         level_begin += P * level_size
     return begin, size
 
 
 @triton.jit
-def _stretch_of(place, share, later, P: tl.constexpr, LEVELS: tl.constexpr):
-    """The stretch that a tile of the line belongs to."""
-    stretch = 0
+def _split_of(place, share, later, P: tl.constexpr, LEVELS: tl.constexpr):
+    """The split that a tile of the line belongs to."""
+    split = 0
     level_begin = 0
     for level in tl.static_range(LEVELS):
         size = _level(share, later, level, LEVELS)
         index = level * P + (place - level_begin) // tl.maximum(size, 1)
         inside = (place >= level_begin) & (place < level_begin + P * size)
-        stretch = tl.where(inside, index, stretch)
+        split = tl.where(inside, index, split)
         level_begin += P * size
-    return stretch
+    return split
 
 
 @triton.jit(
@@ -143,14 +143,14 @@ def schedule_kernel(
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """One row of a step's schedule: of the P * LEVELS stretches, then of units (where these are
+    """One row of a step's schedule: of the P * LEVELS splits, then of units (where these are
     wanted).
 
-    Columns 0 to 3 of a stretch: sequence, KV head and tile where it begins; its number of tiles.
-    4 to 7, of the unit that a stretch ends in, if it begins it, or of a unit: sequence and KV head,
-    the number of its pieces (0: not in pieces, or begun by another stretch), and the stretch that
-    begins it. 8 and 9 of a stretch: pieces and first stretch of the unit that it goes on with. 10:
-    sequences without tokens. 11: stretches with tiles beyond the first level."""
+    Columns 0 to 3 of a split: sequence, KV head and tile where it begins; its number of tiles.
+    4 to 7, of the unit that a split ends in, if it begins it, or of a unit: sequence and KV head,
+    the number of its pieces (0: not in pieces, or begun by another split), and the split that
+    begins it. 8 and 9 of a split: pieces and first split of the unit that it goes on with. 10:
+    sequences without tokens. 11: splits with tiles beyond the first level."""
     NUM_STRETCHES: tl.constexpr = P * LEVELS
     row = tl.program_id(0)
     schedule_ptr += row * SCHEDULE_COLUMNS
@@ -163,7 +163,7 @@ def schedule_kernel(
         tl.store(schedule_ptr + 3, tl.maximum(end - begin, 0))
         tl.store(schedule_ptr + 6, 0)
         tl.store(schedule_ptr + 10, num_empty)
-        last = _stretch_of(tl.maximum(num_tiles - 1, 0), share, later, P, LEVELS)
+        last = _split_of(tl.maximum(num_tiles - 1, 0), share, later, P, LEVELS)
         tl.store(schedule_ptr + 11, tl.maximum(last - P + 1, 0))
         if begin < end:
             sequence, num_before = _find(context_lens_ptr, num_sequences, begin, G, BLOCK_N)
@@ -193,9 +193,9 @@ def schedule_kernel(
 
 @triton.jit
 def _pieces_of(unit_begin, length, share, later, P: tl.constexpr, LEVELS: tl.constexpr):
-    """(the stretch that begins a unit, those that have a part in it)."""
-    first = _stretch_of(unit_begin, share, later, P, LEVELS)
-    return first, _stretch_of(unit_begin + length - 1, share, later, P, LEVELS) - first + 1
+    """(the split that begins a unit, those that have a part in it)."""
+    first = _split_of(unit_begin, share, later, P, LEVELS)
+    return first, _split_of(unit_begin + length - 1, share, later, P, LEVELS) - first + 1
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""Absorbed latent attention on a GPU: schedule, every program's stretch, the sums of pieces.
+"""Absorbed latent attention on a GPU: schedule, every program's split, the sums of pieces.
 
 The schedule is made by the device from the lengths it finds there, and grids follow from bounds: a
 decode step can be captured as a CUDA graph, and eager steps run the same code. On CPU tensors the
-kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests. Knows nothing of how a stretch
+kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests. Knows nothing of how a split
 is attended. Shape legend: see core.interfaces.latent_attention.
 """
 
@@ -20,7 +20,7 @@ from core.interfaces.latent_attention import LatentAttentionSpec
 from plugins.attention._triton_heads.decode_schedule import SCHEDULE_COLUMNS, schedule_kernel
 from plugins.attention._triton_heads.device import describe
 from plugins.attention._triton_latent.portable import PortableKernel, block_of
-from plugins.attention._triton_latent.stretches import Stretches, StretchKernel
+from plugins.attention._triton_latent.splits import SplitKernel, Splits
 from plugins.attention._triton_latent.sum_kernels import sum_kernel
 
 # Pieces of a head that are summed up at once, and heads of a program: few sequences, many pieces.
@@ -74,13 +74,13 @@ class AbsorbedAttention:
     def attend(
         self, plan: Absorbed, cache_BPZ: Tensor, q_THC: Tensor, q_THR: Tensor, out_THC: Tensor
     ) -> None:
-        """Every program's stretch, then the sums of what several had a part in."""
+        """Every program's split, then the sums of what several had a part in."""
         assert q_THC.is_contiguous()
         assert q_THR.stride(2) == 1
         assert out_THC.is_contiguous()
         assert cache_BPZ.is_contiguous()
         self.kernel.attend(
-            Stretches(
+            Splits(
                 plan.batch,
                 plan.schedule_RX,
                 self._workspace,
@@ -118,12 +118,12 @@ class AbsorbedAttention:
         )
 
 
-def _select(spec: LatentAttentionSpec, scale_log2: float) -> StretchKernel:
+def _select(spec: LatentAttentionSpec, scale_log2: float) -> SplitKernel:
     """The kernel for Hopper where the device and the shapes are its own."""
     if spec.device.type == "cuda" and torch.cuda.get_device_capability(spec.device)[0] == 9:
         gluon = importlib.import_module("plugins.attention._triton_latent.gluon")
         if gluon.fits(spec):
-            kernel: StretchKernel = gluon.GluonKernel(spec, scale_log2)
+            kernel: SplitKernel = gluon.GluonKernel(spec, scale_log2)
             return kernel
     return PortableKernel(spec, scale_log2)
 

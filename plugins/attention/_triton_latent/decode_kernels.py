@@ -10,7 +10,7 @@ of memory, which the tensor memory accelerator copies; the last tile of a sequen
 token, as slots past its own tokens must not be read. Scores are kept in units of log2.
 
 Shape legend: see core.interfaces.latent_attention; M heads of a tile, N tokens of a tile, P
-programs (stretches of the line). C and R are padded to powers of two.
+programs (splits of the line). C and R are padded to powers of two.
 """
 
 # Kernels are written in Triton's language, which has no Python types.
@@ -103,7 +103,7 @@ def latent_decode_kernel(
     BLOCK_R: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A block of heads over one stretch of the line. The workspace holds, float32, the normalised
+    """A block of heads over one split of the line. The workspace holds, float32, the normalised
     results of pieces (P, 2, H, C), then the log2 of their sums (P, 2, H). With BLOCKS the two
     descriptors are those of tiles of the cache; each tile then lies in one page."""
     NUM_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_M - 1) // BLOCK_M

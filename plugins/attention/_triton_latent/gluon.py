@@ -20,7 +20,7 @@ from plugins.attention._triton_latent.gluon_kernels import (
     TOKENS,
     latent_decode_kernel,
 )
-from plugins.attention._triton_latent.stretches import Stretches
+from plugins.attention._triton_latent.splits import Splits
 
 _ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -36,7 +36,7 @@ def fits(spec: LatentAttentionSpec) -> bool:
 
 
 class GluonKernel:
-    """plugins.attention._triton_latent.stretches.StretchKernel in Gluon."""
+    """plugins.attention._triton_latent.splits.SplitKernel in Gluon."""
 
     heads, tokens = HEADS, TOKENS
 
@@ -50,8 +50,8 @@ class GluonKernel:
             **options(spec.device),
         )
 
-    def attend(self, work: Stretches) -> None:
-        """Every program's stretch."""
+    def attend(self, work: Splits) -> None:
+        """Every program's split."""
         batch = work.batch
         cached_YZ = work.cache_BPZ.view(-1, LATENT_DIM + ROPE_DIM)
         q_latents_XC = work.q_THC.view(-1, LATENT_DIM)

@@ -121,7 +121,7 @@ def latent_decode_kernel(
     NUM_HEADS: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
-    """A block of heads over one stretch of the line, as in the portable kernel."""
+    """A block of heads over one split of the line, as in the portable kernel."""
     NUM_BLOCKS: gl.constexpr = NUM_HEADS // _M
     program = gl.program_id(0) // NUM_BLOCKS
     num_programs = gl.num_programs(0) // NUM_BLOCKS

@@ -14,11 +14,11 @@ from core.gpu_tools.dependent_launch import options
 from core.interfaces.latent_attention import LatentAttentionSpec
 from plugins.attention._triton_heads.device import TritonDevice, describe
 from plugins.attention._triton_latent.decode_kernels import latent_decode_kernel
-from plugins.attention._triton_latent.stretches import Stretches
+from plugins.attention._triton_latent.splits import Splits
 
 
 class PortableKernel:
-    """plugins.attention._triton_latent.stretches.StretchKernel in Triton."""
+    """plugins.attention._triton_latent.splits.SplitKernel in Triton."""
 
     def __init__(self, spec: LatentAttentionSpec, scale_log2: float) -> None:
         self._spec = spec
@@ -44,8 +44,8 @@ class PortableKernel:
             **options(spec.device),
         )
 
-    def attend(self, work: Stretches) -> None:
-        """Every program's stretch."""
+    def attend(self, work: Splits) -> None:
+        """Every program's split."""
         batch, q_THR = work.batch, work.q_THR
         latent_blocks, rope_blocks = self._blocks(work.cache_BPZ)
         head_blocks = triton.cdiv(self._spec.num_heads, self.heads)

@@ -42,7 +42,7 @@ def sum_kernel(
     sequence = tl.load(schedule_ptr + 4, cache_modifier=".cg")
     kv_head = tl.load(schedule_ptr + 5, cache_modifier=".cg")
     num_pieces = tl.load(schedule_ptr + 6, cache_modifier=".cg")
-    stretch = tl.load(schedule_ptr + 7, cache_modifier=".cg")
+    split = tl.load(schedule_ptr + 7, cache_modifier=".cg")
     columns_D = tl.arange(0, BLOCK_D)
     valid_RD = (rows_R < GROUP)[:, None] & (columns_D < HEAD_DIM)[None, :]
     rows_R = tl.minimum(rows_R, GROUP - 1)  # those past the last one repeat it, and are not stored
@@ -56,7 +56,7 @@ def sum_kernel(
         for first in range(0, num_pieces, BLOCK_X):
             pieces_X = first + tl.arange(0, BLOCK_X)
             begins_X = (pieces_X == 0).to(tl.int32)
-            places_XR = ((stretch + pieces_X) * 2 + begins_X)[:, None] * GROUP + rows_R[None, :]
+            places_XR = ((split + pieces_X) * 2 + begins_X)[:, None] * GROUP + rows_R[None, :]
             inside_X = pieces_X < num_pieces
             log_sums_XR = tl.load(
                 log_sums_ptr + places_XR, mask=inside_X[:, None], other=float("-inf")

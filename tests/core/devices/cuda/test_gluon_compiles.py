@@ -20,7 +20,7 @@ from core.devices.cuda.linear import gluon_gated
 from core.gpu_tools.compile_ahead import rehearsal
 from plugins.attention._triton_heads import prompt_gluon, prompt_gluon_kernels
 from plugins.attention._triton_latent import gluon, gluon_kernels
-from plugins.attention._triton_latent.stretches import Stretches
+from plugins.attention._triton_latent.splits import Splits
 from core.testing import attention, latent_attention
 
 def zeros(*shape):
@@ -50,7 +50,7 @@ def latents(H):
     schedule, workspace = torch.zeros((9, 9), dtype=torch.int32), torch.zeros(9 * H * 513)
     q_THC, q_THR = zeros(2, H, 512), zeros(2, H, 64)
     gluon.GluonKernel(step.spec, 0.1).attend(
-        Stretches(step.batch, schedule, workspace, 4, q_THC, q_THR, step.cache_BPZ, q_THC)
+        Splits(step.batch, schedule, workspace, 4, q_THC, q_THR, step.cache_BPZ, q_THC)
     )
 
 with rehearsal(CPU, lambda *_: None, 2):

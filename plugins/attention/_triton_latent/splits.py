@@ -1,7 +1,7 @@
-"""What a kernel of absorbed latent attention is given: the stretches of a line of tiles.
+"""What a kernel of absorbed latent attention is given: the splits of a line of tiles.
 
-Each program takes one stretch for one block of heads;
-plugins.attention._triton_heads.decode_schedule explains line, stretches and pieces. Only data and a
+Each program takes one split for one block of heads;
+plugins.attention._triton_heads.decode_schedule explains line, splits and pieces. Only data and a
 contract: knows no kernel. Shape legend: see core.interfaces.latent_attention; P programs of a block
 of heads.
 """
@@ -15,7 +15,7 @@ from core.interfaces.attention import SequenceBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Stretches:
+class Splits:
     """One layer's work. `schedule_RX` says what each program does; `workspace` holds, float32, the
     normalised results of pieces (P, 2, H, C), then the log2 of their sums (P, 2, H)."""
 
@@ -29,12 +29,12 @@ class Stretches:
     out_THC: Tensor
 
 
-class StretchKernel(Protocol):
-    """Absorbed attention of every stretch."""
+class SplitKernel(Protocol):
+    """Absorbed attention of every split."""
 
     heads: int  # of a program
     tokens: int  # of a tile
 
-    def attend(self, work: Stretches) -> None:
+    def attend(self, work: Splits) -> None:
         """Whole results to `out`, pieces to the workspace. Never waits for the device."""
         ...

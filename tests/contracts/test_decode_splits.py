@@ -1,4 +1,4 @@
-"""Paged decode whose programs take further stretches as they end: right, and the same every time.
+"""Paged decode whose programs take further splits as they end: right, and the same every time.
 
 The device is taken to have four multiprocessors, so that small batches are cut into all levels. In
 Triton's interpreter, where one program takes all that is left, if there is no GPU.
@@ -42,9 +42,7 @@ def decode_of(step: Step, programs: int, levels: int) -> PagedDecode:
 @pytest.mark.parametrize("levels", [2, 4, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_stretches_of_all_levels(
-    case: Case, dtype: torch.dtype, levels: int, programs: int
-) -> None:
+def test_splits_of_all_levels(case: Case, dtype: torch.dtype, levels: int, programs: int) -> None:
     step = make_step(case, dtype, DEVICE)
     decode = decode_of(step, programs, levels)
     plan = decode.plan(step.batch)
