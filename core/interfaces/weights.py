@@ -1,7 +1,9 @@
-"""Where weights come from and how layers take their share of them.
+"""Where weights come from, and how layers take their part of them.
 
-Names are those of the Hugging Face checkpoint, whatever the file format. A layer takes each
-tensor once, with the full logical shape it expects; a rank reads only the part it keeps.
+Names are those of the Hugging Face checkpoint, for every file format. A layer takes each tensor
+once, with the full logical shape that it expects. A rank reads only the part that it keeps.
+
+Shape legend: O outputs, I inputs of a matrix, G = I / 32 groups of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,62 +15,65 @@ from torch import Tensor
 
 from core.parallel.sharding import Shard as Shard  # part of this contract
 
-GROUP = 32  # columns of a row that share a scale and a minimum in `GroupedInts`
+GROUP = 32  # columns of a row with the same scale and minimum in `GroupedInts`
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A stored tensor: logical shape, dtype as read, and the file that holds it."""
+    """A stored tensor: its logical shape, its dtype as read, and its file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: str
-    group_bits: int = 0  # 4 or 8: a matrix that `WeightSource.groups` gives; 0: it doesn't
+    group_bits: int = 0  # 4 or 8: a matrix that `WeightSource.groups` can read; 0: it cannot
 
 
 class WeightSource(Protocol):
-    """A checkpoint, opened. Raises ModelError naming the file where it is corrupt."""
+    """An open checkpoint. Raises ModelError, which names the file, if a file is corrupt."""
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor there is, by its Hugging Face name."""
+        """Return all tensors, by their Hugging Face names."""
         ...
 
     def stream(
         self, name: str, dim: int, start: int, stop: int, staging: Tensor
     ) -> Iterator[Tensor]:
-        """Entries `start:stop` along `dim`, on the CPU, in the dtype of `tensors()`.
+        """Yield the entries `start:stop` along `dim`, on the CPU, in the dtype of `tensors()`.
 
-        The slice is seen as a matrix, with a row for each entry of dimension 0 (`dim` 0) or of all
-        dimensions before `dim`, and comes in order, some rows at a time. Rows may lie in `staging`
-        (uint8, some MiB), so that they are valid until the next are asked for. Reads no more of the
-        file than the format demands. Several threads may read, with a `staging` each.
+        The slice is read as a matrix. Its rows are the entries of dimension 0 (if `dim` is 0) or of
+        all dimensions before `dim`. Each item has the next rows, in order. Rows can be in `staging`
+        (uint8, some MiB), so they are valid only until the next item. Reads no more of the file
+        than the format requires. Several threads may read, each with its own `staging`.
         """
         ...
 
     def groups(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> "GroupedInts":
-        """The same slice of a matrix with `TensorInfo.group_bits`, not dequantised. Along `dim` 1
-        the bounds lie between groups."""
+        """Return the same slice of a matrix with `TensorInfo.group_bits`, not dequantised.
+
+        If `dim` is 1, `start` and `stop` are bounds of groups."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedInts:
-    """A matrix of whole numbers from 0 to 2 ** bits - 1, with a scale and a minimum for each 32
-    columns of a row: value = stored * scale + minimum."""
+    """A matrix of integers from 0 to 2 ** bits - 1, in groups of 32 columns of a row.
 
-    values_OI: Tensor  # uint8, one a byte
+    Each group has a scale and a minimum: value = stored * scale + minimum."""
+
+    values_OI: Tensor  # uint8, one value per byte
     scales_OG: Tensor  # float32, (O, I / 32)
     minimums_OG: Tensor  # float32, (O, I / 32)
     bits: int  # 4 or 8
-    # In which dtype kernels also hold the matrix for products of many rows, which cost less there;
-    # set by a format that has the memory. None: they don't.
+    # Kernels also hold the matrix in this dtype, for products with many rows, which are faster so.
+    # A weight format that has the memory sets it. None: they do not.
     wide: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFp8:
-    """A matrix in float8_e4m3fn with one float32 scale for each block of 128 x 128 values (the
-    last blocks may be smaller): value = stored * scale."""
+    """A matrix in float8_e4m3fn, with one float32 scale for each block of 128 x 128 values.
+
+    The last blocks can be smaller: value = stored * scale."""
 
     values_OI: Tensor
     scales: Tensor  # (ceil(O / 128), ceil(I / 128))
@@ -79,7 +84,7 @@ LinearWeight = ExpertWeight | GroupedInts
 
 
 class WeightReader(Protocol):
-    """What layers are built from; one for each rank. Converts to the model's dtype and device."""
+    """Gives layers their weights, in the model's dtype, on its device. One for each rank."""
 
     def take(
         self,
@@ -88,69 +93,72 @@ class WeightReader(Protocol):
         shard: Shard | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """This rank's part of a tensor, in `dtype` where that is not to be the model's. Raises
-        ModelError naming tensor, file and both shapes where it is missing or its full shape is not
-        `shape`."""
+        """Return this rank's part of a tensor, in `dtype` (None: the model's).
+
+        `shape` is the full logical shape. If the tensor is missing or has another shape, raises
+        ModelError, which names the tensor, the file and both shapes."""
         ...
 
     def take_blocks(
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> BlockFp8:
-        """This rank's part of a matrix that is stored as fp8 blocks (`name` and
-        `name` + "_scale_inv"), as it is. Its bounds must lie between blocks. `take` of such a
-        tensor dequantises it."""
+        """Return this rank's part of a matrix of fp8 blocks as it is stored.
+
+        The checkpoint has it as `name` and `name` + "_scale_inv". The bounds of the part must be
+        bounds of blocks. `take` of such a tensor dequantises it."""
         ...
 
     def group_bits(self, name: str) -> int:
-        """4 or 8 where `take_groups` can give a matrix, 0 where it is stored in another way."""
+        """Return 4 or 8 if `take_groups` can read this matrix, 0 if it is stored differently."""
         ...
 
     def take_groups(
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> GroupedInts:
-        """This rank's part of a matrix with `group_bits`, as it is stored. It holds whole groups,
-        and nothing past the end of the matrix."""
+        """Return this rank's part of a matrix with `group_bits`, as it is stored.
+
+        The part has whole groups, and nothing past the end of the matrix."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint holds an (optional) tensor."""
+        """Whether the checkpoint has an (optional) tensor."""
         ...
 
     def scope(self, prefix: str) -> "WeightReader":
-        """A reader that puts `prefix` and a dot before every name."""
+        """Return a reader that puts `prefix` and a dot before every name."""
         ...
 
 
 class OpenedWeights(WeightReader, Protocol):
-    """A reader as whoever builds the model gets it."""
+    """The reader of the code that builds the model."""
 
     def finish(self) -> None:
-        """The model is built. Raises ModelError where something of a checkpoint was left over."""
+        """Call when the model is built. Raises ModelError if the checkpoint has unused tensors."""
         ...
 
 
 class WeightFormat(Protocol):
-    """How the matrices of linear and expert layers are kept on a device; chosen once."""
+    """How the matrices of linear and expert layers are held on a device. Chosen once."""
 
     def keeps_groups(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
     ) -> bool:
-        """Whether `take` gives this part of a matrix in groups."""
+        """Whether `take` returns this part of a matrix as `GroupedInts`."""
         ...
 
     def take(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
     ) -> LinearWeight:
-        """This rank's part of a matrix."""
+        """Return this rank's part of a matrix."""
         ...
 
     def join(self, parts: Sequence[LinearWeight]) -> LinearWeight:
-        """Matrices that read the same input, as one: outputs back to back."""
+        """Join matrices with the same input into one: their outputs follow each other."""
         ...
 
 
 class PlainFormat:
-    """Matrices in the model's dtype, whatever the checkpoint holds."""
+    """Matrices in the model's dtype, for every checkpoint."""
 
     def keeps_groups(
         self, weights: WeightReader, name: str, shape: tuple[int, int], shard: Shard | None = None
@@ -167,20 +175,22 @@ class PlainFormat:
 
 
 def plain(weight: LinearWeight) -> Tensor:
-    """A weight that is known to be a plain tensor."""
+    """Return a weight that is known to be a plain tensor."""
     assert isinstance(weight, Tensor)
     return weight
 
 
 def expert_weight(weight: LinearWeight) -> ExpertWeight:
-    """A weight of an expert, which no format keeps in groups."""
+    """Return a weight of an expert, which no format holds in groups."""
     assert not isinstance(weight, GroupedInts)
     return weight
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors back to back along dimension 0. Of models that only are measured without computing:
-    on the meta device torch.cat imports torch's compiler, which takes a second or more."""
+    """Concatenate tensors along dimension 0.
+
+    On the meta device (models that are only measured) torch.cat would import torch's compiler,
+    which takes a second or more."""
     if not parts[0].is_meta:
         return torch.cat(list(parts))
     num_rows = sum(part.shape[0] for part in parts)
