@@ -1,7 +1,7 @@
-"""What a parent process and its children tell each other (JSON lines over inherited pipes).
+"""Messages between a parent process and its children: JSON lines over inherited pipes.
 
-Child -> parent: one `ChildStatus` a line. Parent -> child: one `ParentControl` a line; the end of
-that stream means that the parent is gone, and the child ends itself.
+Child to parent: one `ChildStatus` per line. Parent to child: one `ParentControl` per line. The end
+of that stream means that the parent is gone; the child then ends itself.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ class StartPhase(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """How far a long task is; sent at most some ten times a second."""
+    """The progress of a long task, sent at most about ten times a second."""
 
     task: str
     done: int
@@ -26,16 +26,16 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The child serves from now on. `info` holds plain values for the summary."""
+    """The child is ready to serve. `info` has plain values for the summary."""
 
     info: dict[str, Any]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """The child ends because of an error: `kind` is its class in core.errors, or "internal".
+    """The child ends because of an error. `kind` is its class in core.errors, or "internal".
 
-    `blames`: processes ("worker 1"), the end of any of which explains it: messages to them or
-    collectives with them failed.
+    `blames` names processes ("worker 1") to which messages, or with which collectives, failed. The
+    end of any of them explains the error.
     """
 
     kind: str
@@ -44,19 +44,23 @@ class Failed(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """A worker lives; sent some times a second once it is ready. The supervisor finds one that
-    says nothing (stopped), or that gets nowhere while `finished` is behind `launched`."""
+    """A worker lives. Sent several times a second once it is ready.
+
+    The supervisor detects a worker that sends none (it is stopped), or one that makes no progress
+    while `finished` is less than `launched`."""
 
     launched: int  # steps started since the start
-    finished: int  # of them done
-    pieces: int = 0  # of steps that are done: layers, parts of prompt logprobs
-    cpu_s: float = 0.0  # CPU time of the thread that computes; 0: another device does
-    expected_s: float = 0.0  # that the step under way should take in all; 0: not known
+    finished: int  # of these, steps that have ended
+    pieces: int = 0  # finished parts of steps: layers, parts of prompt logprobs
+    cpu_s: float = 0.0  # CPU time of the computing thread; 0: another device computes
+    expected_s: float = 0.0  # seconds that the current step should take; 0: not known
 
 
 class LinesDropped(msgspec.Struct, frozen=True, tag=True):
-    """Of a log that can't be written (a full disk): a child's, so far; and to the frontend, which
-    counts them in its metrics, those of all other processes of its node."""
+    """The number of dropped lines of a log that cannot be written (a full disk).
+
+    From a child: its own lines so far. To the frontend, which counts them in its metrics: those of
+    all other processes of its node."""
 
     lines: int
 
@@ -65,21 +69,22 @@ ChildStatus = StartPhase | Progress | Ready | Failed | Heartbeat | LinesDropped
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
-    """To the frontend, once: every worker is ready. `info` is what the first one's Ready said."""
+    """To the frontend, once: all workers are ready. `info` is that of the first worker's Ready."""
 
     info: dict[str, Any]
     workers: dict[str, int] = {}  # name -> process id of those on this node
 
 
 class EngineDied(msgspec.Struct, frozen=True, tag=True):
-    """To the frontend: a worker is gone. End every open stream with an error event, then exit;
-    what still runs after 1.5 seconds is killed. `cause` may be shown to clients."""
+    """To the frontend: a worker died. End every open stream with an error event, then exit.
+
+    A frontend that still runs after 1.5 seconds is killed. Clients may see `cause`."""
 
     cause: str
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True):
-    """Accept nothing new, finish what runs within `grace_s` seconds, then exit with status 0."""
+    """Accept no new requests, finish running ones within `grace_s` seconds, exit with status 0."""
 
     grace_s: float
 
@@ -91,10 +96,10 @@ HF_TOKENIZER = "plugins.tokenizers._hf.tokenizer:load"  # of folders with tokeni
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's files, found (and fetched where needed) before any process is started.
+    """The files of a model, found (and downloaded if needed) before any process is started.
 
-    Weights are files of one format (core.interfaces.checkpoint), or none (dummy). `tokenizer_dir`
-    holds the files of a tokenizer and, in Hugging Face form, its chat templates.
+    The weights are files of one format (core.interfaces.checkpoint), or none (dummy).
+    `tokenizer_dir` has the files of a tokenizer and its chat templates, as on Hugging Face.
     """
 
     hf_config: dict[str, Any]  # contents of config.json, also where the checkpoint is GGUF
@@ -104,8 +109,8 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str = HF_TOKENIZER  # its `TokenizerKind.loader`
     eos_ids: list[int]  # every id that ends an answer
     default_sampling: dict[str, float]
-    warnings: list[str] = []  # what a user should know of the files; shown once at start
-    # How files without a config.json call the keys of `hf_config`, the place included.
+    warnings: list[str] = []  # about the files, for the user; shown once at the start
+    # For files without a config.json: their own names, with the file, for keys of `hf_config`.
     key_names: dict[str, str] = {}
     # Matrices in groups of 4- or 8-bit numbers: bits by name (core.interfaces.weights.GroupedInts).
     group_bits: dict[str, int] = {}
@@ -113,14 +118,14 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoints(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the processes of one engine meet: ZeroMQ addresses (ipc:// files in a private folder
-    on a single host, tcp:// between nodes), and the store of the process groups.
+    """The addresses at which processes of one engine connect, and the store of process groups.
 
-    The *leader* of a DP rank is the first rank of its attention group: it schedules.
+    They are ZeroMQ addresses: ipc:// files in a private folder on a single host, tcp:// between
+    nodes. The *leader* of a DP rank is the first rank of its attention group; it schedules.
     """
 
     engine: str  # the frontend binds (ROUTER), every leader connects (DEALER, named by DP rank)
     lockstep: str  # the leader of DP rank 0 binds (ROUTER), the other leaders connect
     steps: list[str]  # by DP rank: its leader binds (ROUTER), the other ranks of its group connect
     store: str  # a path (core.parallel.mesh), or where rank 0 binds (core.engine.build.rank_store)
-    key: str = ""  # hex of 32 secret bytes that secure tcp:// sockets; empty: ipc only
+    key: str = ""  # 32 secret bytes in hex that protect tcp:// sockets; empty: ipc only

@@ -1,4 +1,4 @@
-"""What a frontend plugin gets and fills. Knows nothing of HTTP or of sockets."""
+"""The interface between the engine and a frontend plugin. Knows nothing of HTTP or sockets."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -15,71 +15,72 @@ from core.settings.config import FrontendConfig
 
 
 class OutputStream(Protocol):
-    """The outputs of one request, in order. Whoever got it from `Engine.generate` closes it."""
+    """The outputs of one request, in order. The caller of `Engine.generate` must close it."""
 
     def __aiter__(self) -> "OutputStream": ...
 
     async def __anext__(self) -> RequestOutput:
-        """The next output. One that waits unread is merged with what follows, so that a slow
-        reader costs no memory; `token_ids` may then hold several steps' tokens.
+        """Wait for the next output and return it.
 
-        Raises StopAsyncIteration after the output with a finish_reason or after `close`, and
-        WorkerDied where the engine ended before.
+        Unread outputs are merged, so a slow reader costs no memory. `token_ids` can then have the
+        tokens of several steps. Raises StopAsyncIteration after the output with a finish_reason and
+        after `close`. Raises WorkerDied if the engine ended before.
         """
         ...
 
     def close(self, finish_reason: str | None = None) -> None:
-        """End the iteration. Aborts the request unless it finished. May be called again.
+        """End the iteration. Aborts the request if it has not finished. Can be called again.
 
-        `finish_reason`, one of few words, is what metrics count where the reader knows better than
-        the engine: "stop" for a stop string. None: the engine's, or "abort" where it has none yet.
+        `finish_reason` is for the metrics, if the reader knows more than the engine: "stop" for a
+        stop string. It must be one of few words. None: the reason of the engine, or "abort" if the
+        engine has none yet.
         """
         ...
 
 
 class EngineState(enum.Enum):
-    """What an engine does with a request submitted now."""
+    """What an engine does with a request that is submitted now."""
 
-    STARTING = "starting"  # refuses it: the model is being loaded
+    STARTING = "starting"  # refuses it: the model is loading
     SERVING = "serving"
     DRAINING = "draining"  # refuses it: the server is shutting down
-    DEAD = "dead"  # refuses it, for good: a worker died
+    DEAD = "dead"  # refuses it, permanently: a worker died
 
 
 class Engine(Protocol):
-    """The engine as a frontend sees it, over whatever transport."""
+    """The engine, as a frontend uses it, over any transport."""
 
     @property
     def state(self) -> EngineState: ...
 
     @property
     def alive(self) -> bool:
-        """Whether every worker runs; False for good once one died."""
+        """Whether all workers run. Permanently False after one died."""
         ...
 
     @property
     def num_live(self) -> int:
-        """Requests submitted and neither finished nor aborted."""
+        """Number of requests that were submitted and have neither finished nor been aborted."""
         ...
 
     @property
     def stats(self) -> EngineStats:
-        """The latest gauges the engine sent, summed over its schedulers."""
+        """The latest statistics of the engine, summed over its schedulers."""
         ...
 
     @property
     def stats_by_dp(self) -> Sequence[EngineStats]:
-        """The same of each DP rank's scheduler."""
+        """The latest statistics of each DP rank's scheduler."""
         ...
 
     @property
     def expert_loads(self) -> ExpertLoads | None:
-        """The latest rows of each expert that the engine sent; None where it has none."""
+        """The latest number of tokens routed to each expert; None if there is none."""
         ...
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the engine said of itself when it was ready: plain values; empty before."""
+        """What the engine reported when it became ready: plain values. Empty before."""
         ...
 
     def generate(
@@ -91,43 +92,44 @@ class Engine(Protocol):
         priority: int = 0,
         meter: RequestMeter | None = None,
     ) -> OutputStream:
-        """Submit a request, at once and without blocking. Of those that wait the ones with the
-        lowest `priority` are computed first. Its tokens, times and end are counted as it is read;
-        `meter` is given where it is one of several answers to one request.
+        """Submit a request. Returns at once, without blocking.
 
-        Raises RequestError: status 503 unless the state is SERVING; 429 where the queue is full;
-        status 400 for anything that
-        could hurt a worker, with `param` naming the argument or the field of `sampling`
-        (core.serve.request_check has every range). Frontends need no checks of their own.
+        Waiting requests with the lowest `priority` are computed first. Tokens, times and the end
+        are counted while the stream is read. Pass a `meter` if this is one of several answers to
+        one client request.
+
+        Raises RequestError: status 503 if the state is not SERVING; 429 if the queue is full; 400
+        for everything that could harm a worker. `param` then names the argument or the field of
+        `sampling` (core.serve.request_check has all ranges). Frontends need no checks of their own.
         """
         ...
 
 
 class Admission(Protocol):
-    """How many requests the server takes at once: those that run and those that wait.
+    """Limits the number of running and waiting requests of the server.
 
-    `Engine.generate` refuses what is too much by itself, with 429. A frontend that asks here before
-    it tokenizes saves that work, and counts what it tokenizes.
+    `Engine.generate` itself refuses too many requests, with 429. A frontend that asks here before
+    it tokenizes saves that work, and the requests that it tokenizes are counted.
     """
 
     max_live: int
 
     def admit(self, num_requests: int) -> None:
-        """Raise RequestError where that many more don't fit: 429, or 400 where they never could."""
+        """Raise RequestError if so many more do not fit: 429; 400 if they could never fit."""
         ...
 
     def submitting(self, num_requests: int) -> AbstractContextManager[Callable[[], None]]:
-        """Counts admitted requests until each is submitted: the value is called after each."""
+        """Count admitted requests until they are submitted. Call the value after each one."""
         ...
 
     def tokenizing(self, num_requests: int) -> AbstractContextManager[None]:
-        """Around the work that comes before so many requests: refuses as `admit` does."""
+        """Use around the tokenizing of so many requests. Raises RequestError as `admit` does."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What a frontend may say about the model."""
+    """What a frontend may tell clients about the model."""
 
     name: str
     max_model_len: int  # tokens, prompt and answer together
@@ -139,7 +141,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontendContext:
-    """All a frontend is built from."""
+    """Everything that a frontend is built from."""
 
     engine: Engine
     tokenizer: Tokenizer  # for ids to text, token by token
@@ -149,7 +151,7 @@ class FrontendContext:
     max_running_requests: int
     metrics: FrontendMetrics
     admission: Admission
-    pages: Sequence[str] = ()  # paths that are answered before any frontend: probes, metrics
+    pages: Sequence[str] = ()  # paths that the server answers itself: probes, metrics
 
 
 FrontendFactory = Callable[[FrontendContext], Any]  # returns an ASGI application

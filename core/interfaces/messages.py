@@ -13,7 +13,7 @@ LEAST_TEMPERATURE = 1e-5
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are chosen. `Engine.generate` checks every field; workers trust them."""
+    """How tokens are chosen. `Engine.generate` checks every field, so workers trust them."""
 
     max_tokens: int
     temperature: float = 1.0  # 0: greedy
@@ -26,10 +26,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     logits_processors: dict[str, dict[str, Any]] = {}  # by name: what it is asked to do
     seed: int | None = None  # None: the engine draws one
-    stop_token_ids: list[int] = []  # besides the model's end-of-sequence ids
+    stop_token_ids: list[int] = []  # in addition to the model's end-of-sequence ids
     ignore_eos: bool = False
-    min_tokens: int = 0  # before which neither eos nor stop tokens may be chosen
-    logprobs: int | None = None  # alternatives per token; 0: only the chosen one's; None: none
+    min_tokens: int = 0  # before these, no eos and no stop token can be chosen
+    logprobs: int | None = None  # alternatives per token; 0: only the chosen token; None: none
     prompt_logprobs: int | None = None
 
     @property
@@ -53,12 +53,12 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
-    priority: int = 0  # of those that wait the lowest is computed first
-    queue_timeout_s: float = 0.0  # in the queue before its first step; 0: for ever
+    priority: int = 0  # waiting requests with the lowest value are computed first
+    queue_timeout_s: float = 0.0  # time in the queue before its first step; 0: no limit
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Forget these requests; unknown ids are ignored, no answer is sent."""
+    """Abort these requests. Unknown ids are ignored, and no answer is sent."""
 
     request_ids: list[str]
 
@@ -67,7 +67,7 @@ EngineInput = Generate | Abort
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities at one position, from the unmodified logits. `top_*` best first."""
+    """Natural log-probabilities at one position, from the unmodified logits; `top_*` best first."""
 
     token_id: int
     logprob: float
@@ -77,27 +77,27 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestOutput(msgspec.Struct, array_like=True):
-    """What one step adds to one request."""
+    """What one step adds to one request. Nothing follows an output with a finish_reason."""
 
     request_id: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length", "error"; the last output if set
+    finish_reason: str | None = None  # "stop", "length", "error"; only in the last output
     stop_token_id: int | None = None  # the eos or stop token that ended it
     logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None  # of positions 1.., once, whole
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of positions 1.., once, all of them
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache; once
     error: str | None = None
-    error_code: str | None = None  # a short word, where a frontend can tell more by it
+    error_code: str | None = None  # a short word from which a frontend can tell more
 
 
 class EngineStats(msgspec.Struct, array_like=True):
-    """Gauges and counters since start of one scheduler."""
+    """Gauges of one scheduler, and its counters since the start."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_pages_total: int = 0
     kv_pages_free: int = 0  # free now
-    kv_pages_cached: int = 0  # held by the prefix cache alone: can be evicted
+    kv_pages_cached: int = 0  # held only by the prefix cache: can be evicted
     num_preemptions: int = 0
     num_steps: int = 0
     prompt_tokens: int = 0  # computed, not taken from the cache
@@ -107,15 +107,15 @@ class EngineStats(msgspec.Struct, array_like=True):
 
 
 class ExpertLoads(msgspec.Struct, frozen=True, array_like=True):
-    """Rows that each expert got, over all ranks. Lists are by layer that has experts."""
+    """Tokens routed to each expert, over all ranks. Lists are by layer with experts."""
 
     layers: list[int]  # indices in the model
     rows: list[list[int]]  # of each logical expert, since the start
-    imbalance: list[float]  # rows of the busiest rank over the mean rank's, lately
+    imbalance: list[float]  # recent rows of the busiest rank, divided by the mean of ranks
 
 
 class StepOutput(msgspec.Struct, tag=True):
-    """Everything one engine step produced."""
+    """Everything that one engine step produced."""
 
     outputs: list[RequestOutput]
     stats: EngineStats | None = None  # now and then
@@ -123,7 +123,7 @@ class StepOutput(msgspec.Struct, tag=True):
 
 
 class SlotInit(msgspec.Struct, frozen=True, array_like=True):
-    """A request enters a slot of the runners' state (again, after a preemption)."""
+    """A request starts in a slot of the workers' state (again, after a preemption)."""
 
     slot: int
     token_ids: list[int]  # all known tokens: the prompt, and what was generated before
@@ -133,11 +133,11 @@ class SlotInit(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ScheduledStep(msgspec.Struct, frozen=True, array_like=True):
-    """One step, decided by the scheduler and run by every rank of its group.
+    """One step. The scheduler decides it, and every rank of its group runs it.
 
-    Rows are sequences: first `num_decodes` with one token each, then prefill chunks. A row
-    computes positions `starts[i] .. starts[i] + lengths[i] - 1` of its slot's tokens; where
-    `samples[i]` is set it also chooses the token that follows.
+    Rows are sequences here: first `num_decodes` with one token each, then prefill chunks. Row i
+    computes the positions `starts[i] .. starts[i] + lengths[i] - 1` of the tokens of slot
+    `slots[i]`. If `samples[i]` is True, it also chooses the next token.
     """
 
     step: int
@@ -152,8 +152,8 @@ class ScheduledStep(msgspec.Struct, frozen=True, array_like=True):
     table_columns: list[int]
     table_pages: list[int]
     num_logprob_rows: int = 0  # positions whose prompt logprobs are wanted, over all rows
-    best_only: bool = False  # who samples takes the best tokens, and wants no more of logits
-    decodes_follow: bool = False  # there may be decodes in the next step; if not, there are none
+    best_only: bool = False  # all that sample take the best token and need no logprobs
+    decodes_follow: bool = False  # the next step may have decodes; False: it has none
 
 
 class StepFacts(msgspec.Struct, frozen=True, array_like=True):

@@ -1,11 +1,11 @@
-"""The contract of logits processors: what a third party does to logits before a token is chosen.
+"""The interface of logits processors, which change logits before a token is chosen.
 
-A processor comes in two parts. `LogitsProcessorKind` says what a request may ask for and is read
-where requests are admitted, in a process without torch. `LogitsProcessor` keeps what each slot
-asked for and edits logits on every rank.
+A processor has two parts. `LogitsProcessorKind` defines the parameters of a request. It is used
+where requests are accepted, in a process without torch. `LogitsProcessor` stores the parameters of
+each slot and changes logits, on every rank.
 
-Shape legend: P rows that asked for the processor, X columns of the logits that are here, S slots, L
-tokens of a slot.
+Shape legend: P rows (sequences) that use the processor, X columns of the logits on this rank, S
+slots, L tokens of a slot.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorSpec:
-    """What a processor is built for."""
+    """The sizes that a processor is built for."""
 
     max_slots: int  # S
     vocab_size: int
@@ -32,53 +32,60 @@ class ProcessorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessedRows:
-    """What the rows of one call are. Arrays are on the host, in the order of the rows."""
+    """The rows of one call. Arrays are on the host, in the order of the rows."""
 
     slots_P: "npt.NDArray[np.int64]"
-    # Tokens known of each, the prompt's included: the position of the token that is chosen.
+    # Number of known tokens of each, with the prompt: the position of the token to choose.
     positions_P: "npt.NDArray[np.int64]"
-    tokens_SL: "Tensor"  # int32 or int64, on the device: every slot's known tokens
-    first_id: int  # the token of column 0; column i is that of first_id + i
+    tokens_SL: "Tensor"  # int32 or int64, on the device: the known tokens of every slot
+    first_id: int  # token id of column 0; column i is token first_id + i
     num_tokens: int  # X; 0 on a rank without tokens
 
 
 class LogitsProcessor(Protocol):
-    """One rank's. Its results follow from a request's parameters, tokens and logits alone, so that
-    all ranks do the same."""
+    """A processor on one rank.
+
+    Its results must depend only on a request's parameters, tokens and logits, so that all ranks do
+    the same."""
 
     def init_slot(self, slot: int, num_prompt: int, params: Any) -> None:
-        """A request enters a slot (again, after a preemption). `params` is what the kind's `params`
-        type was made of; only slots of requests that name the processor are told."""
+        """A request starts in a slot (again, after a preemption).
+
+        Called only for requests that use the processor. `params` is an instance of the kind's
+        `params` type; `num_prompt` is the number of prompt tokens."""
         ...
 
     def apply(self, logits_PX: "Tensor", rows: ProcessedRows) -> None:
-        """Change the logits in place: float32, contiguous, on the device. Never waits for a GPU.
-        Where rows are cut over ranks, each rank is called with its own columns."""
+        """Change the logits in place: float32, contiguous, on the device.
+
+        Must not wait for a GPU. If the vocabulary is cut over ranks, each rank gets its own
+        columns."""
         ...
 
 
 class LogitsProcessorKind(Protocol):
-    """What a plugin's factory returns; its module doesn't import torch."""
+    """What the factory of the plugin returns. Its module must not import torch."""
 
-    # A dataclass or msgspec struct that a request's parameters (a JSON object) are read into.
-    # Its fields' types, and ValueErrors of its __post_init__, are the client's 400.
+    # A dataclass or msgspec struct for a request's parameters (a JSON object). A wrong type of a
+    # field, or a ValueError of its __post_init__, gives the client status 400.
     params: type
-    # False: `apply` does to a column what it would do if it had all of them, as bias and bans do.
-    # True: it needs them all; logits of its steps are gathered, and rank 0 alone calls `apply`.
+    # False: the result of a column does not depend on other columns, as for bias and bans.
+    # True: `apply` needs all columns. Logits are gathered, and only rank 0 calls `apply`.
     needs_whole_rows: bool
-    # Masks (-inf for what may not come) are applied after everything that only changes logits.
+    # Masks (-inf for forbidden tokens) are applied after all that only change logits.
     is_mask: bool
 
     def check(self, params: Any, vocab_size: int) -> None:
-        """Raise ValueError, whose text the client reads, for what this model can't do."""
+        """Raise ValueError for what this model cannot do. The client gets its text."""
         ...
 
     def build(self, spec: ProcessorSpec) -> LogitsProcessor:
-        """A rank's processor, once at start-up."""
+        """Build the processor of one rank. Called once, at the start."""
         ...
 
 
 def read_params(kind: LogitsProcessorKind, given: Mapping[str, Any]) -> Any:
-    """What a request asks of a processor, as its type. Raises msgspec.ValidationError, which is a
-    ValueError and names the field."""
+    """Convert the parameters of a request to the processor's type.
+
+    Raises msgspec.ValidationError, which is a ValueError and names the field."""
     return msgspec.convert(given, kind.params, str_keys=True)
