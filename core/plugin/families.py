@@ -41,6 +41,7 @@ class Chosen(NamedTuple):
     key: str
     choice: PluginChoice
     options_key: str
+    takes_auto: bool
 
 
 def choices(config: AppConfig, sections: Mapping[str, type]) -> list[Chosen]:
@@ -54,7 +55,9 @@ def choices(config: AppConfig, sections: Mapping[str, type]) -> list[Chosen]:
 
 
 def _chosen(field: ChoiceField, config: object) -> list[Chosen]:
-    return [Chosen(field.families, field.key, *each) for each in field.all_of(config)]
+    return [
+        Chosen(field.families, field.key, *each, field.takes_auto) for each in field.all_of(config)
+    ]
 
 
 def _fields(name: str, cls: type) -> list[ChoiceField]:

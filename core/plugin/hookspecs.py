@@ -107,6 +107,13 @@ def register_parallel_plan() -> Sequence[Registration]:
 
 
 @hookspec
+def register_balancer() -> Sequence[Registration]:
+    """What chooses the DP rank of each request. Factory: (options, BalancerSpec) ->
+    core.interfaces.balancer.Balancer."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def register_model() -> Sequence[Registration]:
     """Model families, named by the architecture in config.json ("LlamaForCausalLM").
     Factory: (options) -> core.interfaces.model.ModelFamily."""

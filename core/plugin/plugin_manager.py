@@ -182,9 +182,9 @@ class PluginManager:
     def check_choices(self, config: AppConfig) -> None:
         """Raise unless every plugin the config names is there and takes the options given."""
         for chosen in choices(config, self.sections):
-            families, key, choice, options_key = chosen
+            families, key, choice, options_key, takes_auto = chosen
             tables = [self.table(family) for family in families]
-            if choice.name != AUTO:
+            if choice.name != AUTO or not takes_auto:
                 _check_options(tables, chosen)
             elif choice.options:
                 names = sorted({name for table in tables for name in table})
@@ -195,7 +195,7 @@ class PluginManager:
 
     def require_serving(self, config: AppConfig) -> None:
         """Raise ConfigError where the config names a plugin whose results mean nothing."""
-        for families, key, choice, _ in choices(config, self.sections):
+        for families, key, choice, *_ in choices(config, self.sections):
             for family in families:
                 table = self.table(family)
                 if choice.name in table and not table.get(choice.name).for_serving:
@@ -348,7 +348,7 @@ def _require_distinct(what: str, found: Sequence[tuple[str, str]], taken: Iterab
 
 def _check_options(tables: Sequence[PluginTable], chosen: Chosen) -> None:
     """Raise unless one of the tables has the chosen plugin and it takes the options."""
-    _, key, choice, options_key = chosen
+    _, key, choice, options_key, _ = chosen
     having = [table for table in tables if choice.name in table]
     if not having:
         names = sorted({name for table in tables for name in table})

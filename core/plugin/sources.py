@@ -25,6 +25,7 @@ BUILTIN_PLUGINS = (
     "plugins.attention.cpu",
     "plugins.attention.triton",
     "plugins.parallel",
+    "plugins.balancers",
     "plugins.models.llama",
     "plugins.models.qwen3",
     "plugins.models.qwen3_moe",

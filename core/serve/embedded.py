@@ -82,6 +82,7 @@ class EmbeddedEngine:
             processors=plugins.table("logits_processor").create_all(config),
         )
         num_schedulers = len(boot.endpoints.steps)
+        self._balancer = make_balancer(plugins.table("balancer"), config.parallel, num_schedulers)
         # As many as a server takes; the others wait here, where they cost the scheduler nothing.
         self._room = asyncio.Semaphore(
             config.engine.running_limit * num_schedulers + config.frontend.max_queued_requests
@@ -201,7 +202,7 @@ class EmbeddedEngine:
         self._engine = engine = ZmqEngine(
             boot.endpoints,
             loop,
-            make_balancer(boot.config.parallel.dp_balancer, len(boot.endpoints.steps)),
+            self._balancer,
             self.limits,
             on_serving=lambda: serving.set_result(None),
         )

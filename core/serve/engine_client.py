@@ -18,6 +18,7 @@ from msgspec.structs import astuple
 
 from core.errors import NodeweaveError, RequestError, WorkerDied
 from core.frontend.admission import queue_full
+from core.interfaces.balancer import Balancer
 from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
@@ -31,7 +32,7 @@ from core.interfaces.messages import (
     StepOutput,
 )
 from core.interfaces.metrics import RequestMeter
-from core.serve.balancer import Balancer
+from core.serve.balancer import request_view
 from core.serve.counts import Counts
 from core.serve.request_check import RequestLimits
 from core.wire import Wire, receive_from, send
@@ -144,7 +145,8 @@ class ZmqEngine:
                 param="request_id",
                 code="duplicate_request_id",
             )
-        dp_rank = self._balancer.add(request_id, prompt_ids, sampling)
+        view = request_view(request_id, prompt_ids, sampling, priority)
+        dp_rank = self._balancer.add(view, self._stats_by_dp)
         stream = ZmqStream(self, request_id, dp_rank, meter or self._counts.begin())
         if meter is None:
             stream._meter.release()  # the answer is the whole request

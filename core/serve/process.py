@@ -131,9 +131,9 @@ class Frontend:
         config = self._boot.config
         loop = asyncio.get_running_loop()
         endpoints = self._boot.endpoints
-        balancer = make_balancer(config.parallel.dp_balancer, len(endpoints.steps))
         served = self._boot.served
         plugins = PluginManager.load(config.plugins.blocklist)
+        balancer = make_balancer(plugins.table("balancer"), config.parallel, len(endpoints.steps))
         limits = RequestLimits(
             vocab_size=served.vocab_size,
             max_model_len=served.max_model_len,

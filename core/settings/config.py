@@ -24,7 +24,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXPERT_ROUTINGS = ("learned", "uniform_random")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEVICES = ("auto", "cpu", "cuda")
-DP_BALANCERS = ("least_tokens", "round_robin", "prefix_aware")
 CUDA_GRAPHS = ("auto", "off")
 EPLB_STRATEGIES = ("auto", "hierarchical", "global")
 WEIGHT_CHECKS = ("headers", "full")
@@ -132,9 +131,11 @@ class ParallelConfig:
     dp_lm_head: bool = False  # output head per DP rank: more memory, no gathering of rows
     dense_tp: int | None = None  # ranks that share one dense MLP; None: those of one attention
     redundant_experts: int = 0
-    dp_balancer: str = "least_tokens"  # which DP rank gets a request
+    # Which DP rank gets a request.
+    dp_balancer: Annotated[str, Chooses("balancer", options="dp_balancer_options")] = "least_tokens"
+    dp_balancer_options: dict[str, Any] = field(default_factory=dict)
     eplb: ExpertBalanceConfig = field(default_factory=ExpertBalanceConfig)
-    options: dict[str, Any] = field(default_factory=dict)  # of the plugin
+    options: dict[str, Any] = field(default_factory=dict)  # of the plan
 
     def __post_init__(self) -> None:
         require_range("parallel.tp", self.tp, 1)
@@ -142,7 +143,6 @@ class ParallelConfig:
         require_range("parallel.dp_attention", self.dp_attention, 1)
         require_range("parallel.dense_tp", self.dense_tp, 1)
         require_range("parallel.redundant_experts", self.redundant_experts, 0)
-        require_choice("parallel.dp_balancer", self.dp_balancer, DP_BALANCERS)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -78,6 +78,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "model": examples / "acme_model",
         "launcher": examples / "acme_launcher",
         "policy": examples / "acme_policy",
+        "balancer": examples / "acme_balancer",
     }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
@@ -154,6 +155,10 @@ def test_installed_plugins_are_listed_with_where_they_come_from(installed):
     assert registration["options"] == ["query_block"]
     assert plugins["acme_plan"]["registrations"][0]["family"] == "parallel_plan"
     assert plugins["acme_sampling"]["registrations"][0]["name"] == "no_repeat_ngram"
+    assert plugins["acme_balancer"]["registrations"][0]["options"] == [
+        "num_blocks",
+        "most_over_mean",
+    ]
 
 
 def test_the_third_party_backend_is_selected_by_name(installed):

@@ -15,10 +15,10 @@ from core.engine.build.context import RankContext
 from core.engine.build.rank import RankEngine, build_rank
 from core.engine.local.offline import OfflineEngine, OfflineLeader, SpreadEngine
 from core.engine.run.loop import follow
-from core.interfaces.messages import AgreedStep, SamplingParams
+from core.interfaces.messages import AgreedStep, EngineStats, SamplingParams
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import resolve
-from core.serve.balancer import make_balancer
+from core.serve.balancer import make_balancer, request_view
 from core.settings.config import AppConfig, ModelConfig
 from core.sources.files import resolve_files
 from core.testing.ranks import ThreadCommunicator, plan_comms
@@ -81,9 +81,9 @@ class _Ranks:
     """The ranks of a configuration, built in threads of this process."""
 
     def __init__(self, config: AppConfig, plugins: Mapping[str, object] | None = None) -> None:
-        self._plugins = PluginManager.load([], objects=plugins)
-        self._files = resolve_files(config.model, self._plugins, lambda *_: None)
-        resolved = resolve(config, self._plugins, self._files, "cpu", native_dtypes())
+        self.plugins = PluginManager.load([], objects=plugins)
+        self._files = resolve_files(config.model, self.plugins, lambda *_: None)
+        resolved = resolve(config, self.plugins, self._files, "cpu", native_dtypes())
         self.config, self.plan = resolved.config, resolved.plan
         self._comms = plan_comms(self.plan)
         self.groups = self.plan.groups("tp")  # by DP rank, the leader first
@@ -123,7 +123,7 @@ class _Ranks:
 
     def _context(self, rank: int) -> RankContext:
         return RankContext(
-            plugins=self._plugins,
+            plugins=self.plugins,
             files=self._files,
             plan=self.plan,
             rank=rank,
@@ -151,13 +151,15 @@ def spread_engine(
     than the built-in ones, by name."""
     with _running(config, plugins) as (ranks, leaders):
         locksteps = thread_locksteps(len(leaders))
-        balancer = make_balancer(config.parallel.dp_balancer, len(leaders))
+        table = ranks.plugins.table("balancer")
+        balancer = make_balancer(table, config.parallel, len(leaders))
+        gauges = [EngineStats() for _ in leaders]
         yield SpreadEngine(
             [
                 OfflineLeader(leader, plans, lockstep)
                 for leader, plans, lockstep in zip(leaders, ranks.plans, locksteps, strict=True)
             ],
-            balancer.add,
+            lambda *request: balancer.add(request_view(*request), gauges),
         )
 
 

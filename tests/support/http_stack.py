@@ -12,13 +12,14 @@ from typing import Any
 import uvloop
 
 from core.frontend.admission import Admission
+from core.interfaces.balancer import Balancer, BalancerSpec
 from core.interfaces.frontend import EngineState, FrontendContext, FrontendFactory, ServedModel
 from core.interfaces.http import HttpStats, RequestRecord
 from core.interfaces.messages import Generate
 from core.interfaces.metrics import ExporterContext
 from core.plugin.hookspecs import NoOptions
 from core.serve.around import around
-from core.serve.balancer import make_balancer
+from core.serve.balancer import GuardedBalancer
 from core.serve.counts import Counts
 from core.serve.engine_client import ZmqEngine
 from core.serve.exporters import Exporters
@@ -31,6 +32,7 @@ from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
 from core.settings.config import FrontendConfig
+from plugins.balancers.round_robin import RoundRobin
 from plugins.exporters.prometheus import Prometheus
 from plugins.frontends._openai.app import create_app
 from plugins.logits_processors.allowed import AllowedTokenIds
@@ -61,6 +63,7 @@ class Stack:
         text_limits: dict[str, float] | None = None,
         factory: FrontendFactory = OPENAI,
         exporters: dict[str, Any] | None = None,
+        balancer: Balancer | None = None,
         **frontend: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -81,6 +84,7 @@ class Stack:
         self._config = FrontendConfig(port=0, **frontend)
         self._api_key = api_key
         self._factory = factory
+        self._balancer = balancer
         prometheus = Prometheus(NoOptions(), ExporterContext(model_name=MODEL))
         self._exporters = {"prometheus": prometheus} if exporters is None else exporters
         self._max_running_requests = max_running_requests
@@ -94,7 +98,9 @@ class Stack:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        balancer = make_balancer("round_robin", len(self.engines))
+        num_dp = len(self.engines)
+        plain = self._balancer or RoundRobin(NoOptions(), BalancerSpec(num_dp, 64))
+        balancer = GuardedBalancer("of the test", plain, num_dp)
         self.counts = Counts()
         max_live = self._max_running_requests + self._config.max_queued_requests
         self.client = ZmqEngine(

@@ -20,7 +20,7 @@ from core.interfaces.messages import (
     TokenLogprobs,
 )
 
-# The DP rank for a request, as `core.serve.balancer.Balancer.add` chooses it.
+# The DP rank for a request: its id, its prompt and how it is sampled.
 Route = Callable[[str, Sequence[int], SamplingParams], int]
 
 

@@ -88,7 +88,7 @@ def test_a_family_a_section_and_a_choice_of_it(order):
     assert (own.limit, own.stemmer.name) == (5, "suffix")
     assert manager.table("acme_stemmer").create(own.stemmer)("running") == "runn"
     chosen = choices(config, manager.sections)
-    assert (("acme_stemmer",), "acme.stemmer", own.stemmer, "acme.stemmer.options") in chosen
+    assert (("acme_stemmer",), "acme.stemmer", own.stemmer, "acme.stemmer.options", True) in chosen
     loaded = {plugin.name: plugin for plugin in manager.loaded()}
     assert [each.family for each in loaded["b"].registered] == ["acme_stemmer"] * 2
 

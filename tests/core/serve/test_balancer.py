@@ -1,207 +1,228 @@
-"""Which DP rank gets a request: by example, and bounds that hold whatever comes."""
+"""Balancers of third parties: chosen by key, and whatever one does wrong costs one request."""
 
-import random
+import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from core.interfaces.messages import SamplingParams
-from core.serve import balancer as module
+from core.errors import ConfigError, PluginError, RequestError
+from core.interfaces.messages import EngineStats, SamplingParams
+from core.plugin.hookspecs import Registration, hookimpl
+from core.plugin.plugin_manager import PluginManager
 from core.serve.balancer import (
     BLOCK_TOKENS,
-    FIRST_GUESS_TOKENS,
-    LEAST_LEFT_TOKENS,
-    MOST_EXTRA_LOAD,
-    LeastTokens,
-    PrefixAware,
-    RoundRobin,
+    GuardedBalancer,
     SoloBalancer,
     make_balancer,
+    prefix_hashes,
+    request_view,
 )
-from core.settings.config import DP_BALANCERS
+from core.settings.compose import compose, parse_overrides
+from core.settings.config import ParallelConfig
+from tests.support.http_stack import ANSWER, Stack
+
+CHAT = "/v1/chat/completions"
 
 
-def full(max_tokens):
-    """Answers that get as long as they may."""
-    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+class Told:
+    """Names what `choose` returns for a request, and keeps what it was told."""
+
+    def __init__(self, choose):
+        self.choose, self.told, self.gauges = choose, [], None
+
+    def add(self, request, gauges):
+        self.told.append(("add", request))
+        self.gauges = gauges
+        return self.choose(request)
+
+    def progress(self, request_id, num_tokens):
+        self.told.append(("progress", request_id))
+
+    def remove(self, request_id, *, finished):
+        self.told.append(("remove", request_id, finished))
 
 
-def test_names():
-    kinds = {name: type(make_balancer(name, 2)) for name in DP_BALANCERS}
-    assert kinds == {
-        "least_tokens": LeastTokens,
-        "round_robin": RoundRobin,
-        "prefix_aware": PrefixAware,
-    }
-    assert {type(make_balancer(name, 1)) for name in DP_BALANCERS} == {SoloBalancer}
+@dataclass(slots=True, kw_only=True)
+class StickyOptions:
+    rank: int = 0
 
 
-def test_round_robin_goes_around():
-    balancer = RoundRobin(3)
-    assert [balancer.add(str(i), [1], full(1)) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+class Sticky:
+    """A third party's plugin: all requests to the rank that its option names."""
+
+    @hookimpl
+    def register_balancer(self):
+        return [Registration(name="sticky", factory=make_sticky, config=StickyOptions)]
 
 
-def test_least_tokens_counts_prompts_and_what_is_left_of_answers():
-    balancer = LeastTokens(2)
-    assert balancer.add("a", [0] * 100, full(50)) == 0
-    assert balancer.add("b", [0] * 10, full(50)) == 1
-    assert balancer.add("c", [0] * 10, full(50)) == 1
-    assert balancer.loads == [150, 120]
-    balancer.progress("a", 1)  # its prompt is computed
-    assert balancer.loads == [49, 120]
-    balancer.progress("a", 9)
-    assert balancer.loads == [40, 120]
-    balancer.remove("b", finished=False)
-    balancer.remove("a", finished=True)
-    assert balancer.loads == [0, 60]
+def make_sticky(options, spec):
+    return Told(lambda _: min(options.rank, spec.num_ranks - 1))
 
 
-def test_equal_ranks_get_requests_in_turn():
-    """Also where every request ends before the next one comes."""
-    balancer = LeastTokens(3)
-    got = []
-    for i in range(6):
-        got.append(balancer.add(str(i), [0] * 5, full(5)))
-        balancer.remove(str(i), finished=True)
-    assert got == [0, 1, 2, 0, 1, 2]
+def registering(factory) -> PluginManager:
+    registers = hookimpl(lambda: [Registration(name="bad", factory=factory)])
+    plugin = type("Plugin", (), {"register_balancer": staticmethod(registers)})
+    return PluginManager.load(objects={"acme_bad": plugin()})
 
 
-def test_the_length_of_answers_is_learnt():
-    balancer = LeastTokens(1)
-    open_end = SamplingParams(max_tokens=100_000)
-    balancer.add("first", [], open_end)
-    assert balancer.loads == [FIRST_GUESS_TOKENS]
-    balancer.progress("first", FIRST_GUESS_TOKENS)
-    assert balancer.loads == [LEAST_LEFT_TOKENS], "it may go on"
-    balancer.remove("first", finished=False)
-    for i in range(200):
-        balancer.add(str(i), [], open_end)
-        balancer.progress(str(i), 40)
-        balancer.remove(str(i), finished=True)
-    balancer.add("last", [], open_end)
-    assert balancer.loads == [pytest.approx(40, abs=1)]
-    balancer.add("short", [], SamplingParams(max_tokens=3))
-    assert balancer.loads == [pytest.approx(43, abs=1)]
+def view(request_id="a", prompt_ids=(1, 2), **sampling):
+    return request_view(request_id, prompt_ids, SamplingParams(**({"max_tokens": 9} | sampling)))
 
 
-def prompt(seed, num_blocks, rest=5):
-    draw = random.Random(seed)
-    return [draw.randrange(100_000) for _ in range(num_blocks * BLOCK_TOKENS + rest)]
+def test_a_third_party_is_chosen_by_key_with_its_options():
+    manager = PluginManager.load(objects={"acme": Sticky()})
+    words = ["model=smollm2", "parallel.dp_balancer=sticky", "parallel.dp_balancer_options.rank=2"]
+    config = compose(parse_overrides(words))
+    manager.check_choices(config)
+    balancer = make_balancer(manager.table("balancer"), config.parallel, 4)
+    assert balancer.add(view(), []) == 2
 
 
-def test_a_known_prefix_draws_requests_to_its_rank():
-    balancer = PrefixAware(3)
-    system = prompt("system", 8)
-    assert balancer.add("a", [*system, 1], full(10)) == 0
-    assert balancer.add("b", prompt("other", 8), full(10)) == 1
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["parallel.dp_balancer=stick"], ["did you mean 'sticky'?", "least_tokens"]),
+        (["parallel.dp_balancer=auto"], ["parallel.dp_balancer=auto", "no balancer plugin"]),
+        (
+            ["parallel.dp_balancer=sticky", "parallel.dp_balancer_options.ranks=2"],
+            ["unknown key 'parallel.dp_balancer_options.ranks'"],
+        ),
+        (["parallel.dp_balancer_options.rank=2"], ["parallel.dp_balancer_options"]),
+        (
+            ["parallel.dp_balancer=prefix_aware", "parallel.dp_balancer_options.blocks_per_rank=0"],
+            ["parallel.dp_balancer_options.blocks_per_rank=0", "at least 1"],
+        ),
+        (["frontend.name=auto"], ["there is no frontend plugin 'auto'", "openai"]),
+        (["launch.name=auto"], ["there is no launcher plugin 'auto'"]),
+        (["metrics.exporters=[auto]"], ["there is no metrics_exporter plugin 'auto'"]),
+    ],
+)
+def test_a_wrong_choice_is_refused_before_anything_starts(words, fragments):
+    manager = PluginManager.load(objects={"acme": Sticky()})
+    with pytest.raises(ConfigError) as caught:
+        manager.check_choices(compose(parse_overrides(["model=smollm2", *words])))
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        (lambda options, spec: 1 / 0, "can't be built: ZeroDivisionError"),
+        (lambda options, spec: None, "made a NoneType without add, progress, remove"),
+        (lambda: None, "can't be built: TypeError"),
+    ],
+)
+def test_one_that_can_not_be_built_is_named(factory, says):
+    table = registering(factory).table("balancer")
+    with pytest.raises(PluginError, match=r"'bad' \(from acme_bad\)") as caught:
+        make_balancer(table, ParallelConfig(dp_balancer="bad"), 2)
+    assert says in str(caught.value)
+    alone = make_balancer(table, ParallelConfig(dp_balancer="bad"), 1)
+    assert isinstance(alone, SoloBalancer), "one rank needs none"
+
+
+def test_what_a_balancer_is_told_of_a_request():
+    seen = view(prompt_ids=list(range(BLOCK_TOKENS + 1)), ignore_eos=True)
+    assert (seen.num_prompt_tokens, seen.max_tokens) == (BLOCK_TOKENS + 1, 9)
+    assert seen.fills_max_tokens
+    assert not view(ignore_eos=True, stop_token_ids=[3]).fills_max_tokens
+    assert list(seen.prefix_hashes()) == prefix_hashes(list(range(BLOCK_TOKENS)))
+    assert len(seen.prefix_hashes()) == 1
+
+
+@pytest.mark.parametrize("answer", [2, -1, None, "0", 0.0, object(), 10**30])
+def test_a_rank_that_is_not_there_fails_that_request(answer, caplog):
+    told = Told(lambda request: answer if request.request_id == "bad" else 1)
+    balancer = GuardedBalancer("acme", told, 2)
+    with pytest.raises(RequestError, match="the balancer 'acme' failed") as caught:
+        balancer.add(view("bad"), [])
+    assert (caught.value.status, caught.value.code) == (500, "balancer_failed")
+    assert "'acme' failed in add" in caplog.text
+    assert "there are the ranks 0 to 1" in caplog.text
+    assert told.told[-1] == ("remove", "bad", False), "it need not be remembered"
+    assert balancer.add(view("good"), []) == 1
+
+
+def raiser(error):
+    def fails(*arguments, **named):
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3), RecursionError(), StopIteration()])
+def test_what_it_raises_ends_nothing_and_is_told_once_a_minute(error, caplog, monkeypatch):
+    now_s = 1000.0
+    monkeypatch.setattr("core.serve.balancer.time", SimpleNamespace(monotonic=lambda: now_s))
+    broken = SimpleNamespace(add=raiser(error), progress=raiser(error), remove=raiser(error))
+    balancer = GuardedBalancer("acme", broken, 2)
+    for _ in range(3):
+        with pytest.raises(RequestError, match="the balancer 'acme' failed"):
+            balancer.add(view(), [])
+        balancer.progress("a", 1)
+        balancer.remove("a", finished=True)
+    methods = [record.getMessage().split()[5].strip(":") for record in caplog.records]
+    assert methods == ["add", "progress", "remove"]
+    now_s += 60
     balancer.progress("a", 1)
-    assert balancer.add("c", [*system, 2, 3], full(10)) == 0, "though rank 2 does nothing"
-    assert balancer.loads == [9 + 5 + 2 + 10, 8 * BLOCK_TOKENS + 5 + 10, 0]
-    assert balancer.add("d", prompt("third", 8), full(10)) == 2
-    assert balancer.add("e", prompt("other", 8)[:40], full(10)) == 0, "less than a block"
+    assert len(caplog.records) == 4
 
 
-def test_a_known_prefix_is_passed_over_where_its_rank_is_too_busy():
-    balancer = PrefixAware(2)
-    system = prompt("system", 4, rest=0)
-    ranks = [balancer.add(str(i), system, full(100)) for i in range(8)]
-    assert ranks[0] == 0
-    assert set(ranks) == {0, 1}
-    saved = 4 * BLOCK_TOKENS
-    one = saved + 100
-    assert max(balancer.loads) <= min(balancer.loads) * (1 + MOST_EXTRA_LOAD) + saved + one
+def chat(http: httpx.Client, content: str, **fields):
+    body = {"messages": [{"role": "user", "content": content}], **fields}
+    return http.post(CHAT, json=body)
 
 
-def test_of_ranks_that_know_as_much_the_idler_one_is_chosen():
-    balancer = PrefixAware(3)
-    system = prompt("system", 4)
-    for rank in (0, 1):
-        balancer._remember(rank, list(module._prefixes(system)))
-    balancer.add("a", [1] * 20, full(10))
-    assert balancer.loads == [30, 0, 0]
-    assert balancer.add("b", system, full(10)) == 1
+def test_requests_go_where_a_third_party_says_and_its_faults_cost_one_each(caplog):
+    """Over HTTP and two DP ranks: while one answer streams, others fail."""
+    of_two = iter([0, 5])  # the second of two answers has no rank
+
+    def choose(request):
+        if request.max_tokens == 11:
+            raise KeyError("no such table")
+        return {12: lambda: 2, 13: lambda: next(of_two)}.get(request.max_tokens, lambda: 1)()
+
+    told = Told(choose)
+    with (
+        Stack(num_dp=2, balancer=told) as stack,
+        httpx.Client(base_url=stack.url, timeout=20) as http,
+    ):
+        engine = stack.engines[1]
+        engine.permits = threading.Semaphore(0)
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with http.stream("POST", CHAT, json=body) as streaming:
+            engine.wait_for(lambda: len(engine.seen) == 1)
+            for max_tokens in (11, 12):
+                failed = chat(http, "hi", max_tokens=max_tokens)
+                error = failed.json()["error"]
+                assert (failed.status_code, error["code"]) == (500, "balancer_failed")
+                assert "'of the test'" in error["message"]
+                assert "table" not in error["message"], "that is the server's to know"
+            assert chat(http, "hi", max_tokens=13, n=2).status_code == 500
+            assert http.get("/health").status_code == 200
+            engine.permits.release(1000)
+            assert "[DONE]" in streaming.read().decode()
+        assert stack.call(lambda: stack.client.num_live) == 0
+        assert chat(http, "hi").json()["choices"][0]["message"]["content"] == ANSWER
+        assert len(engine.seen) == 2
+        assert [type(each) for each in told.gauges] == [EngineStats, EngineStats]
+    assert "no such table" in caplog.text
+    ends = [each for each in told.told if each[0] == "remove"]
+    adds = [each for each in told.told if each[0] == "add" and each[1].max_tokens != 11]
+    assert len(ends) == len(adds)
 
 
-def test_what_was_not_used_for_long_is_forgotten_first_and_the_ends_before_the_beginnings():
-    balancer = PrefixAware(1, blocks_per_rank=6)
-    old, new = prompt("old", 4), prompt("new", 4)
-    balancer.add("a", old, full(1))
-    balancer.add("b", new, full(1))
-    assert balancer._num_known(0, list(module._prefixes(new))) == 4
-    assert balancer._num_known(0, list(module._prefixes(old))) == 2
-    assert len(balancer._known[0]) == 6
-
-
-def test_prefixes_are_of_whole_blocks_and_of_everything_before():
-    first, second = prompt(1, 1, rest=0), prompt(2, 1, rest=0)
-    assert list(module._prefixes([])) == []
-    assert list(module._prefixes(first[:-1])) == []
-    ab, cb = list(module._prefixes(first + second)), list(module._prefixes(second + second))
-    assert ab[0] == next(module._prefixes(first + [7] * 10))
-    assert len(ab) == len(cb) == 2
-    assert ab[1] != cb[1], "the same block after another beginning"
-
-
-request = st.tuples(
-    st.integers(0, 3),  # which of some prompts
-    st.integers(1, 6 * BLOCK_TOKENS),  # how much of it
-    st.integers(0, 500),  # max_tokens
-    st.booleans(),  # ignore_eos
-)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    name=st.sampled_from(DP_BALANCERS),
-    num_ranks=st.integers(1, 5),
-    moves=st.lists(st.tuples(st.sampled_from("aaaptd"), request, st.integers(0, 99)), max_size=60),
-)
-def test_requests_go_to_ranks_there_are_and_loads_are_those_of_live_ones(name, num_ranks, moves):
-    balancer = make_balancer(name, num_ranks)
-    prompts = [prompt(seed, 6) for seed in range(4)]
-    live = {}
-    for number, (move, (which, length, max_tokens, ignore_eos), chosen) in enumerate(moves):
-        if move == "a" or not live:
-            sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-            live[str(number)] = balancer.add(str(number), prompts[which][:length], sampling)
-            continue
-        request_id = list(live)[chosen % len(live)]
-        if move == "p":
-            balancer.progress(request_id, chosen)
-        else:
-            balancer.remove(request_id, finished=move == "t")
-            del live[request_id]
-    assert set(live.values()) <= set(range(num_ranks))
-    if isinstance(balancer, LeastTokens):
-        assert all(load >= 0 for load in balancer.loads)
-        idle = set(range(num_ranks)) - set(live.values())
-        assert all(balancer.loads[rank] == 0 for rank in idle)
-    for request_id in live:
-        balancer.remove(request_id, finished=True)
-    if isinstance(balancer, LeastTokens):
-        assert balancer.loads == [0] * num_ranks
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    name=st.sampled_from(["least_tokens", "prefix_aware"]),
-    num_ranks=st.integers(2, 5),
-    requests=st.lists(request, max_size=50),
-)
-def test_imbalance_is_bounded_while_nothing_ends(name, num_ranks, requests):
-    """By one request; with prefixes also by what the busier rank need not compute, and a share."""
-    balancer = make_balancer(name, num_ranks)
-    prompts = [prompt(seed, 6) for seed in range(4)]
-    largest = 0
-    for number, (which, length, max_tokens, ignore_eos) in enumerate(requests):
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
-        before = list(balancer.loads)
-        rank = balancer.add(str(number), prompts[which][:length], sampling)
-        largest = max(largest, balancer.loads[rank] - before[rank])
-        spread = max(balancer.loads) - min(balancer.loads)
-        if name == "least_tokens":
-            assert spread <= largest
-        else:
-            saved = length // BLOCK_TOKENS * BLOCK_TOKENS
-            assert before[rank] <= min(before) * (1 + MOST_EXTRA_LOAD) + saved
+def test_a_balancer_that_forgets_everything_costs_no_answer(caplog):
+    told = Told(lambda request: 0)
+    told.progress = told.remove = raiser(LookupError("who?"))
+    with (
+        Stack(num_dp=2, balancer=told) as stack,
+        httpx.Client(base_url=stack.url, timeout=20) as http,
+    ):
+        for _ in range(3):
+            assert chat(http, "hi").json()["choices"][0]["message"]["content"] == ANSWER
+        assert stack.call(lambda: stack.client.num_live) == 0
+    assert len([r for r in caplog.records if "'of the test' failed" in r.getMessage()]) == 2

@@ -8,6 +8,7 @@ import zmq
 import zmq.asyncio
 
 from core.errors import RequestError, WorkerDied
+from core.interfaces.balancer import BalancerSpec
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
     Abort,
@@ -19,14 +20,22 @@ from core.interfaces.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from core.plugin.hookspecs import NoOptions
 from core.serve import engine_client
-from core.serve.balancer import LeastTokens, RoundRobin, SoloBalancer
+from core.serve.balancer import SoloBalancer
 from core.serve.engine_client import STEPS_PER_WAKEUP, ZmqEngine
 from core.serve.request_check import RequestLimits
+from plugins.balancers.least_tokens import LeastTokens
+from plugins.balancers.round_robin import RoundRobin
 from tests.support.fake_engine import endpoints_in
 
 SAMPLING = SamplingParams(max_tokens=4)
 LIMITS = RequestLimits(vocab_size=100, max_model_len=64)
+
+
+def make(cls, num_ranks):
+    """A built-in balancer."""
+    return cls(NoOptions(), BalancerSpec(num_ranks, block_tokens=64))
 
 
 class Peer:
@@ -226,7 +235,12 @@ def test_requests_are_spread_and_aborted_where_they_run(tmp_path):
         engine.generate("f", [1], SAMPLING)
         assert isinstance(await peers[2].receive(), Generate), "all of its requests had ended"
 
-    run_dp(tmp_path, scenario, num_dp=3, balancer=RoundRobin(3))
+    run_dp(
+        tmp_path,
+        scenario,
+        num_dp=3,
+        balancer=make(RoundRobin, 3),
+    )
 
 
 @pytest.mark.parametrize("parent_first", [True, False])
@@ -258,13 +272,13 @@ def test_it_serves_once_facts_and_gauges_are_there_in_either_order(tmp_path, par
         tmp_path,
         scenario,
         num_dp=2,
-        balancer=RoundRobin(2),
+        balancer=make(RoundRobin, 2),
         on_serving=lambda: served.append("once"),
     )
 
 
 def test_the_balancer_hears_of_every_token_and_end(tmp_path):
-    balancer = LeastTokens(2)
+    balancer = make(LeastTokens, 2)
     sampling = SamplingParams(max_tokens=10, ignore_eos=True)
 
     async def scenario(engine, *peers):

@@ -31,7 +31,7 @@ from core.interfaces.messages import (
     StepResult,
 )
 from core.interfaces.sampling import ProcessorSpec
-from core.serve.balancer import LeastTokens
+from core.serve.balancer import SoloBalancer
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import MAX_LOGPROBS, RequestLimits, size_problem
 from core.settings.config import EngineConfig
@@ -114,7 +114,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ZmqEngine,
     """The engine client, serving, and the only worker."""
     endpoints = endpoints_in(tmp_path_factory.mktemp("engine"))
     loop = asyncio.new_event_loop()
-    engine = ZmqEngine(endpoints, loop, LeastTokens(1), LIMITS)
+    engine = ZmqEngine(endpoints, loop, SoloBalancer(), LIMITS)
     engine.engine_ready({})
     worker = Worker(endpoints.engine)
     worker.socket.send(msgspec.msgpack.encode(StepOutput([], EngineStats(kv_pages_total=3))))

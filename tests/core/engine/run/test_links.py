@@ -18,6 +18,7 @@ from core.engine.run.mailbox import ZmqMailbox
 from core.engine.schedule.pace import Pace
 from core.engine.schedule.scheduler import Scheduler
 from core.errors import ResourceError, WorkerDied
+from core.interfaces.balancer import BalancerSpec
 from core.interfaces.control import Endpoints
 from core.interfaces.frontend import EngineState
 from core.interfaces.messages import (
@@ -29,11 +30,12 @@ from core.interfaces.messages import (
     StepResult,
 )
 from core.parallel.plan import Plan
-from core.serve.balancer import make_balancer
+from core.plugin.hookspecs import NoOptions
 from core.serve.engine_client import ZmqEngine
 from core.serve.request_check import RequestLimits
 from core.settings.config import EngineConfig
 from core.wire import Wire
+from plugins.balancers.least_tokens import LeastTokens
 from tests.support.fake_engine import endpoints_in
 from tests.support.fake_runner import VOCAB_SIZE, FakeRunner, expected_answer
 
@@ -170,7 +172,7 @@ def test_requests_over_all_ranks(tmp_path: Path, over: str, dp: int, tp: int) ->
     ranks = [Rank(endpoints, plan, rank, collectives) for rank in range(plan.world_size)]
 
     async def main() -> EngineStats:
-        balancer = make_balancer("least_tokens", dp)
+        balancer = LeastTokens(NoOptions(), BalancerSpec(dp, block_tokens=64))
         limits = RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
         engine = ZmqEngine(endpoints, asyncio.get_running_loop(), balancer, limits)
         try:
