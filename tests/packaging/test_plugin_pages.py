@@ -20,6 +20,7 @@ OTHERS = [
     "attention",
     "comm",
     "config",
+    "frontend",
     "latent_attention",
     "launcher",
     "model",
