@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from core.testing import attention, comm, latent_attention, moe_a2a
+from core.testing import (
+    attention,
+    checkpoint_format,
+    comm,
+    latent_attention,
+    moe_a2a,
+    tokenizer,
+)
 from tests.support.third_party import install_example
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +32,8 @@ ROOT = Path(__file__).parents[2]
             marks=pytest.mark.slow,
         ),
         pytest.param("acme_model", 2, marks=pytest.mark.slow),
+        pytest.param("acme_checkpoint", len(checkpoint_format.CASES), marks=pytest.mark.slow),
+        ("acme_tokenizer", len(tokenizer.CASES) + 1),
         ("acme_launcher", 6),
         ("acme_policy", 3),
         ("acme_metrics", 5),

@@ -32,9 +32,9 @@ class NpySource:
     ) -> Iterator[Tensor]:
         array = self._arrays[name]
         part = array[(slice(None),) * dim + (slice(start, stop),)]
-        num_rows = math.prod(part.shape[: max(dim, 1)])
+        num_rows, width = math.prod(part.shape[: max(dim, 1)]), math.prod(part.shape[max(dim, 1) :])
         # A copy: torch wants memory that may be written.
-        yield torch.from_numpy(np.array(part)).reshape(num_rows, -1)
+        yield torch.from_numpy(np.array(part)).reshape(num_rows, width)
 
     def groups(self, name: str, dim: int, start: int, stop: int, staging: Tensor) -> GroupedInts:
         raise AssertionError("no tensor has group_bits")
