@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from core.errors import RequestError
+from core.frontend.errors import MAX_NAME_CHARACTERS
 
 HEADER = b"x-nodeweave-ignored-fields"
 MAX_NAMED = 16  # fields in the header; more are a "..." at its end
-MAX_NAME_CHARACTERS = 64
 UNNAMED = "..."  # fields whose names are not told
 _ASKS_NOTHING = (b"null", b"false", b"[]", b'""')
 

@@ -69,7 +69,7 @@ def sampling_params(
 ) -> SamplingParams:
     """How one answer is sampled: the body's values, the model's defaults for those left out.
 
-    Call after `check_sampling`. `n` answers share the result, except for `with_choice`.
+    Call after `check_sampling`. `n` answers share the result but for the seed (`seed_of_choice`).
     """
     defaults = model.default_sampling
 

@@ -151,7 +151,7 @@ class FrontendContext:
     max_running_requests: int
     metrics: FrontendMetrics
     admission: Admission
-    pages: Sequence[str] = ()  # paths that the server answers itself: probes, metrics
+    own_routes: Sequence[str] = ()  # paths that the server answers itself: probes, metrics
 
 
 FrontendFactory = Callable[[FrontendContext], Any]  # returns an ASGI application

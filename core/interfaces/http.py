@@ -13,6 +13,7 @@ from typing import Any
 
 EXTENSION = "nodeweave"  # scope["extensions"][EXTENSION] is the RequestRecord
 NO_ROUTE = "none"  # the route of requests that reached none
+PROBES = ("/health", "/ready")  # answered by every server itself, and without a key
 CLIENT_CLOSED = 499  # as web servers log a request whose client went away before its answer
 
 
@@ -30,6 +31,7 @@ class RequestRecord:
     begin_s: float = field(default_factory=time.perf_counter)  # when its headers were complete
     first_byte_s: float | None = None  # from `begin_s` to the answer's first byte
     duration_s: float = 0.0  # from `begin_s` to the end
+    is_own: bool = False  # a probe, or a scrape of metrics: the server answered it itself
 
     route: str = NO_ROUTE  # one of few: it labels a metric
     code: str = ""  # the word for what went wrong, one of few: it labels a metric

@@ -47,7 +47,7 @@ class ExporterContext:
 
 
 @runtime_checkable
-class MetricsPage(Protocol):
+class ScrapeExporter(Protocol):
     """An exporter that is asked: `GET path` is answered with what it renders.
 
     The route wants the API key as every other does, and is the same for every frontend.
@@ -63,7 +63,7 @@ class MetricsPage(Protocol):
 
 
 @runtime_checkable
-class MetricsPush(Protocol):
+class PushExporter(Protocol):
     """An exporter that sends: `push` is called every `interval_s` seconds.
 
     One that has `path`, `content_type` and `render` too is both.

@@ -129,7 +129,7 @@ def register_frontend() -> Sequence[Registration]:
 @hookspec
 def register_metrics_exporter() -> Sequence[Registration]:
     """Exporters of metrics. Factory: (options, ExporterContext) ->
-    core.interfaces.metrics.MetricsPage, or MetricsPush, or what is both."""
+    core.interfaces.metrics.ScrapeExporter, or PushExporter, or what is both."""
     raise AssertionError("a specification is never called")
 
 

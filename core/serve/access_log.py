@@ -18,7 +18,6 @@ from core.interfaces.http import RequestRecord
 from core.settings.config import FrontendConfig
 
 MAX_PATH_CHARACTERS = 256
-PROBES = ("/health", "/ready", "/metrics")  # asked for all day; told only where they fail
 _STDOUT = 1
 
 AccessLog = Callable[[RequestRecord], None]
@@ -55,7 +54,7 @@ def access_log(config: FrontendConfig, writer: Writer) -> AccessLog:
         writer.tell_losses(fd, json_notice)
 
     def log(record: RequestRecord) -> None:
-        if record.path not in PROBES or record.status >= 400:
+        if not record.is_own or record.status >= 400:  # those are asked for all day
             writer.write(fd, form(record, time.time()))
 
     return log

@@ -1,4 +1,4 @@
-"""What stands between the server and any frontend, from the outside in: guard, pages, errors."""
+"""What stands between the server and any frontend, outside in: guard, own routes, errors."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,12 @@ from core.frontend.asgi import App
 from core.interfaces.frontend import FrontendContext
 from core.serve.answer_errors import answer_errors
 from core.serve.guard import Guard
-from core.serve.pages import Page, Pages
+from core.serve.own_routes import OwnRoute, OwnRoutes
 
 
 def around(
-    application: App, context: FrontendContext, pages: Mapping[str, Page], api_key: str | None
+    application: App, context: FrontendContext, routes: Mapping[str, OwnRoute], api_key: str | None
 ) -> App:
-    """The application that the server is given. `pages`: those of exporters, by path."""
-    inside = Pages(answer_errors(application), context.engine, pages)
+    """The application that the server is given. `routes`: those of exporters, by path."""
+    inside = OwnRoutes(answer_errors(application), context.engine, routes)
     return Guard(inside, context.config, api_key)

@@ -1,6 +1,6 @@
-"""The chosen exporters of metrics: built, asked for their pages, and given what they send.
+"""The chosen exporters of metrics: built, asked by their routes, and given what they send.
 
-Each has a thread of its own, so that one that is slow, fails or never returns costs a page or a
+Each has a thread of its own, so that one that is slow, fails or never returns costs a scrape or a
 push, and no request anything. Knows nothing of what is counted.
 """
 
@@ -11,14 +11,15 @@ from functools import partial
 from typing import Any
 
 from core.errors import ConfigError, PluginError, RequestError
-from core.interfaces.metrics import ExporterContext, MetricFamily, MetricsPage, MetricsPush
+from core.interfaces.http import PROBES
+from core.interfaces.metrics import ExporterContext, MetricFamily, PushExporter, ScrapeExporter
 from core.plugin.plugin_manager import PluginTable
-from core.serve.pages import PROBES, Answer, Page
+from core.serve.own_routes import Answer, OwnRoute
 from core.serve.side_thread import SideThread
 from core.settings.config import MetricsConfig, PluginChoice
 
-PAGE_S = 10.0  # that rendering a page may take
-MAX_WAITING = 8  # pages of one exporter that wait for its thread
+RENDER_S = 10.0  # that an exporter may take for one scrape
+MAX_WAITING = 8  # scrapes of one exporter that wait for its thread
 STUCK_S = 60.0  # of a push, after which it is told once
 FLUSH_S = 0.5  # for the last push, when the server ends
 SHORTEST_INTERVAL_S = 0.01
@@ -28,25 +29,25 @@ log = logging.getLogger(__name__)
 
 
 class Exporters:
-    """`pages` by path; `start` begins pushing in the running event loop, `close` ends it."""
+    """`routes` by path; `start` begins pushing in the running event loop, `close` ends it."""
 
     def __init__(self, exporters: Mapping[str, Any], collect: Collect) -> None:
         """`exporters` by name. Raises PluginError for one that keeps neither contract, or whose
-        page is another's."""
-        self.pages: dict[str, Page] = {}
+        route is another's."""
+        self.routes: dict[str, OwnRoute] = {}
         self._pushing: list[_Pushing] = []
         self._tasks: list[asyncio.Task[None]] = []
         for name, exporter in exporters.items():
             _check(name, exporter)
             thread = SideThread(f"exporter-{name}")
-            if isinstance(exporter, MetricsPage):
-                if exporter.path in (*PROBES, *self.pages):
+            if isinstance(exporter, ScrapeExporter):
+                if exporter.path in (*PROBES, *self.routes):
                     raise PluginError(
-                        f"metrics.exporters: {name!r} has the page {exporter.path!r}, which is "
+                        f"metrics.exporters: {name!r} has the route {exporter.path!r}, which is "
                         "there already; leave one of them out"
                     )
-                self.pages[exporter.path] = _Rendering(name, exporter, collect, thread).answer
-            if isinstance(exporter, MetricsPush):
+                self.routes[exporter.path] = _Scrapes(name, exporter, collect, thread).answer
+            if isinstance(exporter, PushExporter):
                 self._pushing.append(_Pushing(name, exporter, collect, thread))
 
     def start(self) -> None:
@@ -83,11 +84,11 @@ def make_exporters(
 
 
 def _check(name: str, exporter: Any) -> None:
-    is_page, is_push = isinstance(exporter, MetricsPage), isinstance(exporter, MetricsPush)
+    is_scraped, is_push = isinstance(exporter, ScrapeExporter), isinstance(exporter, PushExporter)
     wrong = None
-    if not (is_page or is_push):
+    if not (is_scraped or is_push):
         wrong = "has neither path, content_type and render, nor interval_s and push"
-    elif is_page and not (isinstance(exporter.path, str) and exporter.path[:1] == "/"):
+    elif is_scraped and not (isinstance(exporter.path, str) and exporter.path[:1] == "/"):
         wrong = f"has the path {exporter.path!r}; it must begin with /"
     elif is_push and not exporter.interval_s >= SHORTEST_INTERVAL_S:
         wrong = f"has interval_s={exporter.interval_s!r}; allowed: at least {SHORTEST_INTERVAL_S}"
@@ -98,11 +99,11 @@ def _check(name: str, exporter: Any) -> None:
         )
 
 
-class _Rendering:
-    """The page of one exporter."""
+class _Scrapes:
+    """The route of one exporter."""
 
     def __init__(
-        self, name: str, exporter: MetricsPage, collect: Collect, thread: SideThread
+        self, name: str, exporter: ScrapeExporter, collect: Collect, thread: SideThread
     ) -> None:
         self._name = name
         self._exporter = exporter
@@ -115,7 +116,7 @@ class _Rendering:
             raise self._too_slow()
         render = partial(self._exporter.render, self._collect())
         try:
-            body = await asyncio.wait_for(self._thread.run(render), PAGE_S)
+            body = await asyncio.wait_for(self._thread.run(render), RENDER_S)
             return Answer(self._exporter.content_type.encode(), bytes(memoryview(body)))
         except TimeoutError as error:
             raise self._too_slow() from error
@@ -133,7 +134,7 @@ class _Pushing:
     """What is sent by one exporter, again and again."""
 
     def __init__(
-        self, name: str, exporter: MetricsPush, collect: Collect, thread: SideThread
+        self, name: str, exporter: PushExporter, collect: Collect, thread: SideThread
     ) -> None:
         self._name = name
         self._exporter = exporter

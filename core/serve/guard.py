@@ -16,11 +16,10 @@ import re
 
 from core.errors import RequestError
 from core.frontend.asgi import App, Receive, Scope, Send, header_values, send_error
-from core.interfaces.http import record_of
+from core.interfaces.http import PROBES, record_of
 from core.serve.http.server import is_loopback
 from core.settings.config import ANY_ORIGIN, FrontendConfig
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 PREFLIGHT_MAX_AGE_S = 600
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{0,1024}")
@@ -83,7 +82,7 @@ class Guard:
     # Keys.
 
     def _needs_key(self, scope: Scope) -> bool:
-        return self._key_hash is not None and scope["path"] not in OPEN_PATHS
+        return self._key_hash is not None and scope["path"] not in PROBES
 
     async def _refuse_key(self, scope: Scope, send: Send) -> None:
         message = "missing or wrong API key; send it as Authorization: Bearer KEY"

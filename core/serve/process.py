@@ -39,7 +39,7 @@ from core.interfaces.control import (
     StartPhase,
 )
 from core.interfaces.frontend import EngineState, FrontendContext, ServedModel
-from core.interfaces.http import HttpStats
+from core.interfaces.http import PROBES, HttpStats
 from core.interfaces.metrics import ExporterContext
 from core.plugin.plugin_manager import PluginManager
 from core.serve.access_log import AccessLog, access_log
@@ -53,7 +53,6 @@ from core.serve.http.server import Server, bind, is_loopback, url_of
 from core.serve.lookout import LOOK_S, Lookout
 from core.serve.loop_watch import LoopWatch
 from core.serve.metrics import ServerMetrics
-from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits, size_problem
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
@@ -231,12 +230,12 @@ class Frontend:
             max_running_requests=self._max_running,
             metrics=self._counts,
             admission=Admission(self._engine, self._max_live),
-            pages=(*PROBES, *self._exporters.pages),
+            own_routes=(*PROBES, *self._exporters.routes),
         )
         choice = PluginChoice(name=config.frontend.name, options=config.frontend.options)
         application = plugins.table("frontend").create(choice, context)
         self._channel.send(StartPhase("frontend", time.monotonic() - begin))
-        return around(application, context, self._exporters.pages, self._api_key)
+        return around(application, context, self._exporters.routes, self._api_key)
 
     def _handle(self, message: ParentControl | None) -> None:
         if isinstance(message, EngineReady):

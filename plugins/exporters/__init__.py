@@ -11,6 +11,6 @@ def register_metrics_exporter() -> Sequence[Registration]:
         Registration(
             name="prometheus",
             factory="plugins.exporters.prometheus:Prometheus",
-            summary="the page /metrics, in the text form of Prometheus",
+            summary="GET /metrics, in the text form of Prometheus",
         )
     ]

@@ -17,7 +17,7 @@ from core.plugin.hookspecs import NoOptions
 
 
 class Prometheus:
-    """Implements core.interfaces.metrics.MetricsPage."""
+    """Implements core.interfaces.metrics.ScrapeExporter."""
 
     path = "/metrics"
     content_type = CONTENT_TYPE_LATEST
@@ -27,11 +27,11 @@ class Prometheus:
 
     def render(self, families: Sequence[MetricFamily]) -> bytes:
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Page(families))
+        registry.register(_Families(families))
         return generate_latest(registry)
 
 
-class _Page(Collector):
+class _Families(Collector):
     def __init__(self, families: Sequence[MetricFamily]) -> None:
         self._families = families
 

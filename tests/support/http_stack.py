@@ -14,7 +14,7 @@ import uvloop
 from core.frontend.admission import Admission
 from core.interfaces.balancer import Balancer, BalancerSpec
 from core.interfaces.frontend import EngineState, FrontendContext, FrontendFactory, ServedModel
-from core.interfaces.http import HttpStats, RequestRecord
+from core.interfaces.http import PROBES, HttpStats, RequestRecord
 from core.interfaces.messages import Generate
 from core.interfaces.metrics import ExporterContext
 from core.plugin.hookspecs import NoOptions
@@ -27,7 +27,6 @@ from core.serve.http.limits import HttpLimits
 from core.serve.http.server import Server, bind, url_of
 from core.serve.loop_watch import LoopWatch
 from core.serve.metrics import ServerMetrics
-from core.serve.pages import PROBES
 from core.serve.request_check import RequestLimits
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
@@ -135,10 +134,10 @@ class Stack:
             max_running_requests=self._max_running_requests,
             metrics=self.counts,
             admission=Admission(self.client, max_live),
-            pages=(*PROBES, *exporters.pages),
+            own_routes=(*PROBES, *exporters.routes),
         )
         self.records: list[RequestRecord] = []
-        app = around(self._factory(context), context, exporters.pages, self._api_key)
+        app = around(self._factory(context), context, exporters.routes, self._api_key)
         listener = bind(self._config.host, 0)
         self.url = url_of(listener)
         self._server = Server(

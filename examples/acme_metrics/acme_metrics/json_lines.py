@@ -14,7 +14,7 @@ from core.interfaces.metrics import ExporterContext, MetricFamily
 
 
 class JsonLines:
-    """Implements core.interfaces.metrics.MetricsPush."""
+    """Implements core.interfaces.metrics.PushExporter."""
 
     def __init__(self, options: AcmeOptions, context: ExporterContext) -> None:
         self.interval_s = options.interval_s

@@ -10,9 +10,9 @@ from core.interfaces.metrics import (
     ExporterContext,
     Histogram,
     MetricFamily,
-    MetricsPage,
-    MetricsPush,
     Point,
+    PushExporter,
+    ScrapeExporter,
 )
 from core.plugin.plugin_manager import PluginManager
 from core.settings.choice import PluginChoice
@@ -38,8 +38,8 @@ def made(*words: str) -> object:
 def test_each_push_is_a_line(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     exporter = made(f"metrics.options.acme.file={file}", "metrics.options.acme.interval_s=0.5")
-    assert isinstance(exporter, MetricsPush)
-    assert not isinstance(exporter, MetricsPage)
+    assert isinstance(exporter, PushExporter)
+    assert not isinstance(exporter, ScrapeExporter)
     assert exporter.interval_s == 0.5
     for _ in range(2):
         exporter.push(FAMILIES)
@@ -54,7 +54,7 @@ def test_each_push_is_a_line(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     exporter = made(f"metrics.options.acme.file={tmp_path}/none/metrics.jsonl")
-    assert isinstance(exporter, MetricsPush)
+    assert isinstance(exporter, PushExporter)
     with pytest.raises(FileNotFoundError):
         exporter.push(FAMILIES)
 

@@ -49,7 +49,7 @@ def create_app(options: NoOptions, context: FrontendContext) -> App:
         ],
         exception_handlers={HTTPException: _on_http_exception, Exception: _on_exception},
     )
-    app.state.pages = context.pages
+    app.state.own_routes = context.own_routes
     app.router.redirect_slashes = False
     return _forgiving_slashes(app)
 
@@ -216,7 +216,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         app = request.app
-        message = _no_route(request.url.path, [*app.state.pages, *_paths(app.routes)])
+        message = _no_route(request.url.path, [*app.state.own_routes, *_paths(app.routes)])
         return _error(request, RequestError(message, code="not_found", status=404))
     allowed = (error.headers or {}).get("Allow", "")
     if request.method == "OPTIONS":

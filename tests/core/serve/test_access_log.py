@@ -106,7 +106,8 @@ def test_probes_are_told_only_where_they_fail():
     writer = Lines()
     log = access_log(FrontendConfig(access_log="text"), writer)
     for path, status in (("/health", 200), ("/metrics", 200), ("/ready", 503), ("/v1/models", 200)):
-        log(RequestRecord(method="GET", path=path, status=status))
+        own = path != "/v1/models"
+        log(RequestRecord(method="GET", path=path, status=status, is_own=own))
     assert [b"/ready" in data or b"/v1/models" in data for _, data in writer.written] == [True] * 2
     assert {fd for fd, _ in writer.written} == {1}
     access_log(FrontendConfig(), writer)(RECORD)

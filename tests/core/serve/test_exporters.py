@@ -38,8 +38,8 @@ class JsonLines:
         return {f["name"]: f for f in map(json.loads, self.file.read_text().splitlines())}
 
 
-class Page:
-    """A page made by a function; what an exporter may do wrong is done by that."""
+class Scraped:
+    """An exporter made of a function; what an exporter may do wrong is done by that."""
 
     path, content_type = "/numbers", "text/plain"
 
@@ -86,7 +86,7 @@ def test_a_frontend_that_counts_nothing_is_counted(tmp_path, monkeypatch):
         assert http.post("/generate", json={}).text == ANSWER
         assert http.post("/generate", json={"stop": ["STOP"]}).status_code == 200
         assert http.post("/generate", json={"temperature": -1}).status_code == 400
-        assert http.get("/metrics").status_code == 500, "its own; no exporter has that page"
+        assert http.get("/metrics").status_code == 500, "its own; no exporter has that route"
     found = lines.last()
     ends = {p["labels"][1]: p["value"] for p in found["nodeweave_request_success"]["points"]}
     assert ends == {"stop": 2}
@@ -99,7 +99,7 @@ def test_a_frontend_that_counts_nothing_is_counted(tmp_path, monkeypatch):
 def test_exporters_that_fail_or_hang_cost_no_request(monkeypatch, caplog):
     """Neither do they hold up the end of the server, which this waits for."""
     failing, stuck = Failing(fails=3), Stuck()
-    hangs, fails = Page(lambda _: threading.Event().wait()), Page(lambda _: 1 / 0)
+    hangs, fails = Scraped(lambda _: threading.Event().wait()), Scraped(lambda _: 1 / 0)
     fails.path = "/fails"
     made = {"failing": failing, "stuck": stuck, "hangs": hangs, "fails": fails}
     with (
@@ -115,7 +115,7 @@ def test_exporters_that_fail_or_hang_cost_no_request(monkeypatch, caplog):
         answer = http.post("/v1/chat/completions", json=body).json()
         assert answer["choices"][0]["message"]["content"] == ANSWER
         assert failing.works.wait(10)
-        monkeypatch.setattr(module, "PAGE_S", 0.01)
+        monkeypatch.setattr(module, "RENDER_S", 0.01)
         for _ in range(module.MAX_WAITING + 2):
             slow = http.get("/numbers")
             assert (slow.status_code, slow.json()["error"]["code"]) == (503, "exporter_timeout")
@@ -125,8 +125,8 @@ def test_exporters_that_fail_or_hang_cost_no_request(monkeypatch, caplog):
     assert told == ["the metrics exporter 'failing' failed; it is tried again"]
 
 
-def test_pages_want_the_key_and_know_their_methods():
-    page = Page(lambda families: b"%d families" % len(families))
+def test_routes_want_the_key_and_know_their_methods():
+    page = Scraped(lambda families: b"%d families" % len(families))
     with (
         Stack(api_key="k", factory=small_frontend, exporters={"page": page}) as stack,
         httpx.Client(base_url=stack.url, timeout=20) as http,
@@ -171,10 +171,10 @@ def chosen(*words: str) -> Exporters:
 
 
 def test_exporters_are_chosen_by_name():
-    assert list(chosen().pages) == ["/metrics"]
-    assert list(chosen("metrics.exporters=[]").pages) == []
+    assert list(chosen().routes) == ["/metrics"]
+    assert list(chosen("metrics.exporters=[]").routes) == []
     both = chosen("metrics.exporters=[prometheus,lines]", "metrics.options.lines.file=/tmp/x")
-    assert list(both.pages) == ["/metrics"]
+    assert list(both.routes) == ["/metrics"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""What every server answers itself, whatever its frontend: probes and the pages of exporters.
+"""What every server answers itself, whatever its frontend: probes, and the routes of exporters.
 
-Knows nothing of any API. It stands behind the guard, so that pages want the key; probes don't.
+Knows nothing of any API. It stands behind the guard, so that exporters' routes want the
+key; probes don't.
 """
 
 import re
@@ -13,9 +14,8 @@ from core.errors import RequestError
 from core.frontend.asgi import App, Receive, Scope, Send, send_bytes, send_error
 from core.frontend.errors import code_of
 from core.interfaces.frontend import Engine, EngineState
-from core.interfaces.http import RequestRecord, record_of
+from core.interfaces.http import PROBES, RequestRecord, record_of
 
-PROBES = ("/health", "/ready")
 ALLOWED = "GET, HEAD"
 _SLASHES = re.compile("/{2,}")
 _JSON = b"application/json"
@@ -26,30 +26,31 @@ class Answer(NamedTuple):
     body: bytes
 
 
-Page = Callable[[], Awaitable[Answer]]
+OwnRoute = Callable[[], Awaitable[Answer]]
 
 
-class Pages:
+class OwnRoutes:
     """Wraps an ASGI application."""
 
-    def __init__(self, app: App, engine: Engine, pages: Mapping[str, Page]) -> None:
+    def __init__(self, app: App, engine: Engine, routes: Mapping[str, OwnRoute]) -> None:
         self._app = app
         self._engine = engine
-        self._pages = {"/health": self._health, "/ready": self._ready, **pages}
+        self._routes = {**dict(zip(PROBES, (self._health, self._ready), strict=True)), **routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = plain_path(scope["path"]) if scope["type"] == "http" else ""
-        page = self._pages.get(path)
-        if page is None:
+        route = self._routes.get(path)
+        if route is None:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
+        record.is_own = True
         if scope["method"] not in ("GET", "HEAD"):
             await self._refuse_method(scope["method"], send, record)
             return
         record.route = path
         try:
-            content_type, body = await page()
+            content_type, body = await route()
         except RequestError as error:
             record.code = code_of(error)
             await send_error(send, error)
