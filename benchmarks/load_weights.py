@@ -74,7 +74,7 @@ def measured(path: Path, device: torch.device, work: Build) -> dict[str, float]:
             torch.bfloat16,
             device,
             lambda *report: None,
-            expected=shapes.takes,
+            expected=shapes.manifest,
         )
         weights = work(reader)
         reader.finish()

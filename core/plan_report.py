@@ -17,7 +17,7 @@ from core.errors import ConfigError
 from core.interfaces.model import ModelFamily, ModelSpec
 from core.layers.decoder.decoder_spec import DecoderSpec
 from core.parallel.plan import Plan
-from core.weights.takes import Take
+from core.weights.manifest import TensorRequest
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -88,13 +88,13 @@ def plan_report(
             f"allowed: {allowed}"
         )
     sample = _Sample.of(spec, alike=not group_bits)
-    takes_of: list[list[Take]] = []
+    takes_of: list[list[TensorRequest]] = []
     kv_values = 0
     for rank in range(size):
         model, shapes = measure_model(
             family, sample.spec, plan, rank, dtype=dtype, device=device, group_bits=group_bits
         )
-        takes_of.append(shapes.takes)
+        takes_of.append(shapes.manifest)
         kv_values = model.kv.token_values
     holders = _holders(takes_of)
     ranks = [
@@ -145,21 +145,21 @@ class _Sample:
         moe = replace(spec.moe, layers=(len(copies) - 1,)) if spec.moe else None
         return cls(replace(spec, num_layers=len(copies), moe=moe), copies)
 
-    def copies(self, take: Take) -> int:
+    def copies(self, take: TensorRequest) -> int:
         """How many tensors of the model one of the sample stands for."""
         found = _LAYER.match(take.name)
         return self.layer_copies[int(found[1])] if found else 1
 
 
-def _all(takes_of: Iterable[Iterable[Take]]) -> Iterator[Take]:
+def _all(takes_of: Iterable[Iterable[TensorRequest]]) -> Iterator[TensorRequest]:
     for takes in takes_of:
         yield from takes
 
 
-def _holders(takes_of: Iterable[Iterable[Take]]) -> list[list[Take]]:
+def _holders(takes_of: Iterable[Iterable[TensorRequest]]) -> list[list[TensorRequest]]:
     """By tensor: what the ranks take of it, all of them cut the same way. One that a rank keeps in
     two forms (a table of tokens that is the head in groups as well) counts as two."""
-    by_form: dict[tuple[str, int], list[Take]] = {}
+    by_form: dict[tuple[str, int], list[TensorRequest]] = {}
     for take in _all(takes_of):
         by_form.setdefault((take.name, take.group_bits), []).append(take)
     for (name, _), parts in by_form.items():
@@ -168,11 +168,11 @@ def _holders(takes_of: Iterable[Iterable[Take]]) -> list[list[Take]]:
     return list(by_form.values())
 
 
-def _num_parts(take: Take) -> int:
+def _num_parts(take: TensorRequest) -> int:
     return take.shard.count if take.shard else 1
 
 
-def _num_distinct(parts: list[Take]) -> int:
+def _num_distinct(parts: list[TensorRequest]) -> int:
     """Values of one tensor that some rank holds, padding not counted."""
     size = parts[0].shape[parts[0].dim]
     held = {take.bounds for take in parts}
@@ -183,7 +183,7 @@ def _num_experts(spec: ModelSpec, plan: Plan) -> int:
     return (spec.moe.num_experts + plan.redundant_experts) // plan.ep if spec.moe else 0
 
 
-def _tensor_reports(holders: list[list[Take]], sample: _Sample) -> list[TensorReport]:
+def _tensor_reports(holders: list[list[TensorRequest]], sample: _Sample) -> list[TensorReport]:
     """Tensors of one name pattern, shape and cut, together; in the order of the model."""
     merged: dict[tuple[str, tuple[int, ...], int, str], TensorReport] = {}
     for parts in holders:

@@ -11,8 +11,8 @@ from core.interfaces.weights import OpenedWeights
 from core.plugin.plugin_manager import PluginTable
 from core.settings.config import ModelConfig
 from core.weights.check import check_checkpoint
+from core.weights.manifest import BLOCK
 from core.weights.reader import CheckpointReader, ShapeReader
-from core.weights.takes import BLOCK
 
 
 def open_weights(
@@ -43,7 +43,7 @@ def open_weights(
     block = (spec.quantization if spec else None) or BLOCK
     ignored = spec.ignored_tensors if spec else ()
     if model_shapes is not None:
-        check_checkpoint(source.tensors(), model_shapes.takes, block=block, ignored=ignored)
+        check_checkpoint(source.tensors(), model_shapes.manifest, block=block, ignored=ignored)
     return CheckpointReader(
         source,
         dtype,
@@ -51,6 +51,6 @@ def open_weights(
         on_progress,
         block=block,
         ignored=ignored,
-        expected=rank_shapes.takes if rank_shapes else (),
+        expected=rank_shapes.manifest if rank_shapes else (),
         all_taken=model_shapes is None,
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.interfaces.model import ModelFamily, ModelSpec
-    from core.weights.takes import Take
+    from core.weights.manifest import TensorRequest
 
 FORMAT_VERSION = 1  # raise it where the same shape and seed give other contents
 MAX_BYTES = 2 * 1024**3
@@ -117,7 +117,7 @@ def write_random_checkpoint(
     publish_dir(folder, files)
 
 
-def _takes(family: "ModelFamily", spec: "ModelSpec") -> list["Take"]:
+def _takes(family: "ModelFamily", spec: "ModelSpec") -> list["TensorRequest"]:
     """Every tensor of a model: what its only rank would take."""
     import torch
 
@@ -147,10 +147,10 @@ def _takes(family: "ModelFamily", spec: "ModelSpec") -> list["Take"]:
         experts=experts,
     )
     family.build(spec, context)
-    return reader.takes
+    return reader.manifest
 
 
-def _values(take: "Take", seed: int, std: float) -> "Tensor":
+def _values(take: "TensorRequest", seed: int, std: float) -> "Tensor":
     """Random values that depend on seed and name only.
 
     Uniform, made of raw random integers with exact arithmetic: the same bits on every processor

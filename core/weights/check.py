@@ -12,9 +12,9 @@ import torch
 from core.errors import ModelError
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import TensorInfo
-from core.weights.takes import (
+from core.weights.manifest import (
     FP8,
-    Take,
+    TensorRequest,
     is_block_quantised,
     scales_name,
     scales_shape,
@@ -35,7 +35,7 @@ _IGNORABLE_NAMES = frozenset({"lm_head.weight"})
 
 def check_checkpoint(
     tensors: Mapping[str, TensorInfo],
-    takes: Sequence[Take],
+    manifest: Sequence[TensorRequest],
     *,
     block: BlockQuantization,
     ignored: Sequence[str] = (),
@@ -45,7 +45,7 @@ def check_checkpoint(
     `ignored`: prefixes of tensors that may be there though they are no part of the model. Raises
     ModelError that lists what is missing, of another shape or dtype, and surplus.
     """
-    wanted = {take.name: take for take in takes}
+    wanted = {take.name: take for take in manifest}
     missing = [take for name, take in wanted.items() if name not in tensors]
     problems = []
     if missing:
@@ -68,7 +68,7 @@ def check_checkpoint(
 
 
 def take_problems(
-    take: Take, tensors: Mapping[str, TensorInfo], block: BlockQuantization
+    take: TensorRequest, tensors: Mapping[str, TensorInfo], block: BlockQuantization
 ) -> list[str]:
     """Why a stored tensor is not the one that is taken, one clause each."""
     info = tensors[take.name]
@@ -90,7 +90,7 @@ def take_problems(
 
 
 def _scale_problems(
-    what: str, take: Take, tensors: Mapping[str, TensorInfo], block: BlockQuantization
+    what: str, take: TensorRequest, tensors: Mapping[str, TensorInfo], block: BlockQuantization
 ) -> list[str]:
     name, shape = scales_name(take.name), scales_shape(take.shape, block)
     scales = tensors.get(name)
@@ -138,7 +138,7 @@ def surplus_text(surplus: Sequence[str], tensors: Mapping[str, TensorInfo]) -> s
     )
 
 
-def missing_text(missing: Sequence[Take], tensors: Mapping[str, TensorInfo]) -> str:
+def missing_text(missing: Sequence[TensorRequest], tensors: Mapping[str, TensorInfo]) -> str:
     """One clause about tensors that are not there."""
     files = sorted({info.file for info in tensors.values()})
     where = files[0] if len(files) == 1 else f"the {len(files)} weight files"

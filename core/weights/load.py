@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.interfaces.model import BlockQuantization
 from core.interfaces.weights import BlockFp8, GroupedInts, LinearWeight, WeightSource
-from core.weights.takes import FP8, Take, is_block_quantised, scales_name, scales_shape
+from core.weights.manifest import FP8, TensorRequest, is_block_quantised, scales_name, scales_shape
 
 # Bytes read before they are passed on: on a CPU they should still be in its cache then.
 STAGING_BYTES = 1 << 22
@@ -32,7 +32,7 @@ class TakeLoader:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def load(self, take: Take) -> LinearWeight:
+    def load(self, take: TensorRequest) -> LinearWeight:
         """The part, on the device; whole once this returns."""
         if take.group_bits:
             return self._groups(take)
@@ -42,7 +42,7 @@ class TakeLoader:
             return self._dequantised(take)
         return self._plain(take, take.dtype)
 
-    def _groups(self, take: Take) -> GroupedInts:
+    def _groups(self, take: TensorRequest) -> GroupedInts:
         found = self._source.groups(take.name, take.dim, *take.bounds, self._staging())
         assert found.values_OI.shape == take.local_shape, (take, found.values_OI.shape)
         return GroupedInts(
@@ -52,7 +52,7 @@ class TakeLoader:
             found.bits,
         )
 
-    def _plain(self, take: Take, dtype: torch.dtype) -> Tensor:
+    def _plain(self, take: TensorRequest, dtype: torch.dtype) -> Tensor:
         out, out_RC = self._empty(take, dtype)
         row = 0
         for rows in self._source.stream(take.name, take.dim, *take.bounds, self._staging()):
@@ -61,7 +61,7 @@ class TakeLoader:
         assert row == out_RC.shape[0] or out_RC.numel() == 0, (take, row)
         return out
 
-    def _dequantised(self, take: Take) -> Tensor:
+    def _dequantised(self, take: TensorRequest) -> Tensor:
         """Every product of value and scale is exact in float32 but for its one rounding."""
         out, out_RC = self._empty(take, take.dtype)
         scales = self._scales(take).to(self._device)
@@ -93,7 +93,7 @@ class TakeLoader:
         assert row == out_RC.shape[0] or out_RC.numel() == 0, (take, row)
         return out
 
-    def _scales(self, take: Take) -> Tensor:
+    def _scales(self, take: TensorRequest) -> Tensor:
         """The scales of all blocks that the part touches, on the CPU."""
         name = scales_name(take.name)
         edge = (self._block.rows, self._block.columns)[take.dim]
@@ -108,7 +108,7 @@ class TakeLoader:
             row += rows.shape[0]
         return scales
 
-    def _empty(self, take: Take, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _empty(self, take: TensorRequest, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A new tensor for the part, and the matrix of what is read into it: what lies past the
         end of the stored tensor is zeros already."""
         shape, dim = take.local_shape, take.dim

@@ -8,36 +8,36 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from core.interfaces.weights import LinearWeight
-from core.weights.takes import Take
+from core.weights.manifest import TensorRequest
 
 NUM_THREADS = 4
 # Loaded (or being loaded) and not taken: more would hide no longer waits.
 MAX_AHEAD_BYTES = 1 << 28
 
-Load = Callable[[Take], LinearWeight]
+Load = Callable[[TensorRequest], LinearWeight]
 
 
 class Prefetcher:
-    """The results of `load` for `takes`, asked for by one thread in about that order."""
+    """The results of `load` for `manifest`, asked for by one thread in about that order."""
 
     def __init__(
         self,
-        takes: Sequence[Take],
+        manifest: Sequence[TensorRequest],
         load: Load,
         *,
         num_threads: int = NUM_THREADS,
         max_ahead_bytes: int = MAX_AHEAD_BYTES,
     ) -> None:
         self._load = load
-        self._waiting = deque(takes)
-        self._num_waiting = Counter(takes)
+        self._waiting = deque(manifest)
+        self._num_waiting = Counter(manifest)
         self._max_ahead_bytes = max_ahead_bytes
         self._ahead_bytes = 0
-        self._ahead: dict[Take, deque[Future[LinearWeight]]] = {}
-        self._early: Counter[Take] = Counter()  # asked for before their turn
-        self._pool = ThreadPoolExecutor(num_threads, "load-weights") if takes else None
+        self._ahead: dict[TensorRequest, deque[Future[LinearWeight]]] = {}
+        self._early: Counter[TensorRequest] = Counter()  # asked for before their turn
+        self._pool = ThreadPoolExecutor(num_threads, "load-weights") if manifest else None
 
-    def get(self, take: Take) -> LinearWeight:
+    def get(self, take: TensorRequest) -> LinearWeight:
         """The loaded part; whoever gets it owns it. The first call begins to read ahead. Raises
         what `load` raised, and ends the threads then."""
         self._refill()
@@ -59,7 +59,7 @@ class Prefetcher:
 
     @property
     def num_left(self) -> int:
-        """How many of `takes` nobody asked for."""
+        """How many of `manifest` nobody asked for."""
         ahead = sum(map(len, self._ahead.values()))
         return len(self._waiting) - self._early.total() + ahead
 

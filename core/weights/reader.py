@@ -24,8 +24,8 @@ from core.interfaces.weights import (
 )
 from core.weights.check import ADVICE, missing_text, surplus_names, surplus_text, take_problems
 from core.weights.load import TakeLoader
+from core.weights.manifest import BLOCK, FP8, TensorRequest, require_whole_blocks
 from core.weights.prefetch import NUM_THREADS, Prefetcher
-from core.weights.takes import BLOCK, FP8, Take, require_whole_blocks
 
 LOAD_TASK = "load weights"
 
@@ -83,7 +83,7 @@ class CheckpointReader:
         *,
         block: BlockQuantization = BLOCK,
         ignored: Sequence[str] = (),
-        expected: Sequence[Take] = (),
+        expected: Sequence[TensorRequest] = (),
         all_taken: bool = True,
     ) -> None:
         self._dtype, self._block = dtype, block
@@ -112,7 +112,7 @@ class CheckpointReader:
     ) -> Tensor:
         """This rank's part, in the model's (or that) dtype on its device; blocks until it is
         there. Block-quantised matrices are dequantised."""
-        part = self._get(Take(name, shape, shard, dtype or self._dtype))
+        part = self._get(TensorRequest(name, shape, shard, dtype or self._dtype))
         assert isinstance(part, Tensor)
         return part
 
@@ -120,7 +120,7 @@ class CheckpointReader:
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> BlockFp8:
         """This rank's part of a block-quantised matrix, as it is stored."""
-        part = self._get(Take(name, shape, shard, FP8, as_blocks=True))
+        part = self._get(TensorRequest(name, shape, shard, FP8, as_blocks=True))
         assert isinstance(part, BlockFp8)
         return part
 
@@ -132,7 +132,9 @@ class CheckpointReader:
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> GroupedInts:
         """This rank's part of a matrix in groups, as it is stored."""
-        part = self._get(Take(name, shape, shard, torch.uint8, group_bits=self.group_bits(name)))
+        part = self._get(
+            TensorRequest(name, shape, shard, torch.uint8, group_bits=self.group_bits(name))
+        )
         assert isinstance(part, GroupedInts)
         return part
 
@@ -159,14 +161,14 @@ class CheckpointReader:
         if surplus:
             raise ModelError(f"{surplus_text(surplus, self._tensors)}; {ADVICE}")
 
-    def _get(self, take: Take) -> LinearWeight:
+    def _get(self, take: TensorRequest) -> LinearWeight:
         self._require(take)
         part = self._prefetcher.get(take)
         self._taken.add(take.name)
         self._meter.add(self._stored_bytes(take))
         return part
 
-    def _require(self, take: Take) -> None:
+    def _require(self, take: TensorRequest) -> None:
         """Raise ModelError unless the checkpoint holds just what is taken."""
         if take.name not in self._tensors:
             raise ModelError(f"{missing_text([take], self._tensors)}; {ADVICE}")
@@ -176,7 +178,7 @@ class CheckpointReader:
         if take.as_blocks:
             require_whole_blocks(take)
 
-    def _stored_bytes(self, take: Take) -> int:
+    def _stored_bytes(self, take: TensorRequest) -> int:
         """About what is read for a part: the meter counts no scales."""
         start, stop = take.bounds
         size = take.shape[take.dim] if take.shape else 1
@@ -187,7 +189,7 @@ class CheckpointReader:
 class ShapeReader:
     """Meta tensors instead of weights: what a rank would hold, for planning memory.
 
-    `takes` are all calls, in order. `pieces` maps (name, dim, index of the part) to its number of
+    `manifest` is all calls, in order. `pieces` maps (name, dim, index of the part) to its number of
     elements, zeros included. `present`: names of optional tensors that are there. `group_bits`: of
     the matrices that the checkpoint holds in groups, by name; `widened`: in 16 bits besides.
     """
@@ -204,7 +206,7 @@ class ShapeReader:
         self._widened = widened
         self._group_bits = group_bits or {}
         self._names: set[str] = set()
-        self.takes: list[Take] = []
+        self.manifest: list[TensorRequest] = []
         self.pieces: dict[tuple[str, int, int], int] = {}
         self.num_bytes = 0  # this rank's weights take, scales of quantised blocks included
         self.num_logical_parameters = 0  # of whole tensors, whatever part is kept
@@ -217,7 +219,7 @@ class ShapeReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """A meta tensor of the shape that this rank would keep."""
-        take = Take(name, shape, shard, dtype or self._dtype)
+        take = TensorRequest(name, shape, shard, dtype or self._dtype)
         self._record(take)
         return torch.empty(take.local_shape, dtype=take.dtype, device="meta")
 
@@ -226,7 +228,7 @@ class ShapeReader:
     ) -> BlockFp8:
         """Meta tensors of the values and scales that this rank would keep. Raises ModelError where
         the part cuts a block."""
-        take = Take(name, shape, shard, FP8, as_blocks=True)
+        take = TensorRequest(name, shape, shard, FP8, as_blocks=True)
         require_whole_blocks(take)
         self._record(take)
         return BlockFp8(
@@ -242,7 +244,7 @@ class ShapeReader:
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> GroupedInts:
         """Meta tensors of the values, scales and minimums that this rank would keep."""
-        take = Take(name, shape, shard, torch.uint8, group_bits=self.group_bits(name))
+        take = TensorRequest(name, shape, shard, torch.uint8, group_bits=self.group_bits(name))
         self._record(take)
         num_outputs, num_inputs = take.local_shape
         if self._widened:
@@ -259,8 +261,8 @@ class ShapeReader:
         """A reader that puts `prefix` and a dot before every name."""
         return ScopedReader(self, prefix)
 
-    def _record(self, take: Take) -> None:
-        self.takes.append(take)
+    def _record(self, take: TensorRequest) -> None:
+        self.manifest.append(take)
         index = take.shard.index if take.shard else 0
         self.pieces[take.name, take.dim, index] = take.num_local_values
         self.num_bytes += take.num_local_bytes

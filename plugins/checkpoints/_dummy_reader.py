@@ -12,8 +12,8 @@ from torch import Tensor
 
 from core.disk.progress import ByteMeter, OnProgress
 from core.interfaces.weights import BlockFp8, GroupedInts, Shard, WeightReader
+from core.weights.manifest import FP8, TensorRequest, require_whole_blocks
 from core.weights.reader import LOAD_TASK, ScopedReader
-from core.weights.takes import FP8, Take, require_whole_blocks
 
 STD = 0.02
 # Length of the table of random numbers that every tensor is cut from: a prime, so that no two
@@ -51,7 +51,7 @@ class DummyReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """This rank's part: normal of standard deviation 0.02, and 1 more for norms."""
-        part = self._values(Take(name, shape, shard, dtype or self._dtype))
+        part = self._values(TensorRequest(name, shape, shard, dtype or self._dtype))
         if len(shape) == 1 and "norm" in name:
             part += 1
         self._meter.add(part.nbytes)
@@ -61,7 +61,7 @@ class DummyReader:
         self, name: str, shape: tuple[int, ...], shard: Shard | None = None
     ) -> BlockFp8:
         """This rank's part, as quantised blocks that all have the same scale."""
-        take = Take(name, shape, shard, FP8, as_blocks=True)
+        take = TensorRequest(name, shape, shard, FP8, as_blocks=True)
         require_whole_blocks(take)
         scales = torch.full(take.local_scales_shape, FP8_SCALE, device=self._device)
         self._meter.add(take.num_local_bytes)
@@ -89,7 +89,7 @@ class DummyReader:
         """The model is built. Nothing to check: what is not taken is not there."""
         self._meter.finish()
 
-    def _values(self, take: Take) -> Tensor:
+    def _values(self, take: TensorRequest) -> Tensor:
         """Row r, column c is entry `crc32(name) + r * columns + c` of the table, wrapped."""
         shape, dim = take.shape, take.dim
         num_columns = shape[-1]

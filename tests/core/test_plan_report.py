@@ -192,7 +192,7 @@ def test_one_layer_of_a_kind_stands_for_all(plan: str) -> None:
     whole = measure_rank(family, family.parse(shape), of, 3, dtype=torch.bfloat16, device=CUDA)
     found = report(shape, of)
     assert found.ranks[3].weight_bytes == whole.num_bytes
-    names = {take.name for take in whole.takes}
+    names = {take.name for take in whole.manifest}
     assert sum(t.num_tensors for t in found.tensors if ".experts." not in t.name) == sum(
         ".experts." not in name for name in names
     )

@@ -265,7 +265,7 @@ def build_model(
         ops=TorchOps(),
         dtype=dtype,
         device=CPU,
-        form=PlainFormat(),
+        weight_format=PlainFormat(),
         placements=initial_placements(spec, plan, ExpertBalanceConfig()),
         dispatchers=dispatchers,
     )

@@ -68,7 +68,7 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
         model_shapes=whole,
     )
     ops = select_ops(device)
-    form = select_format(
+    weight_format = select_format(
         device, spec.quantization, dtype, keep_groups=_keeps_groups(config), widen_groups=widens
     )
     dispatchers = _dispatchers(config, context, spec, max_model_len)
@@ -82,7 +82,7 @@ def load(config: AppConfig, context: RankContext) -> Loaded:
             ops=ops,
             dtype=dtype,
             device=device,
-            form=form,
+            weight_format=weight_format,
             placements=placements,
             dispatchers=dispatchers,
             uniform_routing=routes_at_random(config, context.rank),

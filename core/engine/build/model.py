@@ -51,7 +51,7 @@ def model_context(
     ops: Ops,
     dtype: torch.dtype,
     device: torch.device,
-    form: WeightFormat,
+    weight_format: WeightFormat,
     placements: Mapping[int, LayerPlacement],
     dispatchers: Mapping[str, Dispatcher],
     uniform_routing: bool = False,
@@ -63,7 +63,7 @@ def model_context(
         ops=ops,
         dtype=dtype,
         device=device,
-        format=form,
+        format=weight_format,
         stream=stream_of(spec, plan),
         head_axis=head_axis_of(plan),
         experts=(
@@ -102,7 +102,7 @@ def measure_model(
             ops=TorchOps(),
             dtype=dtype,
             device=META,
-            form=select_format(
+            weight_format=select_format(
                 device,
                 spec.quantization,
                 dtype,

@@ -175,10 +175,10 @@ def _input_linear(
         return column_linear(context, weights, parts, sizes.hidden_size, bias=sizes.attention_bias)
     # q_proj never has a bias: its part of the merged one is zeros.
     q_part, cached_part = parts
-    form = context.format
-    weight_OE = form.join(
+    weight_format = context.format
+    weight_OE = weight_format.join(
         [
-            form.take(
+            weight_format.take(
                 weights, f"{part.name}.weight", (part.num_outputs, sizes.hidden_size), part.shard
             )
             for part in parts

@@ -57,10 +57,12 @@ def _joined(
     bias: bool,
 ) -> tuple[LinearWeight, Tensor | None]:
     """The weights of all parts back to back, and their biases."""
-    form = context.format
-    weight_OI = form.join(
+    weight_format = context.format
+    weight_OI = weight_format.join(
         [
-            form.take(weights, f"{part.name}.weight", (part.num_outputs, num_inputs), part.shard)
+            weight_format.take(
+                weights, f"{part.name}.weight", (part.num_outputs, num_inputs), part.shard
+            )
             for part in parts
         ]
     )

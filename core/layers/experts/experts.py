@@ -114,15 +114,17 @@ def _read_experts(
 
 def _read_expert(context: BuildContext, weights: WeightReader, spec: MoELayerSpec) -> ExpertWeights:
     """(gate and up rows back to back, down) of one expert, this rank's part."""
-    form, names = context.format, spec.names
+    weight_format, names = context.format, spec.names
     hidden_size, size = spec.hidden_size, spec.expert_intermediate_size
     sharding = Sharding.over(context.comms.axes["tp_expert"])
     gate, up = (
-        form.take(weights, f"{name}.weight", (size, hidden_size), sharding.equal(0))
+        weight_format.take(weights, f"{name}.weight", (size, hidden_size), sharding.equal(0))
         for name in (names.gate, names.up)
     )
-    down = form.take(weights, f"{names.down}.weight", (hidden_size, size), sharding.equal(1))
-    return expert_weight(form.join([gate, up])), expert_weight(down)
+    down = weight_format.take(
+        weights, f"{names.down}.weight", (hidden_size, size), sharding.equal(1)
+    )
+    return expert_weight(weight_format.join([gate, up])), expert_weight(down)
 
 
 def _copy(matrix: ExpertWeight) -> ExpertWeight:

@@ -15,8 +15,8 @@ from core.interfaces.control import ModelFiles
 from core.interfaces.weights import Shard, TensorInfo, WeightReader
 from core.settings.config import ModelConfig
 from core.weights.check import check_checkpoint
+from core.weights.manifest import BLOCK
 from core.weights.reader import ShapeReader
-from core.weights.takes import BLOCK
 from tests.support.formats import FORMATS
 from tests.support.models import CPU, ignore_progress
 
@@ -43,13 +43,13 @@ def infos(tensors: dict[str, Tensor], file: str = "a.safetensors") -> dict[str, 
 
 def problems(stored: dict[str, TensorInfo], shapes: ShapeReader, *ignored: str) -> str:
     with pytest.raises(ModelError) as error:
-        check_checkpoint(stored, shapes.takes, block=BLOCK, ignored=ignored)
+        check_checkpoint(stored, shapes.manifest, block=BLOCK, ignored=ignored)
     return str(error.value)
 
 
 def test_what_belongs_together_passes() -> None:
     known = {"lm_head.weight": torch.zeros(2), "layers.0.rotary_emb.inv_freq": torch.zeros(2)}
-    check_checkpoint(infos(TENSORS | known), shapes_of(TENSORS).takes, block=BLOCK)
+    check_checkpoint(infos(TENSORS | known), shapes_of(TENSORS).manifest, block=BLOCK)
 
 
 def test_all_kinds_of_problems_are_told_at_once() -> None:
@@ -98,7 +98,7 @@ def test_quantised_matrices_need_their_scales() -> None:
     plain, blocks = shapes_of(quantised), ShapeReader(torch.bfloat16)
     blocks.take_blocks("w.weight", (300, 200))
     for shapes in (plain, blocks):
-        check_checkpoint(infos(quantised | scales), shapes.takes, block=BLOCK)
+        check_checkpoint(infos(quantised | scales), shapes.manifest, block=BLOCK)
         message = problems(infos(quantised), shapes)
         assert "w.weight_scale_inv of shape 3x2 is missing" in message
         wrong = {"w.weight_scale_inv": torch.zeros(2, 2)}
@@ -155,11 +155,11 @@ def test_ninety_thousand_tensors_are_compared_quickly() -> None:
                 experts.take(f"{expert}.{part}.weight", (2048, 7168))
     scales = TensorInfo((16, 56), torch.float32, "f")
     stored = {}
-    for take in shapes.takes:
+    for take in shapes.manifest:
         stored[take.name] = TensorInfo(take.shape, FP8, "f")
         stored[f"{take.name}_scale_inv"] = scales
     start = time.process_time()
-    check_checkpoint(stored, shapes.takes, block=BLOCK)
+    check_checkpoint(stored, shapes.manifest, block=BLOCK)
     del stored["model.layers.57.mlp.experts.255.up_proj.weight"]
     message = problems(stored, shapes)
     assert "closest there is: model.layers.57.mlp.experts.255.up_proj" in message

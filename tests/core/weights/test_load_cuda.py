@@ -54,7 +54,7 @@ def test_gpu_weights_are_those_of_the_cpu(path: Path) -> None:
             torch.bfloat16,
             device,
             ignore_progress,
-            expected=shapes.takes,
+            expected=shapes.manifest,
         )
         loaded[device] = build(reader)
         reader.finish()

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import Shard
+from core.weights.manifest import TensorRequest
 from core.weights.prefetch import Prefetcher
-from core.weights.takes import Take
 
 
-def take(name: str, values: int = 10) -> Take:
-    return Take(name, (values,), None, torch.float32)
+def take(name: str, values: int = 10) -> TensorRequest:
+    return TensorRequest(name, (values,), None, torch.float32)
 
 
 class Recorder:
     """A load that notes what it is asked for."""
 
-    def __init__(self, then: Callable[[Take], None] = lambda take: None) -> None:
+    def __init__(self, then: Callable[[TensorRequest], None] = lambda take: None) -> None:
         self.names: list[str] = []
         self.threads: set[int] = set()
         self._then = then
 
-    def __call__(self, take: Take) -> Tensor:
+    def __call__(self, take: TensorRequest) -> Tensor:
         self.names.append(take.name)
         self.threads.add(threading.get_ident())
         self._then(take)
@@ -111,7 +111,7 @@ def void(_: object) -> None:
 
 
 def test_what_fails_ahead_is_raised_when_it_is_asked_for() -> None:
-    def fail(take: Take) -> None:
+    def fail(take: TensorRequest) -> None:
         if take.name == "1":
             raise ModelError("tensor 1 is broken")
 
@@ -125,7 +125,7 @@ def test_what_fails_ahead_is_raised_when_it_is_asked_for() -> None:
 
 
 def test_parts_of_one_tensor_are_told_apart() -> None:
-    parts = [Take("0", (4,), Shard(0, index, 2), torch.float32) for index in range(2)]
+    parts = [TensorRequest("0", (4,), Shard(0, index, 2), torch.float32) for index in range(2)]
     load = Recorder()
     reader = Prefetcher([*parts, parts[0]], load)
     for part in (parts[1], parts[0], parts[0]):

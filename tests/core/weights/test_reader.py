@@ -9,8 +9,8 @@ from torch import Tensor
 
 from core.errors import ModelError
 from core.interfaces.weights import Shard, TensorInfo
+from core.weights.manifest import TensorRequest
 from core.weights.reader import CheckpointReader, ShapeReader
-from core.weights.takes import Take
 from tests.support.models import CPU, ignore_progress
 
 
@@ -129,7 +129,7 @@ def test_progress_ends_at_the_total() -> None:
 
 def test_progress_counts_this_ranks_part_where_it_is_known() -> None:
     seen: list[tuple[str, int, int, str]] = []
-    expected = [Take("a", (10, 4), Shard(0, 0, 2), torch.float32)]
+    expected = [TensorRequest("a", (10, 4), Shard(0, 0, 2), torch.float32)]
     reader = CheckpointReader(
         MemorySource({"a": MATRIX}),
         torch.float32,

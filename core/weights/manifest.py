@@ -19,7 +19,7 @@ BLOCK = BlockQuantization(128, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
+class TensorRequest:
     """One call of a reader's `take`, `take_blocks` or `take_groups`."""
 
     name: str
@@ -82,7 +82,7 @@ def is_block_quantised(info: TensorInfo) -> bool:
     return info.dtype == FP8 and len(info.shape) == 2
 
 
-def require_whole_blocks(take: Take) -> None:
+def require_whole_blocks(take: TensorRequest) -> None:
     """Raise ModelError where a part that is to be taken as blocks cuts one."""
     edge = (BLOCK.rows, BLOCK.columns)[take.dim]
     if take.shard is None:
