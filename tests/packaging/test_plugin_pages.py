@@ -23,6 +23,7 @@ OTHERS = [
     "frontend",
     "latent_attention",
     "launcher",
+    "metrics_exporter",
     "model",
     "moe_a2a",
     "parallel_plan",
