@@ -7,6 +7,7 @@ they found before any process is started.
 """
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from core.cluster.processes.machine import find_machine
 from core.cluster.processes.process import ProcessSpec
 from core.cluster.processes.supervisor import Supervisor
 from core.interfaces.control import Endpoints, ModelFiles, Progress, Ready
-from core.interfaces.launcher import Launcher, Machine, Placement
+from core.interfaces.launcher import Launcher, Machine, Placement, Site
 from core.parallel.plan import Plan
 from core.plugin.plugin_manager import PluginManager
 from core.resolve import Resolved, resolve
@@ -74,6 +75,7 @@ def prepare(
     """Find the model's files and settle everything. Starts nothing; raises NodeweaveError where
     the configuration does not fit the model or this machine."""
     group.enter("find the model's files")
+    config = _at(group.site, config)
     machine = find_machine(config.engine.device)
     files = resolve_files(config.model, plugins, _progress(display, group))
     resolved = resolve(config, plugins, files, machine.device, machine.dtypes, machine.device_bytes)
@@ -82,6 +84,13 @@ def prepare(
             display.note(f"warning: {warning}")
     placements = launcher.placements(resolved.plan, machine)
     return Node(resolved=resolved, machine=machine, placements=placements)
+
+
+def _at(site: Site, config: AppConfig) -> AppConfig:
+    """The configuration with the place that the launcher found, which a batch system may have told
+    it and not the user: what depends on the number of nodes reads `launch.nnodes`."""
+    launch = dataclasses.replace(config.launch, nnodes=site.nnodes, node_rank=site.node_rank)
+    return dataclasses.replace(config, launch=launch)
 
 
 def _agree(node: Node, plugins: PluginManager, group: Group, display: Display) -> Endpoints | None:
