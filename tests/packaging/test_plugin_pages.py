@@ -18,6 +18,7 @@ FILE = re.compile(r"^`([\w./]+\.(?:py|toml))`:\n\n((?:(?:    .*)?\n)+)", re.MULT
 QUICK = ["commands", "family"]
 OTHERS = [
     "attention",
+    "checkpoint_format",
     "comm",
     "config",
     "frontend",
@@ -27,6 +28,7 @@ OTHERS = [
     "model",
     "moe_a2a",
     "parallel_plan",
+    "tokenizer",
 ]
 
 
