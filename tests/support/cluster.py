@@ -5,9 +5,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.lead import Lead
 from core.cluster.nodes.member import Member, reach
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.processes.group import GroupEvent
 from core.errors import NodeweaveError
 from core.interfaces.launcher import Site
@@ -31,7 +31,7 @@ class Cluster:
         self.lead = Lead(
             Site(nnodes=nnodes, node_rank=0),
             listener,
-            self._exchange(),
+            self._links(),
             ClusterConfig(**cluster),
             LaunchConfig(startup_timeout_s=cluster.get("join_timeout_s", 60.0)),
             wire_key="",
@@ -41,13 +41,13 @@ class Cluster:
         self.members: list[Member] = []
         self._threads = ThreadPoolExecutor(8)
 
-    def _exchange(self) -> Exchange:
-        return Exchange(interval_s=0.05, timeout_s=self.timeout_s, key=KEY)
+    def _links(self) -> NodeLinks:
+        return NodeLinks(interval_s=0.05, timeout_s=self.timeout_s, key=KEY)
 
     def join(self, node_rank: int, nnodes: int | None = None) -> Member:
         site = Site(nnodes=nnodes or self.nnodes, node_rank=node_rank)
         link = reach("127.0.0.1", self.port, KEY, LIMIT_S, lambda text: None)
-        self.members.append(Member(site, self._exchange(), link, wire_key=""))
+        self.members.append(Member(site, self._links(), link, wire_key=""))
         return self.members[-1]
 
     def agree(self, node: Lead | Member, facts: dict[str, str] = FACTS) -> Future[list[str]]:
@@ -63,7 +63,7 @@ class Cluster:
 
     def close(self) -> None:
         for node in (*self.members, self.lead):
-            node._exchange.close(0.0)
+            node._links.close(0.0)
         self._threads.shutdown()
 
 

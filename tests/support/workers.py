@@ -16,7 +16,7 @@ TIMED = (
     "tests/core/cluster/processes/test_supervisor_nodes.py",
     "tests/core/cluster/nodes/test_group.py",
     "tests/core/cluster/nodes/test_meeting.py",
-    "tests/core/cluster/nodes/test_exchange.py",
+    "tests/core/cluster/nodes/test_node_links.py",
     "tests/core/serve/test_process.py",
 )
 FIRST = ("tests/end_to_end/", "tests/packaging/", "tests/contracts/", "tests/benchmarks/")

@@ -13,8 +13,8 @@ from typing import Self
 
 from core.cluster.nodes import link_events
 from core.cluster.nodes.agreement import report
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.join_check import join_problem
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.nodes.node_messages import (
     Agreed,
     Bye,
@@ -69,7 +69,7 @@ class Lead:
         self,
         site: Site,
         listener: socket.socket,
-        exchange: Exchange,
+        links: NodeLinks,
         cluster: ClusterConfig,
         launch: LaunchConfig,
         *,
@@ -81,10 +81,10 @@ class Lead:
         is being waited for (often; the display thins it out)."""
         self.site = site
         self.wire_key = wire_key
-        self.fd = exchange.fd
+        self.fd = links.fd
         self.infos: dict[str, Ready] = {}
         self.address, self._port = listener.getsockname()[:2]
-        self._exchange = exchange
+        self._links = links
         self._cluster = cluster
         self._launch = launch
         self._note = note
@@ -98,7 +98,7 @@ class Lead:
         self._ended = False  # everyone was told, one way or the other
         self._stopping = False
         self._start_s = time.monotonic()
-        exchange.listen(listener)
+        links.listen(listener)
 
     def __enter__(self) -> Self:
         return self
@@ -110,20 +110,20 @@ class Lead:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            for event in self._exchange.events():  # nodes that came a moment ago are told too
+            for event in self._links.events():  # nodes that came a moment ago are told too
                 self._take(event)
             self._tell_end(farewell(error, 0))
         if self._stopping and not self._ended:
             self._await_byes()
-        self._exchange.close()
+        self._links.close()
 
     # Before the workers are started.
 
     def enter(self, phase: str) -> None:
-        self._check(self._exchange.events())
+        self._check(self._links.events())
 
     def progress(self, task: str, done: int, total: int, unit: str) -> None:
-        self._check(self._exchange.events())
+        self._check(self._links.events())
 
     def agree(self, facts: Mapping[str, str]) -> list[str]:
         difference_s: float | None = None  # when the first was found
@@ -143,7 +143,7 @@ class Lead:
             if text is None:
                 self._check_deadlines(now)
                 self._waiting(self._waiting_text(now))
-            self._check(self._exchange.wait(TICK_S if text is None else GATHER_S / 4))
+            self._check(self._links.wait(TICK_S if text is None else GATHER_S / 4))
         self._agreed = True
         addresses = [
             self.address,
@@ -163,7 +163,7 @@ class Lead:
 
     def events(self) -> list[GroupEvent]:
         found: list[GroupEvent] = []
-        for event in self._exchange.events():
+        for event in self._links.events():
             outcome = self._take(event)
             if outcome is not None:
                 found.append(outcome)
@@ -271,8 +271,8 @@ class Lead:
         if not self._agreed:  # the start can't succeed any more: say so at once, everywhere
             return self._end(Ended(problem, "the nodes did not come together", 2), None)
         self._note(f"refused: {problem}")
-        self._exchange.send(peer, End(problem, "refused", 2))
-        self._exchange.drop(peer)
+        self._links.send(peer, End(problem, "refused", 2))
+        self._links.drop(peer)
         return None
 
     def _on_lost(self, event: link_events.Lost) -> GroupEvent | None:
@@ -303,11 +303,11 @@ class Lead:
         self._ended = True
         for peer in self._peers:
             if peer != source:
-                self._exchange.send(peer, End(ended.text, ended.brief, ended.exit_code))
+                self._links.send(peer, End(ended.text, ended.brief, ended.exit_code))
 
     def _tell_all(self, message: NodeMessage) -> None:
         for node in self._nodes.values():
-            self._exchange.send(node.peer, message)
+            self._links.send(node.peer, message)
 
     def _show_turned(self, event: link_events.Turned) -> None:
         host = split_address(event.address)[0] if event.address[-1:].isdigit() else event.address
@@ -373,7 +373,7 @@ class Lead:
             left = [n for n in self._nodes.values() if not n.left and n.peer in self._peers]
             if not left:
                 return
-            for event in self._exchange.wait(deadline - time.monotonic()):
+            for event in self._links.wait(deadline - time.monotonic()):
                 self._take(event)
         self._note("error: not every node said that it ended its processes")
 

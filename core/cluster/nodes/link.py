@@ -4,7 +4,7 @@ Both sides prove that they know the cluster's key by answering a fresh challenge
 recorded earlier is of use. Each frame carries a MAC under a key of this connection and direction,
 over its number and its bytes: none can be forged, changed, repeated, left out or sent back.
 Contents are not hidden; they hold no secret. Frames are msgpack structs, bounded in size; nothing
-is ever unpickled. Never blocks, starts no thread: `core.cluster.nodes.exchange` waits.
+is ever unpickled. Never blocks, starts no thread: `core.cluster.nodes.node_links` waits.
 
     frame      length (4 bytes, big-endian) | payload | MAC (32 bytes; none in the handshake)
     handshake  server: challenge  ->  client: nonce, proof  ->  server: proof

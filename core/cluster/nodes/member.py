@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from core.cluster.nodes import link_events
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link import Link, LinkClosed, LinkError, WrongToken
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.nodes.node_messages import (
     Agreed,
     Bye,
@@ -44,21 +44,21 @@ TICK_S = 0.5
 class Member:
     """Implements core.cluster.processes.group.Group."""
 
-    def __init__(self, site: Site, exchange: Exchange, link: Link, *, wire_key: str) -> None:
-        """Join over an established link, which `exchange` takes over."""
+    def __init__(self, site: Site, links: NodeLinks, link: Link, *, wire_key: str) -> None:
+        """Join over an established link, which `links` takes over."""
         self.site = site
         self.wire_key = wire_key
-        self.fd = exchange.fd
+        self.fd = links.fd
         self.others_ready = True  # only node 0 waits for others
         self.infos: Mapping[str, Ready] = {}
         self.address = link.own_address
         self._lead_address = link.peer
-        self._exchange = exchange
+        self._links = links
         self._ended = False
         self._stopped = False
         self._next_progress_s = 0.0
         self._addresses: list[str] | None = None
-        self._peer = exchange.adopt(link)
+        self._peer = links.adopt(link)
         self._send(
             Join(site.node_rank, site.nnodes, self.address, socket.gethostname(), os.getpid())
         )
@@ -77,32 +77,32 @@ class Member:
             self.failed(last.text, last.brief, last.exit_code)
         elif self._stopped:
             self._send(Bye())
-        self._exchange.close()
+        self._links.close()
 
     # Before the workers are started.
 
     def enter(self, phase: str) -> None:
         self._send(Doing(phase))
-        self._check(self._exchange.events())
+        self._check(self._links.events())
 
     def progress(self, task: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
         if now >= self._next_progress_s:
             self._next_progress_s = now + PROGRESS_S
             self.said(f"node {self.site.node_rank}", Progress(task, done, total, unit))
-        self._check(self._exchange.events())
+        self._check(self._links.events())
 
     def agree(self, facts: Mapping[str, str]) -> list[str]:
         self._send(Facts(dict(facts)))
         while self._addresses is None:  # node 0 keeps the deadlines, and its heart is heard
-            self._check(self._exchange.wait(TICK_S))
+            self._check(self._links.wait(TICK_S))
         return self._addresses
 
     # While processes run.
 
     def events(self) -> list[GroupEvent]:
         found: list[GroupEvent] = []
-        for event in self._exchange.events():
+        for event in self._links.events():
             outcome = self._take(event)
             if outcome is not None:
                 found.append(outcome)
@@ -133,7 +133,7 @@ class Member:
     # Events.
 
     def _send(self, message: NodeMessage) -> None:
-        self._exchange.send(self._peer, message)
+        self._links.send(self._peer, message)
 
     def _check(self, events: Sequence[link_events.Event]) -> None:
         for event in events:

@@ -1,9 +1,9 @@
 """How the nodes of an engine find each other: node 0 listens, the others come to it."""
 
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.lead import Lead
 from core.cluster.nodes.member import Member, reach
 from core.cluster.nodes.network import interface_of, listen, own_address
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.nodes.secret import load_keys
 from core.cluster.processes.display import Display
 from core.cluster.processes.group import Group, SingleNode
@@ -31,7 +31,7 @@ def meet(site: Site, config: AppConfig, display: Display) -> Group:
     if site.node_rank == 0:
         address = own_address(host)
         listener = listen(address, port, "the other nodes")
-        exchange = _exchange(config, keys.link)
+        links = _links(config, keys.link)
         display.note(
             f"node 0 of {site.nnodes} listens at {join_address(address, port)}, "
             f"interface {interface_of(address)}"
@@ -39,7 +39,7 @@ def meet(site: Site, config: AppConfig, display: Display) -> Group:
         return Lead(
             site,
             listener,
-            exchange,
+            links,
             cluster,
             config.launch,
             wire_key=keys.wire,
@@ -51,11 +51,11 @@ def meet(site: Site, config: AppConfig, display: Display) -> Group:
         f"node {site.node_rank} of {site.nnodes} reached node 0 at {link.peer} from "
         f"{link.own_address}, interface {interface_of(link.own_address)}"
     )
-    return Member(site, _exchange(config, keys.link), link, wire_key=keys.wire)
+    return Member(site, _links(config, keys.link), link, wire_key=keys.wire)
 
 
-def _exchange(config: AppConfig, key: bytes) -> Exchange:
+def _links(config: AppConfig, key: bytes) -> NodeLinks:
     cluster = config.cluster
-    return Exchange(
+    return NodeLinks(
         interval_s=cluster.heartbeat_interval_s, timeout_s=cluster.heartbeat_timeout_s, key=key
     )

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from core.cluster.nodes import lead as lead_module
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link_events import Broken, Turned
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.processes.group import DrainAsked, Ended, GroupError, Heard, Stopped
 from core.interfaces.control import Failed, Heartbeat, Ready, StartPhase
 from tests.support.cluster import LIMIT_S, Cluster, next_event
@@ -64,7 +64,7 @@ def test_a_node_that_is_gone_is_named(cluster: Callable[..., Cluster]) -> None:
     made = cluster(3)
     made.agreed()
     one, two = made.members
-    one._exchange.close()
+    one._links.close()
     event = next_event(made.lead)
     assert isinstance(event, Ended)
     assert event.text.startswith("node 1 (127.0.0.1, ")
@@ -76,7 +76,7 @@ def test_a_node_that_is_gone_is_named(cluster: Callable[..., Cluster]) -> None:
 def test_node_0_gone_is_named(cluster: Callable[..., Cluster]) -> None:
     made = cluster(2)
     made.agreed()
-    made.lead._exchange.close()
+    made.lead._links.close()
     event = next_event(made.members[0])
     assert isinstance(event, Ended)
     assert event.text.startswith("node 0 (127.0.0.1:")
@@ -89,10 +89,10 @@ def test_silence_names_the_link_on_both_sides(
     made = cluster(2, timeout_s=0.5)
     made.agreed()
 
-    def say_nothing(exchange: Exchange) -> None:
-        exchange._next_beat_s = time.monotonic() + 0.05
+    def say_nothing(links: NodeLinks) -> None:
+        links._next_beat_s = time.monotonic() + 0.05
 
-    monkeypatch.setattr(Exchange, "_beat", say_nothing)
+    monkeypatch.setattr(NodeLinks, "_beat", say_nothing)
     sides = {0: next_event(made.lead), 1: next_event(made.members[0])}
     for node_rank, event in sides.items():
         assert isinstance(event, Ended)
@@ -106,11 +106,11 @@ def test_silence_names_the_link_on_both_sides(
 def test_a_node_whose_links_broke_ends_the_engine(cluster: Callable[..., Cluster]) -> None:
     """Node 0 with nobody to hear of it as well: it must not wait for ever."""
     made = cluster(2)
-    made.lead._exchange._say(Broken("this node's links failed"))
+    made.lead._links._say(Broken("this node's links failed"))
     with pytest.raises(GroupError, match="node 0: this node's links failed; the engine ends"):
         made.agree(made.lead).result(LIMIT_S)
     member = made.join(1)
-    member._exchange._say(Broken("this node's links failed"))
+    member._links._say(Broken("this node's links failed"))
     with pytest.raises(GroupError, match="node 1: this node's links failed; the engine ends"):
         made.agree(member).result(LIMIT_S)
 

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from core.cluster.nodes import link as module
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.link import MAX_HANDSHAKE_BYTES, PROTOCOL, Link, LinkError
 from core.cluster.nodes.link_events import Arrived, Received, Turned
 from core.cluster.nodes.member import _connect
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.nodes.node_messages import Doing, NodeMessage
 from tests.support.strange_bytes import framed, strange_message
 
@@ -108,28 +108,28 @@ def test_deep_messages_of_a_node_are_a_link_error_too() -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Exchange, int]]:
+def server() -> Iterator[tuple[NodeLinks, int]]:
     listener = socket.create_server(("127.0.0.1", 0))
-    exchange = Exchange(interval_s=0.05, timeout_s=30, key=KEY)
-    exchange.listen(listener)
-    yield exchange, listener.getsockname()[1]
-    exchange.close()
+    links = NodeLinks(interval_s=0.05, timeout_s=30, key=KEY)
+    links.listen(listener)
+    yield links, listener.getsockname()[1]
+    links.close()
 
 
-def test_a_thousand_levels_of_a_stranger_turn_it_away(server: tuple[Exchange, int]) -> None:
-    exchange, port = server
+def test_a_thousand_levels_of_a_stranger_turn_it_away(server: tuple[NodeLinks, int]) -> None:
+    links, port = server
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.recv(4096)
         stranger.sendall(framed(random.Random(3), DEEP[:MAX_HANDSHAKE_BYTES]))
-        (turned,) = exchange.wait(10)
+        (turned,) = links.wait(10)
     assert isinstance(turned, Turned)
     assert not turned.wrong_token
     _connect("127.0.0.1", port, KEY).close()
 
 
-def test_a_node_joins_and_speaks_while_strangers_shout(server: tuple[Exchange, int]) -> None:
-    exchange, port = server
-    joining = Exchange(interval_s=0.05, timeout_s=30, key=KEY)
+def test_a_node_joins_and_speaks_while_strangers_shout(server: tuple[NodeLinks, int]) -> None:
+    links, port = server
+    joining = NodeLinks(interval_s=0.05, timeout_s=30, key=KEY)
     number = joining.adopt(_connect("127.0.0.1", port, KEY))
     found: list[object] = []
     said: list[NodeMessage] = []
@@ -144,11 +144,11 @@ def test_a_node_joins_and_speaks_while_strangers_shout(server: tuple[Exchange, i
         if seed % 50 == 0:
             said.append(Doing(str(seed)))
             joining.send(number, said[-1])
-        found += exchange.events()
-    late = Exchange(interval_s=0.05, timeout_s=30, key=KEY)
+        found += links.events()
+    late = NodeLinks(interval_s=0.05, timeout_s=30, key=KEY)
     late.send(late.adopt(_connect("127.0.0.1", port, KEY)), Doing("late"))
     while sum(isinstance(event, Received) for event in found) < len(said) + 1:
-        events = exchange.wait(10)
+        events = links.wait(10)
         assert events
         found += events
     received = [event.message for event in found if isinstance(event, Received)]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from core.cluster.nodes.exchange import Exchange
 from core.cluster.nodes.lead import Lead
 from core.cluster.nodes.member import reach
+from core.cluster.nodes.node_links import NodeLinks
 from core.cluster.nodes.rendezvous import meet
 from core.cluster.nodes.secret import TOKEN_VARIABLE
 from core.cluster.processes.display import Display
@@ -154,10 +154,10 @@ def test_time_in_which_a_node_was_paused_does_not_end_its_search(
         outcome = threads.submit(reach, "127.0.0.1", port, KEY, 60.0, pauses)
         for _ in range(2):  # once before, once after it
             assert "refused" in pauses.told.get(timeout=LIMIT_S)
-        exchange = Exchange(interval_s=1, timeout_s=10, key=KEY)
-        exchange.listen(socket.create_server(("127.0.0.1", port)))
+        links = NodeLinks(interval_s=1, timeout_s=10, key=KEY)
+        links.listen(socket.create_server(("127.0.0.1", port)))
         outcome.result(LIMIT_S).close()
-        exchange.close()
+        links.close()
 
 
 def test_a_node_that_gets_stuck_is_named_with_its_phase(cluster: Callable[..., Cluster]) -> None:
@@ -252,10 +252,10 @@ def test_a_node_that_comes_first_waits(cluster: Callable[..., Cluster]) -> None:
         told: SimpleQueue[str] = SimpleQueue()
         outcome = threads.submit(reach, "127.0.0.1", port, KEY, LIMIT_S, told.put)
         assert "refused" in told.get(timeout=LIMIT_S)
-        exchange = Exchange(interval_s=1, timeout_s=10, key=KEY)
-        exchange.listen(socket.create_server(("127.0.0.1", port)))
+        links = NodeLinks(interval_s=1, timeout_s=10, key=KEY)
+        links.listen(socket.create_server(("127.0.0.1", port)))
         outcome.result(LIMIT_S).close()
-        exchange.close()
+        links.close()
 
 
 # `meet`.

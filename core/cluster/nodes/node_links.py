@@ -47,7 +47,7 @@ class _Peer:
     told: deque[NodeMessage] = field(default_factory=deque)  # not given to the link yet
 
 
-class Exchange:
+class NodeLinks:
     """Links and their thread. Methods are for the main thread, and don't block but for `close`."""
 
     def __init__(self, *, interval_s: float, timeout_s: float, key: bytes) -> None:

@@ -14,9 +14,8 @@ from typing import TypeVar
 
 import pytest
 
-from core.cluster.nodes import exchange as exchange_module
+from core.cluster.nodes import node_links
 from core.cluster.nodes import strangers as module
-from core.cluster.nodes.exchange import MAX_TURNED_WAITING, Exchange
 from core.cluster.nodes.link import Link, LinkClosed
 from core.cluster.nodes.link_events import (
     Arrived,
@@ -28,6 +27,7 @@ from core.cluster.nodes.link_events import (
     TurnedMore,
 )
 from core.cluster.nodes.member import _connect
+from core.cluster.nodes.node_links import MAX_TURNED_WAITING, NodeLinks
 from core.cluster.nodes.node_messages import Alive, Doing, NodeMessage, Stop
 
 ROOT = Path(__file__).parents[4]
@@ -37,10 +37,10 @@ Kind = TypeVar("Kind", bound=Event)
 
 
 class Side:
-    """An exchange and the events it told so far."""
+    """An links and the events it told so far."""
 
     def __init__(self) -> None:
-        self.exchange = Exchange(interval_s=INTERVAL_S, timeout_s=TIMEOUT_S, key=KEY)
+        self.links = NodeLinks(interval_s=INTERVAL_S, timeout_s=TIMEOUT_S, key=KEY)
         self.seen: list[Event] = []
 
     def next(self, kind: type[Kind], timeout_s: float = 10.0) -> Kind:
@@ -52,17 +52,17 @@ class Side:
                     self.seen.remove(event)
                     return event
             assert time.monotonic() < deadline, self.seen
-            self.seen += self.exchange.wait(deadline - time.monotonic())
+            self.seen += self.links.wait(deadline - time.monotonic())
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[Side, int]]:
-    """A listening exchange and its port."""
+    """A listening links and its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     side = Side()
-    side.exchange.listen(listener)
+    side.links.listen(listener)
     yield side, listener.getsockname()[1]
-    side.exchange.close()
+    side.links.close()
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def client() -> Iterator[Callable[[int], tuple[Side, int]]]:
     def connect(port: int) -> tuple[Side, int]:
         side = Side()
         sides.append(side)
-        return side, side.exchange.adopt(_connect("127.0.0.1", port, KEY))
+        return side, side.links.adopt(_connect("127.0.0.1", port, KEY))
 
     yield connect
     for side in sides:
-        side.exchange.close()
+        side.links.close()
 
 
 def test_messages_both_ways(
@@ -86,9 +86,9 @@ def test_messages_both_ways(
     coming, number = client(port)
     arrived = serving.next(Arrived)
     assert arrived.address.startswith("127.0.0.1:")
-    coming.exchange.send(number, Doing("compare"))
+    coming.links.send(number, Doing("compare"))
     assert serving.next(Received) == Received(arrived.peer, Doing("compare"))
-    serving.exchange.send(arrived.peer, Stop())
+    serving.links.send(arrived.peer, Stop())
     assert coming.next(Received) == Received(number, Stop())
 
 
@@ -96,11 +96,11 @@ def test_the_descriptor_tells_of_events(
     server: tuple[Side, int], client: Callable[[int], tuple[Side, int]]
 ) -> None:
     serving, port = server
-    assert serving.exchange.events() == []
+    assert serving.links.events() == []
     client(port)
-    assert [type(event) for event in serving.exchange.wait(10)] == [Arrived]
+    assert [type(event) for event in serving.links.wait(10)] == [Arrived]
     with pytest.raises(BlockingIOError):
-        os.read(serving.exchange.fd, 1)
+        os.read(serving.links.fd, 1)
 
 
 def test_what_was_sent_before_close_arrives(
@@ -109,13 +109,13 @@ def test_what_was_sent_before_close_arrives(
     serving, port = server
     coming, number = client(port)
     for index in range(100):
-        coming.exchange.send(number, Doing("x" * 10_000 + str(index)))
-    coming.exchange.close()
+        coming.links.send(number, Doing("x" * 10_000 + str(index)))
+    coming.links.close()
     found = [serving.next(Received).message for _ in range(100)]
     assert found == [Doing("x" * 10_000 + str(index)) for index in range(100)]
     lost = serving.next(Lost)
     assert (lost.reason, lost.silent) == ("the other side closed the connection", False)
-    coming.exchange.send(number, Stop())  # nothing happens
+    coming.links.send(number, Stop())  # nothing happens
 
 
 def read_to_the_end(link: Link) -> tuple[list[NodeMessage], str]:
@@ -134,14 +134,14 @@ def test_a_peer_that_still_writes_gets_what_was_sent_and_the_end(
     server: tuple[Side, int], ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Closed at once, the connection would be reset under what it did not read yet."""
-    monkeypatch.setattr(exchange_module, "LEAVE_S", 60.0)
+    monkeypatch.setattr(node_links, "LEAVE_S", 60.0)
     serving, port = server
     link = _connect("127.0.0.1", port, KEY)
     number = serving.next(Arrived).peer
-    serving.exchange.send(number, Doing("the last words"))
-    ending = threading.Thread(target=serving.exchange.close, args=(60.0,))
+    serving.links.send(number, Doing("the last words"))
+    ending = threading.Thread(target=serving.links.close, args=(60.0,))
     if ends == "drop":
-        serving.exchange.drop(number)
+        serving.links.drop(number)
     else:
         ending.start()
     ended = "the other side closed the connection"
@@ -163,7 +163,7 @@ def test_an_idle_link_stays(
     serving.next(Arrived)
     deadline = time.monotonic() + 3 * TIMEOUT_S
     while time.monotonic() < deadline:  # waits for what must not come
-        events = serving.exchange.wait(deadline - time.monotonic()) + coming.exchange.events()
+        events = serving.links.wait(deadline - time.monotonic()) + coming.links.events()
         assert events == []
 
 
@@ -177,17 +177,17 @@ def test_a_blocked_main_thread_silences_nothing(
     deadline = time.monotonic() + 2 * TIMEOUT_S
     while time.monotonic() < deadline:
         sum(range(1000))
-    assert serving.exchange.events() == []
-    assert coming.exchange.events() == []
+    assert serving.links.events() == []
+    assert coming.links.events() == []
 
 
 def test_a_stopped_peer_is_noticed_in_time(server: tuple[Side, int]) -> None:
     serving, port = server
     code = (
         "import sys, signal\n"
-        "from core.cluster.nodes.exchange import Exchange\n"
+        "from core.cluster.nodes.node_links import NodeLinks\n"
         "from core.cluster.nodes.member import _connect\n"
-        f"side = Exchange(interval_s={INTERVAL_S}, timeout_s=60, key={KEY!r})\n"
+        f"side = NodeLinks(interval_s={INTERVAL_S}, timeout_s=60, key={KEY!r})\n"
         "side.adopt(_connect('127.0.0.1', int(sys.argv[1]), " + repr(KEY) + "))\n"
         "signal.pause()\n"
     )
@@ -222,7 +222,7 @@ def test_strangers_are_turned_away_and_peers_stay(
         turned = serving.next(Turned)
         assert turned.address == "{}:{}".format(*noisy.getsockname())
         assert not turned.wrong_token
-    coming.exchange.send(number, Stop())
+    coming.links.send(number, Stop())
     assert serving.next(Received).message == Stop()
 
 
@@ -247,11 +247,11 @@ def test_a_dropped_peer_gets_its_last_message(
     serving, port = server
     coming, _ = client(port)
     peer = serving.next(Arrived).peer
-    serving.exchange.send(peer, Stop())
-    serving.exchange.drop(peer)
+    serving.links.send(peer, Stop())
+    serving.links.drop(peer)
     assert coming.next(Received).message == Stop()
     coming.next(Lost)
-    assert serving.exchange.events() == []
+    assert serving.links.events() == []
 
 
 def test_a_bug_in_the_thread_is_told_and_never_a_silent_end(
@@ -261,7 +261,7 @@ def test_a_bug_in_the_thread_is_told_and_never_a_silent_end(
         raise KeyError("a bug")
 
     serving, port = server
-    monkeypatch.setattr(serving.exchange, "_read", fail)
+    monkeypatch.setattr(serving.links, "_read", fail)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"x")
         assert serving.next(Broken).reason == "this node's links failed (KeyError), see above"
@@ -276,7 +276,7 @@ def test_refusals_nobody_asked_for_yet_are_counted(server: tuple[Side, int]) -> 
             stranger.shutdown(socket.SHUT_WR)
             while stranger.recv(4096):  # until it was turned away
                 pass
-    seen = serving.exchange.wait(10)
+    seen = serving.links.wait(10)
     assert [type(event) for event in seen] == [Turned] * MAX_TURNED_WAITING + [TurnedMore]
     assert seen[-1] == TurnedMore(20)
 
@@ -289,10 +289,10 @@ def test_a_pause_of_the_whole_machine_loses_nobody(
     coming, number = client(port)
     serving.next(Arrived)
     for side in (serving, coming):
-        side.exchange._clock._last_s -= 60
+        side.links._clock._last_s -= 60
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:  # waits for what must not come
-        events = serving.exchange.wait(deadline - time.monotonic()) + coming.exchange.events()
+        events = serving.links.wait(deadline - time.monotonic()) + coming.links.events()
         assert events == []
-    coming.exchange.send(number, Stop())
+    coming.links.send(number, Stop())
     assert serving.next(Received).message == Stop()
