@@ -163,16 +163,16 @@ def plan_of(
 
 
 def _files(model: "ModelConfig", plugins: "PluginManager") -> "ModelFiles":
-    """The model's files, whose headers say how weights are stored. Where the configuration holds
-    the config.json, nothing is fetched for it; a random checkpoint is written, so that its folder
-    can be named."""
+    """The model's files, whose headers say how weights are stored; a tokenizer is not needed. Where
+    the configuration holds the config.json, nothing is fetched for it; a random checkpoint is
+    written, so that its folder can be named."""
     from core.interfaces.control import ModelFiles
-    from core.sources.files import resolve_files
+    from core.sources.files import find_files
     from core.sources.package import is_fetched
 
     is_here = model.package is not None and is_fetched(model.package)
     if model.shape is None or model.random_checkpoint is not None or is_here:
-        return resolve_files(model, plugins, lambda task, done, total, unit: None)
+        return find_files(model, plugins, lambda task, done, total, unit: None)
     return ModelFiles(
         hf_config=dict(model.shape),
         weight_files=[],

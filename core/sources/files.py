@@ -37,17 +37,24 @@ def resolve_files(
 
     Raises ModelError or ConfigError that says what is missing and what to set instead.
     """
+    files = find_files(model, plugins, on_progress)
+    made_up = makes_weights_up(plugins.table("checkpoint_format"), model.load_format)
+    return _with_tokenizer(model, files, plugins.table("tokenizer"), made_up)
+
+
+def find_files(model: ModelConfig, plugins: PluginManager, on_progress: OnProgress) -> ModelFiles:
+    """The same, whether there is a tokenizer or not."""
     _require_one_source(model)
     made_up = makes_weights_up(plugins.table("checkpoint_format"), model.load_format)
     if made_up and model.shape is not None and not _is_local(model.path):
         files = dummy_from_shape(model.shape)
     else:
         files = _read(model, plugins, on_progress, made_up)
-    if made_up:
-        files = msgspec.structs.replace(
-            files, weight_files=[], weight_format=model.load_format, group_bits={}
-        )
-    return _with_tokenizer(model, files, plugins.table("tokenizer"), made_up)
+    if not made_up:
+        return files
+    return msgspec.structs.replace(
+        files, weight_files=[], weight_format=model.load_format, group_bits={}
+    )
 
 
 def _read(

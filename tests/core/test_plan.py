@@ -69,6 +69,16 @@ def test_a_random_checkpoints_folder_is_named(capsys: pytest.CaptureFixture[str]
     assert f"files: {folder}" in out
 
 
+def test_a_folder_without_a_tokenizer_is_planned(
+    capsys: pytest.CaptureFixture[str], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny_llama_folder / name)
+    status, out, err = run(capsys, "+model=custom", f"model.path={tmp_path}")
+    assert (status, err) == (0, "")
+    assert f"files: {tmp_path}" in out
+
+
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [

@@ -79,6 +79,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "launcher": examples / "acme_launcher",
         "policy": examples / "acme_policy",
         "balancer": examples / "acme_balancer",
+        "checkpoint": examples / "acme_checkpoint",
+        "tokenizer": examples / "acme_tokenizer",
     }
     return {
         name: build_wheel(source, place / "source" / name, place / name)
@@ -207,11 +209,14 @@ def test_every_example_registers_what_its_page_says(installed):
         ("acme_launcher", "launcher", "acme"),
         ("acme_model", "model", "SeedOssForCausalLM"),
         ("acme_policy", "acme_rule", "small"),
+        ("acme_checkpoint", "checkpoint_format", "npy"),
+        ("acme_tokenizer", "tokenizer", "ranks"),
     } <= registered
 
 
 def test_their_groups_sections_and_commands_are_there(installed):
     words = ["comm=acme", "launch=acme", "acme.rule.name=small", "acme.rule.options.most_ranks=2"]
+    words += ["model.load_format=npy", "model.tokenizer_mode=ranks"]
     done = installed.compose(*words)
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load(done.stdout)
