@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
             len(latent_attention.CASES) + 3 * len(latent_attention.SMALL),
             marks=pytest.mark.slow,
         ),
-        pytest.param("acme_model", 2, marks=pytest.mark.slow),
+        pytest.param("acme_model", 6, marks=pytest.mark.slow),
         pytest.param("acme_checkpoint", len(checkpoint_format.CASES), marks=pytest.mark.slow),
         ("acme_tokenizer", len(tokenizer.CASES) + 1),
         ("acme_launcher", 6),

@@ -5,7 +5,6 @@ a cached vector (latent and rotary), V vocabulary.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,6 @@ from core.interfaces.control import ModelFiles
 from core.interfaces.latent_attention import LatentProjections, LatentTransform
 from core.interfaces.model import Model, ModelFamily, ModelStep
 from core.interfaces.weights import PlainFormat
-from core.model_files.byte_tokenizer import byte_tokenizer_dir
 from core.ops.torch_heads import transform_heads
 from core.ops.torch_latent import transform_latent, whole_keys
 from core.ops.torch_ops import TorchOps
@@ -44,28 +42,12 @@ from core.settings.config import (
     PluginChoice,
 )
 from core.sources.files import resolve_files
+from core.testing.model import TINY, write_checkpoint
 from core.testing.ranks import plan_comms, run_ranks
 from tests.support.formats import FILE_PLUGINS, FORMATS
 
 CPU = torch.device("cpu")
-VOCAB_SIZE = 263  # a prime: no tp divides it
-# 12 query and 4 KV heads: tp 2 and 4 cut KV heads, tp 12 repeats them.
-TINY: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.2,  # large, so that answers are not ties
-    "bos_token_id": None,
-    "eos_token_id": 256,
-    "pad_token_id": None,
-}
+VOCAB_SIZE: int = TINY["vocab_size"]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -188,19 +170,7 @@ def write_tiny_model(folder: Path, name: str, seed: int = 0, **sizes: Any) -> Pa
     prefix, changes = TINY_MODELS[name]
     config = getattr(transformers, f"{prefix}Config")(**(TINY | changes | sizes))
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).float()
-    with torch.no_grad():  # what transformers starts at 0 or 1 would hide mistakes
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            assert parameter.abs().sum() > 0, parameter_name
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.2)
-    model.save_pretrained(folder)
-    for file in byte_tokenizer_dir(VOCAB_SIZE).iterdir():
-        shutil.copy(file, folder)
-    return folder
+    return write_checkpoint(getattr(transformers, f"{prefix}ForCausalLM")(config), folder)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
