@@ -168,18 +168,19 @@ class StepFacts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AgreedStep(msgspec.Struct, frozen=True, array_like=True):
-    """What every rank of an attention group runs: its scheduler's step (without rows where that has
-    none) and what all groups agreed on."""
+    """What every rank of an attention group runs: the step of its scheduler, which can be without
+    rows, and what all groups agreed on."""
 
     scheduled: ScheduledStep
     facts: StepFacts
 
 
 class StepResult(msgspec.Struct):
-    """What a step's runner hands back to the scheduler, on the host.
+    """What a step returns to the scheduler, on the host.
 
-    One entry per row of the step with `samples` set, in row order; logprobs only where asked.
-    `prompt_logprobs` maps a row to the entries of its chunk (the token after each position).
+    `token_ids` has one entry for each row of the step with `samples` set, in the order of rows.
+    `logprobs` has only those that were asked for. `prompt_logprobs` maps a row to the entries of
+    its chunk: one for the token after each position.
     """
 
     token_ids: list[int]

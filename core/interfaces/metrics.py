@@ -1,7 +1,7 @@
-"""What a server counts, as plain data, and what an exporter of it fills.
+"""The metrics of a server as plain data, and the interface of metrics exporters.
 
-Knows nothing of any system that metrics are sent to. Counts grow from the start of the server; a
-histogram's bounds never change.
+Knows nothing of the systems that get the metrics. Counts start at 0 with the server and only grow.
+The bounds of a histogram never change.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,15 +12,17 @@ import msgspec
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A counter's or a gauge's value; `labels` are values of the family's `label_names`."""
+    """The value of a counter or gauge. `labels` are the values for the family's `label_names`."""
 
     labels: tuple[str, ...]
     value: float
 
 
 class Histogram(msgspec.Struct, frozen=True):
-    """How many values were at most `bounds[i]` and above the bound before it; `counts` has one
-    entry more, for those above all bounds. `total` is the sum of all values."""
+    """Counts of values. `counts[i]` has those above `bounds[i - 1]` and at most `bounds[i]`.
+
+    `counts` has one entry more than `bounds`, for values above all bounds. `total` is the sum of
+    all values."""
 
     labels: tuple[str, ...]
     bounds: tuple[float, ...]
@@ -29,7 +31,7 @@ class Histogram(msgspec.Struct, frozen=True):
 
 
 class MetricFamily(msgspec.Struct, frozen=True):
-    """All series of one name. Counters have no `_total` at the end of it, times are in seconds."""
+    """All series of one name. Names of counters have no `_total` at the end. Times are seconds."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -48,25 +50,27 @@ class ExporterContext:
 
 @runtime_checkable
 class ScrapeExporter(Protocol):
-    """An exporter that is asked: `GET path` is answered with what it renders.
+    """An exporter that is read (pull): the answer of `GET path` is what it renders.
 
-    The route wants the API key as every other does, and is the same for every frontend.
+    The route needs the API key, like other routes. It is the same for every frontend.
     """
 
     path: str  # "/metrics"
     content_type: str
 
     def render(self, families: Sequence[MetricFamily]) -> bytes:
-        """Runs in a thread of the exporter's own. What it raises is logged and answered with 500,
-        and what takes longer than 10 s with 503."""
+        """Return the body of the answer. Runs in the exporter's own thread.
+
+        An exception is logged, and the answer is 500. If it takes longer than 10 s, the answer is
+        503."""
         ...
 
 
 @runtime_checkable
 class PushExporter(Protocol):
-    """An exporter that sends: `push` is called every `interval_s` seconds.
+    """An exporter that sends (push): `push` is called every `interval_s` seconds.
 
-    One that has `path`, `content_type` and `render` too is both.
+    An exporter that also has `path`, `content_type` and `render` is both.
     """
 
     interval_s: float

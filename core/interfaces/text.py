@@ -1,24 +1,24 @@
-"""What a frontend asks of the text service: conversations and prompts to token ids, and back.
+"""The jobs of the text service: conversations and prompts to token ids, and back.
 
-Plain data that crosses a pipe. What clients sent stays JSON, so that the event loop need not build
-objects of it. Every job may be refused with a RequestError.
+They are plain data that is sent over a pipe. What clients sent stays JSON, so the event loop does
+not have to build objects from it. Every job can raise RequestError.
 """
 
 from typing import Any, Protocol
 
 import msgspec
 
-MAX_TOKENIZED = 1024 * 1024  # tokens that /tokenize or /detokenize answers or takes
+MAX_TOKENIZED = 1024 * 1024  # most tokens of /tokenize and /detokenize
 
 
 class ChatText(msgspec.Struct, tag="chat", kw_only=True):
-    """A conversation to be rendered and tokenized."""
+    """A conversation to render and tokenize."""
 
     messages: bytes  # JSON
     tools: bytes = b"null"  # JSON
-    functions: bytes = b"null"  # JSON: what tools were called before
-    variables: bytes = b"null"  # JSON: what the template may read besides
-    defaults: dict[str, Any] = {}  # the same, where `variables` has none of that name
+    functions: bytes = b"null"  # JSON: OpenAI's older name of tools
+    variables: bytes = b"null"  # JSON: further variables for the template
+    defaults: dict[str, Any] = {}  # used for names that `variables` lacks
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -26,19 +26,19 @@ class ChatText(msgspec.Struct, tag="chat", kw_only=True):
 
 
 class PromptTexts(msgspec.Struct, tag="prompts", kw_only=True):
-    """One prompt or several."""
+    """One or several prompts."""
 
     prompt: bytes  # JSON: a text, texts, token ids, or lists of token ids
-    vocab_size: int  # above all ids that are allowed
+    vocab_size: int  # ids must be below it
     add_special_tokens: bool = True
     max_prompts: int = 1
-    max_tokens: int = MAX_TOKENIZED  # of each; the ids of a longer one are not returned
-    echo: bool = False  # the text of each is wanted
-    offsets: bool = False  # and where its tokens begin, where their own texts don't tell
+    max_tokens: int = MAX_TOKENIZED  # of each prompt; ids of a longer one are not returned
+    echo: bool = False  # also return the text of each
+    offsets: bool = False  # also return where tokens begin, unless the tokens' texts tell it
 
 
 class TokenList(msgspec.Struct, tag="tokenize", kw_only=True):
-    """Ids, and on wish each token's text, as JSON that is ready to be sent."""
+    """Token ids, and with `strings` the text of each token, as JSON that is ready to send."""
 
     source: ChatText | PromptTexts
     strings: bool = False
@@ -52,21 +52,21 @@ class IdsToText(msgspec.Struct, tag="detokenize", kw_only=True):
 
 
 class SplitBody(msgspec.Struct, tag="split", kw_only=True):
-    """A large body, to be taken apart without making objects of what is large in it."""
+    """A large body to split, without making objects of its large parts."""
 
     body: bytes  # JSON
     text_fields: list[str]  # of any length
     known_fields: list[str]
-    ignored_fields: list[str]  # of the known ones: an empty object stands for a long value
+    ignored_fields: list[str]  # known ones; a long value becomes an empty object
     max_field_bytes: int  # of each other known field
-    max_unknown_bytes: int  # of all others together, to be named one by one
-    unnamed: str  # the one name that stands for more
+    max_unknown_bytes: int  # of all unknown fields together; if less, each is named
+    unnamed: str  # the name that replaces all others if they are larger
 
 
 class BodyParts(msgspec.Struct, kw_only=True):
     """The answer to a SplitBody."""
 
-    rest: bytes  # the JSON object, null for its text fields, 0 for unknown ones
+    rest: bytes  # the JSON object, with null for text fields and 0 for unknown ones
     texts: dict[str, bytes]  # JSON by field
 
 
@@ -74,17 +74,17 @@ TextJob = ChatText | PromptTexts | TokenList | IdsToText | SplitBody
 
 
 class Prompt(msgspec.Struct, kw_only=True):
-    """A prompt as tokens. `ids` is empty where it has more than `max_tokens` of them."""
+    """A prompt as tokens. `ids` is empty if it has more than `max_tokens` tokens."""
 
     num_tokens: int
     ids: list[int] = []
-    at_least: bool = False  # `num_tokens` is a bound: the text was too long to be tokenized
-    text: str | None = None  # where it was asked for
-    # Whether `text` leaves out a character that the last of these token ids began: it is the
-    # answer's, whatever becomes of it.
+    at_least: bool = False  # `num_tokens` is a lower bound: the text was too long to tokenize
+    text: str | None = None  # if it was asked for
+    # Whether `text` leaves out a character that the last token ids began. It belongs to the answer,
+    # even if it is never completed.
     is_open: bool = False
-    # Where each token begins in the text, in characters. None where that is not asked for, or told
-    # by the tokens' own texts: they are those of the text, in their order.
+    # Where each token begins in the text, in characters. None if that was not asked for, or if the
+    # tokens' own texts, joined in order, are the text.
     offsets: list[int] | None = None
 
 
@@ -99,8 +99,8 @@ class TokensJson(msgspec.Struct, kw_only=True):
 class TextService(Protocol):
     """Renders and tokenizes outside the event loop, within limits of CPU time and memory.
 
-    All raise RequestError: 400 for what the template, the tokenizer or a limit refuses, 503 where
-    the machine is too busy to say.
+    All methods raise RequestError: 400 if the template, the tokenizer or a limit refuses the job,
+    503 if the machine is too busy.
     """
 
     async def chat(self, job: ChatText) -> Prompt: ...
@@ -110,7 +110,7 @@ class TextService(Protocol):
     async def tokenize(self, job: TokenList) -> TokensJson: ...
 
     async def detokenize(self, job: IdsToText) -> bytes:
-        """The text as JSON."""
+        """Return the text as JSON."""
         ...
 
     async def split(self, job: SplitBody) -> BodyParts: ...
