@@ -5,7 +5,9 @@ torch is imported inside `run`, so that its seconds are reported as a phase.
 """
 
 import gc
+import itertools
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +20,11 @@ from core.cluster.processes.signals import leave_signals_to_parent
 from core.disk.cache import cache_root
 from core.disk.disk_room import explained
 from core.interfaces.control import LinesDropped, Progress, Ready, StartPhase
+from core.interfaces.worker import WorkerInfo
+from core.plugin.lifespans import CLEAN_LEAVE_S, FAILED_LEAVE_S, HOOK, Lifespans
+
+if TYPE_CHECKING:
+    from core.plugin.plugin_manager import PluginManager
 
 
 def main() -> None:
@@ -26,21 +33,25 @@ def main() -> None:
     exit_with_parent()
     leave_signals_to_parent()
     raise_descriptor_limit()  # strangers at its ports hold some until they are turned away
+    lifespans = Lifespans()
     boot: WorkerBoot | None = None
     try:
         boot = msgspec.json.decode(channel.boot_line(), type=WorkerBoot)
-        channel.exit_at_end()
+        channel.exit_at_end(lambda: lifespans.leave(None, CLEAN_LEAVE_S))
         with steady_output(lambda lines: channel.send(LinesDropped(lines))):
-            run(boot, channel)
+            run(boot, channel, lifespans)
     except Exception as error:
+        lifespans.leave(error, FAILED_LEAVE_S)
         blamed = missing_ranks(error, boot.rank, boot.plan.world_size) if boot else ()
         blames = [worker_name(rank) for rank in blamed]
         # Other threads may sit in a collective that never ends.
         exit_now(channel.report_failure(explained(error, cache_root()), blames))
+    finally:
+        lifespans.leave(None, FAILED_LEAVE_S)  # whoever exits the interpreter
 
 
-def run(boot: WorkerBoot, channel: Channel) -> None:
-    """Build this rank and serve until the process is ended."""
+def run(boot: WorkerBoot, channel: Channel, lifespans: Lifespans) -> None:
+    """Build this rank and serve until the process is ended. Enters `lifespans`, and leaves none."""
     start = time.monotonic()
 
     def on_phase(name: str, seconds: float) -> None:
@@ -57,6 +68,8 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     device = open_device(boot.device, boot.num_threads)
     plugins = PluginManager.load(boot.config.plugins.blocklist)
     on_phase("import", time.monotonic() - start)
+
+    enter_lifespans(boot, channel, lifespans, plugins)
 
     start = time.monotonic()
     comms = join_ranks(boot.config, boot.plan, boot.rank, plugins, boot.endpoints, device)
@@ -96,6 +109,33 @@ def run(boot: WorkerBoot, channel: Channel) -> None:
     channel.heartbeat(rank.executor.heartbeat)
     rank.commit_pool()
     links.serve(rank.scheduler, rank.executor, rank.expert_balancer)
+
+
+def enter_lifespans(
+    boot: WorkerBoot, channel: Channel, lifespans: Lifespans, plugins: "PluginManager"
+) -> None:
+    """Begin what plugins run beside this rank. Raises PluginError for one that fails."""
+    from core.engine.build.device import open_device
+
+    start = time.monotonic()
+    worker = WorkerInfo(
+        rank=boot.rank,
+        world_size=boot.plan.world_size,
+        dp_rank=boot.plan.axis_index("dp", boot.rank),
+        local_ranks=boot.local_ranks,
+        device=boot.device,
+    )
+    found = plugins.worker_lifespans(boot.config, worker)
+    begun = itertools.count()
+    lifespans.enter(
+        found,
+        prepare=lambda: open_device(boot.device, boot.num_threads),  # current in that thread, too
+        on_begin=lambda plugin: channel.send(
+            Progress(f"{HOOK} of {plugin}", next(begun), len(found), "plugins")
+        ),
+    )
+    if found:
+        channel.send(StartPhase("plugins", time.monotonic() - start))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ when they are chosen.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pluggy
 from core.plugin.commands import Command
 
 if TYPE_CHECKING:
+    from core.interfaces.worker import WorkerInfo
     from core.settings.config import AppConfig
 
 PROJECT = "nodeweave"
@@ -193,6 +195,16 @@ def check_plan(config: "AppConfig", plugins: Any) -> Sequence[str]:
     where names may be "auto" and `engine.page_size` None, then with what these mean here. `plugins`
     is the core.plugin.plugin_manager.PluginManager, whose `table(family)` has the members of a
     family that a plugin made; one that needs none leaves it out."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def worker_lifespan(
+    config: "AppConfig", worker: "WorkerInfo"
+) -> AbstractContextManager[Any] | None:
+    """What runs beside a rank: entered in each worker process once its device is open, before ranks
+    join and the model is loaded, and left as the process ends. One that needs no `config` or
+    `worker` leaves it out."""
     raise AssertionError("a specification is never called")
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import pluggy
 
 from core.errors import ConfigError, PlanError, PluginError
-from core.plugin import hookspecs
+from core.interfaces.worker import WorkerInfo
+from core.plugin import hookspecs, lifespans
 from core.plugin.commands import COMMANDS, Command
 from core.plugin.families import Chosen, Family, choices, families_of
 from core.plugin.hookspecs import PROJECT, Registration
+from core.plugin.lifespans import Lifespan, require_manager
 from core.plugin.sources import (
     BUILTIN_PLUGINS,
     Source,
@@ -209,6 +211,12 @@ class PluginManager:
         """What every plugin finds wrong with a configuration, settled or not, in one list."""
         found = self._call_each("check_plan", config=config, plugins=self)
         return [problem for _, problems in found for problem in problems]
+
+    def worker_lifespans(self, config: AppConfig, worker: WorkerInfo) -> list[Lifespan]:
+        """What plugins run beside a rank, in the order they were loaded; nothing is entered.
+        Raises PluginError for what is no context manager."""
+        found = self._call_each(lifespans.HOOK, config=config, worker=worker)
+        return [require_manager(plugin, made) for plugin, made in found]
 
     def plan_problems(self, config: AppConfig) -> list[str]:
         """What the chosen parallelism plan and every plugin find wrong, in one list, before the

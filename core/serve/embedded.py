@@ -25,6 +25,7 @@ from core.errors import (
     ConfigError,
     ModelError,
     NodeweaveError,
+    PluginError,
     RequestError,
     ResourceError,
     WorkerDied,
@@ -44,7 +45,7 @@ from core.tokenizers.load import load_tokenizer
 
 CLOSED = "the engine was closed"
 # What a worker's own error is raised as again, where it ended the start.
-_ERRORS = {cls.__name__: cls for cls in (ConfigError, ModelError, ResourceError)}
+_ERRORS = {cls.__name__: cls for cls in (ConfigError, PluginError, ModelError, ResourceError)}
 T = TypeVar("T")
 
 

@@ -112,12 +112,14 @@ class Channel:
             target=self._read, args=(handler,), name="nodeweave-control", daemon=True
         ).start()
 
-    def exit_at_end(self) -> None:
-        """`listen` for a process that is told only one thing: to end. It exits at once with
-        status 0, without clean-up, whatever its other threads do (even inside a collective)."""
+    def exit_at_end(self, before: Callable[[], None] = lambda: None) -> None:
+        """`listen` for a process that is told only one thing: to end. It exits with status 0 once
+        `before` returned, without other clean-up, whatever its other threads do (even inside a
+        collective)."""
 
         def handler(message: ParentControl | None) -> None:
             if message is None:
+                before()
                 exit_now(0)
 
         self.listen(handler)
