@@ -5,30 +5,43 @@ from pathlib import Path
 from core.errors import ModelError
 from core.interfaces.checkpoint import CheckpointFormat, WeightGenerator
 from core.plugin.plugin_manager import AUTO, PluginTable
-from core.settings.config import PluginChoice
+from core.settings.config import ModelConfig, PluginChoice
 
 KEY = "model.load_format"
+OPTIONS_KEY = "model.load_options"
 
 
-def make_format(formats: PluginTable, name: str) -> CheckpointFormat | WeightGenerator:
-    """What `model.load_format=name` is. Raises PluginError where there is none of that name."""
-    made: CheckpointFormat | WeightGenerator = formats.create(PluginChoice(name=name), key=KEY)
+def format_choice(model: ModelConfig, name: str | None = None) -> PluginChoice:
+    """What a configuration chooses; or the format of that name, with options if it is that."""
+    chosen = name is None or name == model.load_format
+    return PluginChoice(
+        name=model.load_format if name is None else name,
+        options=model.load_options if chosen else {},
+    )
+
+
+def make_format(formats: PluginTable, choice: PluginChoice) -> CheckpointFormat | WeightGenerator:
+    """The format that is chosen. Raises PluginError where there is none of that name, ConfigError
+    for options that it does not take."""
+    made: CheckpointFormat | WeightGenerator = formats.create(
+        choice, key=KEY, options_key=OPTIONS_KEY
+    )
     return made
 
 
-def makes_weights_up(formats: PluginTable, wanted: str) -> bool:
-    """Whether `model.load_format=wanted` reads no weights."""
-    return wanted != AUTO and isinstance(make_format(formats, wanted), WeightGenerator)
+def makes_weights_up(formats: PluginTable, wanted: PluginChoice) -> bool:
+    """Whether what is chosen reads no weights."""
+    return wanted.name != AUTO and isinstance(make_format(formats, wanted), WeightGenerator)
 
 
 def generators(formats: PluginTable) -> list[str]:
     """The names under which weights are made up."""
-    return [name for name in formats if makes_weights_up(formats, name)]
+    return [name for name in formats if makes_weights_up(formats, PluginChoice(name=name))]
 
 
-def hub_weight_files(formats: PluginTable, wanted: str) -> list[str]:
-    """Patterns of the weight files that `model.load_format=wanted` takes from the Hub."""
-    if wanted == AUTO:
+def hub_weight_files(formats: PluginTable, wanted: PluginChoice) -> list[str]:
+    """Patterns of the weight files that what is chosen takes from the Hub."""
+    if wanted.name == AUTO:
         every = _all_formats(formats).values()
         return list(dict.fromkeys(pattern for each in every for pattern in each.hub_files))
     made = make_format(formats, wanted)
@@ -36,22 +49,24 @@ def hub_weight_files(formats: PluginTable, wanted: str) -> list[str]:
         return []
     if not made.hub_files:
         raise ModelError(
-            f"model.load_format={wanted} takes no files of a repository on the Hugging Face Hub; "
+            f"model.load_format={wanted.name} takes no files of a repository on the Hugging Face Hub; "
             f"needed: {made.needs}; fetch it and set model.path to it"
         )
     return list(made.hub_files)
 
 
-def find_format(location: Path, wanted: str, formats: PluginTable) -> tuple[str, CheckpointFormat]:
+def find_format(
+    location: Path, wanted: PluginChoice, formats: PluginTable
+) -> tuple[str, CheckpointFormat]:
     """The name and format of a place that exists.
 
     `wanted` decides between several that recognise it. Raises ModelError where several do and
     `wanted` is none of them, and where none takes the place.
     """
-    if wanted != AUTO:
+    if wanted.name != AUTO:
         made = make_format(formats, wanted)
         if not isinstance(made, WeightGenerator) and made.recognises(location):
-            return wanted, made
+            return wanted.name, made
     known = _all_formats(formats)
     found = [name for name, each in known.items() if each.recognises(location)]
     if not found:
@@ -68,5 +83,5 @@ def find_format(location: Path, wanted: str, formats: PluginTable) -> tuple[str,
 
 
 def _all_formats(formats: PluginTable) -> dict[str, CheckpointFormat]:
-    made = {name: make_format(formats, name) for name in formats}
+    made = {name: make_format(formats, PluginChoice(name=name)) for name in formats}
     return {name: each for name, each in made.items() if not isinstance(each, WeightGenerator)}

@@ -2,7 +2,7 @@
 
 import torch
 
-from core.checkpoints.formats import make_format
+from core.checkpoints.formats import format_choice, make_format
 from core.disk.progress import OnProgress
 from core.interfaces.checkpoint import WeightGenerator
 from core.interfaces.control import ModelFiles
@@ -34,7 +34,7 @@ def open_weights(
     anything is read. Without it a rank that keeps some experts only would call the others surplus.
     """
     total_bytes = rank_shapes.num_bytes if rank_shapes else 0
-    format_ = make_format(formats, files.weight_format)
+    format_ = make_format(formats, format_choice(model, files.weight_format))
     if isinstance(format_, WeightGenerator):
         return format_.generate(
             model, dtype=dtype, device=device, on_progress=on_progress, total_bytes=total_bytes

@@ -79,7 +79,8 @@ class ModelConfig:
     random_checkpoint: RandomCheckpoint | None = None
     shape: dict[str, Any] | None = None
     # auto: the format that says the files are its own; dummy: made-up weights, no files needed
-    load_format: Annotated[str, Chooses("checkpoint_format")] = "auto"
+    load_format: Annotated[str, Chooses("checkpoint_format", options="load_options")] = "auto"
+    load_options: dict[str, Any] = field(default_factory=dict)  # of the format
     # auto: the first kind that says the tokenizer's files are its own
     tokenizer_mode: Annotated[str, Chooses("tokenizer")] = "auto"
     # auto: the checkpoint's, but float32 on CPUs without instructions to multiply that

@@ -14,6 +14,7 @@ import msgspec
 from core.checkpoints.formats import (
     KEY,
     find_format,
+    format_choice,
     generators,
     hub_weight_files,
     makes_weights_up,
@@ -38,14 +39,14 @@ def resolve_files(
     Raises ModelError or ConfigError that says what is missing and what to set instead.
     """
     files = find_files(model, plugins, on_progress)
-    made_up = makes_weights_up(plugins.table("checkpoint_format"), model.load_format)
+    made_up = makes_weights_up(plugins.table("checkpoint_format"), format_choice(model))
     return _with_tokenizer(model, files, plugins.table("tokenizer"), made_up)
 
 
 def find_files(model: ModelConfig, plugins: PluginManager, on_progress: OnProgress) -> ModelFiles:
     """The same, whether there is a tokenizer or not."""
     _require_one_source(model)
-    made_up = makes_weights_up(plugins.table("checkpoint_format"), model.load_format)
+    made_up = makes_weights_up(plugins.table("checkpoint_format"), format_choice(model))
     if made_up and model.shape is not None and not _is_local(model.path):
         files = dummy_from_shape(model.shape)
     else:
@@ -63,7 +64,7 @@ def _read(
     """What the format of the model's place says of it."""
     formats = plugins.table("checkpoint_format")
     location = _locate(model, plugins, on_progress)
-    name, format_ = find_format(location, model.load_format, formats)
+    name, format_ = find_format(location, format_choice(model), formats)
     files = format_.read(location, with_weights=not made_up)
     _require_architecture(files.hf_config, location)
     if not made_up and model.load_format not in (AUTO, name):
@@ -130,7 +131,7 @@ def _locate(model: ModelConfig, plugins: PluginManager, on_progress: OnProgress)
         return Path(model.path).expanduser()
     if is_repo_id(model.path):
         tokenizer = hub_tokenizer_files(plugins.table("tokenizer"), model.tokenizer_mode)
-        weights = hub_weight_files(plugins.table("checkpoint_format"), model.load_format)
+        weights = hub_weight_files(plugins.table("checkpoint_format"), format_choice(model))
         return fetch_from_hub(model.path, [*tokenizer, *weights])
     raise ModelError(
         f"model.path={model.path!r} does not exist; allowed: a folder, a .gguf file, or a Hub id "

@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,14 +19,16 @@ from core import LLM, SamplingParams
 from core.checkpoints.formats import find_format
 from core.checkpoints.open import open_weights
 from core.errors import ConfigError, ModelError, PluginError
-from core.interfaces.weights import OpenedWeights
+from core.interfaces.control import ModelFiles
+from core.interfaces.weights import OpenedWeights, WeightSource
 from core.llm.settings import configure
 from core.plugin.hookspecs import Registration, hookimpl
 from core.plugin.plugin_manager import PluginManager, PluginTable
 from core.run import main
-from core.settings.config import ModelConfig
+from core.settings.config import ModelConfig, PluginChoice
 from core.sources.files import resolve_files
 from core.weights.reader import ShapeReader
+from plugins.checkpoints.safetensors import SafetensorsFormat
 from tests.support.formats import FILE_PLUGINS
 from tests.support.models import CPU, ignore_progress, write_tiny_model
 from tests.support.oracle import TransformersOracle
@@ -105,15 +109,15 @@ def test_several_formats_in_one_folder_are_named(folder: Path, with_npy: PluginT
     with pytest.raises(
         ModelError, match=r"several formats: safetensors, npy; .*model\.load_format"
     ):
-        find_format(npy, "auto", with_npy)
-    assert find_format(npy, "npy", with_npy)[0] == "npy"
-    assert find_format(npy, "safetensors", with_npy)[0] == "safetensors"
+        find_format(npy, PluginChoice(name="auto"), with_npy)
+    assert find_format(npy, PluginChoice(name="npy"), with_npy)[0] == "npy"
+    assert find_format(npy, PluginChoice(name="safetensors"), with_npy)[0] == "safetensors"
 
 
 def test_what_no_format_takes_names_what_all_need(tmp_path: Path, with_npy: PluginTable) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ModelError, match=r"a folder, or a \.gguf file, or a folder with weights/"):
-        find_format(tmp_path / "notes.txt", "auto", with_npy)
+        find_format(tmp_path / "notes.txt", PluginChoice(name="auto"), with_npy)
 
 
 def test_a_format_that_the_files_are_not_in_is_refused(
@@ -145,8 +149,10 @@ def test_a_format_that_does_not_import_names_its_package() -> None:
     plugins = PluginManager.load(builtins=BUILTINS, objects={"acme": Broken()})
     table = plugins.table("checkpoint_format")
     with pytest.raises(PluginError, match=r"'broken' \(from acme\) can't be used here: nowhere"):
-        find_format(Path("/"), "auto", table)
-    assert find_format(Path("x.gguf"), "gguf", table)[0] == "gguf"  # the others are not asked
+        find_format(Path("/"), PluginChoice(name="auto"), table)
+    assert (
+        find_format(Path("x.gguf"), PluginChoice(name="gguf"), table)[0] == "gguf"
+    )  # the others are not asked
 
 
 BUILTINS = ["plugins.checkpoints", "plugins.tokenizers"]
@@ -178,6 +184,72 @@ def test_weights_may_be_made_up_by_a_plugin(folder: Path) -> None:
             model, files, table, dtype=torch.float32, device=CPU, on_progress=ignore_progress
         )
         assert isinstance(reader, ShapeReader)
+
+
+@dataclass(slots=True, kw_only=True)
+class MirrorOptions:
+    suffix: str = "safetensors"
+
+
+class Mirror(SafetensorsFormat):
+    """Weights by another name, which an option tells."""
+
+    def __init__(self, options: MirrorOptions) -> None:
+        self._pattern = f"*.{options.suffix}"
+
+    def recognises(self, location: Path) -> bool:
+        return any(location.glob(self._pattern))
+
+    def read(self, location: Path, *, with_weights: bool) -> ModelFiles:
+        [path] = location.glob(self._pattern)
+        files = super().read(location, with_weights=False)
+        return msgspec.structs.replace(files, weight_files=[str(path)])
+
+    def open(self, files: ModelFiles, dtype: torch.dtype) -> WeightSource:
+        assert files.weight_files[0].endswith(self._pattern[1:])
+        return super().open(files, dtype)
+
+
+class WithMirror:
+    @hookimpl
+    def register_checkpoint_format(self) -> list[Registration]:
+        return [Registration(name="mirror", factory=Mirror, config=MirrorOptions)]
+
+
+def test_options_reach_who_reads_and_who_opens(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.copy")
+    plugins = PluginManager.load(builtins=BUILTINS, objects={"acme": WithMirror()})
+    options = {"suffix": "copy"}
+    model = ModelConfig(name="m", path=str(folder), load_format="mirror", load_options=options)
+    files = resolve_files(model, plugins, ignore_progress)
+    assert files.weight_files == [str(folder / "model.copy")]
+    table = plugins.table("checkpoint_format")
+    reader = open_weights(
+        model, files, table, dtype=torch.float32, device=CPU, on_progress=ignore_progress
+    )
+    assert reader.has("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model.load_format": "mirror", "model.load_options.sufix": "x"},
+            r"unknown key 'model\.load_options\.sufix'; did you mean 'suffix'",
+        ),
+        (
+            {"model.load_options.suffix": "x"},
+            r"model\.load_options are given but model\.load_format\S* is auto; .*: dummy, gguf",
+        ),
+    ],
+)
+def test_options_that_no_format_takes(
+    settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins = PluginManager.load(objects={"acme": WithMirror()})
+    monkeypatch.setattr(PluginManager, "load", lambda *_: plugins)
+    with pytest.raises(ConfigError, match=message):
+        configure("smollm2", settings)
 
 
 ARCHITECTURE = {"architectures": ["LlamaForCausalLM"]}
@@ -230,7 +302,8 @@ def test_finding_a_format_imports_neither_torch_nor_numpy(tmp_path: Path) -> Non
     code = (
         "import sys; from pathlib import Path; from core.checkpoints.formats import find_format\n"
         "from tests.support.formats import FORMATS, FILE_PLUGINS\n"
-        "find_format(Path(sys.argv[1]), 'auto', FORMATS)\n"
+        "from core.settings.config import PluginChoice\n"
+        "find_format(Path(sys.argv[1]), PluginChoice(), FORMATS)\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
