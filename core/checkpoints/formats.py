@@ -49,8 +49,8 @@ def hub_weight_files(formats: PluginTable, wanted: PluginChoice) -> list[str]:
         return []
     if not made.hub_files:
         raise ModelError(
-            f"model.load_format={wanted.name} takes no files of a repository on the Hugging Face Hub; "
-            f"needed: {made.needs}; fetch it and set model.path to it"
+            f"{KEY}={wanted.name} takes no files of a repository on the Hugging Face Hub; needed: "
+            f"{made.needs}; fetch it and set model.path to it"
         )
     return list(made.hub_files)
 
