@@ -3,7 +3,10 @@
 Knows nothing of HTTP.
 """
 
+from collections.abc import Sequence
 from functools import partial
+
+import msgspec
 
 from core.frontend.answer import Answer
 from core.frontend.fields import SamplingFields
@@ -41,40 +44,63 @@ class Service:
         body: SamplingFields,
         prompt: bytes,
         *,
-        default_max_tokens: int,
+        default_max_tokens: int | None,
         max_prompts: int = 1,
         n: int = 1,
     ) -> list[Choice]:
         """`n` answers of text to each prompt of a body, checked and ready to be run. `prompt` is
-        JSON: a text, token ids, or several of either, up to `max_prompts`.
+        JSON: a text, token ids, or several of either, up to `max_prompts`. `default_max_tokens`
+        None: the rest of the context.
 
         Raises RequestError: 400 for what is out of range, 429 where the queue is full.
         """
-        config, model = self.config, self.model
-        check_sampling(body, model)
-        check_range("max_tokens", body.max_tokens, 1, float("inf"))
-        check_range("n", n, 1, config.max_n)
-        stops = stop_strings(body, config)
+        job = PromptTexts(
+            prompt=prompt,
+            vocab_size=self.model.vocab_size,
+            max_prompts=max_prompts,
+            max_tokens=self.model.max_model_len - 1,
+        )
+        stops = self._check(body, n)
         with self.admission.tokenizing(n):
-            prompts = await self.prompts(
-                PromptTexts(
-                    prompt=prompt,
-                    vocab_size=model.vocab_size,
-                    max_prompts=max_prompts,
-                    max_tokens=model.max_model_len - 1,
-                )
-            )
+            prompts = await self.prompts(job)
+        return self._choices(body, prompts, stops, default_max_tokens, n)
 
+    async def chat_choices(
+        self, body: SamplingFields, chat: ChatText, *, default_max_tokens: int | None, n: int = 1
+    ) -> list[Choice]:
+        """The same for a conversation; its `max_tokens` is set here."""
+        chat = msgspec.structs.replace(chat, max_tokens=self.model.max_model_len - 1)
+        stops = self._check(body, n)
+        with self.admission.tokenizing(n):
+            ids = await self.chat_ids(chat)
+        prompts = [Prompt(num_tokens=len(ids), ids=ids)]
+        return self._choices(body, prompts, stops, default_max_tokens, n)
+
+    def _check(self, body: SamplingFields, n: int) -> tuple[str, ...]:
+        """What does not depend on the prompt; returns the stop strings."""
+        check_sampling(body, self.model)
+        check_range("max_tokens", body.max_tokens, 1, float("inf"))
+        check_range("n", n, 1, self.config.max_n)
+        return stop_strings(body, self.config)
+
+    def _choices(
+        self,
+        body: SamplingFields,
+        prompts: Sequence[Prompt],
+        stops: tuple[str, ...],
+        default_max_tokens: int | None,
+        n: int,
+    ) -> list[Choice]:
         def sampling_of(num_prompt: int) -> SamplingParams:
             most = answer_tokens(
                 body.max_tokens,
                 default_max_tokens,
                 num_prompt,
-                model,
+                self.model,
                 "max_tokens",
-                strict=config.strict_fields,
+                strict=self.config.strict_fields,
             )
-            return sampling_params(body, max_tokens=most, model=model)
+            return sampling_params(body, max_tokens=most, model=self.model)
 
         def make_answer(prompt: Prompt) -> Answer:
             return Answer(
