@@ -1,5 +1,6 @@
 """Metrics of any frontend reach any exporter, and no exporter reaches a request."""
 
+import asyncio
 import json
 import threading
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from core.errors import ConfigError, PluginError
+from core.errors import ConfigError, PluginError, RequestError
 from core.interfaces.metrics import ExporterContext
 from core.plugin.hookspecs import Registration, hookimpl
 from core.plugin.plugin_manager import PluginManager
@@ -125,6 +126,22 @@ def test_exporters_that_fail_or_hang_cost_no_request(monkeypatch, caplog):
     assert told == ["the metrics exporter 'failing' failed; it is tried again"]
 
 
+def test_scrapes_that_wait_are_bounded(monkeypatch):
+    """Each holds all numbers, and a scraper does not stop asking."""
+    monkeypatch.setattr(module, "RENDER_S", 0.0)
+    collected = []
+    hangs = Scraped(lambda _: threading.Event().wait())
+    exporters = Exporters({"hangs": hangs}, lambda: collected.append(1) or [])
+
+    async def run():
+        for _ in range(3 * module.MAX_WAITING):
+            with pytest.raises(RequestError, match="takes too long"):
+                await exporters.routes["/numbers"]()
+
+    asyncio.run(run())
+    assert len(collected) == module.MAX_WAITING
+
+
 def test_routes_want_the_key_and_know_their_methods():
     page = Scraped(lambda families: b"%d families" % len(families))
     with (
@@ -139,6 +156,10 @@ def test_routes_want_the_key_and_know_their_methods():
         refused = http.post("/numbers", headers=key)
         assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
         assert http.options("/numbers", headers=key).headers["allow"] == "GET, HEAD, OPTIONS"
+        assert http.post("/generate", json={}, headers=key).text == ANSWER
+        http.get("/health")  # read once the last one has ended
+    own = {record.path: record.is_own for record in stack.records if record.status != 401}
+    assert own.items() >= {"/ready": True, "/numbers": True, "/generate": False}.items()
 
 
 @dataclass(slots=True, kw_only=True)
