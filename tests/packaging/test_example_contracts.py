@@ -8,6 +8,7 @@ import pytest
 
 from core.testing import (
     attention,
+    balancer,
     checkpoint_format,
     comm,
     latent_attention,
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
         ("acme_launcher", 6),
         ("acme_policy", 3),
         ("acme_metrics", 5),
-        ("acme_balancer", 8),
+        ("acme_balancer", 8 + len(balancer.CASES)),
     ],
 )
 def test_it_passes_the_contract_by_its_own_tests(name, num_tests, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What the balancer keeps together, and how far; no server is needed for that."""
 
 import pytest
-from acme_balancer import AcmeOptions
+from acme_balancer import AcmeOptions, register_balancer
 from acme_balancer.rendezvous import Rendezvous
 
 from core.errors import ConfigError
@@ -9,6 +9,7 @@ from core.interfaces.balancer import BalancerSpec, RequestView
 from core.interfaces.messages import EngineStats
 from core.plugin.plugin_manager import PluginManager
 from core.settings.config import PluginChoice
+from core.testing.balancer import CASES, Case, check_balancer
 
 NUM_RANKS = 4
 
@@ -76,6 +77,12 @@ def test_some_rank_is_always_allowed(most_over_mean: float) -> None:
         add(balancer, request(str(number), 7))
         if number % 3 == 2:
             balancer.remove(str(number - 1), finished=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case) -> None:
+    [registration] = register_balancer()
+    check_balancer(registration, case)
 
 
 @pytest.mark.parametrize("options", [{"num_blocks": 0}, {"most_over_mean": 0.5}])
