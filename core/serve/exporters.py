@@ -14,7 +14,7 @@ from core.errors import ConfigError, PluginError, RequestError
 from core.interfaces.http import PROBES
 from core.interfaces.metrics import ExporterContext, MetricFamily, PushExporter, ScrapeExporter
 from core.plugin.plugin_manager import PluginTable
-from core.serve.own_routes import Answer, OwnRoute
+from core.serve.own_routes import Answer, OwnRoute, plain_path
 from core.serve.side_thread import SideThread
 from core.settings.config import MetricsConfig, PluginChoice
 
@@ -88,15 +88,26 @@ def _check(name: str, exporter: Any) -> None:
     wrong = None
     if not (is_scraped or is_push):
         wrong = "has neither path, content_type and render, nor interval_s and push"
-    elif is_scraped and not (isinstance(exporter.path, str) and exporter.path[:1] == "/"):
-        wrong = f"has the path {exporter.path!r}; it must begin with /"
-    elif is_push and not exporter.interval_s >= SHORTEST_INTERVAL_S:
+    elif is_scraped and not _is_plain(exporter.path):
+        wrong = (
+            f"has the path {exporter.path!r}; it must begin with one / and end without, as paths "
+            "of requests are read"
+        )
+    elif is_push and not _is_long(exporter.interval_s):
         wrong = f"has interval_s={exporter.interval_s!r}; allowed: at least {SHORTEST_INTERVAL_S}"
     if wrong is not None:
         raise PluginError(
             f"metrics_exporter plugin {name!r} {wrong} (core.interfaces.metrics says what an "
             "exporter is)"
         )
+
+
+def _is_plain(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith("/") and plain_path(path) == path
+
+
+def _is_long(interval_s: Any) -> bool:
+    return isinstance(interval_s, int | float) and interval_s >= SHORTEST_INTERVAL_S
 
 
 class _Scrapes:

@@ -223,7 +223,10 @@ def test_mistakes_in_the_configuration_are_named(words, fragment):
     ("exporter", "fragment"),
     [
         (object(), "neither path, content_type and render, nor interval_s and push"),
-        (SimpleNamespace(path="metrics", content_type="a", render=len), "begin with /"),
+        (SimpleNamespace(path="metrics", content_type="a", render=len), "begin with one /"),
+        (SimpleNamespace(path="/n/", content_type="a", render=len), "end without"),
+        (SimpleNamespace(path=7, content_type="a", render=len), "has the path 7"),
+        (SimpleNamespace(interval_s="9", push=len), "interval_s='9'; allowed"),
         (SimpleNamespace(path="/ready", content_type="a", render=len), "'/ready', which is there"),
         (SimpleNamespace(interval_s=0, push=len), "interval_s=0; allowed: at least 0.01"),
         (SimpleNamespace(interval_s=float("nan"), push=len), "interval_s=nan"),
