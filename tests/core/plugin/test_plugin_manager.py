@@ -378,6 +378,19 @@ def test_every_hook_is_documented():
     assert len(hooks) == 20
     for hook in hooks:
         assert f"| `{hook}` |" in page
-        of_its_own = docs / "plugins" / f"{hook.removeprefix('register_')}.md"
-        sections = [line for line in page.splitlines() if line.startswith("### ")]
-        assert of_its_own.exists() or any(hook in line for line in sections), hook
+        name = f"plugins/{hook.removeprefix('register_')}.md"
+        if hook.startswith("register_") or (docs / name).exists():
+            assert f"]({name})" in page, "what registers something has a page of its own"
+        else:
+            assert f"\n### {hook}" in page
+
+
+def test_every_example_is_named_on_the_page_that_it_is_of():
+    root = Path(__file__).parents[3]
+    pages = [path.read_text() for path in (root / "docs/plugins").glob("*.md")]
+    index = (root / "docs/plugins.md").read_text()
+    examples = [path.name for path in (root / "examples").glob("acme_*")]
+    assert len(examples) > 10
+    for name in examples:
+        assert f"`examples/{name}/`" in index
+        assert any(f"examples/{name}/" in page for page in pages), name
