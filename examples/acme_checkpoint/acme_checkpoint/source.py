@@ -42,7 +42,7 @@ class NpySource:
 
 def _mapped(path: str) -> Any:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no NumPy file of numbers: {error}") from error
 
