@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from core.errors import ModelError
+from core.errors import ModelError, PluginError
 from core.interfaces.checkpoint import CheckpointFormat, WeightGenerator
 from core.plugin.plugin_manager import AUTO, PluginTable
 from core.settings.config import ModelConfig, PluginChoice
@@ -65,10 +65,10 @@ def find_format(
     """
     if wanted.name != AUTO:
         made = make_format(formats, wanted)
-        if not isinstance(made, WeightGenerator) and made.recognises(location):
+        if not isinstance(made, WeightGenerator) and _asked(formats, wanted.name, made, location):
             return wanted.name, made
     known = _all_formats(formats)
-    found = [name for name, each in known.items() if each.recognises(location)]
+    found = [name for name, each in known.items() if _asked(formats, name, each, location)]
     if not found:
         found = [name for name, each in known.items() if each.stands_in(location)][:1]
     if not found:
@@ -80,6 +80,19 @@ def find_format(
             f"by {KEY}, or remove the files of the others"
         )
     return found[0], known[found[0]]
+
+
+def _asked(formats: PluginTable, name: str, format_: CheckpointFormat, location: Path) -> bool:
+    """Whether a format recognises a place."""
+    try:
+        return format_.recognises(location)
+    except Exception as error:  # a plugin's own; it may never raise
+        raise PluginError(
+            f"checkpoint_format plugin {name!r} (from {formats.plugin_of(name)}) failed to look at "
+            f"{location}: {type(error).__name__}: {error}\n"
+            f"choose another by {KEY}, or start without it: "
+            f"plugins.blocklist=[{formats.plugin_of(name)}]"
+        ) from error
 
 
 def _all_formats(formats: PluginTable) -> dict[str, CheckpointFormat]:

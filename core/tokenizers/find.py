@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from core.errors import PluginError
 from core.interfaces.tokenizer import TokenizerKind
 from core.plugin.plugin_manager import AUTO, PluginTable
 from core.settings.config import PluginChoice
@@ -20,8 +21,19 @@ def find_kind(folder: Path, wanted: str, kinds: PluginTable) -> TokenizerKind | 
     recognises it, in the order of registration. None where none does."""
     if wanted != AUTO:
         return make_kind(kinds, wanted)
-    made = (make_kind(kinds, name) for name in kinds)
-    return next((kind for kind in made if kind.recognises(folder)), None)
+    for name in kinds:
+        kind = make_kind(kinds, name)
+        try:
+            if kind.recognises(folder):
+                return kind
+        except Exception as error:  # a plugin's own; it may never raise
+            plugin = kinds.plugin_of(name)
+            raise PluginError(
+                f"tokenizer plugin {name!r} (from {plugin}) failed to look at {folder}: "
+                f"{type(error).__name__}: {error}\n"
+                f"choose another by {KEY}, or start without it: plugins.blocklist=[{plugin}]"
+            ) from error
+    return None
 
 
 def other_needs(kinds: PluginTable) -> list[str]:

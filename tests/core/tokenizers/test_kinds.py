@@ -14,16 +14,19 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core import LLM, SamplingParams
+from core.checkpoints.formats import find_format
 from core.errors import ModelError, PluginError, RequestError
 from core.interfaces.control import HF_TOKENIZER
 from core.interfaces.tokenizer import Tokenizer as TokenizerProtocol
 from core.llm.settings import configure
+from core.plugin.hookspecs import Registration, hookimpl
 from core.plugin.plugin_manager import PluginManager
 from core.run import main
 from core.serve.text.pool import TextPool
 from core.serve.text.process import TextBoot
-from core.settings.config import ModelConfig
+from core.settings.config import ModelConfig, PluginChoice
 from core.sources.files import resolve_files
+from core.tokenizers.find import find_kind
 from core.tokenizers.load import load_tokenizer
 from plugins.tokenizers._hf.byte_table import byte_table
 from tests.support.models import VOCAB_SIZE, edit_config, ignore_progress, write_tiny_model
@@ -206,6 +209,33 @@ def test_a_folder_without_a_tokenizer(folder: Path, plugins: PluginManager) -> N
     assert files.tokenizer_dir != str(folder)  # a token for each byte
 
 
+class Hasty:
+    """Looks without care."""
+
+    needs, hub_files, loader = "", (), ""
+
+    def recognises(self, place: Path) -> bool:
+        return bool((place / "none.txt").read_text())
+
+    stands_in = recognises
+
+    @hookimpl
+    def register_tokenizer(self) -> list[Registration]:
+        return [Registration(name="hasty", factory=lambda options: self)]
+
+    register_checkpoint_format = register_tokenizer
+
+
+def test_a_look_that_fails_names_its_package(tmp_path: Path) -> None:
+    builtins = ["plugins.checkpoints", "plugins.tokenizers"]
+    plugins = PluginManager.load(builtins=builtins, objects={"acme": Hasty()})
+    fragment = r"'hasty' \(from acme\) failed to look at .*blocklist=\[acme\]"
+    with pytest.raises(PluginError, match=f"(?s)tokenizer plugin {fragment}"):
+        find_kind(tmp_path, "auto", plugins.table("tokenizer"))
+    with pytest.raises(PluginError, match=f"(?s)checkpoint_format plugin {fragment}"):
+        find_format(tmp_path, PluginChoice(), plugins.table("checkpoint_format"))
+
+
 def test_an_unknown_kind_is_answered_with_those_there_are(plugins: PluginManager) -> None:
     with pytest.raises(PluginError) as caught:
         configure("smollm2", {"model.tokenizer_mode": "mistral"})
@@ -238,12 +268,17 @@ def test_the_hub_is_asked_for_the_files_of_the_kind(
     assert asked == [["*.json", "*.jinja", *patterns, "*.safetensors"]]
 
 
+def load_badly(folder: Path, eos_ids: list[int]) -> TokenizerProtocol:
+    return {}["merges"]
+
+
 @pytest.mark.parametrize(
     ("loader", "fragment"),
     [
         ("nowhere.at_all:load", "can't be used here: nowhere.at_all:load failed to import: Module"),
         ("acme_tokenizer.ranks:gone", "has no attribute 'gone'"),
         (RANKS, "line 2: needed: a token in base64 and its id"),
+        (f"{__name__}:load_badly", "load_badly can't load the tokenizer in .*: KeyError: 'merges'"),
     ],
 )
 def test_what_does_not_load_ends_the_start(
