@@ -3,9 +3,13 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from threading import Semaphore
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from core.errors import RequestError, WorkerDied
 from core.frontend.completion import read_completion
@@ -101,6 +105,36 @@ def test_a_full_queue_is_known_without_asking():
         stack.engine.stepping.set()
         assert waiting.result().text == ANSWER
         assert http.post("/generate", json={}).text == ANSWER
+
+
+def starlette_frontend(context):
+    """Streams ids as Starlette's documentation does, and watches for nothing."""
+
+    async def generate(request):
+        async def ids():
+            params = SamplingParams(max_tokens=400, ignore_eos=True)
+            stream = context.engine.generate("endless", [1, 2], params)
+            try:
+                async for output in stream:
+                    yield f"{output.token_ids}\n"
+            finally:
+                stream.close()
+
+        return StreamingResponse(ids())
+
+    return Starlette(routes=[Route("/generate", generate)])
+
+
+def test_a_client_that_leaves_ends_its_request_though_nobody_watches():
+    with (
+        Stack(factory=starlette_frontend) as stack,
+        httpx.Client(base_url=stack.url, timeout=20) as http,
+    ):
+        stack.engine.permits = Semaphore(1)
+        with http.stream("GET", "/generate") as response:
+            assert next(response.iter_text())
+        stack.engine.wait_for(lambda: "endless" in stack.engine.aborted)
+    assert stack.counts.finished == {"abort": 1}
 
 
 @pytest.mark.parametrize("begun", [False, True])
