@@ -39,7 +39,7 @@ def run_command(command: Command, words: Sequence[str]) -> int:
     module, _, attribute = command.main.partition(":")
     try:
         main = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a third party's import raises
+    except (Exception, SystemExit) as error:  # whatever a third party's import raises
         raise PluginError(
             f"the command {command.name!r} can't be run: {command.main} failed to import: "
             f"{type(error).__name__}: {error}"

@@ -87,7 +87,14 @@ class PluginTable:
     ) -> Any:
         """Call the chosen factory with its typed options and `arguments` (see the hook)."""
         options = self.options(choice, key, options_key=options_key)
-        return self._factory(choice.name)(options, *arguments)
+        factory = self._factory(choice.name)
+        try:
+            return factory(options, *arguments)
+        except SystemExit as error:  # it would end the process without a word
+            raise PluginError(
+                f"{self.family} plugin {choice.name!r} (from {self.plugin_of(choice.name)}) "
+                f"can't be built: it called sys.exit({error.code!r})"
+            ) from error
 
     def create_all(self, *arguments: Any) -> dict[str, Any]:
         """What every factory of a family makes of its default options and `arguments`, by name."""
@@ -106,7 +113,7 @@ class PluginTable:
         module_name, _, attribute = factory.partition(":")
         try:
             loaded = getattr(importlib.import_module(module_name), attribute)
-        except Exception as error:  # whatever a third party's import raises
+        except (Exception, SystemExit) as error:  # whatever a third party's import raises
             raise PluginError(
                 f"{self.family} plugin {name!r} (from {entry.plugin}) can't be used here: "
                 f"{factory} failed to import: {type(error).__name__}: {error}\n"

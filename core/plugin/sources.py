@@ -129,7 +129,7 @@ def call_one(manager: pluggy.PluginManager, name: str, hook: str, **arguments: A
         results: list[Any] = manager.subset_hook_caller(hook, others)(**arguments)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}"
         ) from error
@@ -141,7 +141,7 @@ def _register(manager: pluggy.PluginManager, source: Source) -> None:
     way_out = f"fix or uninstall it, or start without it: plugins.blocklist=[{source.name}]"
     try:
         plugin = source.load()
-    except Exception as error:  # whatever a third party's import raises
+    except (Exception, SystemExit) as error:  # whatever a third party's import raises
         raise PluginError(
             f"{label} failed to load: {type(error).__name__}: {error}\n{way_out}"
         ) from error

@@ -63,7 +63,8 @@ class GuardedBalancer:
         rank = _integer(answer)
         if rank is not None and 0 <= rank < self._num_ranks:
             return rank
-        said = f"a {type(answer).__name__}" if rank is None else rank
+        # Numbers of thousands of digits can't be shown.
+        said = rank if rank in range(-1000, 1_000_000) else f"a {type(answer).__name__}"
         there = f"there are the ranks 0 to {self._num_ranks - 1}"
         self._tell("add", ValueError(f"it returned {said}; {there}"))
         self.remove(request.request_id, finished=False)

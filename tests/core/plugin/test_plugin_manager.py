@@ -173,14 +173,16 @@ def test_a_plugin_without_hooks_is_refused():
         load(acme=object())
 
 
-def test_a_failing_hook_is_named_with_its_cause():
+@pytest.mark.parametrize("error", [OSError("no such device"), SystemExit("no such device")])
+def test_a_failing_hook_is_named_with_its_cause(error):
     class Failing:
         @hookimpl
         def register_comm(self):
-            raise OSError("no such device")
+            raise error
 
     with pytest.raises(
-        PluginError, match="'acme' failed in register_comm: OSError: no such device"
+        PluginError,
+        match=f"'acme' failed in register_comm: {type(error).__name__}: no such device",
     ):
         load(acme=Failing())
 

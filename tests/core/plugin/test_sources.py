@@ -46,13 +46,22 @@ def test_entry_points_are_loaded_with_their_version(distribution):
     assert manager.fingerprint()["acme"] == "1.5"
 
 
-def test_a_plugin_that_fails_to_import_stops_the_start_and_can_be_blocked(distribution):
-    distribution("acmedist", {"acme": "import no_such_module_at_all"})
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import no_such_module_at_all", "No module named 'no_such_module_at_all'"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_plugin_that_fails_to_import_stops_the_start_and_can_be_blocked(
+    distribution, source, cause
+):
+    distribution("acmedist", {"acme": source})
     with pytest.raises(PluginError) as caught:
         PluginManager.load(builtins=())
     for fragment in (
         "plugin 'acme' (acmedist 1.5) failed to load",
-        "No module named 'no_such_module_at_all'",
+        cause,
         "plugins.blocklist=[acme]",
     ):
         assert fragment in str(caught.value)

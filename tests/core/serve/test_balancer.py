@@ -1,5 +1,6 @@
 """Balancers of third parties: chosen by key, and whatever one does wrong costs one request."""
 
+import sys
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -113,6 +114,7 @@ def test_a_wrong_choice_is_refused_before_anything_starts(words, fragments):
         (lambda options, spec: 1 / 0, "can't be built: ZeroDivisionError"),
         (lambda options, spec: None, "made a NoneType without add, progress, remove"),
         (lambda: None, "can't be built: TypeError"),
+        (lambda options, spec: sys.exit(3), r"can't be built: it called sys.exit(3)"),
     ],
 )
 def test_one_that_can_not_be_built_is_named(factory, says):
@@ -133,7 +135,9 @@ def test_what_a_balancer_is_told_of_a_request():
     assert len(seen.prefix_hashes()) == 1
 
 
-@pytest.mark.parametrize("answer", [2, -1, None, "0", 0.0, object(), 10**30])
+@pytest.mark.parametrize(
+    "answer", [2, -1, None, "0", 0.0, object(), pytest.param(10**6000, id="huge")]
+)
 def test_a_rank_that_is_not_there_fails_that_request(answer, caplog):
     told = Told(lambda request: answer if request.request_id == "bad" else 1)
     balancer = GuardedBalancer("acme", told, 2)
