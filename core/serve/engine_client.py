@@ -346,6 +346,8 @@ class ZmqStream:
         self._engine._forget(self._request_id)
 
     def _measure(self, output: RequestOutput) -> None:
+        if output.finish_reason == "error":
+            return  # it is no token, however long it was waited for
         now_s = time.perf_counter()
         if self._last_s:
             num_tokens = len(output.token_ids) or 1

@@ -89,6 +89,16 @@ def test_a_token_is_counted_as_it_is_read():
     assert (total(counts.first_token_s), total(counts.next_token_s)) == (1, 3)
 
 
+def test_what_the_engine_gives_up_is_no_token():
+    """A request that waited ten minutes in vain would else be a first token after ten minutes."""
+    refused = RequestOutput("r", [], "error", error="too long", error_code="queue_timeout")
+    counts = read([refused])
+    assert (total(counts.first_token_s), total(counts.next_token_s)) == (0, 0)
+    counts = read([RequestOutput("r", [1]), refused])
+    assert (total(counts.first_token_s), total(counts.next_token_s)) == (1, 0)
+    assert counts.finished == {"error": 1}
+
+
 @pytest.mark.parametrize(
     ("last", "ending", "error", "counted"),
     [
