@@ -1,14 +1,12 @@
 """The engine over ZeroMQ, as a frontend sees it. Knows nothing of HTTP or of text.
 
 Every DP rank has a scheduler; the balancer says which one gets a request. One message of a
-scheduler carries a whole step, so the cost per token is what counts: a step is
-decoded once, each output is put into its request's slot, and a waiting reader is woken through a
-bare future. No tasks, no queues; outputs that wait unread are merged.
+scheduler carries a whole step, so the cost per token is what counts: a step is decoded once, and
+each output is put into its request's stream (`core.serve.answer_stream`).
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,11 +25,11 @@ from core.interfaces.messages import (
     EngineStats,
     ExpertLoads,
     Generate,
-    RequestOutput,
     SamplingParams,
     StepOutput,
 )
 from core.interfaces.metrics import RequestMeter
+from core.serve.answer_stream import AnswerStream
 from core.serve.balancer import request_view
 from core.serve.counts import Counts
 from core.serve.request_check import RequestLimits
@@ -81,7 +79,7 @@ class ZmqEngine:
         self._socket = self._wire.bind(endpoints.engine)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(StepOutput)
-        self._streams: dict[str, ZmqStream] = {}
+        self._streams: dict[str, AnswerStream] = {}
         self._on_serving = on_serving
         self._ranks = {str(rank): rank for rank in range(len(endpoints.steps))}
         self._unheard = set(self._ranks.values())  # DP ranks whose scheduler said nothing yet
@@ -133,7 +131,7 @@ class ZmqEngine:
         *,
         priority: int = 0,
         meter: RequestMeter | None = None,
-    ) -> "ZmqStream":
+    ) -> "AnswerStream":
         if self._state is not EngineState.SERVING:
             raise self._refusal()
         self._limits.check(request_id, prompt_ids, sampling, priority)
@@ -147,9 +145,12 @@ class ZmqEngine:
             )
         view = request_view(request_id, prompt_ids, sampling, priority)
         dp_rank = self._balancer.add(view, self._stats_by_dp)
-        stream = ZmqStream(self, request_id, dp_rank, meter or self._counts.begin())
+        of_request = self._counts.begin() if meter is None else meter
+        stream = AnswerStream(
+            request_id, dp_rank, self._loop, self._counts, of_request, self._forget
+        )
         if meter is None:
-            stream._meter.release()  # the answer is the whole request
+            of_request.release()  # the answer is the whole request
         self._streams[request_id] = stream
         message = Generate(request_id, prompt_ids, sampling, priority, self._queue_timeout_s)
         self._send(dp_rank, message)
@@ -191,7 +192,7 @@ class ZmqEngine:
             for dp_rank, request_ids in by_dp.items():
                 self._send(dp_rank, Abort(request_ids))
         for stream in streams.values():
-            stream._fail(make_error())
+            stream.fail(make_error())
         self._check_idle()
 
     def close(self) -> None:
@@ -277,7 +278,7 @@ class ZmqEngine:
             if stream is None:
                 continue  # aborted; the engine has not heard of it yet
             balancer.progress(request_id, len(output.token_ids))
-            stream._put(output)
+            stream.put(output)
             if output.finish_reason is not None:
                 del streams[request_id]
                 balancer.remove(request_id, finished=True)
@@ -291,106 +292,3 @@ def total_stats(by_dp: Sequence[EngineStats]) -> EngineStats:
     if len(by_dp) == 1:
         return by_dp[0]
     return EngineStats(*(sum(values) for values in zip(*map(astuple, by_dp), strict=True)))
-
-
-class ZmqStream:
-    """Implements core.interfaces.frontend.OutputStream: one slot and at most one waiting reader."""
-
-    __slots__ = (
-        "_done", "_engine", "_error", "_finish_reason", "_last_s", "_meter", "_pending",
-        "_request_id", "_waiter", "dp_rank",
-    )  # fmt: skip
-
-    def __init__(
-        self, engine: ZmqEngine, request_id: str, dp_rank: int, meter: RequestMeter
-    ) -> None:
-        self.dp_rank = dp_rank  # where the request runs
-        self._engine = engine
-        self._request_id = request_id
-        self._pending: RequestOutput | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._error: NodeweaveError | None = None
-        self._done = False
-        self._finish_reason: str | None = None  # "" once it was counted
-        self._last_s = 0.0  # when an output was read last; 0: none was yet
-        self._meter = meter
-        meter.hold()
-
-    def __aiter__(self) -> "ZmqStream":
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while True:
-            output = self._pending
-            if output is not None:
-                self._pending = None
-                self._measure(output)
-                if output.finish_reason is not None:
-                    self._done = True
-                    self._finish_reason = output.finish_reason
-                return output
-            if self._error is not None:
-                self._count("error")
-                raise self._error
-            if self._done:
-                self._count(None)
-                raise StopAsyncIteration
-            self._waiter = self._engine._loop.create_future()
-            await self._waiter
-
-    def close(self, finish_reason: str | None = None) -> None:
-        self._done = True
-        self._pending = None
-        self._count(finish_reason)
-        self._wake()
-        self._engine._forget(self._request_id)
-
-    def _measure(self, output: RequestOutput) -> None:
-        if output.finish_reason == "error":
-            return  # it is no token, however long it was waited for
-        now_s = time.perf_counter()
-        if self._last_s:
-            num_tokens = len(output.token_ids) or 1
-            observe = self._engine._counts.next_token_s.observe
-            observe((now_s - self._last_s) / num_tokens, num_tokens)
-        else:
-            self._meter.first_token(now_s)
-        self._last_s = now_s
-
-    def _count(self, reason: str | None) -> None:
-        """How the answer ended: as its reader says, else the engine, else it was not read on."""
-        if self._finish_reason != "":
-            self._meter.finish(reason or self._finish_reason or "abort")
-            self._finish_reason = ""
-
-    def _put(self, output: RequestOutput) -> None:
-        if self._pending is None:
-            self._pending = output
-            self._wake()
-        else:
-            _merge(self._pending, output)
-
-    def _fail(self, error: NodeweaveError) -> None:
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
-
-
-def _merge(first: RequestOutput, second: RequestOutput) -> None:
-    """Append what a later step adds to an output nobody has read yet."""
-    first.token_ids += second.token_ids
-    if second.logprobs is not None:
-        first.logprobs = (first.logprobs or []) + second.logprobs
-    first.finish_reason = second.finish_reason
-    first.stop_token_id = second.stop_token_id
-    first.error = second.error
-    if second.prompt_logprobs is not None:
-        first.prompt_logprobs = second.prompt_logprobs
-    if second.num_cached_tokens is not None:
-        first.num_cached_tokens = second.num_cached_tokens

@@ -1,14 +1,13 @@
 """What is counted of a request, whoever reads its answers."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from core.errors import WorkerDied
 from core.interfaces.messages import RequestOutput
+from core.serve.answer_stream import AnswerStream
 from core.serve.counts import Buckets, Counts
-from core.serve.engine_client import ZmqStream
 
 
 def total(buckets):
@@ -63,17 +62,17 @@ def test_a_request_that_was_refused_is_not_counted():
 def read(outputs, ending=None, error=None):
     """The counts of one answer whose outputs are read as they come, closed for this reason."""
     counts = Counts()
-    engine = SimpleNamespace(_counts=counts, _forget=lambda _: None)
-    meter = counts.begin()
-    stream = ZmqStream(engine, "r", 0, meter)
-    meter.release()
 
     async def run():
+        meter = counts.begin()
+        loop = asyncio.get_running_loop()
+        stream = AnswerStream("r", 0, loop, counts, meter, lambda _: None)
+        meter.release()
         for output in outputs:
-            stream._put(output)
+            stream.put(output)
             assert await anext(stream) is output
         if error is not None:
-            stream._fail(error)
+            stream.fail(error)
             with pytest.raises(type(error)):
                 await anext(stream)
         stream.close(ending)
