@@ -1,6 +1,6 @@
 """Masks, on the device that has the logits, every token that is not allowed.
 
-Shape legend: X columns of the logits that are here.
+Shape legend: P rows, X columns of the logits that are here, A ids of one row, N ids of all.
 """
 
 import torch
@@ -19,17 +19,24 @@ class AllowedMask:
 
     def init_slot(self, slot: int, num_prompt: int, params: AllowedTokens) -> None:
         """See LogitsProcessor."""
-        ids = torch.tensor(params.ids, dtype=torch.int64)
-        if self._device.type == "cuda":
-            ids = ids.pin_memory()
-        self._ids[slot] = ids.to(self._device, non_blocking=True)
+        self._ids[slot] = self._sent(torch.tensor(params.ids, dtype=torch.int64))
 
     def apply(self, logits_PX: Tensor, rows: ProcessedRows) -> None:
         """See LogitsProcessor."""
-        for row, slot in enumerate(rows.slots_P.tolist()):
-            column_N = self._ids[slot] - rows.first_id
-            elsewhere_N = (column_N < 0) | (column_N >= rows.num_tokens)
-            # A column more, for the tokens of other ranks.
-            banned_X = torch.ones(rows.num_tokens + 1, dtype=torch.bool, device=self._device)
-            banned_X.index_fill_(0, column_N.masked_fill_(elsewhere_N, rows.num_tokens), False)
-            logits_PX[row].masked_fill_(banned_X[:-1], -torch.inf)
+        ids = [self._ids[slot] for slot in rows.slots_P.tolist()]
+        counts = [len(each_A) for each_A in ids]
+        row_N = self._sent(torch.arange(len(ids)).repeat_interleave(torch.tensor(counts)))
+        column_N = torch.cat(ids) - rows.first_id
+        elsewhere_N = (column_N < 0) | (column_N >= rows.num_tokens)
+        column_N.masked_fill_(elsewhere_N, rows.num_tokens)
+        # A column more, for the tokens of other ranks.
+        width = rows.num_tokens + 1
+        banned_PX = torch.ones((len(ids), width), dtype=torch.bool, device=self._device)
+        banned_PX.view(-1).index_fill_(0, row_N * width + column_N, False)
+        logits_PX.masked_fill_(banned_PX[:, :-1], -torch.inf)
+
+    def _sent(self, host: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)
