@@ -101,6 +101,18 @@ def random_cases(count: int) -> Iterator[Case]:
 
 CASES = list(dict.fromkeys([*PREFILL, *DECODE, *LARGE, *random_cases(24)]))
 
+# Steps of `check_captured` and the bounds of the capture: (sequences, rows, tokens); 0 rows: of
+# decodes alone. The last but one fills them exactly.
+CAPTURED = [
+    (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4), (5, 0, 260)),
+    (Case(rows=(1,) * 5, cached=(0, 9, 80, 3, 47), num_heads=6, num_kv_heads=2), (300, 0, 181)),
+    (Case(rows=(7, 40, 1), cached=(0, 31, 64), page_size=5, num_heads=6), (6, 100, 90)),
+    (Case(rows=(64, 1), cached=(0, 0), num_heads=8, head_dim=64), (9, 77, 400)),
+    (Case(rows=(30, 30), cached=(0, 5), num_heads=4), (2, 60, 35)),
+    # Decodes alone in a step that was captured for prompts, which another rank has.
+    (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4, head_dim=64), (5, 70, 260)),
+]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -262,6 +274,21 @@ def check_backend(
     backend = make(step.spec)
     check_layers(backend, [step, another_layer(step)], tolerance)
     check_layers(backend, [next_step(step)], tolerance)
+
+
+def check_captured(
+    make: MakeBackend,
+    case: Case,
+    bounds: tuple[int, int, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    tolerance: float | None = None,
+) -> None:
+    """For backends that say they are `capturable`: a case of `CAPTURED` as a CUDA graph sees it,
+    with lengths on the device alone. Raises AssertionError."""
+    step = as_captured(make_step(case, dtype, device), *bounds)
+    assert make(step.spec).capturable
+    check_step(make, step, TOLERANCE[dtype] if tolerance is None else tolerance)
 
 
 def check_step(make: MakeBackend, step: Step, tolerance: float) -> None:

@@ -19,6 +19,7 @@ from core.interfaces.attention import (
 )
 from core.plugin.hookspecs import NoOptions
 from core.testing.attention import (
+    CAPTURED,
     DECODE,
     LARGE,
     PREFILL,
@@ -28,6 +29,7 @@ from core.testing.attention import (
     as_captured,
     assert_close,
     check_backend,
+    check_captured,
     check_step,
     make_step,
     random_cases,
@@ -99,23 +101,10 @@ def test_another_sequence_s_nan_stays_there(rows: tuple[int, ...]) -> None:
     assert torch.equal(outs[0][: rows[0]], outs[1][: rows[0]])
 
 
-# Bounds of a capture: (sequences, rows, tokens). The last but one fills them exactly.
-CAPTURED = [
-    (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4), (5, 0, 260)),
-    (Case(rows=(1,) * 5, cached=(0, 9, 80, 3, 47), num_heads=6, num_kv_heads=2), (300, 0, 181)),
-    (Case(rows=(7, 40, 1), cached=(0, 31, 64), page_size=5, num_heads=6), (6, 100, 90)),
-    (Case(rows=(64, 1), cached=(0, 0), num_heads=8, head_dim=64), (9, 77, 400)),
-    (Case(rows=(30, 30), cached=(0, 5), num_heads=4), (2, 60, 35)),
-    # Decodes alone in a step that was captured for prompts, which another rank has.
-    (Case(rows=(1, 1, 1), cached=(0, 200, 64), num_heads=4, head_dim=64), (5, 70, 260)),
-]
-
-
 @pytest.mark.parametrize(("case", "bounds"), CAPTURED, ids=str)
 def test_lengths_on_the_device_rule(case: Case, bounds: tuple[int, int, int]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step = make_step(case, torch.float32, device)
-    check("triton", as_captured(step, *bounds), TOLERANCE[torch.float32])
+    check_captured(partial(build, "triton"), case, bounds, device=device)
 
 
 DECODES = [

@@ -7,7 +7,7 @@ import torch
 
 from core.interfaces.attention import LayerKV
 from core.plugin.hookspecs import NoOptions
-from core.testing.attention import CASES, DECODE, PREFILL, check_backend
+from core.testing.attention import CAPTURED, CASES, DECODE, PREFILL, check_backend, check_captured
 from plugins.attention._torch_ref.heads import build
 
 
@@ -106,6 +106,15 @@ def test_a_right_one_passes():
 def test_a_broken_one_is_found(broken):
     with pytest.raises(AssertionError):
         check_backend(broken, DECODE[3])  # pages of one token
+
+
+@pytest.mark.parametrize(("case", "bounds"), CAPTURED, ids=str)
+def test_who_says_it_is_capturable_and_reads_lengths_on_the_host_is_found(case, bounds):
+    class SaysSo(Broken):
+        capturable = True
+
+    with pytest.raises((AssertionError, RuntimeError)):  # rows that are not there can't be read
+        check_captured(SaysSo, case, bounds)
 
 
 def test_cases_differ():

@@ -17,6 +17,9 @@ def right(spec):
     return AllGatherDispatcher(AllGatherOptions(), spec)
 
 
+EQUAL = replace(DEFAULT, counts="equal")  # steps of one shape: stale buffers fit
+
+
 class Broken:
     """A right dispatcher behind a mistake."""
 
@@ -67,6 +70,33 @@ class RoundsTwice(Broken):
         return super().combine(output, dispatched).to(torch.bfloat16).to(self._spec.dtype)
 
 
+class KeepsTheFirstRoutes(Broken):
+    """Right in the first step, stale in the next."""
+
+    _kept = None
+
+    def dispatch(self, x_TE, experts_TK, weights_TK, counts):
+        got = super().dispatch(x_TE, experts_TK, weights_TK, counts)
+        self._kept = self._kept or got.routes
+        same = self._kept.experts_TK.shape == got.routes.experts_TK.shape
+        return replace(got, routes=self._kept) if same else got
+
+
+class KeepsTheFirstRows(Broken):
+    _kept = None
+
+    def dispatch(self, x_TE, experts_TK, weights_TK, counts):
+        got = super().dispatch(x_TE, experts_TK, weights_TK, counts)
+        self._kept = got.hidden if self._kept is None else self._kept
+        return replace(got, hidden=self._kept) if self._kept.shape == got.hidden.shape else got
+
+
+class SumsTheOwnRankOnly(Broken):
+    def combine(self, output, dispatched):
+        other = output if self._spec.comm.rank == 0 else torch.zeros_like(output)
+        return super().combine(other, dispatched)
+
+
 class OtherDtype(Broken):
     def combine(self, output, dispatched):
         return super().combine(output, dispatched).double()
@@ -80,7 +110,7 @@ def test_a_right_one_passes():
 @pytest.mark.parametrize("broken", Broken.__subclasses__())
 def test_a_broken_one_is_found(broken):
     with pytest.raises(AssertionError):
-        check_dispatcher(broken, DEFAULT, 2)
+        check_dispatcher(broken, EQUAL, 2)
 
 
 def test_rows_without_experts_that_get_anything_are_found():
