@@ -80,8 +80,8 @@ def room_edges(imports: Iterable[Import]) -> dict[str, set[str]]:
 def long_files(root: Path) -> list[str]:
     return [
         f"{path.relative_to(root)}: {count} lines"
-        for program in PROGRAMS
-        for path in sorted((root / program).rglob("*.py"))
+        for folder in (*PROGRAMS, "tests")
+        for path in sorted((root / folder).rglob("*.py"))
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
     ]
 
