@@ -24,6 +24,7 @@ OTHERS = [
     "frontend",
     "latent_attention",
     "launcher",
+    "logits_processor",
     "metrics_exporter",
     "model",
     "moe_a2a",
