@@ -18,6 +18,7 @@ FILE = re.compile(r"^`([\w./]+\.(?:py|toml))`:\n\n((?:(?:    .*)?\n)+)", re.MULT
 QUICK = ["commands", "family"]
 OTHERS = [
     "attention",
+    "balancer",
     "checkpoint_format",
     "comm",
     "config",
@@ -30,6 +31,7 @@ OTHERS = [
     "moe_a2a",
     "parallel_plan",
     "tokenizer",
+    "worker_lifespan",
 ]
 
 
