@@ -15,24 +15,8 @@ ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "docs/plugins.md"
 # `name.py`: alone on a line, and the indented block behind it.
 FILE = re.compile(r"^`([\w./]+\.(?:py|toml))`:\n\n((?:(?:    .*)?\n)+)", re.MULTILINE)
-QUICK = ["commands", "family"]
-OTHERS = [
-    "attention",
-    "balancer",
-    "checkpoint_format",
-    "comm",
-    "config",
-    "frontend",
-    "latent_attention",
-    "launcher",
-    "logits_processor",
-    "metrics_exporter",
-    "model",
-    "moe_a2a",
-    "parallel_plan",
-    "tokenizer",
-    "worker_lifespan",
-]
+PAGES = sorted(path.stem for path in (ROOT / "docs/plugins").glob("*.md"))
+QUICK = ("commands", "family")  # the others: by `make test-all`
 
 
 def files_of(page: Path) -> dict[str, str]:
@@ -50,7 +34,11 @@ def distribution(pyproject: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "page", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    "page",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
+        for name in PAGES
+    ],
 )
 def test_a_page_followed_to_the_letter_works(page: str, tmp_path: Path) -> None:
     [pyproject] = files_of(INDEX).values()
