@@ -5,8 +5,8 @@ that waits is woken through a bare future.
 """
 
 import asyncio
-import time
 from collections.abc import Callable
+from time import perf_counter
 
 from core.errors import NodeweaveError
 from core.interfaces.messages import RequestOutput
@@ -18,7 +18,7 @@ class AnswerStream:
     """Implements core.interfaces.frontend.OutputStream: one slot and at most one waiting reader."""
 
     __slots__ = (
-        "_counts", "_done", "_error", "_finish_reason", "_forget", "_last_s", "_loop", "_meter",
+        "_done", "_error", "_finish_reason", "_forget", "_last_s", "_loop", "_meter", "_observe",
         "_pending", "_request_id", "_waiter", "dp_rank",
     )  # fmt: skip
 
@@ -35,7 +35,7 @@ class AnswerStream:
         self.dp_rank = dp_rank
         self._request_id = request_id
         self._loop = loop
-        self._counts = counts
+        self._observe = counts.next_token_s.observe
         self._forget = forget
         self._pending: RequestOutput | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -54,10 +54,18 @@ class AnswerStream:
             output = self._pending
             if output is not None:
                 self._pending = None
-                self._measure(output)
-                if output.finish_reason is not None:
+                reason = output.finish_reason
+                if reason is not None:
                     self._done = True
-                    self._finish_reason = output.finish_reason
+                    self._finish_reason = reason
+                if reason != "error":  # that is no token, however long it was waited for
+                    now_s = perf_counter()
+                    if self._last_s:
+                        num_tokens = len(output.token_ids) or 1
+                        self._observe((now_s - self._last_s) / num_tokens, num_tokens)
+                    else:
+                        self._meter.first_token(now_s)
+                    self._last_s = now_s
                 return output
             if self._error is not None:
                 self._count("error")
@@ -74,18 +82,6 @@ class AnswerStream:
         self._count(finish_reason)
         self._wake()
         self._forget(self._request_id)
-
-    def _measure(self, output: RequestOutput) -> None:
-        if output.finish_reason == "error":
-            return  # it is no token, however long it was waited for
-        now_s = time.perf_counter()
-        if self._last_s:
-            num_tokens = len(output.token_ids) or 1
-            observe = self._counts.next_token_s.observe
-            observe((now_s - self._last_s) / num_tokens, num_tokens)
-        else:
-            self._meter.first_token(now_s)
-        self._last_s = now_s
 
     def _count(self, reason: str | None) -> None:
         """How the answer ended: as its reader says, else the engine, else it was not read on."""
