@@ -108,6 +108,8 @@ class Rank(threading.Thread):
         except zmq.ContextTerminated:
             return
         except BaseException as error:
+            if isinstance(error.__cause__, zmq.ContextTerminated):  # `stop`, in a round of leaders
+                return
             self.error = error
             raise
         finally:
