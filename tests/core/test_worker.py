@@ -92,6 +92,7 @@ def test_it_lives_as_long_as_each_rank(said: Said, tiny_llama_folder: Path) -> N
     assert len({first["pid"], second["pid"], os.getpid()}) == 3
 
 
+@pytest.mark.slow
 def test_one_that_hangs_at_the_end_holds_nothing_up(
     said: Said, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
@@ -116,6 +117,7 @@ def test_one_that_fails_ends_the_start_by_name(
     assert whats(said(0)) == ["enters"]
 
 
+@pytest.mark.slow
 def test_it_is_left_where_its_rank_fails(said: Said, tiny_llama_folder: Path) -> None:
     settings = SETTINGS | {"engine": {"device": "cpu", "kv_cache_tokens": 10**13}}
     with pytest.raises(ResourceError):

@@ -20,20 +20,20 @@ from tests.support.third_party import install_example
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_tests"),
     [
-        pytest.param("acme_dispatch", 3 * len(moe_a2a.CASES), marks=pytest.mark.slow),
-        pytest.param("acme_attention", len(attention.CASES), marks=pytest.mark.slow),
-        pytest.param("acme_sampling", 12, marks=pytest.mark.slow),
-        pytest.param("acme_comm", 2 * (len(comm.CASES) + 2), marks=pytest.mark.slow),
-        pytest.param(
+        ("acme_dispatch", 3 * len(moe_a2a.CASES)),
+        ("acme_attention", len(attention.CASES)),
+        ("acme_sampling", 12),
+        ("acme_comm", 2 * (len(comm.CASES) + 2)),
+        (
             "acme_latent",
             len(latent_attention.CASES) + 3 * len(latent_attention.SMALL),
-            marks=pytest.mark.slow,
         ),
-        pytest.param("acme_model", 6, marks=pytest.mark.slow),
-        pytest.param("acme_checkpoint", len(checkpoint_format.CASES), marks=pytest.mark.slow),
+        ("acme_model", 6),
+        ("acme_checkpoint", len(checkpoint_format.CASES)),
         ("acme_tokenizer", len(tokenizer.CASES) + 1),
         ("acme_launcher", 6),
         ("acme_policy", 3),

@@ -77,7 +77,7 @@ def greedy(size: int | None, **fields: object) -> SamplingParams:
     )
 
 
-@pytest.mark.parametrize("parallel", ["tp1", "tp2"])
+@pytest.mark.parametrize("parallel", [pytest.param("tp1", marks=pytest.mark.slow), "tp2"])
 def test_answers_are_those_of_transformers_with_its_processor(
     installed: Path, tiny_llama_folder: Path, parallel: str
 ) -> None:
@@ -100,6 +100,7 @@ def test_answers_are_those_of_transformers_with_its_processor(
         assert llm.generate(PROMPTS[:1], greedy(3))[0].token_ids == expected[0]
 
 
+@pytest.mark.slow
 def test_a_processor_that_raises_is_named(installed: Path, tiny_llama_folder: Path) -> None:
     params = SamplingParams(max_tokens=1, logits_processors={"fails": {"size": 2}})
     says = r"logits processor 'fails' failed in apply: KeyError"

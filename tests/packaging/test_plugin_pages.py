@@ -16,7 +16,6 @@ INDEX = ROOT / "docs/plugins.md"
 # `name.py`: alone on a line, and the indented block behind it.
 FILE = re.compile(r"^`([\w./]+\.(?:py|toml))`:\n\n((?:(?:    .*)?\n)+)", re.MULTILINE)
 PAGES = sorted(path.stem for path in (ROOT / "docs/plugins").glob("*.md"))
-QUICK = ("commands", "family")  # the others: by `make test-all`
 
 
 def files_of(page: Path) -> dict[str, str]:
@@ -33,13 +32,8 @@ def distribution(pyproject: str) -> Iterator[tuple[str, str]]:
     yield "entry_points.txt", f"[nodeweave]\n{points}\n"
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
-        for name in PAGES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_followed_to_the_letter_works(page: str, tmp_path: Path) -> None:
     [pyproject] = files_of(INDEX).values()
     files = files_of(ROOT / "docs/plugins" / f"{page}.md")

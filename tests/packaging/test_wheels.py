@@ -207,6 +207,7 @@ def test_their_groups_sections_and_commands_are_there(installed):
     assert (done.returncode, done.stdout.split()[0]) == (0, "anything")
 
 
+@pytest.mark.slow
 def test_the_installed_server_computes_with_it(installed, tiny_llama_folder):
     """Greedy answers are those of the oracle backend, asked of two servers."""
     answers = []

@@ -85,6 +85,7 @@ def test_a_format_from_elsewhere_is_loaded(folder: Path, plugins: PluginManager)
     reader.finish()
 
 
+@pytest.mark.slow
 def test_a_format_from_elsewhere_is_served(
     folder: Path, plugins: PluginManager, capsys: pytest.CaptureFixture[str]
 ) -> None:

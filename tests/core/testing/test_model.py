@@ -36,6 +36,7 @@ def right(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("right") / "qwen2", "qwen2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [other_epsilon, other_rotation, no_biases])
 def test_a_family_that_computes_something_else_is_found(right, tmp_path, mistake):
     wrong = shutil.copytree(right, tmp_path / "wrong")

@@ -110,6 +110,7 @@ def both(
     return theirs, load_tokenizer(HF_TOKENIZER, str(folder), [END_ID])
 
 
+@pytest.mark.slow
 def test_a_tokenizer_from_elsewhere_is_served(
     folder: Path,
     backend: Tokenizer,
