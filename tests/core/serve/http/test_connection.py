@@ -290,7 +290,7 @@ ENDINGS = {
 
 @contextmanager
 def no_cyclic_collector() -> Iterator[None]:
-    gc.collect()
+    gc.collect(0)
     gc.disable()
     try:
         yield
