@@ -107,7 +107,8 @@ class Supervisor:
                     child.pin()
                     self._selector.register(child.status_fd, selectors.EVENT_READ, child)
                 self._moved()
-                while self._living() and not self._gave_up:
+                # Whose processes all ended still waits for a likelier cause, and says which it was.
+                while (self._living() or self._suspected_s is not None) and not self._gave_up:
                     self._step(pipe)
                 return self._exit_code
             finally:

@@ -181,3 +181,14 @@ def test_a_second_signal_ends_all_nodes_at_once(engine: Callable[..., Run]) -> N
     assert run.exit_code == 143
     text = "node 0 was told to end at once, by SIGTERM"
     assert group.calls[-1] == ("failed", text, "node 0 was stopped", 143)
+
+
+def test_a_node_whose_processes_all_ended_still_says_why(engine: Callable[..., Run]) -> None:
+    """Its only worker falls as ranks do whose peer died; a likelier cause may come meanwhile."""
+    group = FakeGroup(1)
+    run = engine({"worker 3": "worker"}, when_ready=kill("worker 3", signal.SIGABRT), group=group)
+    (text,) = run.errors
+    assert "worker 3 on node 1" in text
+    assert "SIGABRT" in text
+    assert group.calls[-1][:2] == ("failed", text)
+    assert run.exit_code == 1
